@@ -1,0 +1,255 @@
+"""The two nouns of lcq, `Form` and `Scheme`, and the block structure both share."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Per = None | str | int | tuple[int, ...]
+"""What shares one codebook or scale; see `block_counts`."""
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of the tree's structure."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def leafwise() -> Any:
+    """A dataclass field that has the compressed leaf's shape in the working layout."""
+    return dataclasses.field(metadata={"leafwise": True})
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Form(abc.ABC):
+    """What is stored in place of an array: a pytree Theta whose `dense()` is Delta(Theta).
+
+    A form has two layouts with equal `dense()`. The *working* layout, made by a scheme, holds arrays of fixed
+    shape and is legal under jit, cond, vmap and scan. The *stored* layout, made by `pack()` on the host, holds packed
+    bits and is what a file contains.
+
+    Subclasses are final, frozen dataclasses registered by `register_form`. Fields made by `static()` are part of the
+    tree's structure; fields made by `leafwise()` have the shape of the compressed leaf in the working layout, so an
+    optimizer state can shard them like the leaf. A constructor checks nothing: jax calls it on every unflatten.
+
+    Attributes:
+        dtype: of `dense()`.
+        shared: a name that all leaves of a joint task carry; what they have in common (`shared_bits`) is stored once.
+    """
+
+    dtype: str = static(default="float32")
+    shared: str | None = static(default=None)
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of `dense()`."""
+
+    @property
+    @abc.abstractmethod
+    def bits(self) -> int:
+        """Cost of Theta in bits: codes at their fixed width, codebooks, scales; `shared_bits` included."""
+
+    @property
+    def shared_bits(self) -> int:
+        """Bits of what the leaves of a joint task have in common, such as their codebook."""
+        return 0
+
+    @abc.abstractmethod
+    def dense(self) -> Array:
+        """Delta(Theta), an array of `shape` and `dtype`."""
+
+    @abc.abstractmethod
+    def pack(self) -> Self:
+        """The stored layout; the form itself if it is stored already. Host only."""
+
+    @abc.abstractmethod
+    def unpack(self) -> Self:
+        """The working layout; the form itself if it is working already."""
+
+
+class Scheme(abc.ABC):
+    """How arrays become forms: the C step Pi(x) = argmin_Theta ||x - Delta(Theta)||^2 + (2/mu) C(Theta).
+
+    Subclasses are frozen dataclasses whose settings are hashable, so that a scheme can be static under jit.
+
+    Attributes:
+        leafwise: how many leaf-shaped arrays (`leafwise()` fields) its working forms hold.
+        host: whether `solve` needs concrete arrays (an exact solver in float64 outside of any trace).
+        costly: whether C(Theta) is not zero; then `mu` is required, and there is no direct compression.
+    """
+
+    leafwise: ClassVar[int] = 1
+    costly: ClassVar[bool] = False
+
+    @property
+    def host(self) -> bool:
+        return False
+
+    @abc.abstractmethod
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if a leaf of this shape cannot be projected."""
+
+    @abc.abstractmethod
+    def solve(self, xs: tuple[Array, ...], previous: tuple[Form, ...] | None, mu: Any) -> tuple[Form, ...]:
+        """The C step for arrays that share one Theta; `previous` is a warm start of the same structure."""
+
+    def cost(self, forms: tuple[Form, ...]) -> Any:
+        """C(Theta); zero for schemes that are constraints."""
+        del forms
+        return 0.0
+
+    def project(self, x: Any, previous: Any = None, *, mu: Any = None) -> Any:
+        """Projects an array, or several arrays onto one shared Theta.
+
+        Args:
+            x: a floating-point array, or a tuple of such arrays that share one codebook or budget.
+            previous: an earlier result for the same shapes, as a warm start.
+            mu: the penalty weight; needed by schemes with a cost, ignored by others.
+
+        Returns:
+            A form in the working layout for an array; a tuple of forms for a tuple.
+
+        Raises:
+            ValueError: a shape, dtype or setting that has no projection.
+        """
+        single = not isinstance(x, tuple)
+        xs = (x,) if single else x
+        if previous is not None and single:
+            previous = (previous,)
+        if self.costly and mu is None:
+            raise ValueError(f"{self} has a cost: pass mu=, the weight of the distance it is traded against")
+        for array in xs:
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(f"wanted a floating-point array; got {array.dtype}{list(array.shape)}")
+            if array.size == 0:
+                raise ValueError(f"wanted at least one weight; got {array.dtype}{list(array.shape)}")
+            self.check(array.shape)
+            if self.host and isinstance(array, jax.core.Tracer):
+                raise ValueError(
+                    f"{self} is solved on the host and cannot run under jit; call it on concrete arrays "
+                    "(lcq.compress, or lcq.lc(every=None) with lcq.c_step), or choose exact=False"
+                )
+        forms = self.solve(tuple(xs), previous, mu)
+        return forms[0] if single else forms
+
+
+_F = TypeVar("_F", bound=Form)
+
+FORMS: dict[str, type[Form]] = {}
+"""Every form by its name in files."""
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise))
+def register_form(cls: type[_F]) -> type[_F]:
+    """Makes a class a frozen dataclass, a pytree, and a name that files may contain."""
+    cls = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+    FORMS[cls.__name__] = cls
+    return cls
+
+
+def is_form(node: Any) -> bool:
+    """For `is_leaf=`: whether a tree node is a form."""
+    return isinstance(node, Form)
+
+
+def split_leafwise(form: Form) -> tuple[tuple[Array, ...], Form]:
+    """Takes the leaf-shaped arrays out of a working form; `join_leafwise` puts them back."""
+    names = [f.name for f in dataclasses.fields(form) if f.metadata.get("leafwise")]
+    arrays = tuple(getattr(form, name) for name in names)
+    nothing: Any = dict.fromkeys(names)
+    return arrays, dataclasses.replace(form, **nothing)
+
+
+def join_leafwise(rest: Form, arrays: Sequence[Array]) -> Form:
+    """Inverse of `split_leafwise`."""
+    names = [f.name for f in dataclasses.fields(rest) if f.metadata.get("leafwise")]
+    fields: Any = dict(zip(names, arrays, strict=True))
+    return dataclasses.replace(rest, **fields)
+
+
+class Blocks(NamedTuple):
+    """How an array is cut into equal blocks along each axis, without moving data.
+
+    An axis of length d in c blocks stays one axis if c is 1 or d, and is split into (c, d/c) otherwise; so an array
+    that is sharded along an axis keeps its sharding.
+
+    Attributes:
+        split: the array's shape with the cut axes split.
+        stat: the shape of one number per block, with ones where `split` runs inside a block.
+        axes: the axes of `split` that run inside a block.
+        size: elements in one block.
+    """
+
+    split: tuple[int, ...]
+    stat: tuple[int, ...]
+    axes: tuple[int, ...]
+    size: int
+
+
+def blocks(shape: Sequence[int], counts: Sequence[int]) -> Blocks:
+    """The block structure of an array of `shape` with `counts[i]` equal blocks along axis i."""
+    split: list[int] = []
+    stat: list[int] = []
+    for length, count in zip(shape, counts, strict=True):
+        cut = (length,) if count in (1, length) else (count, length // count)
+        split += cut
+        stat += (count,) if len(cut) == 1 else (count, 1)
+    axes = tuple(i for i, b in enumerate(stat) if b == 1)
+    size = 1
+    for i in axes:
+        size *= split[i]
+    return Blocks(tuple(split), tuple(stat), axes, size)
+
+
+def block_counts(per: Per, shape: Sequence[int]) -> tuple[int, ...]:
+    """Number of blocks along each axis of `shape`, where every block has its own codebook or scale.
+
+    Args:
+        per: None: one block; "channel": one for each index of the last axis (an output unit or filter of a
+            JAX kernel); an int g: groups of g consecutive weights along the input axis, the last but one, for each
+            index of the last axis; a tuple: block lengths along the trailing axes, 0 for a whole axis, so that (1, 0)
+            gives every row of a matrix its own.
+        shape: the leaf's shape.
+
+    Raises:
+        ValueError: lengths that do not divide the axes, or more lengths than axes.
+    """
+    if per is None:
+        lengths: tuple[int, ...] = ()
+    elif per == "channel":
+        lengths = (1,)
+    elif isinstance(per, int) and not isinstance(per, bool) and per > 0:
+        lengths = (per, 1)
+    elif isinstance(per, tuple) and all(isinstance(g, int) and g >= 0 for g in per):
+        lengths = per
+    else:
+        raise ValueError(f"wanted per=None, 'channel', a group length or a tuple of block lengths; got {per!r}")
+    if len(lengths) > len(shape):
+        raise ValueError(f"per={per!r} needs at least {len(lengths)} axes; got shape {tuple(shape)}")
+    lengths = (0,) * (len(shape) - len(lengths)) + lengths
+    counts = []
+    for axis, (length, g) in enumerate(zip(shape, lengths, strict=True)):
+        if g and length % g:
+            raise ValueError(
+                f"per={per!r} cuts axis {axis} of shape {tuple(shape)} into groups of {g}, which do not divide {length}"
+            )
+        counts.append(length // g if g else 1)
+    return tuple(counts)
+
+
+def compute_dtype(dtype: DTypeLike) -> Any:
+    """The dtype of sums and statistics over leaves of `dtype`: float32, or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def straight_through(w: Float[Array, "..."], projected: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The value of `projected` with the gradient of `w`: w + stop_gradient(projected - w), exactly `projected`.
+
+    Source: Bengio, Leonard & Courville, arXiv 1308.3432.
+    """
+    return jax.lax.stop_gradient(projected) + (w - jax.lax.stop_gradient(w))

@@ -1,0 +1,134 @@
+"""What is stored in place of an array."""
+
+import dataclasses
+import math
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lcq import packing
+from lcq.base import Form, blocks, compute_dtype, leafwise, register_form, static
+
+_SELECT = 32
+"""Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
+
+
+@register_form
+class Codes(Form):
+    """Indices into a short table: Delta = scale * (table[codes] - zero), the table learned or fixed.
+
+    Blocks: `levels`, `scale` and `zero` have one entry per block of the leaf, their leading axes giving the
+    number of equal blocks along each axis of the leaf; all ones is a single block.
+
+    Attributes:
+        codes: uint8 or uint16 of the leaf's shape; packed uint32 words in the stored layout.
+        levels: learned table, [*blocks, K], ascending; None if `values` is given.
+        scale: [*blocks] or None for 1.
+        zero: [*blocks] or None for 0, in units of the table.
+        values: fixed table, ascending; None if `levels` is given.
+        packed: the leaf's shape if `codes` are words, None in the working layout.
+    """
+
+    codes: Array = leafwise()
+    levels: Array | None = None
+    scale: Array | None = None
+    zero: Array | None = None
+    values: tuple[float, ...] | None = static(default=None)
+    packed: tuple[int, ...] | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape if self.packed is None else self.packed
+
+    @property
+    def size_of_table(self) -> int:
+        """K, the number of levels."""
+        if self.values is not None:
+            return len(self.values)
+        assert self.levels is not None
+        return self.levels.shape[-1]
+
+    @property
+    def bits(self) -> int:
+        return math.prod(self.shape) * packing.width(self.size_of_table) + self.shared_bits
+
+    @property
+    def shared_bits(self) -> int:
+        return sum(a.size * a.dtype.itemsize * 8 for a in (self.levels, self.scale, self.zero) if a is not None)
+
+    def pack(self) -> Self:
+        if self.packed is not None:
+            return self
+        host = jax.device_get(self)
+        words = packing.pack(host.codes, packing.width(self.size_of_table))
+        return dataclasses.replace(host, codes=words, packed=tuple(self.codes.shape))
+
+    def unpack(self) -> Self:
+        if self.packed is None:
+            return self
+        codes = packing.unpack(jnp.asarray(self.codes), packing.width(self.size_of_table), self.packed)
+        return dataclasses.replace(self, codes=codes, packed=None)
+
+    def dense(self) -> Array:
+        codes = self.unpack().codes
+        per_block = next(
+            (a.shape[: codes.ndim] for a in (self.scale, self.levels, self.zero) if a is not None),
+            (1,) * codes.ndim,
+        )
+        cut = blocks(codes.shape, per_block)
+        value = _lookup(codes.reshape(cut.split), self.levels, self.values, cut.stat)
+        if self.zero is not None:
+            value = value - self.zero.reshape(cut.stat)
+        if self.scale is not None:
+            value = value * self.scale.reshape(cut.stat)
+        return value.reshape(codes.shape).astype(self.dtype)
+
+
+def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None, stat: tuple[int, ...]) -> Array:
+    """table[codes]; codes are cut into blocks, `stat` is the shape of one number per block."""
+    if values is not None and values == tuple(range(int(values[0]), int(values[0]) + len(values))):
+        return codes.astype(jnp.float32) + values[0]
+    if values is not None:
+        table = jnp.asarray(np.asarray(values, np.float32)).reshape((1,) * codes.ndim + (-1,))
+    else:
+        assert levels is not None
+        table = levels.reshape((*stat, -1)).astype(compute_dtype(levels.dtype))
+    if table.shape[-1] > _SELECT:
+        if table.ndim == codes.ndim + 1 and all(n == 1 for n in table.shape[:-1]):
+            return table.reshape(-1)[codes]
+        return jnp.take_along_axis(table, codes[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    value = jnp.broadcast_to(table[..., 0], codes.shape)
+    for k in range(1, table.shape[-1]):
+        value = jnp.where(codes == k, table[..., k], value)
+    return value
+
+
+@register_form
+class Cast(Form):
+    """The same numbers in a shorter floating-point format: Delta = values as `dtype`.
+
+    Attributes:
+        values: the leaf, rounded to the stored dtype.
+    """
+
+    values: Array = leafwise()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def bits(self) -> int:
+        return self.values.size * self.values.dtype.itemsize * 8
+
+    def pack(self) -> Self:
+        return jax.device_get(self)
+
+    def unpack(self) -> Self:
+        return self
+
+    def dense(self) -> Array:
+        return jnp.asarray(self.values).astype(self.dtype)

@@ -1,0 +1,1 @@
+"""Who chooses w: one algorithm a file."""

@@ -1,0 +1,213 @@
+"""Where to compress: rules on leaf paths, resolved once into tasks."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from lcq.base import Form, Scheme, is_form
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Says how the leaves whose path matches are compressed. The first rule that matches a leaf decides.
+
+    Attributes:
+        pattern: a regular expression that must match the whole path; paths are keys joined by "/", as in
+            "dense0/kernel". "(.*/)?kernel" matches at any depth.
+        scheme: how; None leaves the leaves alone.
+        joint: all matching leaves share one Theta (one codebook, one budget), stored and counted once.
+        stacked: the first `stacked` axes of a leaf count independent layers or experts, each with a Theta of its own.
+
+    Example:
+        >>> import lcq
+        >>> Rule("(.*/)?kernel", lcq.KMeans(k=4))
+        Rule(pattern='(.*/)?kernel', scheme=KMeans(k=4), joint=False, stacked=0)
+    """
+
+    pattern: str
+    scheme: Scheme | None
+    joint: bool = False
+    stacked: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"wanted a regular expression; got {self.pattern!r} ({error})") from error
+        if not (self.scheme is None or isinstance(self.scheme, Scheme)):
+            raise ValueError(
+                f"rule {self.pattern!r}: wanted a scheme such as lcq.KMeans(4), or None; got {self.scheme!r}"
+            )
+        if self.stacked < 0:
+            raise ValueError(f"rule {self.pattern!r}: wanted stacked >= 0; got {self.stacked}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One C step: the leaves that share a Theta, and the scheme that projects them."""
+
+    paths: tuple[str, ...]
+    scheme: Scheme
+    stacked: int = 0
+
+    @property
+    def name(self) -> str:
+        """The path of its first leaf, which no other task has."""
+        return self.paths[0]
+
+    def project(
+        self, xs: tuple[Any, ...], previous: tuple[Form, ...] | None = None, mu: Any = None
+    ) -> tuple[Form, ...]:
+        """The C step of this task: `scheme.project`, mapped over the stacked axes."""
+        try:
+            if self.scheme.host and self.stacked:
+                forms = _project_each(self.scheme, xs, previous, mu, self.stacked)
+            else:
+                forms = _project_mapped(self.scheme, xs, previous, mu, self.stacked)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(self.paths)}: {error}") from error
+        if len(self.paths) > 1:
+            forms = tuple(dataclasses.replace(form, shared=self.name) for form in forms)
+        return forms
+
+
+def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, stacked: int) -> tuple[Form, ...]:
+    if not stacked:
+        return scheme.project(xs, previous, mu=mu)
+    if previous is None:
+        return jax.vmap(lambda x: _project_mapped(scheme, x, None, mu, stacked - 1))(xs)
+    return jax.vmap(lambda x, p: _project_mapped(scheme, x, p, mu, stacked - 1))(xs, previous)
+
+
+def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, stacked: int) -> tuple[Form, ...]:
+    """The same for solvers on the host, which cannot be mapped: one after another, then stacked."""
+    if not stacked:
+        return scheme.project(xs, previous, mu=mu)
+
+    def at(tree: Any, i: int) -> Any:
+        return jax.tree.map(lambda a: a[i], tree)
+
+    each = [_project_each(scheme, at(xs, i), at(previous, i), mu, stacked - 1) for i in range(xs[0].shape[0])]
+    return jax.tree.map(lambda *a: jnp.stack(a), *each)
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+    """Leaves of a parameter tree by path, forms counting as leaves, and the tree's structure.
+
+    The last key of a flax.nnx variable ("value") is dropped, so that a parameter has one path whether it comes inside
+    its variable or bare.
+
+    Raises:
+        ValueError: two leaves with the same path.
+
+    Example:
+        >>> list(flatten({"dense0": {"kernel": 1., "bias": 2.}})[0])
+        ['dense0/bias', 'dense0/kernel']
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_form)
+    leaves: dict[str, Any] = {}
+    for keys, leaf in pairs:
+        path = path_of(keys)
+        if path in leaves:
+            raise ValueError(f"{path}: two leaves have this path; rename one of them")
+        leaves[path] = leaf
+    return leaves, structure
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """Keys of a jax tree path joined by "/"."""
+    if len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
+        keys = keys[:-1]
+    return "/".join(str(key_of(key)) for key in keys)
+
+
+def key_of(key: Any) -> str | int:
+    """The plain key of one entry of a jax tree path."""
+    match key:
+        case DictKey() | FlattenedIndexKey():
+            return key.key
+        case SequenceKey():
+            return key.idx
+        case GetAttrKey():
+            return key.name
+    return str(key)
+
+
+def resolve(rules: Sequence[Rule], tree: Any) -> tuple[Task, ...]:
+    """Assigns every leaf of `tree` to the first rule that matches it.
+
+    Args:
+        rules: in order of precedence.
+        tree: parameters; arrays or shape structs.
+
+    Returns:
+        Tasks in the order of the tree's leaves, a joint task at its first leaf.
+
+    Raises:
+        ValueError: a rule that decides no leaf (with the nearest paths), or a leaf its scheme cannot take.
+    """
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise ValueError(f"wanted rules such as [lcq.Rule('(.*/)?kernel', lcq.KMeans(4))]; got {rule!r}")
+    leaves, _ = flatten(tree)
+    chosen: list[list[str]] = [[] for _ in rules]
+    for path in leaves:
+        for matched, rule in zip(chosen, rules, strict=True):
+            if re.fullmatch(rule.pattern, path):
+                matched.append(path)
+                break
+    tasks = []
+    for matched, rule in zip(chosen, rules, strict=True):
+        if not matched:
+            raise ValueError(_unmatched(rule, rules, list(leaves)))
+        if rule.scheme is None:
+            continue
+        for path in matched:
+            _check(path, leaves[path], rule)
+        groups = [tuple(matched)] if rule.joint else [(path,) for path in matched]
+        if rule.joint and rule.stacked and len({leaves[p].shape[: rule.stacked] for p in matched}) > 1:
+            raise ValueError(
+                f"rule {rule.pattern!r}: jointly stacked leaves must agree in their leading axes: {matched}"
+            )
+        tasks += [Task(group, rule.scheme, rule.stacked) for group in groups]
+    order = {path: i for i, path in enumerate(leaves)}
+    return tuple(sorted(tasks, key=lambda task: order[task.name]))
+
+
+def _check(path: str, leaf: Any, rule: Rule) -> None:
+    assert rule.scheme is not None
+    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
+        raise ValueError(
+            f"{path}: rule {rule.pattern!r} wants a floating-point array; got {got}; "
+            f"exclude it with Rule({path!r}, None) before that rule"
+        )
+    if leaf.size == 0 or leaf.ndim < rule.stacked:
+        raise ValueError(
+            f"{path}: rule {rule.pattern!r} wants at least one weight and {rule.stacked} stacked axes; "
+            f"got {leaf.dtype}{list(leaf.shape)}"
+        )
+    try:
+        rule.scheme.check(leaf.shape[rule.stacked :])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _unmatched(rule: Rule, rules: Sequence[Rule], paths: list[str]) -> str:
+    taken = [path for path in paths if re.fullmatch(rule.pattern, path)]
+    if taken:
+        return (
+            f"rule {rule.pattern!r} decides no leaf: earlier rules take {', '.join(taken[:4])}; move it up or drop it"
+        )
+    plain = re.sub(r"[\\^$.|?*+(){}\[\]]", "", rule.pattern)
+    near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.0)
+    return (
+        f"rule {rule.pattern!r} matches no leaf (a pattern must match the whole path); "
+        f"the nearest of {len(paths)} paths: {', '.join(near) or 'none, the tree is empty'}"
+    )

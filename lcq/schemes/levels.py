@@ -1,0 +1,288 @@
+"""Fixed codebooks, with or without a free scale: binary, ternary, powers of two, any list of values.
+
+    Pi(x) = argmin_{k, a} sum_i (x_i - a c_{k_i})^2          a = 1, or a > 0 free per block
+
+For given codes the best scale is a = A/B with A = sum x c, B = sum c^2, and leaves the error sum x^2 - A^2/B; so the
+best pair maximises A^2/B. As a falls from infinity, codes change only where x_i/a crosses a midpoint of the codebook.
+
+Source: Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.2; free scale: Idelbayev et al., CVPR 2021.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lcq.base import Form, Per, Scheme, block_counts, blocks, compute_dtype
+from lcq.forms import Codes
+
+_CANDIDATES = 64
+_POLISH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Levels(Scheme):
+    """Projection on a fixed codebook, Delta = a c_k with c in `values`.
+
+    A tie between two levels goes to the one nearer to zero, but away from zero itself, and at zero to the positive one:
+    so sign(0) = +1, and |x| = 1/2 is not zero in {-1, 0, 1}.
+
+    Attributes:
+        values: the codebook c, at most 65,536 distinct finite numbers.
+        scale: False for a = 1; True for the scale a >= 0 that minimises the error, by a search over 64 scales, each
+            followed by its best codes, and a polish of the best (jit-able, sort-free); the error is the global minimum
+            up to the resolution of the search.
+        per: what shares one scale, see `lcq.base.block_counts`.
+        exact: the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)), on the host.
+
+    Raises:
+        ValueError: no values, too many, or values that are not finite; `per` or `exact` without `scale`.
+
+    Example:
+        >>> form = Levels((-1, 0, 1), scale=True).project(jnp.array([0.1, -2.0, 4.0, 0.0, 3.0]))
+        >>> form.dense()
+        Array([ 0., -3.,  3.,  0.,  3.], dtype=float32)
+    """
+
+    values: tuple[float, ...]
+    scale: bool = False
+    per: Per = None
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        values = tuple(sorted({float(np.float32(v)) for v in self.values}))
+        if not 1 <= len(values) <= 65536 or not all(math.isfinite(v) for v in values):
+            raise ValueError(f"wanted 1 to 65,536 finite levels; got {self.values!r}")
+        if not self.scale and (self.exact or self.per is not None):
+            raise ValueError("per= and exact= choose a scale: pass scale=True with them")
+        if self.scale and not any(values):
+            raise ValueError("wanted a level other than zero to scale; got zeros")
+        object.__setattr__(self, "values", values)
+
+    @property
+    def host(self) -> bool:
+        return self.exact
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block_counts(self.per, shape)
+
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
+        del mu
+        wide = tuple(jnp.asarray(x, compute_dtype(x.dtype)) for x in xs)
+        if not self.scale:
+            return tuple(self._form(x, nearest(w, self.values), None) for x, w in zip(xs, wide, strict=True))
+        if len(xs) > 1 and self.per is not None:
+            raise ValueError(f"a joint task has one scale; got per={self.per!r}")
+        counts = block_counts(self.per, xs[0].shape)
+        cuts = [blocks(w.shape, counts if len(xs) == 1 else (1,) * w.ndim) for w in wide]
+        cut = [w.reshape(c.split) for w, c in zip(wide, cuts, strict=True)]
+        axes = [c.axes for c in cuts]
+        if self.exact:
+            scale = _exact_scales(cut, axes, self.values)
+        else:
+            warm = None if previous is None else previous[0].scale.reshape(cuts[0].stat)
+            scale = search_scale(cut, axes, self.values, warm)
+        forms = []
+        for x, w, c in zip(xs, cut, cuts, strict=True):
+            a = scale.reshape(c.stat)
+            forms.append(
+                self._form(
+                    x,
+                    _nearest_scaled(w, self.values, a).reshape(x.shape),
+                    a.reshape(counts if len(xs) == 1 else (1,) * x.ndim),
+                )
+            )
+        return tuple(forms)
+
+    def _form(self, x: Array, codes: Array, scale: Array | None) -> Codes:
+        return Codes(codes, scale=scale, values=self.values, dtype=str(x.dtype))
+
+
+def Binary(scale: bool = True, per: Per = None) -> Levels:
+    """{-a, a} with a = mean |x|, or {-1, 1}: Delta = a sign(x), sign(0) = +1.
+
+    Source: Rastegari et al., arXiv 1603.05279; arXiv 1707.04319, section 4.2.
+
+    Example:
+        >>> Binary().project(jnp.array([-1.0, 2.0, 3.0])).dense()
+        Array([-2.,  2.,  2.], dtype=float32)
+    """
+    return Levels((-1.0, 1.0), scale=scale, per=per)
+
+
+def Ternary(scale: bool = True, per: Per = None) -> Levels:
+    """{-a, 0, a} with the best a: the mean of the j largest |x|, j = argmax (their sum)/sqrt(j); or {-1, 0, 1}.
+
+    Source: arXiv 1707.04319, section 4.2 and theorem A.3.
+    """
+    return Levels((-1.0, 0.0, 1.0), scale=scale, per=per)
+
+
+def PowersOfTwo(c: int, scale: bool = False, per: Per = None) -> Levels:
+    """{0, +-1, +-1/2, .., +-2^-c}: products become shifts.
+
+    Args:
+        c: the smallest power, 0 to 126.
+        scale: whether a common factor is free.
+        per: what shares the factor.
+
+    Source: arXiv 1707.04319, section 4.2 and theorem A.1.
+    """
+    if not 0 <= c <= 126:
+        raise ValueError(f"wanted 0 <= c <= 126; got {c}")
+    powers = [2.0**-i for i in range(c + 1)]
+    return Levels((*(-p for p in powers), 0.0, *powers), scale=scale, per=per)
+
+
+def thresholds(values: tuple[float, ...]) -> np.ndarray:
+    """t_1 < .. < t_{K-1} in float32 with code(x) = #{k: x >= t_k} for every float32 x, ties as `Levels` says.
+
+    x >= m and x > m for an exact midpoint m, which may fall between two float32 numbers, both become x >= t with t the
+    least float32 that satisfies them.
+    """
+    c = np.asarray(values, np.float64)
+    cuts = []
+    for low, high in itertools.pairwise(c):
+        middle = (low + high) / 2
+        t = np.float32(middle)
+        if np.float64(t) < middle:
+            t = np.nextafter(t, np.float32(np.inf))
+        upwards = low == 0 if middle > 0 else high != 0
+        if np.float64(t) == middle and not (upwards or middle == 0):
+            t = np.nextafter(t, np.float32(np.inf))
+        cuts.append(t)
+    return np.asarray(cuts, np.float32)
+
+
+def nearest(x: Float[Array, "..."], values: tuple[float, ...]) -> Array:
+    """Codes of the nearest levels, uint8 or uint16."""
+    return _count(x, [jnp.asarray(t, x.dtype) for t in thresholds(values)], len(values))
+
+
+def _nearest_scaled(x: Array, values: tuple[float, ...], a: Array) -> Array:
+    """Codes of the nearest of a * values; a broadcasts against x."""
+    first, last = int(values[0]), int(values[-1])
+    if len(values) > 32 and values == tuple(range(first, last + 1)):  # a long integer grid: round instead of comparing
+        safe = jnp.where(a > 0, a, 1)
+        return (jnp.clip(jnp.round(x / safe), first, last) - first).astype(code_dtype(len(values)))
+    return _count(x, [a * jnp.asarray(t, x.dtype) for t in thresholds(values)], len(values))
+
+
+def _count(x: Array, cuts: list[Array], k: int) -> Array:
+    if k > 64 and all(t.size == 1 for t in cuts):
+        t = jnp.stack([t.reshape(()) for t in cuts])
+        return jnp.searchsorted(t, x, side="right").astype(code_dtype(k))
+    codes = jnp.zeros(x.shape, code_dtype(k))
+    for t in cuts:
+        codes += (x >= t).astype(codes.dtype)
+    return codes
+
+
+def code_dtype(k: int) -> Any:
+    return jnp.uint8 if k <= 256 else jnp.uint16
+
+
+def _moments(xs: Any, axes: Any, values: tuple[float, ...], a: Array) -> tuple[Array, Array]:
+    """A = sum x c and B = sum c^2 per block, for the codes nearest at scale a."""
+    numerator, denominator = jnp.zeros_like(a), jnp.zeros_like(a)
+    for x, axis in zip(xs, axes, strict=True):
+        here = a.reshape(tuple(1 if i in axis else n for i, n in enumerate(x.shape)))
+        c = Codes(_nearest_scaled(x, values, here), values=values).dense()
+        numerator += jnp.sum(x * c, axis, keepdims=True).reshape(a.shape)
+        denominator += jnp.sum(c * c, axis, keepdims=True).reshape(a.shape)
+    return numerator, denominator
+
+
+def search_scale(xs: Any, axes: Any, values: tuple[float, ...], warm: Array | None = None) -> Array:
+    """The scale a >= 0 per block that minimises sum (x - a c)^2, without a sort.
+
+    Args:
+        xs: leaves cut into blocks, which share the scales.
+        axes: per leaf, the axes inside a block.
+        values: the codebook.
+        warm: a scale to start from; the result is at least as good.
+
+    Returns:
+        [blocks], of the shape of one number per block of the first leaf.
+    """
+
+    def over(reduce: Any, f: Any) -> Array:
+        parts = [reduce(f(x), axis, keepdims=True) for x, axis in zip(xs, axes, strict=True)]
+        return jax.tree.reduce(
+            jnp.maximum if reduce is jnp.max else jnp.add, [p.reshape(parts[0].shape) for p in parts]
+        )
+
+    usable = jnp.abs if values[0] < 0 < values[-1] else (lambda x: jnp.maximum(x if values[-1] > 0 else -x, 0))
+    sizes = [abs(v) for v in values if v]
+    count = jnp.maximum(over(jnp.sum, lambda x: (usable(x) > 0).astype(x.dtype)), 1)
+    low = over(jnp.sum, usable) / count / max(sizes)
+    high = over(jnp.max, usable) / min(sizes)
+    ratio = jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 1)
+
+    def better(a: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        """The best scale for the codes at a, if it beats the best so far."""
+        numerator, denominator = _moments(xs, axes, values, a)
+        fine = (numerator > 0) & (denominator > 0)
+        safe = jnp.where(fine, denominator, 1)
+        gain = jnp.where(fine, numerator**2 / safe, 0)
+        win = gain > best[1]
+        return jnp.where(win, numerator / safe, best[0]), jnp.where(win, gain, best[1])
+
+    best = (jnp.zeros_like(low), jnp.zeros_like(low))
+    if warm is not None:
+        best = better(warm, best)
+    many = 1 if not thresholds(values).any() else _CANDIDATES
+    step = 1 / max(many - 1, 1)
+    best = jax.lax.fori_loop(0, many, lambda i, best: better(low * ratio ** (i * step), best), best)
+    return jax.lax.fori_loop(0, _POLISH if many > 1 else 0, lambda _, best: better(best[0], best), best)[0]
+
+
+def _exact_scales(xs: Any, axes: Any, values: tuple[float, ...]) -> Array:
+    """`exact_scale` of every block, on the host."""
+    host = [np.asarray(x, np.float64) for x in xs]
+    inside = sorted(axes[0])
+    outside = [i for i in range(host[0].ndim) if i not in inside]
+    if len(host) > 1:
+        scales = np.array([exact_scale(np.concatenate([x.reshape(-1) for x in host]), values)])
+    else:
+        rows = host[0].transpose(outside + inside).reshape(-1, math.prod(host[0].shape[i] for i in inside))
+        scales = np.array([exact_scale(row, values) for row in rows])
+    shape = [1 if i in inside else n for i, n in enumerate(host[0].shape)]
+    return jnp.asarray(scales.reshape(shape), xs[0].dtype)
+
+
+def exact_scale(x: np.ndarray, values: tuple[float, ...]) -> float:
+    """The a >= 0 that minimises sum_i min_k (x_i - a c_k)^2, in float64.
+
+    Sweeps a from infinity down: every x_i starts at the level nearest to zero and moves outward where a passes x_i/m,
+    m a midpoint of the sign of x_i; A and B then only grow. Source: Idelbayev et al., CVPR 2021; the sweep is lcq's.
+    """
+    c = np.asarray(values, np.float64)
+    middles, gains, gains2 = (c[1:] + c[:-1]) / 2, np.diff(c), np.diff(c**2)
+    raise_at, da, db = [], [], []
+    positive, negative = x[x > 0], x[x < 0]
+    for m, g, g2 in zip(middles, gains, gains2, strict=True):
+        side = positive if m > 0 else negative if m < 0 else None
+        if side is not None:
+            sign = 1.0 if m > 0 else -1.0
+            raise_at.append(side / m)
+            da.append(sign * side * g)
+            db.append(np.full(side.shape, sign * g2))
+    start_up = c[np.searchsorted(middles, 0, side="right")]
+    start_down = c[np.searchsorted(middles, 0, side="left")]
+    a0 = start_up * positive.sum() + start_down * negative.sum()
+    b0 = start_up**2 * positive.size + start_down**2 * negative.size
+    if raise_at:
+        order = np.argsort(-np.concatenate(raise_at), kind="stable")
+        a0 = np.concatenate([[a0], a0 + np.cumsum(np.concatenate(da)[order])])
+        b0 = np.concatenate([[b0], b0 + np.cumsum(np.concatenate(db)[order])])
+    numerator, denominator = np.atleast_1d(a0), np.atleast_1d(b0)
+    fine = (numerator > 0) & (denominator > 0)
+    gain = np.where(fine, numerator**2 / np.where(fine, denominator, 1), 0)
+    best = int(np.argmax(gain))
+    return float(numerator[best] / denominator[best]) if gain[best] > 0 else 0.0

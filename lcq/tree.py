@@ -1,0 +1,112 @@
+"""Verbs on parameter trees: compress, decompress, and what a tree costs."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcq.base import Form, is_form
+from lcq.rules import Rule, Task, flatten, resolve
+
+
+def compress(params: Any, rules: Sequence[Rule]) -> Any:
+    """Direct compression: every selected leaf becomes its nearest form, Theta = Pi(w).
+
+    Args:
+        params: a tree of arrays.
+        rules: which leaves, and how; the first match wins.
+
+    Returns:
+        The tree with forms in the working layout at the selected leaves, everything else as it was.
+
+    Raises:
+        ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN or an infinity; names the leaf.
+
+    Example:
+        >>> import lcq
+        >>> w = {"kernel": jnp.array([[-1., -3.], [1., 3.]])}
+        >>> lcq.decompress(compress(w, [lcq.Rule("kernel", lcq.KMeans(k=2))]))
+        {'kernel': Array([[-2., -2.],
+               [ 2.,  2.]], dtype=float32)}
+
+    Source: Carreira-Perpinan, arXiv 1707.01209, section 3.1.
+    """
+    tasks = resolve(rules, params)
+    leaves, structure = flatten(params)
+    for task in tasks:
+        for path in task.paths:
+            check_finite(path, leaves[path])
+    return replace(structure, leaves, tasks, [task.project(take(leaves, task)) for task in tasks])
+
+
+def decompress(tree: Any) -> Any:
+    """Replaces every form by its dense array Delta(Theta)."""
+    return jax.tree.map(lambda leaf: leaf.dense() if is_form(leaf) else leaf, tree, is_leaf=is_form)
+
+
+def take(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
+    """The leaves of one task, in its order."""
+    return tuple(leaves[path] for path in task.paths)
+
+
+def replace(structure: Any, leaves: dict[str, Any], tasks: Sequence[Task], forms: Sequence[tuple[Form, ...]]) -> Any:
+    """The tree of `structure` with each task's forms at its leaves."""
+    new = dict(leaves)
+    for task, of_task in zip(tasks, forms, strict=True):
+        new.update(zip(task.paths, of_task, strict=True))
+    return jax.tree.unflatten(structure, new.values())
+
+
+def check_finite(path: str, leaf: Any) -> None:
+    """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
+    if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
+        bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
+        raise ValueError(f"{path}: wanted finite weights; got {bad} NaN or infinite of {leaf.size}")
+
+
+class Size(NamedTuple):
+    """Bits of one leaf before and after.
+
+    Attributes:
+        dense: bits of the leaf as float32, the reference of every ratio.
+        bits: bits of what is stored, without what another leaf already counted.
+        form: name of the form, "-" for a plain array.
+    """
+
+    dense: int
+    bits: int
+    form: str
+
+
+def sizes(tree: Any) -> dict[str, Size]:
+    """Bits of every leaf of a compressed tree; nothing is left out, what a joint task shares counts at its first leaf.
+
+    Exact for stored forms; in the working layout an estimate where the cost depends on the values.
+
+    Example:
+        >>> import lcq
+        >>> w = {"bias": jnp.zeros(2), "kernel": jnp.ones((8, 4))}
+        >>> sizes(compress(w, [lcq.Rule("kernel", lcq.Binary(scale=True))]))["kernel"]
+        Size(dense=1024, bits=64, form='Codes')
+    """
+    result = {}
+    seen: set[str] = set()
+    for path, leaf in flatten(tree)[0].items():
+        if not is_form(leaf):
+            leaf = np.asarray(leaf) if not hasattr(leaf, "dtype") else leaf
+            result[path] = Size(32 * leaf.size, leaf.size * leaf.dtype.itemsize * 8, "-")
+            continue
+        bits = leaf.bits
+        if leaf.shared is not None:
+            bits -= leaf.shared_bits if leaf.shared in seen else 0
+            seen.add(leaf.shared)
+        result[path] = Size(32 * int(np.prod(leaf.shape)), bits, type(leaf).__name__)
+    return result
+
+
+def ratio(tree: Any) -> float:
+    """Bits of the tree in float32 over bits as stored: 32 (P1 + P0) / (bits(Theta) + 32 P0)."""
+    rows = sizes(tree).values()
+    return sum(row.dense for row in rows) / sum(row.bits for row in rows)

@@ -1,0 +1,37 @@
+"""Set up before jax or lcq is imported: simulated devices, run-time shape checks, a hypothesis profile."""
+
+import os
+import typing
+
+# Eight simulated CPU devices, so that sharding is tested on every machine.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import beartype
+import jaxtyping
+
+
+def checked(function):
+    """beartype, where an int is a float, except for `Self`, which it refuses on a method whose class it does not decorate."""
+    hints = getattr(function, "__annotations__", {})
+    hints.update({name: typing.Any for name, hint in hints.items() if hint is typing.Self})
+    return beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)
+
+
+# Every annotated function of lcq checks its shapes and types while the tests run.
+jaxtyping.install_import_hook("lcq", f"{__name__}.checked")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "lcq", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=True
+)
+hypothesis.settings.load_profile("lcq")
+
+
+@pytest.fixture(autouse=True)
+def x64_stays_off():
+    """Oracles in float64 are plain numpy; no test, and nothing in lcq, switches jax to 64 bits."""
+    yield
+    assert not jax.config.jax_enable_x64
