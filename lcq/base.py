@@ -2,7 +2,8 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 import jax
@@ -71,6 +72,14 @@ class Form(abc.ABC):
     def unpack(self) -> Self:
         """The working layout; the form itself if it is working already."""
 
+    @abc.abstractmethod
+    def check_stored(self) -> None:
+        """Raises ValueError unless this is a stored layout that `dense()` can expand.
+
+        For files, which anyone may have written: static fields have their annotated types, nothing else is certain.
+        Arrays may be shape structs, so that a file is checked before anything is allocated.
+        """
+
 
 class Scheme(abc.ABC):
     """How arrays become forms: the C step Pi(x) = argmin_Theta ||x - Delta(Theta)||^2 + (2/mu) C(Theta).
@@ -89,6 +98,11 @@ class Scheme(abc.ABC):
     @property
     def host(self) -> bool:
         return False
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _compiled(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
+        """`solve`, compiled once for all leaves of equal shapes."""
+        return self.solve(xs, previous, mu)
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
@@ -134,7 +148,7 @@ class Scheme(abc.ABC):
                     f"{self} is solved on the host and cannot run under jit; call it on concrete arrays "
                     "(lcq.compress, or lcq.lc(every=None) with lcq.c_step), or choose exact=False"
                 )
-        forms = self.solve(tuple(xs), previous, mu)
+        forms = (self.solve if self.host else self._compiled)(xs, previous, mu)
         return forms[0] if single else forms
 
 
@@ -240,6 +254,55 @@ def block_counts(per: Per, shape: Sequence[int]) -> tuple[int, ...]:
             )
         counts.append(length // g if g else 1)
     return tuple(counts)
+
+
+class Cut(NamedTuple):
+    """Leaves cut into blocks, with one number per block that all leaves share.
+
+    Attributes:
+        leaves: the arrays in float32 or wider, of shape `blocks.split`.
+        blocks: how each leaf is cut.
+        counts: blocks along each axis of each leaf.
+    """
+
+    leaves: tuple[Array, ...]
+    blocks: tuple[Blocks, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    def sum(self, arrays: Iterable[Array]) -> Array:
+        """Sums over blocks and leaves: one number per block, of the shape of the first leaf's blocks."""
+        return functools.reduce(jnp.add, self._each(jnp.sum, arrays))
+
+    def max(self, arrays: Iterable[Array]) -> Array:
+        """Maxima over blocks and leaves."""
+        return functools.reduce(jnp.maximum, self._each(jnp.max, arrays))
+
+    def _each(self, reduce: Any, arrays: Iterable[Array]) -> list[Array]:
+        first = self.blocks[0].stat
+        pairs = zip(arrays, self.blocks, strict=True)
+        return [reduce(array, block.axes, keepdims=True).reshape(first) for array, block in pairs]
+
+    def spread(self, stat: Array) -> list[Array]:
+        """One number per block, shaped to broadcast against each leaf."""
+        return [stat.reshape(block.stat) for block in self.blocks]
+
+    def numbers(self, stat: Array) -> list[Array]:
+        """One number per block, shaped as a form stores it for each leaf."""
+        return [stat.reshape(count) for count in self.counts]
+
+
+def cut(xs: Sequence[Array], per: Per) -> Cut:
+    """Cuts leaves into blocks.
+
+    Raises:
+        ValueError: `per` does not fit a shape, or several leaves are to share the numbers of more than one block.
+    """
+    if len(xs) > 1 and per is not None:
+        raise ValueError(f"per={per!r}: leaves of a joint task share one codebook and scale; drop per= or joint=")
+    counts = tuple(block_counts(per, x.shape) for x in xs)
+    how = tuple(blocks(x.shape, count) for x, count in zip(xs, counts, strict=True))
+    leaves = tuple(x.astype(compute_dtype(x.dtype)).reshape(b.split) for x, b in zip(xs, how, strict=True))
+    return Cut(leaves, how, counts)
 
 
 def compute_dtype(dtype: DTypeLike) -> Any:

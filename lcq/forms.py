@@ -14,6 +14,7 @@ from lcq.base import Form, blocks, compute_dtype, leafwise, register_form, stati
 
 _SELECT = 32
 """Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
+_FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
 @register_form
@@ -86,6 +87,28 @@ class Codes(Form):
             value = value * self.scale.reshape(cut.stat)
         return value.reshape(codes.shape).astype(self.dtype)
 
+    def check_stored(self) -> None:
+        if self.packed is None:
+            raise ValueError("wanted packed codes with the leaf's shape; got the working layout")
+        check_shape(self.packed)
+        check_float("dtype", self.dtype)
+        if (self.levels is None) == (self.values is None):
+            raise ValueError("wanted either learned levels or fixed values")
+        _check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": self.zero})
+        if not 1 <= self.size_of_table <= 65536:
+            raise ValueError(f"wanted 1 to 65,536 levels; got {self.size_of_table}")
+        if self.values is not None and max(map(abs, self.values)) > np.finfo(np.float32).max:
+            raise ValueError("wanted fixed values that float32 can hold")
+        size, width = math.prod(self.packed), packing.width(self.size_of_table)
+        words = packing.word_count(size, width)
+        if self.codes.dtype != np.uint32 or self.codes.shape != (words,):
+            raise ValueError(
+                f"codes: wanted uint32[{words}] for {size} codes of {width} bits; "
+                f"got {self.codes.dtype}{list(self.codes.shape)}"
+            )
+        if isinstance(self.codes, np.ndarray) and _largest(self.codes, width, size) >= self.size_of_table:
+            raise ValueError(f"codes: wanted codes below {self.size_of_table}; got a larger one")
+
 
 def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None, stat: tuple[int, ...]) -> Array:
     """table[codes]; codes are cut into blocks, `stat` is the shape of one number per block."""
@@ -104,6 +127,53 @@ def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None
     for k in range(1, table.shape[-1]):
         value = jnp.where(codes == k, table[..., k], value)
     return value
+
+
+def _check_blocks(shape: tuple[int, ...], arrays: dict[str, Array | None]) -> None:
+    """Of what has one entry per block: floats, the same blocks in all, and these divide the leaf's axes."""
+    seen = None
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        check_float(name, str(array.dtype))
+        counts = array.shape[:-1] if name == "levels" else array.shape
+        rank = len(shape) + (name == "levels")
+        if len(array.shape) != rank or any(c < 1 or n % c for c, n in zip(counts, shape, strict=True)):
+            raise ValueError(f"{name}: wanted block counts that divide the leaf's {list(shape)}; got {list(array.shape)}")
+        if seen not in (None, counts):
+            raise ValueError(f"{name}: wanted the same blocks in all of {', '.join(arrays)}; got {counts} and {seen}")
+        seen = counts
+
+
+def _largest(words: np.ndarray, width: int, size: int) -> int:
+    """The largest of packed codes, without unpacking them all at once. Host only."""
+    if width == 0 or size == 0:
+        return 0
+    rows = -(-size // 32)
+    grid = np.zeros(rows * width, np.uint32)
+    grid[: words.size] = words
+    grid = grid.reshape(rows, width)
+    largest = 0
+    for i in range(32):
+        word, shift = divmod(i * width, 32)
+        code = grid[:, word] >> np.uint32(shift)
+        if shift + width > 32:
+            code |= grid[:, word + 1] << np.uint32(32 - shift)
+        largest = max(largest, int((code & np.uint32((1 << width) - 1)).max()))
+    return largest
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless an array could have this shape."""
+    fits = len(shape) <= 64 and all(0 <= n < 1 << 63 for n in shape) and math.prod(n or 1 for n in shape) < 1 << 63
+    if not fits:
+        raise ValueError(f"wanted a shape of at most 64 axes and 2^63 elements; got {str(shape)[:200]}")
+
+
+def check_float(name: str, dtype: str) -> None:
+    """Raises ValueError unless `dtype` is the name of a floating-point dtype."""
+    if dtype not in _FLOATS:
+        raise ValueError(f"{name}: wanted one of {', '.join(_FLOATS)}; got {dtype[:40]!r}")
 
 
 @register_form
@@ -132,3 +202,8 @@ class Cast(Form):
 
     def dense(self) -> Array:
         return jnp.asarray(self.values).astype(self.dtype)
+
+    def check_stored(self) -> None:
+        check_shape(self.values.shape)
+        check_float("values", str(self.values.dtype))
+        check_float("dtype", self.dtype)

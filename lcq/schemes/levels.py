@@ -9,6 +9,7 @@ Source: Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.2; free scale
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -18,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcq.base import Form, Per, Scheme, block_counts, blocks, compute_dtype
+from lcq.base import Cut, Form, Per, Scheme, block_counts, cut
 from lcq.forms import Codes
 
 _CANDIDATES = 64
-_POLISH = 8
+_ZOOM = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Levels(Scheme):
 
     Attributes:
         values: the codebook c, at most 65,536 distinct finite numbers.
-        scale: False for a = 1; True for the scale a >= 0 that minimises the error, by a search over 64 scales, each
-            followed by its best codes, and a polish of the best (jit-able, sort-free); the error is the global minimum
-            up to the resolution of the search.
+        scale: False for a = 1; True for the scale a >= 0 that minimises the error, by a search over 64 scales and twice
+            16 around the best of them, each judged after its codes have got their best scale: sort-free, jit-able, and
+            global up to the resolution of the search.
         per: what shares one scale, see `lcq.base.block_counts`.
         exact: the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)), on the host.
 
@@ -73,34 +74,19 @@ class Levels(Scheme):
 
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
         del mu
-        wide = tuple(jnp.asarray(x, compute_dtype(x.dtype)) for x in xs)
+        whole = cut(xs, self.per)
         if not self.scale:
-            return tuple(self._form(x, nearest(w, self.values), None) for x, w in zip(xs, wide, strict=True))
-        if len(xs) > 1 and self.per is not None:
-            raise ValueError(f"a joint task has one scale; got per={self.per!r}")
-        counts = block_counts(self.per, xs[0].shape)
-        cuts = [blocks(w.shape, counts if len(xs) == 1 else (1,) * w.ndim) for w in wide]
-        cut = [w.reshape(c.split) for w, c in zip(wide, cuts, strict=True)]
-        axes = [c.axes for c in cuts]
+            leaves = zip(xs, whole.leaves, strict=True)
+            return tuple(self._form(x, nearest(w, self.values), None) for x, w in leaves)
         if self.exact:
-            scale = _exact_scales(cut, axes, self.values)
+            a = _exact_scales(whole, self.values)
         else:
-            warm = None if previous is None else previous[0].scale.reshape(cuts[0].stat)
-            scale = search_scale(cut, axes, self.values, warm)
-        forms = []
-        for x, w, c in zip(xs, cut, cuts, strict=True):
-            a = scale.reshape(c.stat)
-            forms.append(
-                self._form(
-                    x,
-                    _nearest_scaled(w, self.values, a).reshape(x.shape),
-                    a.reshape(counts if len(xs) == 1 else (1,) * x.ndim),
-                )
-            )
-        return tuple(forms)
+            a = search_scale(whole, self.values, None if previous is None else previous[0].scale)
+        leaves = zip(xs, whole.leaves, whole.spread(a), whole.numbers(a), strict=True)
+        return tuple(self._form(x, _nearest_scaled(w, self.values, here), scale) for x, w, here, scale in leaves)
 
     def _form(self, x: Array, codes: Array, scale: Array | None) -> Codes:
-        return Codes(codes, scale=scale, values=self.values, dtype=str(x.dtype))
+        return Codes(codes.reshape(x.shape), scale=scale, values=self.values, dtype=str(x.dtype))
 
 
 def Binary(scale: bool = True, per: Per = None) -> Levels:
@@ -187,73 +173,67 @@ def code_dtype(k: int) -> Any:
     return jnp.uint8 if k <= 256 else jnp.uint16
 
 
-def _moments(xs: Any, axes: Any, values: tuple[float, ...], a: Array) -> tuple[Array, Array]:
-    """A = sum x c and B = sum c^2 per block, for the codes nearest at scale a."""
-    numerator, denominator = jnp.zeros_like(a), jnp.zeros_like(a)
-    for x, axis in zip(xs, axes, strict=True):
-        here = a.reshape(tuple(1 if i in axis else n for i, n in enumerate(x.shape)))
-        c = Codes(_nearest_scaled(x, values, here), values=values).dense()
-        numerator += jnp.sum(x * c, axis, keepdims=True).reshape(a.shape)
-        denominator += jnp.sum(c * c, axis, keepdims=True).reshape(a.shape)
-    return numerator, denominator
-
-
-def search_scale(xs: Any, axes: Any, values: tuple[float, ...], warm: Array | None = None) -> Array:
+def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = None) -> Array:
     """The scale a >= 0 per block that minimises sum (x - a c)^2, without a sort.
 
     Args:
-        xs: leaves cut into blocks, which share the scales.
-        axes: per leaf, the axes inside a block.
+        whole: leaves cut into the blocks that share a scale.
         values: the codebook.
-        warm: a scale to start from; the result is at least as good.
+        warm: scales to start from; the result is at least as good.
 
     Returns:
-        [blocks], of the shape of one number per block of the first leaf.
+        One number per block.
     """
-
-    def over(reduce: Any, f: Any) -> Array:
-        parts = [reduce(f(x), axis, keepdims=True) for x, axis in zip(xs, axes, strict=True)]
-        return jax.tree.reduce(
-            jnp.maximum if reduce is jnp.max else jnp.add, [p.reshape(parts[0].shape) for p in parts]
-        )
-
-    usable = jnp.abs if values[0] < 0 < values[-1] else (lambda x: jnp.maximum(x if values[-1] > 0 else -x, 0))
+    two_sided = values[0] < 0 < values[-1]
+    usable = [jnp.abs(x) if two_sided else jnp.maximum(x if values[-1] > 0 else -x, 0) for x in whole.leaves]
+    high = whole.max(usable)
+    unit = jnp.ldexp(jnp.ones_like(high), jnp.frexp(high)[1])  # sums of squares neither overflow nor vanish
+    leaves = [x / here for x, here in zip(whole.leaves, whole.spread(unit), strict=True)]
+    count = jnp.maximum(whole.sum([(x > 0).astype(x.dtype) for x in usable]), 1)
     sizes = [abs(v) for v in values if v]
-    count = jnp.maximum(over(jnp.sum, lambda x: (usable(x) > 0).astype(x.dtype)), 1)
-    low = over(jnp.sum, usable) / count / max(sizes)
-    high = over(jnp.max, usable) / min(sizes)
+    low, high = whole.sum(usable) / count / unit / max(sizes), high / unit / min(sizes)
     ratio = jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 1)
 
     def better(a: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        """The best scale for the codes at a, if it beats the best so far."""
-        numerator, denominator = _moments(xs, axes, values, a)
-        fine = (numerator > 0) & (denominator > 0)
-        safe = jnp.where(fine, denominator, 1)
-        gain = jnp.where(fine, numerator**2 / safe, 0)
-        win = gain > best[1]
-        return jnp.where(win, numerator / safe, best[0]), jnp.where(win, gain, best[1])
+        """The best scale for the codes at a, a = A/B, if its A^2/B beats the best so far."""
+        near = [_nearest_scaled(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
+        c = [Codes(codes, values=values).dense() for codes in near]
+        numerator = whole.sum([x * q for x, q in zip(leaves, c, strict=True)])
+        denominator = whole.sum([q * q for q in c])
+        return keep_better((numerator, denominator), (), best)
 
     best = (jnp.zeros_like(low), jnp.zeros_like(low))
     if warm is not None:
-        best = better(warm, best)
-    many = 1 if not thresholds(values).any() else _CANDIDATES
-    step = 1 / max(many - 1, 1)
-    best = jax.lax.fori_loop(0, many, lambda i, best: better(low * ratio ** (i * step), best), best)
-    return jax.lax.fori_loop(0, _POLISH if many > 1 else 0, lambda _, best: better(best[0], best), best)[0]
+        best = better(warm.reshape(low.shape) / unit, best)
+    many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
+    best = jax.lax.fori_loop(0, many, lambda i, best: better(low * ratio ** (i / max(many - 1, 1)), best), best)
+    for zoom in (1, _ZOOM) if many > 1 else ():  # twice more, between the neighbours of the best
+        middle, width = best[0], ratio ** (1 / many / zoom)
+        offset = functools.partial(lambda i, m, w: m * w ** (2 * (i + 1) / _ZOOM - 1), m=middle, w=width)
+        best = jax.lax.fori_loop(0, _ZOOM, lambda i, best, at=offset: better(at(i), best), best)
+    return best[0] * unit
 
 
-def _exact_scales(xs: Any, axes: Any, values: tuple[float, ...]) -> Array:
+def keep_better(moments: tuple[Array, Array], others: tuple[Array, ...], best: tuple[Array, ...]) -> tuple[Array, ...]:
+    """(A/B, *others, A^2/B) where A^2/B beats the last entry of `best`, else `best`; per block."""
+    numerator, denominator = moments
+    fine = (numerator > 0) & (denominator > 0)
+    safe = jnp.where(fine, denominator, 1)
+    gain = jnp.where(fine, numerator**2 / safe, 0)
+    win = gain > best[-1]
+    return tuple(jnp.where(win, n, b) for n, b in zip((numerator / safe, *others, gain), best, strict=True))
+
+
+def _exact_scales(whole: Cut, values: tuple[float, ...]) -> Array:
     """`exact_scale` of every block, on the host."""
-    host = [np.asarray(x, np.float64) for x in xs]
-    inside = sorted(axes[0])
-    outside = [i for i in range(host[0].ndim) if i not in inside]
-    if len(host) > 1:
-        scales = np.array([exact_scale(np.concatenate([x.reshape(-1) for x in host]), values)])
+    block = whole.blocks[0]
+    if len(whole.leaves) > 1:
+        rows = np.concatenate([np.asarray(x, np.float64).reshape(1, -1) for x in whole.leaves], axis=1)
     else:
-        rows = host[0].transpose(outside + inside).reshape(-1, math.prod(host[0].shape[i] for i in inside))
-        scales = np.array([exact_scale(row, values) for row in rows])
-    shape = [1 if i in inside else n for i, n in enumerate(host[0].shape)]
-    return jnp.asarray(scales.reshape(shape), xs[0].dtype)
+        outside = [i for i in range(len(block.split)) if i not in block.axes]
+        rows = np.asarray(whole.leaves[0], np.float64).transpose(outside + list(block.axes)).reshape(-1, block.size)
+    scales = np.array([exact_scale(row, values) for row in rows])
+    return jnp.asarray(scales.reshape(block.stat), whole.leaves[0].dtype)
 
 
 def exact_scale(x: np.ndarray, values: tuple[float, ...]) -> float:

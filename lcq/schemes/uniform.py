@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lcq.base import Form, Per, Scheme, block_counts, blocks, compute_dtype
+from lcq.base import Cut, Form, Per, Scheme, block_counts, cut
 from lcq.forms import Codes
-from lcq.schemes.levels import Levels, code_dtype
+from lcq.schemes.levels import Levels, code_dtype, keep_better
 
 _SHRINKS = 64
 _POLISH = 8
@@ -57,24 +57,16 @@ class Uniform(Scheme):
             half = 1 << (self.bits - 1)
             grid = Levels(tuple(map(float, range(-half, half))), scale=True, per=self.per)
             return grid.solve(xs, previous, mu)
-        if len(xs) > 1 and self.per is not None:
-            raise ValueError(f"a joint task has one scale; got per={self.per!r}")
-        counts = [block_counts(self.per, x.shape) for x in xs]
-        cuts = [blocks(x.shape, n) for x, n in zip(xs, counts, strict=True)]
-        cut = [x.astype(compute_dtype(x.dtype)).reshape(c.split) for x, c in zip(xs, cuts, strict=True)]
-        warm = None
-        if previous is not None:
-            warm = (previous[0].scale.reshape(cuts[0].stat), previous[0].zero.reshape(cuts[0].stat))
-        a, z = _search_grid(cut, [c.axes for c in cuts], (1 << self.bits) - 1, warm)
+        last = (1 << self.bits) - 1
+        whole = cut(xs, self.per)
+        a, z = _search_grid(whole, last, None if previous is None else (previous[0].scale, previous[0].zero))
+        grid = tuple(map(float, range(last + 1)))
+        leaves = zip(
+            xs, whole.leaves, *(whole.spread(s) for s in (a, z)), *(whole.numbers(s) for s in (a, z)), strict=True
+        )
         return tuple(
-            Codes(
-                _codes(w, a.reshape(c.stat), z.reshape(c.stat), (1 << self.bits) - 1).reshape(x.shape),
-                scale=a.reshape(n),
-                zero=z.reshape(n),
-                values=tuple(map(float, range(1 << self.bits))),
-                dtype=str(x.dtype),
-            )
-            for x, w, c, n in zip(xs, cut, cuts, counts, strict=True)
+            Codes(_codes(w, b, y, last).reshape(x.shape), scale=scale, zero=zero, values=grid, dtype=str(x.dtype))
+            for x, w, b, y, scale, zero in leaves
         )
 
 
@@ -84,31 +76,17 @@ def _codes(x: Array, a: Array, z: Array, last: int) -> Array:
     return jnp.clip(jnp.round(x / safe) + z, 0, last).astype(code_dtype(last + 1))
 
 
-def _search_grid(xs: Any, axes: Any, last: int, warm: Any) -> tuple[Array, Array]:
+def _search_grid(whole: Cut, last: int, warm: tuple[Array, Array] | None) -> tuple[Array, Array]:
     """The best scale a and zero z per block among shrunk ranges, polished; at least as good as `warm`."""
-
-    def over(reduce: Any, combine: Any, arrays: Any) -> Array:
-        parts = [reduce(x, axis, keepdims=True) for x, axis in zip(arrays, axes, strict=True)]
-        return jax.tree.reduce(combine, [p.reshape(parts[0].shape) for p in parts])
-
-    low = jnp.minimum(over(jnp.min, jnp.minimum, xs), 0)
-    high = jnp.maximum(over(jnp.max, jnp.maximum, xs), 0)
+    low = -jnp.maximum(whole.max([-x for x in whole.leaves]), 0)
+    high = jnp.maximum(whole.max(whole.leaves), 0)
 
     def better(a: Array, z: Array, best: Any) -> Any:
-        """Codes at (a, z), the best scale for these codes, kept if its error is the least so far."""
-        here = [
-            tuple(s.reshape(tuple(1 if i in axis else n for i, n in enumerate(x.shape))) for s in (a, z))
-            for x, axis in zip(xs, axes, strict=True)
-        ]
-        steps = [_codes(x, b, y, last).astype(x.dtype) - y for x, (b, y) in zip(xs, here, strict=True)]
-        numerator = over(jnp.sum, jnp.add, [x * q for x, q in zip(xs, steps, strict=True)])
-        denominator = over(jnp.sum, jnp.add, [q * q for q in steps])
-        fine = (numerator > 0) & (denominator > 0)
-        safe = jnp.where(fine, denominator, 1)
-        gain = jnp.where(fine, numerator**2 / safe, 0)
-        win = gain > best[2]
-        new = (numerator / safe, z, gain)
-        return tuple(jnp.where(win, n, b) for n, b in zip(new, best, strict=True))
+        """The best scale for the codes at (a, z), kept if its error is the least so far."""
+        here = zip(whole.leaves, whole.spread(a), whole.spread(z), strict=True)
+        steps = [_codes(x, b, y, last).astype(x.dtype) - y for x, b, y in here]
+        numerator = whole.sum([x * q for x, q in zip(whole.leaves, steps, strict=True)])
+        return keep_better((numerator, whole.sum([q * q for q in steps])), (z,), best)
 
     def shrunk(i: Any, best: Any) -> Any:
         a = (high - low) * ((i + 1) / _SHRINKS) / last
@@ -117,7 +95,7 @@ def _search_grid(xs: Any, axes: Any, last: int, warm: Any) -> tuple[Array, Array
 
     best = (jnp.zeros_like(low), jnp.zeros_like(low), jnp.zeros_like(low))
     if warm is not None:
-        best = better(warm[0], warm[1], best)
+        best = better(warm[0].reshape(low.shape), warm[1].reshape(low.shape), best)
     best = jax.lax.fori_loop(0, _SHRINKS, shrunk, best)
     a, z, _ = jax.lax.fori_loop(0, _POLISH, lambda _, best: better(best[0], best[1], best), best)
     return a, z

@@ -1,0 +1,309 @@
+"""Trees of forms <-> named streams and a JSON record per leaf.
+
+A leaf's record is one of
+
+    {"path": ["layers", 0, "b"], "kinds": "asd", "array": "layers/0/b"}
+    {"path": .., "kinds": .., "form": "Codes", "static": {"dtype": ..}, "arrays": {"codes": "layers/0/w.codes", ..}}
+    {"path": .., "kinds": .., "empty": null}
+
+`kinds` has a letter per key: d a dict's key, s a place in a sequence, a an attribute. Of a form, fields marked `static()` are
+JSON values (a grid of consecutive whole numbers is its two ends), arrays are names of streams, [name, shape] where a stream is
+shared with a leaf of another rank, a tuple is {"tuple": [..]}, a form in a form is a record without path, and None is left
+out. Leaves of a joint task name the same streams, except for their leafwise fields. "empty" keeps what holds nothing:
+null, [] or {}.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey, GetAttrKey
+
+from lcq.base import FORMS, Form, is_form
+from lcq.rules import key_of
+
+DEPTH = 64
+"""Most keys in a path, and most forms inside each other."""
+
+_KEYS: dict[str, tuple[type, ...]] = {"d": (str, int), "s": (int,), "a": (str,)}
+
+
+class Leaf(NamedTuple):
+    """A place in a tree and what is there: an array, a form, or a container that holds nothing."""
+
+    keys: tuple[str | int, ...]
+    kinds: str
+    value: Any
+
+    @property
+    def path(self) -> str:
+        return "/".join(map(str, self.keys))
+
+
+def flatten(tree: Any) -> tuple[list[Leaf], jax.tree_util.PyTreeDef]:
+    """The leaves of a tree, forms and empty containers among them, and its structure.
+
+    A flax.nnx variable counts as the array in it: a last attribute "value" with nothing beside it is dropped.
+
+    Raises:
+        ValueError: keys that a file cannot hold, or two leaves with one path.
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: is_form(n) or _is_empty(n))
+    below = collections.Counter(keys[:i] for keys, _ in pairs for i in range(len(keys)))
+    leaves = []
+    for keys, value in pairs:
+        if len(keys) > 1 and keys[-1] == GetAttrKey("value") and below[keys[:-1]] == 1:
+            keys = keys[:-1]
+        leaf = Leaf(tuple(map(key_of, keys)), "".join(map(_kind, keys)), value)
+        if len(keys) > DEPTH or not all(type(k) is int or (type(k) is str and k.isprintable()) for k in leaf.keys):
+            raise ValueError(
+                f"{leaf.path!r}: wanted at most {DEPTH} keys, each an integer or a printable string; got {leaf.keys!r}"
+            )
+        leaves.append(leaf)
+    check_paths(leaves)
+    return leaves, structure
+
+
+def is_empty(leaf: Leaf) -> bool:
+    """Whether there is a container without leaves, None included."""
+    return not is_form(leaf.value) and _is_empty(leaf.value)
+
+
+def _is_empty(node: Any) -> bool:
+    return jax.tree.structure(node, is_leaf=lambda n: n is not node).num_leaves == 0
+
+
+def _kind(key: Any) -> str:
+    if isinstance(key, DictKey):
+        return "d"
+    return "s" if isinstance(key_of(key), int) else "a"
+
+
+def check_paths(leaves: Sequence[Leaf]) -> None:
+    """Raises ValueError if two leaves have one path."""
+    path, count = collections.Counter(leaf.path for leaf in leaves).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{path!r}: {count} leaves have this path; rename all but one")
+
+
+def nest(leaves: Sequence[Leaf]) -> Any:
+    """Leaves as nested dicts: an attribute is a string key; a sequence, also a tuple, is a list.
+
+    Raises:
+        ValueError: keys that contradict each other.
+    """
+    if len(leaves) == 1 and not leaves[0].keys:
+        return leaves[0].value
+    groups: dict[str | int, list[Leaf]] = {}
+    for leaf in leaves:
+        if not leaf.keys:
+            raise ValueError("a leaf and a branch have the same path")
+        groups.setdefault(leaf.keys[0], []).append(Leaf(leaf.keys[1:], leaf.kinds[1:], leaf.value))
+    tree = {key: nest(group) for key, group in groups.items()}
+    kinds = {leaf.kinds[0] for leaf in leaves}
+    if "s" not in kinds:
+        return tree
+    if kinds != {"s"} or set(tree) != set(range(len(tree))):
+        raise ValueError(f"wanted places 0 to {len(tree) - 1} of a sequence; got {list(tree)[:8]}")
+    return [tree[i] for i in range(len(tree))]
+
+
+class Encoder:
+    """Turns leaves into records and collects their streams.
+
+    Attributes:
+        streams: arrays by name, in the order in which they came.
+    """
+
+    def __init__(self) -> None:
+        self.streams: dict[str, np.ndarray] = {}
+        self._shared: dict[tuple[str, ...], tuple[str, Any, np.ndarray | None]] = {}
+
+    def encode(self, leaf: Leaf) -> dict[str, Any]:
+        """The record of a leaf: a host array, a stored form of host arrays, or an empty container.
+
+        Raises:
+            ValueError: a form that is not well-formed, a NaN or an infinity in a form, or leaves of a joint task that
+                disagree in what they share; names the leaf.
+        """
+        where: dict[str, Any] = {"path": list(leaf.keys), "kinds": leaf.kinds}
+        if is_form(leaf.value):
+            try:
+                check_form(leaf.value)
+            except ValueError as error:
+                raise ValueError(f"{leaf.path}: {error}") from error
+            return where | self._form(leaf.path, "", leaf.value)
+        if is_empty(leaf):
+            empty = None if leaf.value is None else [] if isinstance(leaf.value, list | tuple) else {}
+            return where | {"empty": empty}
+        return where | {"array": self._add(leaf.path, leaf.value)}
+
+    def _form(self, path: str, inside: str, form: Form) -> dict[str, Any]:
+        static, arrays = {}, {}
+        shared = getattr(form, "shared", None)
+        for field in dataclasses.fields(form):
+            value, name = getattr(form, field.name), f"{inside}.{field.name}"
+            if field.metadata.get("static"):
+                static[field.name] = _to_json(value)
+                continue
+            own = shared is None or field.metadata.get("leafwise")
+            written = self._value(path, name, value) if own else self._common(path, name, value, shared)
+            if written is not None:
+                arrays[field.name] = written
+        return {"form": type(form).__name__, "static": static, "arrays": arrays}
+
+    def _value(self, path: str, name: str, value: Any) -> Any:
+        if value is None:
+            return None
+        if is_form(value):
+            return self._form(path, name, value)
+        if isinstance(value, tuple):
+            return {"tuple": [self._value(path, f"{name}.{i}", v) for i, v in enumerate(value)]}
+        return self._add(path + name, value)
+
+    def _common(self, path: str, name: str, value: np.ndarray | None, shared: str) -> Any:
+        """What a joint task has in common: stored at the first of its leaves."""
+        if (shared, name) not in self._shared:
+            self._shared[shared, name] = (path, self._value(path, name, value), value)
+        owner, written, first = self._shared[shared, name]
+        if value is None or first is None:
+            same = value is first
+        else:
+            same = value.dtype == first.dtype and value.tobytes() == first.tobytes()
+        if not same:
+            raise ValueError(
+                f"{path}: wanted the {name[1:]} of {owner}, which shares it (shared={shared!r}); got another; "
+                "compress both leaves in one joint task, or set shared=None"
+            )
+        return written if value is None or first is None or value.shape == first.shape else [written, [*value.shape]]
+
+    def _add(self, name: str, array: np.ndarray) -> str:
+        while name in self.streams or name == "__metadata__":
+            name += "'"
+        self.streams[name] = array
+        return name
+
+
+def check_form(form: Form) -> None:
+    """Raises ValueError unless a form is well-formed in the stored layout and its numbers are finite."""
+    form.check_stored()
+    for path, array in jax.tree_util.tree_flatten_with_path(form)[0]:
+        if isinstance(array, np.ndarray) and jnp.issubdtype(array.dtype, jnp.floating):
+            finite = np.isfinite(array.astype(np.float32) if array.dtype.itemsize < 4 else array)
+            if not finite.all():
+                name = jax.tree_util.keystr(path).lstrip(".")
+                raise ValueError(f"{name}: wanted finite numbers; got {int((~finite).sum())} NaN or infinite")
+
+
+def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
+    """The leaf of a record.
+
+    Args:
+        record: what `encode` returned, or anything else that JSON can hold.
+        stream: the array of a name, or its shape struct; raises ValueError if there is none.
+
+    Raises:
+        ValueError: anything that is not as the module says; names the leaf.
+    """
+    match record:
+        case {"path": [*keys], "kinds": str(kinds), **body} if len(keys) == len(kinds) <= DEPTH:
+            pass
+        case _:
+            raise ValueError(f"wanted a leaf with its path and kinds; got {str(record)[:200]}")
+    leaf = Leaf(tuple(keys), kinds, None)
+    try:
+        if not all(type(key) in _KEYS.get(kind, ()) for key, kind in zip(keys, kinds, strict=True)):
+            raise ValueError(f"wanted keys of the kinds {kinds!r}; got {keys}")
+        match body:
+            case {"array": str(name), **rest} if not rest:
+                return leaf._replace(value=stream(name))
+            case {"empty": None | [] | {} as value, **rest} if not (rest or value):
+                return leaf._replace(value=value)
+        form = _decode_form(body, stream, DEPTH)
+        check_form(form)
+    except ValueError as error:
+        raise ValueError(f"{leaf.path[:200]}: {error}") from error
+    return leaf._replace(value=form)
+
+
+def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
+    match record:
+        case {"form": str(name), "static": dict(static), "arrays": dict(arrays), **rest} if not rest and depth:
+            pass
+        case _:
+            raise ValueError(f"wanted a form with its static fields and arrays; got {str(record)[:200]}")
+    if name not in FORMS:
+        raise ValueError(f"wanted one of the forms {', '.join(FORMS)}; got {name[:80]!r}; a newer lcq may know it")
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(FORMS[name]):
+        if field.metadata.get("static") and field.name in static:
+            values[field.name] = _from_json(static[field.name])
+        elif not field.metadata.get("static") and field.name in arrays:
+            values[field.name] = _decode_value(arrays[field.name], stream, depth)
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"{name}: {field.name} is missing")
+        hint = _hints(FORMS[name])[field.name]
+        if field.name in static and not _matches(values[field.name], hint):
+            raise ValueError(f"{name}: {field.name}: wanted {hint}; got {str(values[field.name])[:200]}")
+    if unknown := (set(static) | set(arrays)) - set(values):
+        raise ValueError(f"{name}: wanted its fields only; got {str(sorted(unknown))[:200]}")
+    return FORMS[name](**values)
+
+
+def _decode_value(written: Any, stream: Callable[[str], Any], depth: int) -> Any:
+    match written:
+        case str(name):
+            return stream(name)
+        case [str(name), [*shape]] if len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
+            array = stream(name)
+            if math.prod(shape) != math.prod(array.shape):
+                raise ValueError(f"{name}: wanted a stream that fits {shape}; got {list(array.shape)}")
+            if isinstance(array, np.ndarray):
+                return array.reshape(shape)
+            return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+        case {"tuple": [*items], **rest} if not rest and depth:
+            return tuple(_decode_value(item, stream, depth - 1) for item in items)
+    return _decode_form(written, stream, depth - 1 if depth else 0)
+
+
+def _to_json(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    first = value[0] if value else None
+    if len(value) > 2 and isinstance(first, float) and first.is_integer() and abs(first) < 1 << 31:
+        if value == tuple(first + i for i in range(len(value))) and math.copysign(1, first or 1) :
+            return {"first": int(first), "last": int(value[-1])}
+    return [_to_json(v) for v in value]
+
+
+def _from_json(written: Any) -> Any:
+    match written:
+        case {"first": int(first), "last": int(last), **rest} if not rest and 0 <= last - first < 65536:
+            return tuple(float(v) for v in range(first, last + 1))
+        case [*items]:
+            return tuple(_from_json(item) for item in items)
+    return written
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a value from a file has the type that a static field is annotated with."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_matches(value, one) for one in arguments)
+    if typing.get_origin(hint) is tuple and isinstance(value, tuple):
+        each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(each) == len(value) and all(map(_matches, value, each))
+    return type(value) is hint and (hint is not float or math.isfinite(value))

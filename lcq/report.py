@@ -1,0 +1,204 @@
+"""What a compressed tree costs and how far it is from the weights: a table of its leaves."""
+
+import dataclasses
+import io
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich.table
+from rich import box
+from rich.console import Console
+from rich.text import Text
+
+from lcq import forms
+from lcq.base import Form
+from lcq.rules import flatten
+from lcq.tree import sizes
+
+
+class Row(NamedTuple):
+    """One leaf, or a sum of leaves.
+
+    Attributes:
+        path: of the leaf.
+        shape: of the leaf; () in sums.
+        form: what is stored, in words.
+        dense: bits of the leaf as float32, the reference of every ratio.
+        bits: bits of what is stored; what joint leaves share counts at the first of them.
+        error: ||w - Delta(Theta)||^2, if there was a reference.
+        energy: ||w||^2 likewise.
+        rule: the pattern that decides, in a dry run.
+        scheme: what it asks for.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    form: str
+    dense: int
+    bits: int
+    error: float | None = None
+    energy: float | None = None
+    rule: str | None = None
+    scheme: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        """`bits` in whole bytes."""
+        return -(-self.bits // 8)
+
+    @property
+    def ratio(self) -> float:
+        """`dense` / `bits`."""
+        return self.dense / self.bits if self.bits else math.inf if self.dense else 1.0
+
+    @property
+    def distortion(self) -> float | None:
+        """||w - Delta(Theta)||^2 / ||w||^2, None without a reference."""
+        if self.error is None or self.energy is None:
+            return None
+        return self.error / self.energy if self.energy else math.inf if self.error else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The leaves of a tree and their sum; prints as text, and in colour through rich.
+
+    Attributes:
+        rows: one for each leaf, in the order of the tree.
+        on_disk: bytes of the file it is in, if there is one.
+    """
+
+    rows: tuple[Row, ...]
+    on_disk: int | None = None
+
+    @property
+    def total(self) -> Row:
+        """All rows together; nothing is left out."""
+        measured = [row for row in self.rows if row.error is not None and row.energy is not None]
+        return Row(
+            path="total",
+            shape=(),
+            form=f"{sum(math.prod(row.shape) for row in self.rows):,} numbers",
+            dense=sum(row.dense for row in self.rows),
+            bits=sum(row.bits for row in self.rows),
+            error=math.fsum(row.error or 0 for row in measured) if measured else None,
+            energy=math.fsum(row.energy or 0 for row in measured) if measured else None,
+        )
+
+    def __rich__(self) -> rich.table.Table:
+        dry = any(row.rule is not None for row in self.rows)
+        measured = any(row.error is not None for row in self.rows)
+        grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        grid.add_column("leaf", overflow="fold", style="bold")
+        grid.add_column("shape", overflow="fold")
+        for name in ["rule", "scheme"] if dry else []:
+            grid.add_column(name, overflow="fold")
+        grid.add_column("form", overflow="fold")
+        for name in ["bits", "bytes", "ratio", *(["distortion"] if measured else [])]:
+            grid.add_column(name, justify="right", no_wrap=True)
+
+        def add(row: Row, **style: Any) -> None:
+            shape = "x".join(map(str, row.shape)) if row is not total else ""
+            words = [row.path, shape, *([row.rule or "", row.scheme or ""] if dry else []), row.form]
+            far = "" if row.distortion is None else f"{row.distortion:.2e}"
+            numbers = [f"{row.bits:,}", f"{row.bytes:,}", f"{row.ratio:.2f}", *([far] if measured else [])]
+            grid.add_row(*map(Text, words + numbers), **style)
+
+        total = self.total
+        for row in self.rows:
+            add(row, end_section=row is self.rows[-1])
+        add(total, style="bold")
+        if self.on_disk is not None:
+            ratio = total.dense / 8 / self.on_disk if self.on_disk else math.inf
+            words = ["on disk", *[""] * (4 if dry else 2), f"{8 * self.on_disk:,}", f"{self.on_disk:,}", f"{ratio:.2f}"]
+            grid.add_row(*words, *([""] if measured else []), style="bold")
+        return grid
+
+    def __str__(self) -> str:
+        return text(self)
+
+
+def table(tree: Any, reference: Any = None, *, on_disk: int | None = None) -> Table:
+    """Bits, bytes, ratio and distortion of every leaf of a compressed tree, and their totals.
+
+    Args:
+        tree: as given by `compress`, `extract` or `load`.
+        reference: the weights it came from; adds ||w - Delta(Theta)||^2 / ||w||^2.
+        on_disk: bytes of the file it is in.
+
+    Returns:
+        A value with `rows` and `total`; print it, or give it to rich.
+
+    Raises:
+        ValueError: a reference with other leaves or shapes.
+
+    Example:
+        >>> import jax.numpy as jnp, lcq
+        >>> w = {"bias": jnp.zeros(2), "kernel": jnp.ones((8, 4))}
+        >>> total = table(lcq.compress(w, [lcq.Rule("kernel", lcq.Binary())])).total
+        >>> total.bits, total.bytes, round(total.ratio, 2)
+        (128, 16, 8.5)
+    """
+    if reference is None:
+        return Table(rows(tree), on_disk)
+    leaves, originals = flatten(tree)[0], flatten(reference)[0]
+    if leaves.keys() != originals.keys():
+        odd = sorted(leaves.keys() ^ originals.keys())
+        raise ValueError(f"wanted a reference with the same leaves; only in one of the two: {', '.join(odd[:4])}")
+    return Table(tuple(_measured(row, leaves[row.path], originals[row.path]) for row in rows(tree)), on_disk)
+
+
+def rows(tree: Any) -> tuple[Row, ...]:
+    """A row for each leaf; arrays may be shape structs."""
+    leaves = flatten(tree)[0]
+    return tuple(
+        Row(path, tuple(np.shape(leaves[path])), describe(leaves[path]), size.dense, size.bits)
+        for path, size in sizes(tree).items()
+    )
+
+
+def describe(leaf: Any) -> str:
+    """What is stored for a leaf, in a few words.
+
+    Example:
+        >>> import jax.numpy as jnp, lcq
+        >>> describe(lcq.Binary(per="channel").project(jnp.ones((3, 5))))
+        'codes K=2, fixed, 5 scales'
+    """
+    match leaf:
+        case forms.Codes():
+            words = [f"codes K={leaf.size_of_table}"]
+            if leaf.values is not None:
+                words.append("fixed")
+            elif leaf.levels is not None and (many := leaf.levels.size // leaf.levels.shape[-1]) > 1:
+                words.append(f"{many} tables")
+            if leaf.scale is not None:
+                words.append(f"{leaf.scale.size} scales" if leaf.scale.size > 1 else "scaled")
+            if leaf.zero is not None:
+                words.append("shifted")
+        case forms.Cast():
+            words = [f"values {leaf.values.dtype}"]
+        case Form():
+            words = [type(leaf).__name__.lower()]
+        case _:
+            words = [f"array {leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype}"]
+    if isinstance(leaf, Form) and leaf.shared is not None:
+        words.append(f"shared with {leaf.shared}")
+    return ", ".join(words)
+
+
+def text(renderable: Any) -> str:
+    """A rich renderable as plain text, as wide as it needs to be."""
+    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _measured(row: Row, leaf: Any, original: Any) -> Row:
+    if row.shape != tuple(np.shape(original)):
+        raise ValueError(f"{row.path}: wanted a reference of shape {list(row.shape)}; got {list(np.shape(original))}")
+    w = np.asarray(original, np.float64)
+    delta = np.asarray(leaf.dense() if isinstance(leaf, Form) else leaf, np.float64)
+    return row._replace(error=float(np.sum((w - delta) ** 2)), energy=float(np.sum(w**2)))

@@ -1,0 +1,1 @@
+"""How arrays become forms: one family of C steps a file. A scheme sees arrays, never trees."""
