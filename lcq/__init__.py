@@ -1,16 +1,23 @@
 """lcq: compress any JAX function's parameters, and run the result."""
 
+from lcq.artifact.file import ArtifactError as ArtifactError
+from lcq.artifact.file import load as load
+from lcq.artifact.file import save as save
 from lcq.base import Form as Form
 from lcq.base import Scheme as Scheme
 from lcq.base import straight_through as straight_through
+from lcq.methods.baselines import iterated_direct as iterated_direct
+from lcq.methods.baselines import straight_through_training as straight_through_training
 from lcq.methods.coupling import adam_step as adam_step
 from lcq.methods.coupling import geometric as geometric
 from lcq.methods.lc import c_step as c_step
 from lcq.methods.lc import extract as extract
 from lcq.methods.lc import lc as lc
 from lcq.methods.lc import metrics as metrics
+from lcq.methods.refit import recalibrate as recalibrate
 from lcq.rules import Rule as Rule
 from lcq.schemes.cast import Cast as Cast
+from lcq.schemes.kmeans import KMeans as KMeans
 from lcq.schemes.levels import Binary as Binary
 from lcq.schemes.levels import Levels as Levels
 from lcq.schemes.levels import PowersOfTwo as PowersOfTwo

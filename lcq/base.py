@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
 
 import jax
@@ -172,18 +172,30 @@ def is_form(node: Any) -> bool:
 
 
 def split_leafwise(form: Form) -> tuple[tuple[Array, ...], Form]:
-    """Takes the leaf-shaped arrays out of a working form; `join_leafwise` puts them back."""
-    names = [f.name for f in dataclasses.fields(form) if f.metadata.get("leafwise")]
-    arrays = tuple(getattr(form, name) for name in names)
-    nothing: Any = dict.fromkeys(names)
-    return arrays, dataclasses.replace(form, **nothing)
+    """Takes the leaf-shaped arrays out of a working form and the forms in it; `join_leafwise` puts them back."""
+    arrays: list[Array] = []
+    rest = _map_leafwise(arrays.append, form)
+    return tuple(arrays), rest
 
 
 def join_leafwise(rest: Form, arrays: Sequence[Array]) -> Form:
     """Inverse of `split_leafwise`."""
-    names = [f.name for f in dataclasses.fields(rest) if f.metadata.get("leafwise")]
-    fields: Any = dict(zip(names, arrays, strict=True))
-    return dataclasses.replace(rest, **fields)
+    left = iter(arrays)
+    return _map_leafwise(lambda _: next(left), rest)
+
+
+def _map_leafwise(f: Callable[[Any], Any], node: Any) -> Any:
+    """Applies f to the leafwise fields of a form and of the forms in it, in the order of fields."""
+    if isinstance(node, tuple):
+        return tuple(_map_leafwise(f, part) for part in node)
+    if not isinstance(node, Form):
+        return node
+    changed = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if not field.metadata.get("static"):
+            changed[field.name] = f(value) if field.metadata.get("leafwise") else _map_leafwise(f, value)
+    return dataclasses.replace(node, **changed)
 
 
 class Blocks(NamedTuple):

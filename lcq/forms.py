@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,10 @@ class Codes(Form):
         packed: the leaf's shape if `codes` are words, None in the working layout.
     """
 
-    codes: Array = leafwise()
-    levels: Array | None = None
-    scale: Array | None = None
-    zero: Array | None = None
+    codes: Any = leafwise()
+    levels: Any = None
+    scale: Any = None
+    zero: Any = None
     values: tuple[float, ...] | None = static(default=None)
     packed: tuple[int, ...] | None = static(default=None)
 
@@ -49,7 +49,6 @@ class Codes(Form):
         """K, the number of levels."""
         if self.values is not None:
             return len(self.values)
-        assert self.levels is not None
         return self.levels.shape[-1]
 
     @property
@@ -80,7 +79,8 @@ class Codes(Form):
             (1,) * codes.ndim,
         )
         cut = blocks(codes.shape, per_block)
-        value = _lookup(codes.reshape(cut.split), self.levels, self.values, cut.stat)
+        levels = jax.tree.map(jnp.asarray, self.levels)
+        value = _lookup(codes.reshape(cut.split), levels, self.values, cut.stat)
         if self.zero is not None:
             value = value - self.zero.reshape(cut.stat)
         if self.scale is not None:
@@ -129,7 +129,7 @@ def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None
     return value
 
 
-def _check_blocks(shape: tuple[int, ...], arrays: dict[str, Array | None]) -> None:
+def _check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
     """Of what has one entry per block: floats, the same blocks in all, and these divide the leaf's axes."""
     seen = None
     for name, array in arrays.items():
@@ -139,7 +139,7 @@ def _check_blocks(shape: tuple[int, ...], arrays: dict[str, Array | None]) -> No
         counts = array.shape[:-1] if name == "levels" else array.shape
         rank = len(shape) + (name == "levels")
         if len(array.shape) != rank or any(c < 1 or n % c for c, n in zip(counts, shape, strict=True)):
-            raise ValueError(f"{name}: wanted block counts that divide the leaf's {list(shape)}; got {list(array.shape)}")
+            raise ValueError(f"{name}: wanted block counts that divide {list(shape)}; got {list(array.shape)}")
         if seen not in (None, counts):
             raise ValueError(f"{name}: wanted the same blocks in all of {', '.join(arrays)}; got {counts} and {seen}")
         seen = counts
@@ -150,9 +150,8 @@ def _largest(words: np.ndarray, width: int, size: int) -> int:
     if width == 0 or size == 0:
         return 0
     rows = -(-size // 32)
-    grid = np.zeros(rows * width, np.uint32)
-    grid[: words.size] = words
-    grid = grid.reshape(rows, width)
+    grid = np.zeros((rows, width), np.uint32)
+    grid.reshape(-1)[: words.size] = words
     largest = 0
     for i in range(32):
         word, shift = divmod(i * width, 32)
@@ -184,7 +183,7 @@ class Cast(Form):
         values: the leaf, rounded to the stored dtype.
     """
 
-    values: Array = leafwise()
+    values: Any = leafwise()
 
     @property
     def shape(self) -> tuple[int, ...]:

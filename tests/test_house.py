@@ -38,7 +38,7 @@ ROOMS = {
     "methods": Room(
         4,
         "base forms rules trace tree unfold schemes",
-        "coupling lc baselines rounding quantize smooth_binary hemp refit",
+        "coupling lagrangian lc baselines rounding quantize smooth_binary hemp refit",
     ),
     "artifact": Room(4, "base forms rules tree packing", "rans codec file checkpoint"),
     "run": Room(4, "base forms trace kernels unfold"),

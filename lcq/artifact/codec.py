@@ -6,17 +6,21 @@ A leaf's record is one of
     {"path": .., "kinds": .., "form": "Codes", "static": {"dtype": ..}, "arrays": {"codes": "layers/0/w.codes", ..}}
     {"path": .., "kinds": .., "empty": null}
 
-`kinds` has a letter per key: d a dict's key, s a place in a sequence, a an attribute. Of a form, fields marked `static()` are
-JSON values (a grid of consecutive whole numbers is its two ends), arrays are names of streams, [name, shape] where a stream is
-shared with a leaf of another rank, a tuple is {"tuple": [..]}, a form in a form is a record without path, and None is left
-out. Leaves of a joint task name the same streams, except for their leafwise fields. "empty" keeps what holds nothing:
-null, [] or {}.
+`kinds` has a letter per key: d a dict's key, s a place in a sequence, a an attribute. "empty" keeps what holds nothing:
+null, [] or {}. Of a form's fields,
+
+    those marked `static()` are JSON values, a grid of consecutive whole numbers its two ends;
+    an array is the name of a stream, or [name, shape] if another leaf stored it in another shape;
+    a tuple is {"tuple": [..]}, a form in a form a record without path, and None is left out.
+
+Leaves of a joint task name the same streams, except for their leafwise fields.
 """
 
 import collections
 import dataclasses
 import functools
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -31,8 +35,10 @@ from lcq.base import FORMS, Form, is_form
 from lcq.rules import key_of
 
 DEPTH = 64
-"""Most keys in a path, and most forms inside each other."""
+"""Most keys in a path."""
 
+_NESTED = 8  # forms inside each other
+_FAR = 1 << 31
 _KEYS: dict[str, tuple[type, ...]] = {"d": (str, int), "s": (int,), "a": (str,)}
 
 
@@ -62,12 +68,10 @@ def flatten(tree: Any) -> tuple[list[Leaf], jax.tree_util.PyTreeDef]:
     for keys, value in pairs:
         if len(keys) > 1 and keys[-1] == GetAttrKey("value") and below[keys[:-1]] == 1:
             keys = keys[:-1]
-        leaf = Leaf(tuple(map(key_of, keys)), "".join(map(_kind, keys)), value)
-        if len(keys) > DEPTH or not all(type(k) is int or (type(k) is str and k.isprintable()) for k in leaf.keys):
-            raise ValueError(
-                f"{leaf.path!r}: wanted at most {DEPTH} keys, each an integer or a printable string; got {leaf.keys!r}"
-            )
-        leaves.append(leaf)
+        plain = tuple(key.key if isinstance(key, DictKey) else key_of(key) for key in keys)
+        if len(keys) > DEPTH or not all(type(k) is int or (type(k) is str and k.isprintable()) for k in plain):
+            raise ValueError(f"wanted at most {DEPTH} keys, each an integer or a printable string; got {plain!r}")
+        leaves.append(Leaf(plain, "".join(map(_kind, keys)), value))
     check_paths(leaves)
     return leaves, structure
 
@@ -78,7 +82,7 @@ def is_empty(leaf: Leaf) -> bool:
 
 
 def _is_empty(node: Any) -> bool:
-    return jax.tree.structure(node, is_leaf=lambda n: n is not node).num_leaves == 0
+    return not jax.tree.leaves(node, is_leaf=lambda n: n is not node)
 
 
 def _kind(key: Any) -> str:
@@ -89,12 +93,12 @@ def _kind(key: Any) -> str:
 
 def check_paths(leaves: Sequence[Leaf]) -> None:
     """Raises ValueError if two leaves have one path."""
-    path, count = collections.Counter(leaf.path for leaf in leaves).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{path!r}: {count} leaves have this path; rename all but one")
+    for path, count in collections.Counter(leaf.path for leaf in leaves).most_common(1):
+        if count > 1:
+            raise ValueError(f"{path[:200]!r}: {count} leaves have this path; rename all but one")
 
 
-def nest(leaves: Sequence[Leaf]) -> Any:
+def nest(leaves: Sequence[Leaf], above: str = "") -> Any:
     """Leaves as nested dicts: an attribute is a string key; a sequence, also a tuple, is a list.
 
     Raises:
@@ -105,14 +109,14 @@ def nest(leaves: Sequence[Leaf]) -> Any:
     groups: dict[str | int, list[Leaf]] = {}
     for leaf in leaves:
         if not leaf.keys:
-            raise ValueError("a leaf and a branch have the same path")
+            raise ValueError(f"{above[1:]}: a leaf and a branch have this path")
         groups.setdefault(leaf.keys[0], []).append(Leaf(leaf.keys[1:], leaf.kinds[1:], leaf.value))
-    tree = {key: nest(group) for key, group in groups.items()}
+    tree = {key: nest(group, f"{above}/{key}") for key, group in groups.items()}
     kinds = {leaf.kinds[0] for leaf in leaves}
     if "s" not in kinds:
         return tree
     if kinds != {"s"} or set(tree) != set(range(len(tree))):
-        raise ValueError(f"wanted places 0 to {len(tree) - 1} of a sequence; got {list(tree)[:8]}")
+        raise ValueError(f"{above[1:]}: wanted places 0 to {len(tree) - 1} of a sequence; got {list(tree)[:8]}")
     return [tree[i] for i in range(len(tree))]
 
 
@@ -142,7 +146,7 @@ class Encoder:
                 raise ValueError(f"{leaf.path}: {error}") from error
             return where | self._form(leaf.path, "", leaf.value)
         if is_empty(leaf):
-            empty = None if leaf.value is None else [] if isinstance(leaf.value, list | tuple) else {}
+            empty: Any = None if leaf.value is None else [] if isinstance(leaf.value, list | tuple) else {}
             return where | {"empty": empty}
         return where | {"array": self._add(leaf.path, leaf.value)}
 
@@ -152,10 +156,14 @@ class Encoder:
         for field in dataclasses.fields(form):
             value, name = getattr(form, field.name), f"{inside}.{field.name}"
             if field.metadata.get("static"):
-                static[field.name] = _to_json(value)
+                if value is not None:
+                    static[field.name] = _to_json(value)
                 continue
-            own = shared is None or field.metadata.get("leafwise")
-            written = self._value(path, name, value) if own else self._common(path, name, value, shared)
+            own = field.metadata.get("leafwise") or not isinstance(value, np.ndarray | None)
+            if shared is None or own:
+                written = self._value(path, name, value)
+            else:
+                written = self._common(path, name, value, shared)
             if written is not None:
                 arrays[field.name] = written
         return {"form": type(form).__name__, "static": static, "arrays": arrays}
@@ -217,7 +225,7 @@ def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
         case {"path": [*keys], "kinds": str(kinds), **body} if len(keys) == len(kinds) <= DEPTH:
             pass
         case _:
-            raise ValueError(f"wanted a leaf with its path and kinds; got {str(record)[:200]}")
+            raise ValueError(f"wanted a leaf with its path and kinds; got {reprlib.repr(record)}")
     leaf = Leaf(tuple(keys), kinds, None)
     try:
         if not all(type(key) in _KEYS.get(kind, ()) for key, kind in zip(keys, kinds, strict=True)):
@@ -227,7 +235,7 @@ def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
                 return leaf._replace(value=stream(name))
             case {"empty": None | [] | {} as value, **rest} if not (rest or value):
                 return leaf._replace(value=value)
-        form = _decode_form(body, stream, DEPTH)
+        form = _decode_form(body, stream, _NESTED)
         check_form(form)
     except ValueError as error:
         raise ValueError(f"{leaf.path[:200]}: {error}") from error
@@ -237,25 +245,27 @@ def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
 def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
     match record:
         case {"form": str(name), "static": dict(static), "arrays": dict(arrays), **rest} if not rest and depth:
-            pass
+            static, arrays = dict(static), dict(arrays)
         case _:
-            raise ValueError(f"wanted a form with its static fields and arrays; got {str(record)[:200]}")
+            raise ValueError(f"wanted a form with its static fields and arrays; got {reprlib.repr(record)}")
     if name not in FORMS:
         raise ValueError(f"wanted one of the forms {', '.join(FORMS)}; got {name[:80]!r}; a newer lcq may know it")
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(FORMS[name]):
-        if field.metadata.get("static") and field.name in static:
-            values[field.name] = _from_json(static[field.name])
-        elif not field.metadata.get("static") and field.name in arrays:
-            values[field.name] = _decode_value(arrays[field.name], stream, depth)
-        elif field.default is dataclasses.MISSING:
-            raise ValueError(f"{name}: {field.name} is missing")
-        hint = _hints(FORMS[name])[field.name]
-        if field.name in static and not _matches(values[field.name], hint):
-            raise ValueError(f"{name}: {field.name}: wanted {hint}; got {str(values[field.name])[:200]}")
-    if unknown := (set(static) | set(arrays)) - set(values):
-        raise ValueError(f"{name}: wanted its fields only; got {str(sorted(unknown))[:200]}")
-    return FORMS[name](**values)
+    cls, values = FORMS[name], dict[str, Any]()
+    for field in dataclasses.fields(cls):
+        is_static = field.metadata.get("static", False)
+        written = (static if is_static else arrays).pop(field.name, None)
+        if written is None:
+            if field.default is dataclasses.MISSING:
+                raise ValueError(f"{name}: {field.name} is missing")
+        elif is_static:
+            values[field.name] = value = _from_json(written)
+            if not _matches(value, hint := _hints(cls)[field.name]):
+                raise ValueError(f"{name}: {field.name}: wanted {hint}; got {reprlib.repr(value)}")
+        else:
+            values[field.name] = _decode_value(written, stream, depth)
+    if static or arrays:
+        raise ValueError(f"{name}: wanted its fields only; got {reprlib.repr([*static, *arrays])}")
+    return cls(**values)
 
 
 def _decode_value(written: Any, stream: Callable[[str], Any], depth: int) -> Any:
@@ -277,16 +287,18 @@ def _decode_value(written: Any, stream: Callable[[str], Any], depth: int) -> Any
 def _to_json(value: Any) -> Any:
     if not isinstance(value, tuple):
         return value
-    first = value[0] if value else None
-    if len(value) > 2 and isinstance(first, float) and first.is_integer() and abs(first) < 1 << 31:
-        if value == tuple(first + i for i in range(len(value))) and math.copysign(1, first or 1) :
-            return {"first": int(first), "last": int(value[-1])}
+    if len(value) > 2 and isinstance(value[0], float) and abs(value[0]) < _FAR and value[0].is_integer():
+        first = int(value[0])
+        if str(value) == str(tuple(float(first + i) for i in range(len(value)))):  # -0.0 == 0.0, but not as text
+            return {"first": first, "last": first + len(value) - 1}
     return [_to_json(v) for v in value]
 
 
 def _from_json(written: Any) -> Any:
     match written:
-        case {"first": int(first), "last": int(last), **rest} if not rest and 0 <= last - first < 65536:
+        case {"first": int(first), "last": int(last), **rest} if (
+            not rest and abs(first) < _FAR and 0 <= last - first < 65536
+        ):
             return tuple(float(v) for v in range(first, last + 1))
         case [*items]:
             return tuple(_from_json(item) for item in items)

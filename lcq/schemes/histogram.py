@@ -16,46 +16,51 @@ _COARSE = 64
 _SPREAD = 4.0
 
 
-def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*counts k"]]:
-    """The data as at most 4096 (or 16 k) weighted means of bins per block, and k levels to start from.
+def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:
+    """The data as weighted centres of bins, and k levels to start from.
 
     Args:
         cut: leaves that share the levels.
         k: how many levels.
 
     Returns:
-        One leaf of points of shape [*counts of the first leaf, bins], and ascending levels.
+        One leaf of points, [*counts of the first leaf, bins]; the data themselves where blocks are too short for a
+        histogram to be shorter. Ascending levels for every block of these points.
     """
-    bins = 1 << (min(max(_BINS, 16 * k), sum(b.size for b in cut.blocks)).bit_length() - 1)
     size = sum(b.size for b in cut.blocks)
+    fine = max(_BINS, 16 * k)
+    bins = fine if size > 2 * fine else min(_COARSE, 1 << (size // 8).bit_length())
     mean = cut.sum([x / size for x in cut.leaves])
-    offset = [x - m for x, m in zip(cut.leaves, cut.spread(mean), strict=True)]
-    scale = _SPREAD * cut.sum([jnp.abs(d) / size for d in offset])
+    scale = _SPREAD * cut.sum([jnp.abs(x - m) / size for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
     safe = jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
-    count, total = 0, 0
-    for d, s, block in zip(offset, cut.spread(safe), cut.blocks, strict=True):
-        y = d / (s + jnp.abs(d))
-        place = jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.int32)
-        shape = (*cut.counts[0], bins)
-        count = count + cell_sum(jnp.ones_like(place), place, bins, block.stat).reshape(shape)
-        total = total + cell_sum(d, place, bins, block.stat).reshape(shape)
-    centre = mean.reshape(cut.counts[0])[..., None]
-    x = centre + total / jnp.maximum(count, 1)
-    levels = centre + scale.reshape(centre.shape) * _quantiles(count, k)
-    whole = Cut((x,), (blocks(x.shape, (*cut.counts[0], 1)),), ((*cut.counts[0], 1),))
-    return Points(whole, (count,)), levels
+    count: Array | int = 0
+    for x, m, s, block in zip(cut.leaves, cut.spread(mean), cut.spread(safe), cut.blocks, strict=True):
+        y = (x - m) / (s + jnp.abs(x - m))
+        place = jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16)
+        count += cell_sum(jnp.ones(x.shape, jnp.int32), place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
+    mean, scale = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale))
+    levels = mean + scale * _quantiles(count, k)
+    if bins < fine:
+        return Points(cut), levels.reshape(*cut.blocks[0].stat, k)
+    x = (mean + scale * _stretch((2 * jnp.arange(bins) + 1) / bins - 1))[..., 0, :]
+    counts = (*cut.counts[0], 1)
+    return Points(Cut((x,), (blocks(x.shape, counts),), (counts,)), (count[..., 0, :],)), levels
 
 
 def _quantiles(count: Int[Array, "*counts bins"], k: int) -> Float[Array, "*counts k"]:
-    """Quantiles (i + 1/2)/k of the measure f^(1/3) du, f from coarse bins, in units of u."""
+    """Quantiles (i + 1/2)/k of the measure f^(1/3) du, f from at most 64 bins, in units of u."""
     bins = min(_COARSE, count.shape[-1])
     mass = jnp.sum(count.reshape(*count.shape[:-1], bins, -1), -1).astype(jnp.float32)
-    edges = (2 * jnp.arange(bins) + 1) / bins - 1
-    width = 2 / bins / (1 - jnp.abs(edges)) ** 2
+    width = 2 / bins / (1 - jnp.abs((2 * jnp.arange(bins) + 1) / bins - 1)) ** 2
     mass = jnp.cbrt(mass * width**2)
     below = jnp.cumsum(mass, -1)
     target = (jnp.arange(k) + 0.5) / k * below[..., -1:]
     at = jnp.minimum(jnp.sum(below[..., None, :] < target[..., None], -1), bins - 1)
-    inside = 1 - (jnp.take_along_axis(below, at, -1) - target) / jnp.take_along_axis(mass, at, -1)
-    y = jnp.clip(2 * (at + jnp.clip(inside, 0, 1)) / bins - 1, -1 + 1 / bins, 1 - 1 / bins)
+    rest = (jnp.take_along_axis(below, at, -1) - target) / jnp.take_along_axis(mass, at, -1)
+    return _stretch(2 * (at + 1 - jnp.clip(rest, 0, 1)) / bins - 1, 1 / bins)
+
+
+def _stretch(y: Array, margin: float = 0.0) -> Array:
+    """u for y = u / (1 + |u|), kept away from infinity."""
+    y = jnp.clip(y, margin - 1, 1 - margin)
     return y / (1 - jnp.abs(y))

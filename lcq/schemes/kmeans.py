@@ -1,7 +1,6 @@
 """Learned codebooks: one-dimensional k-means."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -12,11 +11,112 @@ from jaxtyping import Array
 
 from lcq.base import Cut, Form, Per, Scheme, block_counts, cut
 from lcq.forms import Codes
+from lcq.schemes.exact_kmeans import best_levels
 from lcq.schemes.histogram import summarise
 from lcq.schemes.lloyd import Centres, Points, descend, lloyd_pass
 
 _COLD = 100
-"""Lloyd passes over the histogram."""
+"""Lloyd passes over a histogram, at most."""
 
-_WARM = 3
-"""Lloyd passes over the data, between a first one that looks for empty cells and a last one that gives the codes."""
+_PASSES = 4
+"""Lloyd passes over the data, at most, between one that looks for empty cells and one that gives the codes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KMeans(Scheme):
+    """Projection on a codebook of K learned values: Pi(x) = argmin_{c, z} sum_i (x_i - c_{z_i})^2.
+
+    By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a local minimum, and x itself if x has at most K
+    distinct values. Cold, it starts from density^(1/3) quantiles and converges on a histogram before it sees the data;
+    warm, from the previous codebook: a few passes over the data, none of which raises the error.
+
+    Attributes:
+        k: how many levels, 1 to 65,536.
+        fixed: levels among the k that are given and do not move: (0.0,) prunes and quantizes at once.
+        exact: the global minimum in float64 by dynamic programming, on the host; any warm start is ignored.
+        per: what shares one codebook, see `lcq.base.block_counts`.
+
+    Raises:
+        ValueError: k out of range; fixed levels that are not finite and distinct, or more than k.
+
+    Example:
+        >>> KMeans(2).project(jnp.array([1.0, 2.0, 3.0, 9.0])).dense()
+        Array([2., 2., 2., 9.], dtype=float32)
+        >>> KMeans(2, fixed=(0,)).project(jnp.array([1.0, 2.0, 3.0, 9.0])).dense()
+        Array([0., 0., 0., 9.], dtype=float32)
+
+    Source: Lloyd 1982; Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.1; exact: Wu & Rokne 1989.
+    """
+
+    k: int
+    fixed: tuple[float, ...] = ()
+    exact: bool = False
+    per: Per = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or not 1 <= self.k <= 65536:
+            raise ValueError(f"wanted 1 to 65,536 levels; got k={self.k!r}; pass an int in that range")
+        fixed = tuple(sorted(float(np.float32(v)) for v in self.fixed))
+        if not all(map(math.isfinite, fixed)) or len(set(fixed)) < len(fixed) or len(fixed) > self.k:
+            raise ValueError(
+                f"wanted at most k={self.k} distinct finite fixed levels; got {self.fixed!r}; drop some or raise k"
+            )
+        object.__setattr__(self, "fixed", fixed)
+        if isinstance(self.per, list):
+            object.__setattr__(self, "per", tuple(self.per))
+
+    @property
+    def host(self) -> bool:
+        return self.exact
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block_counts(self.per, shape)
+
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
+        del mu
+        whole = cut(xs, self.per)
+        if self.exact:
+            codes, levels = best_levels(whole, self.k, self.fixed)
+        else:
+            codes, levels = _fit(self, whole, None if previous is None else previous[0].levels)
+        leaves = zip(xs, codes, whole.counts, strict=True)
+        return tuple(
+            Codes(c.reshape(x.shape), levels=levels.reshape(*count, self.k), dtype=str(x.dtype))
+            for x, c, count in leaves
+        )
+
+
+def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
+    """Codes of every leaf in blocks, and the levels they share."""
+    learned = scheme.k - len(scheme.fixed)
+    stat = whole.blocks[0].stat
+    if warm is not None:
+        centres = _freeze(warm.reshape(*stat, scheme.k), scheme.fixed)
+    elif not learned:
+        centres = _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed)
+    else:
+        histogram, levels = summarise(whole, learned)
+        levels, free = descend(histogram, _merge(levels, scheme.fixed), _COLD)
+        centres = Centres(levels.reshape(*stat, scheme.k), free.reshape(*stat, scheme.k))
+    points = Points(whole)
+    if learned:
+        centres = descend(points, centres, _PASSES)
+    codes, centres, _ = lloyd_pass(points, centres)
+    return codes, centres.levels
+
+
+def _merge(levels: Array, fixed: tuple[float, ...]) -> Centres:
+    """Free levels together with the fixed ones, in order."""
+    frozen = jnp.broadcast_to(jnp.asarray(fixed, levels.dtype), (*levels.shape[:-1], len(fixed)))
+    free = jnp.concatenate([jnp.ones(levels.shape, bool), jnp.zeros(frozen.shape, bool)], -1)
+    return Centres(*jax.lax.sort((jnp.concatenate([levels, frozen], -1), free), num_keys=2))
+
+
+def _freeze(levels: Array, fixed: tuple[float, ...]) -> Centres:
+    """Levels of an earlier solution, the nearest one to each fixed level being frozen there."""
+    free = jnp.ones(levels.shape, bool)
+    for value in fixed:
+        distance = jnp.where(free, jnp.abs(levels - value), jnp.inf)
+        here = jnp.arange(levels.shape[-1]) == jnp.argmin(distance, -1)[..., None]
+        levels, free = jnp.where(here, value, levels), free & ~here
+    return Centres(*jax.lax.sort((levels, free), num_keys=2)) if fixed else Centres(levels, free)

@@ -11,6 +11,7 @@ values, a cell that holds two of them leaves another one empty, so the repair en
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from lcq.base import Cut
+from lcq.base import Blocks, Cut
 from lcq.schemes.levels import code_dtype
 
 _UNROLL = 4
@@ -38,6 +39,29 @@ class Points(NamedTuple):
     cut: Cut
     weights: tuple[Int[Array, "..."], ...] | None = None
 
+    def leaves(self) -> list[tuple[Array, Blocks]]:
+        """Every leaf with its blocks."""
+        return list(zip(self.cut.leaves, self.cut.blocks, strict=True))
+
+    def sum(self, arrays: Sequence[Array]) -> Array:
+        """Weighted sums over blocks and leaves."""
+        return self.cut.sum(self._weighted(arrays))
+
+    def max(self, arrays: Sequence[Array]) -> Array:
+        """Maxima over blocks and leaves, of what has a weight."""
+        if self.weights is not None:
+            arrays = [jnp.where(w > 0, a, -jnp.inf) for w, a in zip(self.weights, arrays, strict=True)]
+        return self.cut.max(arrays)
+
+    def cell_sums(self, arrays: Sequence[Array], codes: Sequence[Array], like: Array) -> Array:
+        """Weighted sums over cells and leaves, in the shape of the levels `like`."""
+        whole = zip(self._weighted(arrays), codes, self.cut.blocks, strict=True)
+        parts = [cell_sum(a, c, like.shape[-1], b.stat).reshape(like.shape) for a, c, b in whole]
+        return functools.reduce(jnp.add, parts)
+
+    def _weighted(self, arrays: Sequence[Array]) -> Sequence[Array]:
+        return arrays if self.weights is None else [a * w for a, w in zip(arrays, self.weights, strict=True)]
+
 
 class Centres(NamedTuple):
     """Ascending levels of every block of the first leaf, and which of them may move."""
@@ -47,90 +71,73 @@ class Centres(NamedTuple):
 
 
 def descend(points: Points, centres: Centres, passes: int) -> Centres:
-    """Repairs empty cells, then makes up to `passes` Lloyd passes; the squared error never rises.
+    """Lloyd passes, each of which also splits one cell per block as long as a block has an empty one.
+
+    The squared error never rises.
 
     Args:
         points: leaves that share the centres: their statistics are added up, never concatenated.
         centres: where to start.
-        passes: an upper bound; it stops when no centre moves.
+        passes: an upper bound; fewer when no centre moves, more while there are cells to split.
     """
-    _, centres, count = lloyd_pass(points, centres)
-    limit = 2 * centres.levels.shape[-1] + 8
+    limit = passes + 2 * centres.levels.shape[-1]
 
-    def repair(state: tuple) -> tuple:
-        return *split_worst(points, state[0]), state[2] + 1
-
-    empty = jnp.any(centres.free & (count == 0))
-    start = (centres, empty, jnp.int32(0))
-    centres, _, _ = lax.while_loop(lambda state: state[1] & (state[2] < limit), repair, start)
+    def proceed(state: tuple) -> Array:
+        _, moved, split, count = state
+        return moved & ((count < passes) | (split & (count < limit)))
 
     def improve(state: tuple) -> tuple:
-        _, moved, _ = lloyd_pass(points, state[0])
-        return moved, jnp.any(moved.levels != state[0].levels), state[2] + 1
+        codes, moved, empty = lloyd_pass(points, state[0])
+        start = (moved, jnp.any(empty), jnp.bool_(False))
+        # A loop of at most one turn: under vmap a cond would be computed whether it is needed or not.
+        split = lax.while_loop(lambda s: s[1], lambda s: _split(points, codes, s[0], empty), start)
+        return split[0], jnp.any(split[0].levels != state[0].levels), split[2], state[3] + 1
 
-    start = (centres, jnp.bool_(True), jnp.int32(0))
-    return lax.while_loop(lambda state: state[1] & (state[2] < passes), improve, start)[0]
+    return lax.while_loop(proceed, improve, (centres, jnp.bool_(True), jnp.bool_(False), jnp.int32(0)))[0]
 
 
 def lloyd_pass(
     points: Points, centres: Centres
-) -> tuple[tuple[UInt[Array, "..."], ...], Centres, Int[Array, "*stat k"]]:
+) -> tuple[tuple[UInt[Array, "..."], ...], Centres, Bool[Array, "*stat k"]]:
     """Assigns every number to its nearest level, then moves free levels to the means of their cells.
 
     Returns:
-        Codes of every leaf, the new centres, and how many numbers each cell holds. The level of an empty cell stays.
+        Codes of every leaf, the new centres, and which free cells are empty. The level of an empty cell stays.
     """
     levels, free = centres
-    codes = tuple(assign(x, level) for x, level in _pairs(points, levels))
-    rest = _residuals(points, levels, codes)
-    count = _cell_sums(points, codes, [jnp.ones_like(x, jnp.int32) for x in points.cut.leaves], levels)
-    total = _cell_sums(points, codes, rest, levels)
+    codes = tuple(assign(x, levels.reshape(*b.stat, -1)) for x, b in points.leaves())
+    count = points.cell_sums([jnp.ones(x.shape, jnp.int32) for x, _ in points.leaves()], codes, levels)
+    total = points.cell_sums(_residuals(points, levels, codes), codes, levels)
     mean = levels + total / jnp.maximum(count, 1).astype(total.dtype)
     middle = midpoints(levels)
     mean = mean.at[..., 1:].max(middle).at[..., :-1].min(middle)  # rounding must not swap two levels
-    return codes, Centres(jnp.where(free & (count > 0), mean, levels), free), count
+    return codes, Centres(jnp.where(free & (count > 0), mean, levels), free), free & (count == 0)
 
 
-def split_worst(points: Points, centres: Centres) -> tuple[Centres, Bool[Array, ""]]:
-    """A Lloyd pass, then in every block with an empty cell splits the cell with the largest squared error.
+def _split(points: Points, codes: Sequence[Array], centres: Centres, empty: Array) -> tuple:
+    """In every block with an empty cell, moves its level to the cell with the largest squared error.
 
-    A free cell is cut in the middle of its range and both levels become means; beside a frozen level the empty cell's
-    centre takes what is nearer to the farthest number than to the level.
+    Beside a level c, another one at c takes the numbers above it in the next pass; just below c, those below it.
 
     Returns:
-        The centres, and whether any block still had both an empty cell and an error.
+        The centres, False, and whether any block had both an empty cell and an error.
     """
-    codes, (levels, free), count = lloyd_pass(points, centres)
-    leaves, one = points.cut.leaves, lambda stat: jnp.expand_dims(stat, -1)
+    levels, free = centres
     rest = _residuals(points, levels, codes)
-    largest = points.cut.max([jnp.abs(r) * w for r, w in zip(rest, _present(points), strict=True)])
+    largest = points.max([jnp.abs(r) for r in rest])
     unit = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
     squares = [(r / u) ** 2 for r, u in zip(rest, points.cut.spread(unit), strict=True)]
-    worst = one(jnp.argmax(_cell_sums(points, codes, squares, levels), -1))
-    empty = free & (count == 0)
+    worst = jnp.argmax(points.cell_sums(squares, codes, levels), -1, keepdims=True)
+    inside = [c == k for c, k in zip(codes, points.cut.spread(worst[..., 0]), strict=True)]
+    above = points.max([jnp.where(i, r, -jnp.inf) for i, r in zip(inside, rest, strict=True)]) > 0
+    level = jnp.take_along_axis(levels, worst, -1)
+    kind = jnp.finfo(level.dtype)
+    below = level - jnp.maximum(jnp.abs(level) * kind.eps, kind.tiny)
     active = jnp.any(empty, -1) & (largest > 0)
-
-    at = points.cut.spread(worst[..., 0])
-    inside = [(c == k) & (w > 0) for c, k, w in zip(codes, at, _present(points), strict=True)]
-    high = points.cut.max([jnp.where(i, x, -jnp.inf) for i, x in zip(inside, leaves, strict=True)])
-    low = -points.cut.max([jnp.where(i, -x, -jnp.inf) for i, x in zip(inside, leaves, strict=True)])
-    level = jnp.take_along_axis(levels, worst, -1)[..., 0]
-    movable = jnp.take_along_axis(free, worst, -1)[..., 0]
-    stay = jnp.where(movable, low, level)
-    leave = jnp.where(movable | (high - level > level - low), high, low)
-    nearer = [
-        jnp.abs(x - p) < jnp.abs(x - q)
-        for x, p, q in zip(leaves, points.cut.spread(leave), points.cut.spread(stay), strict=True)
-    ]
-    moved = _mean(points, [i & n for i, n in zip(inside, nearer, strict=True)], leave)
-    kept = _mean(points, [i & ~n for i, n in zip(inside, nearer, strict=True)], stay)
-
-    where = jnp.arange(levels.shape[-1])
-    split = jnp.where((where == worst) & free, one(kept), levels)
-    split = jnp.where(where == one(jnp.argmax(empty, -1)), one(moved), split)
-    levels = jnp.where(one(active), split, levels)
-    levels, free = lax.sort((levels, free), num_keys=2)
-    return Centres(levels, free), jnp.any(active)
+    spare = active[..., None] & (jnp.arange(levels.shape[-1]) == jnp.argmax(empty, -1, keepdims=True))
+    split = jnp.where(spare, jnp.where(above[..., None], level, below), levels)
+    levels, free = lax.sort((split, free), num_keys=2)  # a frozen level before a free one at the same place
+    return Centres(levels, free), jnp.bool_(False), jnp.any(active)
 
 
 def assign(x: Float[Array, "*split"], levels: Float[Array, "*stat k"]) -> UInt[Array, "*split"]:
@@ -176,8 +183,10 @@ def cell_sum(
     axes = tuple(i + 1 for i, n in enumerate(stat) if n == 1)
 
     def scatter(values: Array, codes: Array) -> Array:
-        shape = (*(n for n in stat if n > 1), size)
-        return jnp.zeros(shape, values.dtype).at[_index(codes, stat)].add(values).reshape(*stat, size)
+        table = jnp.zeros(math.prod(stat) * size, values.dtype)
+        where = lax.ScatterDimensionNumbers((), (0,), (0,))
+        index, safe = _index(codes, size, stat)[..., None], lax.GatherScatterMode.PROMISE_IN_BOUNDS
+        return lax.scatter_add(table, index, values, where, mode=safe).reshape(*stat, size)
 
     def masked(values: Array, codes: Array) -> Array:
         hit = codes == jnp.arange(size, dtype=codes.dtype).reshape(-1, *(1,) * codes.ndim)
@@ -187,45 +196,15 @@ def cell_sum(
     return lax.platform_dependent(values, codes, cpu=scatter, default=masked)
 
 
-def _index(codes: Array, stat: Stat) -> tuple[Array, ...]:
-    """Indices of every element into an array of shape [*(n for n in stat if n > 1), k]."""
-    own = tuple(lax.broadcasted_iota(jnp.int32, codes.shape, i) for i, n in enumerate(stat) if n > 1)
-    return (*own, codes.astype(jnp.int32))
-
-
-def _cell_sums(points: Points, codes: Sequence[Array], values: Sequence[Array], like: Array) -> Array:
-    """Weighted sums over cells and leaves, in the shape of `like`."""
-    weights = points.weights or (1,) * len(codes)
-    parts = [
-        cell_sum(v * w if points.weights else v, c, like.shape[-1], b.stat).reshape(like.shape)
-        for v, w, c, b in zip(values, weights, codes, points.cut.blocks, strict=True)
-    ]
-    return functools.reduce(jnp.add, parts)
-
-
-def _pairs(points: Points, levels: Array) -> list[tuple[Array, Array]]:
-    """Every leaf with the levels in a shape that broadcasts against it."""
-    pairs = zip(points.cut.leaves, points.cut.blocks, strict=True)
-    return [(x, levels.reshape(*b.stat, -1)) for x, b in pairs]
+def _index(codes: Array, size: int, stat: Stat) -> Array:
+    """Place of every element's cell in the flattened table of all blocks."""
+    if math.prod(stat) == 1:
+        return codes
+    block = jnp.arange(math.prod(stat), dtype=jnp.int32).reshape(stat)
+    return block * size + codes.astype(jnp.int32)
 
 
 def _residuals(points: Points, levels: Array, codes: Sequence[Array]) -> list[Array]:
     """x - c of every element."""
-    whole = zip(points.cut.leaves, codes, points.cut.blocks, strict=True)
-    return [x - levels.reshape(*(n for n in b.stat if n > 1), -1)[_index(c, b.stat)] for x, c, b in whole]
-
-
-def _present(points: Points) -> list[Array]:
-    """1 where a number counts, 0 where its weight is zero."""
-    if points.weights is None:
-        return [jnp.ones((), x.dtype) for x in points.cut.leaves]
-    return [(w > 0).astype(x.dtype) for w, x in zip(points.weights, points.cut.leaves, strict=True)]
-
-
-def _mean(points: Points, inside: Sequence[Array], near: Array) -> Array:
-    """Weighted mean per block of the numbers inside, `near` if there are none; exact if all equal `near`."""
-    weights = points.weights or (1,) * len(inside)
-    count = points.cut.sum([(i * w).astype(near.dtype) for i, w in zip(inside, weights, strict=True)])
-    whole = zip(points.cut.leaves, inside, weights, points.cut.spread(near), strict=True)
-    total = points.cut.sum([jnp.where(i, (x - c) * w, 0) for x, i, w, c in whole])
-    return near + total / jnp.maximum(count, 1)
+    flat, size = levels.reshape(-1), levels.shape[-1]
+    return [x - flat.at[_index(c, size, b.stat)].get(mode="promise_in_bounds") for c, (x, b) in zip(codes, points.leaves(), strict=True)]

@@ -1,0 +1,132 @@
+"""The README's tables, from the committed results.
+
+python benchmarks/tables.py        writes them between their markers in README.md
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from record import FOLDER, stored
+
+README = FOLDER.parent / "README.md"
+BLOCK = r"(<!-- table: {} -->\n).*?(<!-- end -->)"
+
+
+def grid(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table; the first column is text, the others numbers."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows)) + "\n"
+
+
+LENET = {
+    "reference": ("float32 (given)", ""),
+    "dc_k2": ("1 bit: direct compression", ""),
+    "idc_k2": ("1 bit: iterated direct compression", ""),
+    "ste_k2": ("1 bit: straight-through", ""),
+    "lc_k2": ("1 bit: **LC**", "loss .029 / .024"),
+    "lc_k2_adam": ("1 bit: **LC**, Adam", ""),
+    "lc_k2_proximal": ("1 bit: **LC**, proximal", ""),
+    "lc_k2_slow": ("1 bit: **LC**, slow", "error 2.3 / 2.13"),
+    "dc_ternary": ("scaled ternary: direct compression", ""),
+    "lc_ternary": ("scaled ternary: **LC**", "loss .0058 / .0045"),
+    "dc_k4": ("2 bits: direct compression", ""),
+    "lc_k4_slow": ("2 bits: **LC**, slow", "error 2.13 / 2.0"),
+}
+
+
+def lenet300() -> str:
+    """Medians over the seeds."""
+    by_name = {row["recipe"]: row for row in stored("lenet300")}
+    rows = []
+    for name, (title, target) in LENET.items():
+        if name not in by_name:
+            continue
+        run, median = by_name[name]["runs"][0], by_name[name]["median"]
+        gap = f"{median['gap']:.1e}" if "gap" in median else ""
+        rows.append(
+            [
+                title,
+                str(run["epochs"]),
+                f"{median['train_loss']:.4f}",
+                f"{median['test_error']:.2f}",
+                gap,
+                f"{median['bytes']:,}",
+                f"{median['ratio']:.2f}",
+                target,
+            ]
+        )
+    return grid(
+        ["LeNet300, MNIST", "epochs", "train loss", "test error %", "gap", "bytes", "ratio", "accept / aim"], rows
+    )
+
+
+def cstep() -> str:
+    rows = [[row["what"], row["measured"], row["accept"], row["aim"]] for row in stored("cstep")]
+    return grid(["K-means C step", "measured", "accept", "aim"], rows)
+
+
+def lc_overhead() -> str:
+    rows = [
+        [
+            f"`{row['scheme']}`",
+            f"{row['wrapped_over_bare']:.3f}",
+            f"{row['bare_over_bare']:.3f}",
+            f"{row['state_over_weights']:.2f}",
+            f"{row['c_step_temporary_over_largest_leaf']:.2f}",
+        ]
+        for row in stored("lc_overhead")
+    ]
+    head = [
+        "scheme",
+        "step, wrapped / bare",
+        "bare / bare (noise)",
+        "state / weights",
+        "C step's memory / largest leaf",
+    ]
+    return grid(head, rows)
+
+
+def brute_force() -> str:
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for row in stored("brute_force"):
+        groups.setdefault((row["problem"], row["weights"]), []).append(row)
+    rows = []
+    for (problem, weights), members in groups.items():
+        hits = sum(row["starts_at_the_optimum"] for row in members)
+        starts = sum(row["starts"] for row in members)
+        worst = max(row["lc_median"] / row["optimum"] - 1 for row in members)
+        direct = max(row["direct_compression"] / row["optimum"] - 1 for row in members)
+        found = sum(row["starts_at_the_optimum"] > 0 for row in members)
+        rows.append(
+            [
+                f"{problem}, {weights} weights",
+                f"{hits} of {starts}",
+                f"{found} of {len(members)}",
+                f"{100 * worst:.1f} %",
+                f"{100 * direct:.0f} %",
+            ]
+        )
+    head = ["K = 2", "starts at the optimum", "problems solved", "LC's median above it, at worst", "direct compression"]
+    return grid(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (lenet300, cstep, lc_overhead, brute_force)}
+
+
+def filled(text: str) -> str:
+    """The text with every marked table made anew."""
+    for name, table in TABLES.items():
+        text = re.sub(BLOCK.format(name), lambda m, t=table: m[1] + t() + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def made(name: str) -> dict[str, Any]:
+    """How a result was made."""
+    return json.loads((FOLDER / "results" / f"{name}.json").read_text())["made"]
+
+
+if __name__ == "__main__":
+    Path(README).write_text(filled(README.read_text()))

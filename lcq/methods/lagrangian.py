@@ -1,0 +1,219 @@
+"""The augmented Lagrangian of a compressed net: Theta, the multipliers lambda, and the C step on them.
+
+    x = w - lambda/mu
+    Theta <- Pi(x) = argmin ||x - Delta(Theta)||^2 + (2/mu) C(Theta)
+    lambda <- lambda - mu (w - Delta(Theta)) = mu (Delta(Theta) - x)
+
+Theta is kept in parts: leaf-shaped arrays (codes) in trees shaped like the parameters, which shard, map and
+partition like them, and the rest (codebooks, scales) by task. Delta(Theta) is never kept.
+
+Source: Carreira-Perpinan, arXiv 1707.01209, figure 3.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcq.base import Form, compute_dtype, join_leafwise, split_leafwise
+from lcq.methods.coupling import Geometric, gradient, proximal
+from lcq.rules import Task, flatten
+from lcq.tree import check_finite, take
+
+_ROUNDING = 1e-4
+"""Relative rise of an objective that float32 sums explain."""
+_INFINITE = 1e30
+"""A mu so large that a cost does not count: Theta = w."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is fixed when the state is initialised: the C steps and the penalty weights. A pytree without leaves."""
+
+    tasks: tuple[Task, ...] = dataclasses.field(metadata={"static": True})
+    mu: Geometric = dataclasses.field(metadata={"static": True})
+
+
+class Info(NamedTuple):
+    """Scalars of the last C step, see `lcq.metrics`."""
+
+    gap: Any
+    distortion: Any
+    multiplier_norm: Any
+    kept_back: Any
+    skipped: Any
+
+
+class Lagrangian(NamedTuple):
+    """Theta, lambda and mu.
+
+    Attributes:
+        plan: tasks and penalty weights, static.
+        c_steps: C steps made, int32; mu = plan.mu.at(c_steps).
+        multipliers: lambda, shaped like the parameters; `optax.MaskedNode()` at leaves under no rule.
+        codes: leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise.
+        tables: what else the forms hold (codebooks, scales), per task and leaf.
+        info: scalars of the last C step.
+    """
+
+    plan: Any
+    c_steps: Any
+    multipliers: Any
+    codes: tuple[Any, ...]
+    tables: Any
+    info: Any
+
+
+def start(params: Any, plan: Plan, multipliers: bool) -> Lagrangian:
+    """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost) and lambda = 0.
+
+    Every array is a fresh one, so that parameters and state can be donated together.
+    """
+    leaves, _ = flatten(params)
+    for task in plan.tasks:
+        for path in task.paths:
+            check_finite(path, leaves[path])
+    all_ws = [_wide(leaves, task) for task in plan.tasks]
+    forms = [task.project(ws, mu=_INFINITE) for task, ws in zip(plan.tasks, all_ws, strict=True)]
+    codes, tables = _split(plan, forms)
+    away, zero = sum(map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
+    lagrange = {
+        path: jnp.zeros_like(w)
+        for task, ws in zip(plan.tasks, all_ws, strict=True)
+        for path, w in zip(task.paths, ws, strict=True)
+    }
+    state = Lagrangian(
+        plan=plan,
+        c_steps=zero,
+        multipliers=_like(params, lagrange if multipliers else {}),
+        codes=tuple(_like(params, chosen) for chosen in codes),
+        tables=tables,
+        info=_info(away, sum(map(_square, all_ws)), away, 0.0, zero, zero),
+    )
+    return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
+
+
+def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagrangian]:
+    """The C step at `params`: the forms of every task, and the state after it.
+
+    A projection that is farther from x than the Theta before is dropped. If weights are not finite, nothing changes
+    but `skipped`, one higher.
+    """
+    mu = state.plan.mu.at(state.c_steps)
+    leaves, lagrange = flatten(params)[0], flatten(state.multipliers)[0]
+    all_ws = [_wide(leaves, task) for task in state.plan.tasks]
+    size = sum(_square(ws) for ws in all_ws)
+    finite = jnp.isfinite(size)
+    all_forms, away, distortion, norm, kept_back = [], 0.0, 0.0, 0.0, state.info.kept_back
+    for task, ws, previous in zip(state.plan.tasks, all_ws, theta(state), strict=True):
+        xs = tuple(w - lagrange[p] / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
+        forms = task.project(xs, previous, mu=mu)
+        new, old = (_distance(xs, f) + 2 / mu * task.scheme.cost(f) for f in (forms, previous))
+        better = finite & (new <= old)
+        forms = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), forms, previous)
+        kept_back += (new > old * (1 + _ROUNDING)).astype(jnp.int32)
+        for path, x, form in zip(task.paths, xs, forms, strict=True):
+            if path in lagrange:
+                lagrange[path] = jnp.where(finite, mu * (form.dense() - x), lagrange[path])
+                norm += jnp.sum(lagrange[path] ** 2)
+        away += _distance(ws, forms)
+        distortion += _distance(xs, forms)
+        all_forms.append(forms)
+    codes, tables = _split(state.plan, all_forms)
+    info = _info(away, size, distortion, norm, kept_back, state.info.skipped)
+    skipped = state.info._replace(skipped=state.info.skipped + 1)
+    return all_forms, state._replace(
+        c_steps=state.c_steps + finite,
+        multipliers=_like(state.multipliers, lagrange),
+        codes=tuple(_like(old, new) for old, new in zip(state.codes, codes, strict=True)),
+        tables=tables,
+        info=jax.tree.map(lambda a, b: jnp.where(finite, a, b), info, skipped),
+    )
+
+
+def c_step(state: Lagrangian, params: Any) -> Lagrangian:
+    return solve(state, params)[1]
+
+
+def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
+    """Theta, put together from the state: the forms of every task."""
+    codes = [flatten(tree)[0] for tree in state.codes]
+    return [
+        tuple(
+            join_leafwise(rest, [tree[path] for tree in codes if path in tree])
+            for path, rest in zip(task.paths, tables, strict=True)
+        )
+        for task, tables in zip(state.plan.tasks, state.tables, strict=True)
+    ]
+
+
+def add_gradient(grads: Any, state: Lagrangian, params: Any, mu: Any) -> Any:
+    """Adds the coupling's gradient to those of the selected leaves."""
+    slopes, structure = flatten(grads)
+    for path, (w, delta, multiplier) in _coupled(state, params).items():
+        slope = slopes[path]
+        slopes[path] = (slope + gradient(w, delta, multiplier, mu)).astype(slope.dtype)
+    return jax.tree.unflatten(structure, slopes.values())
+
+
+def pull(updates: Any, state: Lagrangian, params: Any, mu: Any, s: Any) -> Any:
+    """Follows the inner optimizer's updates by the proximal step at the selected leaves; s as in `proximal`."""
+    moves, structure = flatten(updates)
+    sizes = flatten(s)[0]
+    for path, (w, delta, multiplier) in _coupled(state, params).items():
+        size = sizes[path] if path in sizes else sizes[""]
+        moved = proximal(w + moves[path], delta, multiplier, mu, size)
+        moves[path] = (moved - w).astype(moves[path].dtype)
+    return jax.tree.unflatten(structure, moves.values())
+
+
+def _coupled(state: Lagrangian, params: Any) -> dict[str, tuple[Any, Any, Any]]:
+    """(w, Delta(Theta), lambda or None) of every selected leaf, by path."""
+    leaves, lagrange = flatten(params)[0], flatten(state.multipliers)[0]
+    return {
+        path: (w, form.dense(), lagrange.get(path))
+        for task, forms in zip(state.plan.tasks, theta(state), strict=True)
+        for path, w, form in zip(task.paths, _wide(leaves, task), forms, strict=True)
+    }
+
+
+def _wide(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
+    """The weights of a task in float32 or wider."""
+    return tuple(jnp.asarray(w, compute_dtype(w.dtype)) for w in take(leaves, task))
+
+
+def _split(plan: Plan, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Any]], Any]:
+    """The leaf-shaped arrays of all forms by path, and the rest by task; inverse of `theta`."""
+    codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leafwise for task in plan.tasks))]
+    tables = []
+    for task, of_task in zip(plan.tasks, forms, strict=True):
+        parts = [split_leafwise(form) for form in of_task]
+        tables.append(tuple(rest for _, rest in parts))
+        for path, (arrays, _) in zip(task.paths, parts, strict=True):
+            for chosen, array in zip(codes, arrays, strict=False):
+                chosen[path] = array
+    return codes, tuple(tables)
+
+
+def _like(tree: Any, chosen: dict[str, Any]) -> Any:
+    """`tree` with the chosen arrays at its leaves, and masks where there is none."""
+    leaves, structure = flatten(tree)
+    return jax.tree.unflatten(structure, [chosen.get(path, optax.MaskedNode()) for path in leaves])
+
+
+def _distance(xs: tuple[Any, ...], forms: tuple[Form, ...]) -> Any:
+    """||x - Delta(Theta)||^2 over the leaves of a task."""
+    return sum(jnp.sum((x - form.dense()) ** 2) for x, form in zip(xs, forms, strict=True))
+
+
+def _square(arrays: tuple[Any, ...]) -> Any:
+    return sum(jnp.sum(a**2) for a in arrays)
+
+
+def _info(away: Any, size: Any, distortion: Any, norm: Any, kept_back: Any, skipped: Any) -> Info:
+    gap = away / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
+    measures = (jnp.asarray(a, jnp.float32) for a in (gap, distortion, jnp.sqrt(norm)))
+    return Info(*measures, kept_back, skipped)

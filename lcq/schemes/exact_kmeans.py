@@ -1,0 +1,1 @@
+def best_levels(*a): raise NotImplementedError
