@@ -65,9 +65,6 @@ RECIPES = {
     "lc_k2_proximal": Recipe(K2, coupling="proximal"),
     "lc_k2_slow": Recipe(K2, **SLOW),
     "lc_k4_slow": Recipe(K4, **SLOW),
-    "lc_ternary_slow": Recipe(TERNARY, **SLOW),
-    "idc_k2_slow": Recipe(K2, "idc", **SLOW),
-    "ste_k2_slow": Recipe(K2, "ste", **SLOW),
 }
 CANDIDATES = {
     f"{name}_{factor}x{l_steps}x{epochs}_{rate}": Recipe(
@@ -201,6 +198,7 @@ def tune(name: str, recipe: Recipe, sets: Any) -> dict[str, Any]:
     back, rest = order[:HELD_BACK], order[HELD_BACK:]
     forms, curve, _ = train(recipe, params, x[rest], y[rest], 0)
     loss, error = map(float, judge(lcq.decompress(forms), x[back], y[back]))
+    print(name, error, loss, curve[-1], flush=True)
     return {"recipe": name, "held_back_error": error, "held_back_loss": loss, **curve[-1]}
 
 

@@ -97,7 +97,7 @@ class Codes(Form):
         _check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": self.zero})
         if not 1 <= self.size_of_table <= 65536:
             raise ValueError(f"wanted 1 to 65,536 levels; got {self.size_of_table}")
-        if self.values is not None and max(map(abs, self.values)) > np.finfo(np.float32).max:
+        if self.values is not None and max(map(abs, self.values)) > float(np.finfo(np.float32).max):
             raise ValueError("wanted fixed values that float32 can hold")
         size, width = math.prod(self.packed), packing.width(self.size_of_table)
         words = packing.word_count(size, width)

@@ -114,6 +114,8 @@ def nest(leaves: Sequence[Leaf], above: str = "") -> Any:
     tree = {key: nest(group, f"{above}/{key}") for key, group in groups.items()}
     kinds = {leaf.kinds[0] for leaf in leaves}
     if "s" not in kinds:
+        if len({type(key) for key in tree}) > 1:
+            raise ValueError(f"{above[1:]}: wanted keys of one type; got {list(tree)[:8]}")
         return tree
     if kinds != {"s"} or set(tree) != set(range(len(tree))):
         raise ValueError(f"{above[1:]}: wanted places 0 to {len(tree) - 1} of a sequence; got {list(tree)[:8]}")
@@ -254,15 +256,13 @@ def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
     for field in dataclasses.fields(cls):
         is_static = field.metadata.get("static", False)
         written = (static if is_static else arrays).pop(field.name, None)
-        if written is None:
-            if field.default is dataclasses.MISSING:
-                raise ValueError(f"{name}: {field.name} is missing")
-        elif is_static:
-            values[field.name] = value = _from_json(written)
+        if written is None and field.default is dataclasses.MISSING:
+            raise ValueError(f"{name}: {field.name} is missing")
+        if written is not None:
+            value = _from_json(written) if is_static else _decode_value(written, stream, depth)
             if not _matches(value, hint := _hints(cls)[field.name]):
                 raise ValueError(f"{name}: {field.name}: wanted {hint}; got {reprlib.repr(value)}")
-        else:
-            values[field.name] = _decode_value(written, stream, depth)
+            values[field.name] = value
     if static or arrays:
         raise ValueError(f"{name}: wanted its fields only; got {reprlib.repr([*static, *arrays])}")
     return cls(**values)
@@ -300,6 +300,8 @@ def _from_json(written: Any) -> Any:
             not rest and abs(first) < _FAR and 0 <= last - first < 65536
         ):
             return tuple(float(v) for v in range(first, last + 1))
+        case float() if not math.isfinite(written):
+            raise ValueError(f"wanted finite numbers; got {written}")
         case [*items]:
             return tuple(_from_json(item) for item in items)
     return written
@@ -311,11 +313,13 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a value from a file has the type that a static field is annotated with."""
+    """Whether a value from a file has the type that a form's field is annotated with; Any means an array."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(_matches(value, one) for one in arguments)
     if typing.get_origin(hint) is tuple and isinstance(value, tuple):
         each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return len(each) == len(value) and all(map(_matches, value, each))
-    return type(value) is hint and (hint is not float or math.isfinite(value))
+    if hint in (Any, jax.Array):
+        return isinstance(value, np.ndarray | jax.ShapeDtypeStruct)
+    return type(value) is hint or (hint is Form and is_form(value))

@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 import secrets
 import struct
 from collections.abc import Iterator
@@ -221,10 +222,12 @@ class _Tensor(NamedTuple):
 def _read(file: BufferedReader, size: int, limit: int) -> list[Leaf]:
     metadata, tensors, start = _read_header(file, size)
     match _parse(metadata["index"]):
-        case {"leaves": [*records], "digests": dict(digests), **rest} if not rest and digests.keys() == tensors.keys():
+        case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if not rest:
             pass
         case _:
-            raise ValueError("wanted an index of leaves, and a digest for every tensor; got another")
+            raise ValueError("wanted an index of leaves and digests; got another")
+    if odd := digests.keys() ^ tensors.keys():
+        raise ValueError(f"{min(odd)}: wanted as many digests as tensors; this has only one of them")
     used: set[str] = set()
 
     def declared(name: str) -> jax.ShapeDtypeStruct:
@@ -264,7 +267,9 @@ def _read_header(file: BufferedReader, size: int) -> tuple[dict[str, str], dict[
         } if not rest:
             metadata = {"index": index}
         case {"__metadata__": {"format": "lcq", "version": version}} if version != "1":
-            raise ValueError(f"wanted format version 1; got {str(version)[:40]}; read it with the lcq that wrote it")
+            raise ValueError(
+                f"wanted format version 1; got {reprlib.repr(version)}; read it with the lcq that wrote it"
+            )
         case _:
             raise ValueError("not an lcq file: its header does not name the format")
     if raw.count(digest.encode()) != 1 or _digest(raw.replace(digest.encode(), _NO_DIGEST)) != digest:
@@ -290,7 +295,7 @@ def _tensor(name: str, entry: Any) -> _Tensor:
                 if 0 <= begin and math.prod(shape) * DTYPES[dtype].itemsize == end - begin:
                     return _Tensor(jax.ShapeDtypeStruct(tuple(shape), DTYPES[dtype]), begin, end - begin)
     raise ValueError(
-        f"{name[:200]}: wanted a known dtype, a shape, and the offsets of as many bytes; got {str(entry)[:200]}"
+        f"{name[:200]}: wanted a known dtype, a shape, and the offsets of as many bytes; got {reprlib.repr(entry)}"
     )
 
 

@@ -11,6 +11,8 @@ Source: Carreira-Perpinan, arXiv 1707.01209, figure 3.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +70,7 @@ class Lagrangian(NamedTuple):
 
 
 def start(params: Any, plan: Plan, multipliers: bool) -> Lagrangian:
-    """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost) and lambda = 0.
+    """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost), and lambda = 0.
 
     Every array is a fresh one, so that parameters and state can be donated together.
     """
@@ -79,19 +81,19 @@ def start(params: Any, plan: Plan, multipliers: bool) -> Lagrangian:
     all_ws = [_wide(leaves, task) for task in plan.tasks]
     forms = [task.project(ws, mu=_INFINITE) for task, ws in zip(plan.tasks, all_ws, strict=True)]
     codes, tables = _split(plan, forms)
-    away, zero = sum(map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
     lagrange = {
         path: jnp.zeros_like(w)
         for task, ws in zip(plan.tasks, all_ws, strict=True)
         for path, w in zip(task.paths, ws, strict=True)
     }
+    away, zero = sum(map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
     state = Lagrangian(
         plan=plan,
         c_steps=zero,
         multipliers=_like(params, lagrange if multipliers else {}),
         codes=tuple(_like(params, chosen) for chosen in codes),
         tables=tables,
-        info=_info(away, sum(map(_square, all_ws)), away, 0.0, zero, zero),
+        info=_info(_Sums(away, away, jnp.float32(0), zero), sum(map(_square, all_ws)), zero, zero),
     )
     return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
 
@@ -99,43 +101,69 @@ def start(params: Any, plan: Plan, multipliers: bool) -> Lagrangian:
 def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagrangian]:
     """The C step at `params`: the forms of every task, and the state after it.
 
-    A projection that is farther from x than the Theta before is dropped. If weights are not finite, nothing changes
-    but `skipped`, one higher.
+    If weights are not finite nothing changes but `skipped`, one higher.
     """
-    mu = state.plan.mu.at(state.c_steps)
-    leaves, lagrange = flatten(params)[0], flatten(state.multipliers)[0]
+    mu, leaves, lagrange = state.plan.mu.at(state.c_steps), flatten(params)[0], flatten(state.multipliers)[0]
     all_ws = [_wide(leaves, task) for task in state.plan.tasks]
-    size = sum(_square(ws) for ws in all_ws)
+    size = sum(map(_square, all_ws))
     finite = jnp.isfinite(size)
-    all_forms, away, distortion, norm, kept_back = [], 0.0, 0.0, 0.0, state.info.kept_back
+    nothing = _Sums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
+    all_forms, all_sums = [], []
     for task, ws, previous in zip(state.plan.tasks, all_ws, theta(state), strict=True):
-        xs = tuple(w - lagrange[p] / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
-        forms = task.project(xs, previous, mu=mu)
-        new, old = (_distance(xs, f) + 2 / mu * task.scheme.cost(f) for f in (forms, previous))
-        better = finite & (new <= old)
-        forms = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), forms, previous)
-        kept_back += (new > old * (1 + _ROUNDING)).astype(jnp.int32)
-        for path, x, form in zip(task.paths, xs, forms, strict=True):
-            if path in lagrange:
-                lagrange[path] = jnp.where(finite, mu * (form.dense() - x), lagrange[path])
-                norm += jnp.sum(lagrange[path] ** 2)
-        away += _distance(ws, forms)
-        distortion += _distance(xs, forms)
+        of_task = {path: lagrange[path] for path in task.paths if path in lagrange}
+        before = (previous, of_task, nothing)
+        forms, of_task, sums = _when(finite, functools.partial(_solve_task, task, ws, mu), before)
+        lagrange.update(of_task)
         all_forms.append(forms)
+        all_sums.append(sums)
     codes, tables = _split(state.plan, all_forms)
-    info = _info(away, size, distortion, norm, kept_back, state.info.skipped)
+    sums = jax.tree.map(lambda *parts: sum(parts), *all_sums)
+    info = _info(sums, size, state.info.kept_back + sums.kept_back, state.info.skipped)
     skipped = state.info._replace(skipped=state.info.skipped + 1)
     return all_forms, state._replace(
         c_steps=state.c_steps + finite,
         multipliers=_like(state.multipliers, lagrange),
-        codes=tuple(_like(old, new) for old, new in zip(state.codes, codes, strict=True)),
+        codes=tuple(map(_like, state.codes, codes)),
         tables=tables,
         info=jax.tree.map(lambda a, b: jnp.where(finite, a, b), info, skipped),
     )
 
 
-def c_step(state: Lagrangian, params: Any) -> Lagrangian:
-    return solve(state, params)[1]
+class _Sums(NamedTuple):
+    """||w - Delta||^2, ||x - Delta||^2, ||lambda||^2 and projections dropped, over the leaves of tasks."""
+
+    away: Any
+    distortion: Any
+    multipliers: Any
+    kept_back: Any
+
+
+def _solve_task(task: Task, ws: tuple[Any, ...], mu: Any, before: Any) -> Any:
+    """The C step of one task; a projection with a higher objective than the Theta before is dropped."""
+    previous, lagrange, _ = before
+    xs = tuple(w - lagrange[p] / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
+    forms = task.project(xs, previous, mu=mu)
+    new, old = (_distance(xs, f) + 2 / mu * task.scheme.cost(f) for f in (forms, previous))
+    forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
+    moved = (mu * (form.dense() - x) for x, form in zip(xs, forms, strict=True))
+    lagrange = {path: value for path, value in zip(task.paths, moved, strict=True) if path in lagrange}
+    return (
+        forms,
+        lagrange,
+        _Sums(
+            away=_distance(ws, forms).astype(jnp.float32),
+            distortion=_distance(xs, forms).astype(jnp.float32),
+            multipliers=_square(lagrange.values()).astype(jnp.float32),
+            kept_back=(new > old * (1 + _ROUNDING)).astype(jnp.int32),
+        ),
+    )
+
+
+def _when(true: Any, f: Callable[[Any], Any], before: Any) -> Any:
+    """f(before) if true, else `before`. In a trace a branch, which keeps the memory of tasks apart."""
+    if isinstance(true, jax.core.Tracer):
+        return jax.lax.cond(true, f, lambda kept: kept, before)
+    return f(before) if true else before
 
 
 def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
@@ -209,11 +237,16 @@ def _distance(xs: tuple[Any, ...], forms: tuple[Form, ...]) -> Any:
     return sum(jnp.sum((x - form.dense()) ** 2) for x, form in zip(xs, forms, strict=True))
 
 
-def _square(arrays: tuple[Any, ...]) -> Any:
-    return sum(jnp.sum(a**2) for a in arrays)
+def _square(arrays: Iterable[Any]) -> Any:
+    """The sum of all squares."""
+    return sum((jnp.sum(a**2) for a in arrays), jnp.float32(0))
 
 
-def _info(away: Any, size: Any, distortion: Any, norm: Any, kept_back: Any, skipped: Any) -> Info:
-    gap = away / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
-    measures = (jnp.asarray(a, jnp.float32) for a in (gap, distortion, jnp.sqrt(norm)))
-    return Info(*measures, kept_back, skipped)
+def _info(sums: _Sums, size: Any, kept_back: Any, skipped: Any) -> Info:
+    return Info(
+        gap=(sums.away / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)).astype(jnp.float32),
+        distortion=sums.distortion.astype(jnp.float32),
+        multiplier_norm=jnp.sqrt(sums.multipliers),
+        kept_back=kept_back,
+        skipped=skipped,
+    )

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from lcq.methods.coupling import Geometric, geometric, linear_step
-from lcq.methods.lagrangian import Info, Lagrangian, Plan, add_gradient, pull, solve, start, c_step as _solve
+from lcq.methods.lagrangian import Info, Lagrangian, Plan, add_gradient, pull, solve, start
 from lcq.rules import Rule, flatten, resolve
 from lcq.tree import check_finite, replace
 
@@ -130,7 +130,7 @@ def lc(
         inner_state, steps, lagrangian = state
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
-            lagrangian = _once(due, lambda kept: _solve(kept, params), lagrangian)
+            lagrangian = _once(due, lambda kept: solve(kept, params)[1], lagrangian)
         weight, eta = schedule.at(lagrangian.c_steps), rate(steps)
         if coupling == "gradient":
             eta = None if eta is None else jnp.minimum(eta, 1 / weight)
@@ -162,7 +162,7 @@ def c_step(opt_state: Any, params: Any) -> Any:
     """
     _find(opt_state)
     return jax.tree.map(
-        lambda node: _solve(node, params) if _is_lagrangian(node) else node,
+        lambda node: solve(node, params)[1] if _is_lagrangian(node) else node,
         nnx.as_pure(opt_state),
         is_leaf=_is_lagrangian,
     )
@@ -231,7 +231,8 @@ def metrics(opt_state: Any) -> dict[str, Any]:
 
 
 def _once(due: Any, f: Callable[[Any], Any], state: Any) -> Any:
-    """f(state) if due, else state, by a loop of at most one turn: its buffers stay in place, where `lax.cond` copies."""
+    """f(state) if due, else state. A loop of at most one turn: under vmap it runs if f is due somewhere, where
+    `lax.cond` would always run it."""
     return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (jnp.zeros_like(due), f(carry[1])), (due, state))[1]
 
 

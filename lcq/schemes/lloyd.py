@@ -198,10 +198,11 @@ def cell_sum(
 
 def _index(codes: Array, size: int, stat: Stat) -> Array:
     """Place of every element's cell in the flattened table of all blocks."""
-    if math.prod(stat) == 1:
+    blocks = math.prod(stat)
+    if blocks == 1:
         return codes
-    block = jnp.arange(math.prod(stat), dtype=jnp.int32).reshape(stat)
-    return block * size + codes.astype(jnp.int32)
+    kind = jnp.uint16 if blocks * size <= 1 << 16 else jnp.int32  # short, because it is as long as the leaf
+    return jnp.arange(blocks, dtype=kind).reshape(stat) * size + codes.astype(kind)
 
 
 def _residuals(points: Points, levels: Array, codes: Sequence[Array]) -> list[Array]:

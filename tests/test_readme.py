@@ -1,0 +1,57 @@
+"""The README and the notebooks do what they say: every block runs, every table is the committed one."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "net.lcq").exists()
+    assert float(names["accuracy"]) > 0.95
+
+
+def test_tables_are_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    sys.modules.pop("record", None)
+    assert README == tables.filled(README), "run: python benchmarks/tables.py"
+    for name in tables.TABLES:
+        assert f"<!-- table: {name} -->" in README
+        assert {"command", "commit", "seeds", "versions", "wall_seconds", "cpu_seconds"} <= tables.made(name).keys()
+
+
+def test_every_row_has_its_file():
+    result = json.loads((ROOT / "benchmarks/results/lenet300.json").read_text())
+    files = {path.name: path.stat().st_size for path in (ROOT / "benchmarks/artifacts").glob("*.lcq")}
+    assert files == {run["artifact"]: run["bytes"] for row in result["rows"] for run in row["runs"]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
+    names: dict = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), path.name, "exec"), names)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
