@@ -2,6 +2,7 @@
 
     LCQ_DATA=folder python benchmarks/lenet300.py            every recipe, 3 seeds: results/lenet300.json, artifacts/
     ... lc_k2 lc_ternary      some recipes
+    ... --plot                results/lenet300.png again
     LCQ_DATA=folder python benchmarks/lenet300.py --tune     schedules judged on 5,000 held-back training images
 
 Data: real MNIST, no augmentation, no teacher; weights: the trained tanh net of the LC toolkit (test error 2.13 %).
@@ -20,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from record import ARTIFACTS, record, stored
+from matplotlib.figure import Figure
+from record import ARTIFACTS, RESULTS, record, stored
 
 import lcq
 from lcq.examples import data, models
@@ -202,12 +204,38 @@ def tune(name: str, recipe: Recipe, sets: Any) -> dict[str, Any]:
     return {"recipe": name, "held_back_error": error, "held_back_loss": loss, **curve[-1]}
 
 
+def plot() -> None:
+    """Train loss, train error and gap of the 1-bit recipes against epochs: medians, and the range over seeds."""
+    names = {"lc_k2": "LC", "lc_k2_adam": "LC, Adam", "lc_k2_proximal": "LC, proximal", "lc_k2_slow": "LC, slow"}
+    names |= {"ste_k2": "straight-through", "idc_k2": "iterated direct"}
+    results = {row["recipe"]: row for row in stored("lenet300")}
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = {"train_loss": "train loss of Delta", "train_error": "train error of Delta, %", "gap": "gap"}
+    for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name, label in names.items():
+            if name not in results or (key == "gap" and not name.startswith("lc")):
+                continue
+            curves = [run["curve"] for run in results[name]["runs"]]
+            epochs = [point["epoch"] for point in curves[0]]
+            values = np.sort([[point[key] for point in curve] for curve in curves], axis=0)
+            (line,) = axes.semilogy(epochs, np.median(values, axis=0), label=label, linewidth=1.3)
+            axes.fill_between(epochs, values[0], values[-1], color=line.get_color(), alpha=0.15, linewidth=0)
+        if key != "gap" and "dc_k2" in results:
+            axes.axhline(results["dc_k2"]["median"][key], color="gray", linestyle=":", label="direct compression")
+        axes.set(xlabel="epochs", title=title)
+    figure.get_axes()[0].legend(fontsize=7)
+    figure.savefig(RESULTS / "lenet300.png", dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--plot", action="store_true", help="only draw results/lenet300.png")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
+    if args.plot:
+        return plot()
     sets = load()
     ARTIFACTS.mkdir(exist_ok=True)
     result, recipes = ("lenet300_tuning", CANDIDATES) if args.tune else ("lenet300", RECIPES)
@@ -215,6 +243,7 @@ def main() -> None:
         row = tune(name, recipes[name], sets) if args.tune else run(name, recipes[name], args.seeds, sets)
         others = [other for other in stored(result) if other["recipe"] != name]
         record(result, [*others, row], seeds=[0] if args.tune else args.seeds)
+    plot()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,11 @@ def replace(structure: Any, leaves: dict[str, Any], tasks: Sequence[Task], forms
 
 def check_finite(path: str, leaf: Any) -> None:
     """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
-    if not isinstance(leaf, jax.core.Tracer) and not bool(jnp.isfinite(leaf).all()):
+    if isinstance(leaf, jax.core.Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # a concrete leaf may be met inside a trace
+        finite = bool(jnp.isfinite(leaf).all())
+    if not finite:
         bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
         raise ValueError(f"{path}: wanted finite weights; got {bad} NaN or infinite of {leaf.size}")
 

@@ -22,7 +22,17 @@ from lcq.artifact.codec import Leaf, flatten, is_empty, nest
 from lcq.artifact.file import DTYPES, host_array, replacing
 from lcq.base import is_form
 
-_BROKEN_NPZ = (ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -104,12 +114,13 @@ def _write_safetensors(path: Path, leaves: list[Leaf]) -> None:
 
 def _read_npz(path: Path) -> Any:
     arrays = {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                arrays[name] = archive[name]
-    except _BROKEN_NPZ as error:
-        raise ValueError(f"{path}: not an npz file of numbers, or damaged: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                for name in archive.files:
+                    arrays[name] = archive[name]
+        except _DAMAGED as error:
+            raise ValueError(f"{path}: not an npz file of numbers, or damaged: {error}") from error
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
             hint = "; npz drops the names of dtypes such as bfloat16" if array.dtype.kind == "V" else ""
@@ -119,7 +130,7 @@ def _read_npz(path: Path) -> Any:
 
 def _write_npz(path: Path, leaves: list[Leaf]) -> None:
     for leaf in leaves:
-        if leaf.value.dtype.kind not in "biufc":
+        if leaf.value.dtype.type.__module__ != "numpy":
             raise ValueError(f"{leaf.path}: npz cannot hold {leaf.value.dtype}; write .safetensors instead")
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:  # np.savez cannot name an array "file"
         for leaf in leaves:

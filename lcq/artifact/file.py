@@ -109,6 +109,14 @@ def load(path: str | os.PathLike[str], like: Any = None, limit: int = LIMIT) -> 
         ArtifactError: the file is damaged, is not an `.lcq` file, declares more than `limit`, or does not fit `like`;
             names the tensor.
         OSError: the file cannot be opened or read.
+
+    Example:
+        >>> import tempfile
+        >>> from lcq.forms import Cast
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = save(f"{folder}/net.lcq", {"bias": Cast(jnp.ones(2, jnp.bfloat16))})
+        ...     load(f"{folder}/net.lcq")["bias"].dense()
+        Array([1., 1.], dtype=float32)
     """
     with open(path, "rb") as file:
         try:

@@ -81,15 +81,17 @@ def best_levels(x: Float[np.ndarray, " n"], k: int, fixed: tuple[float, ...] = (
             *(np.concatenate([[0], np.cumsum(y)]) for y in (counts.astype(float), counts * v, counts * v * v)),
             tuple(np.concatenate([[0], np.cumsum(counts * (v - level) ** 2)]) for level in c),
         )
-        free = _search(sums, learned, lambda cells: _polish(sums, v, c, cells)) + middle
+        free = _search(sums, v, learned, lambda cells: _polish(sums, v, c, cells)) + middle
     levels = np.sort(np.concatenate([fixed, free[:learned]]))
     return np.concatenate([levels, np.full(k - len(levels), levels[-1])])
 
 
-def _search(sums: Sums, learned: int, polish: Callable) -> Numbers:
+def _search(sums: Sums, values: Numbers, learned: int, polish: Callable) -> Numbers:
     """Learned levels of an optimal solution: rounds of bounds on intervals, then the exact recursion."""
     last, end = len(sums.count) - 1, (learned, len(sums.frozen))
-    edges = np.linspace(0, last + 1, min(_FIRST, last + 1) + 1).astype(int)
+    gaps = np.concatenate([[0], np.cumsum(np.cbrt(np.diff(values) ** 2))])  # where levels crowd: f^(1/3) dx = gap^(2/3)
+    cuts = np.searchsorted(gaps, np.linspace(0, gaps[-1], _FIRST), side="right")
+    edges = np.unique(np.concatenate([[0], cuts, [last + 1]]))
     states = [(i, j) for i in range(end[0] + 1) for j in range(end[1] + 1)]
     where = dict.fromkeys(states, (edges[:-1], edges[1:] - 1))
     where[0, 0], where[end] = (np.array([0]),) * 2, (np.array([last]),) * 2

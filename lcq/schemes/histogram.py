@@ -1,15 +1,16 @@
 """A cold start for k-means: a histogram stands in for the data, and its density^(1/3) quantiles for a random start.
 
-The centres of an optimal codebook have a density proportional to f^(1/3), f the density of the data (Panter & Dite 1951;
-Gersho & Gray 1992, section 5.6). Bins are equal in y = u / (1 + |u|), u = (x - mean) / s, s the mean of |x - mean|
-times 4: nearly equal in x where the data are, wide in the tails, and no range to find first.
+The levels of an optimal codebook have a density proportional to f^(1/3), f the density of the data (Panter & Dite 1951;
+Gersho & Gray 1992, section 5.6). Bins are equal in y = log(1 + |u|) sign(u), u = (x - mean) / s, s four times the mean of
+|x - mean|: nearly equal in x where the data are, in ratio far out.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from lcq.base import Cut, blocks
-from lcq.schemes.lloyd import Points, cell_sum
+from lcq.schemes.lloyd import Centres, Points, cell_sum, lloyd_pass, move_level
 
 _BINS = 4096
 _COARSE = 64
@@ -33,34 +34,68 @@ def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:
     mean = cut.sum([x / size for x in cut.leaves])
     scale = _SPREAD * cut.sum([jnp.abs(x - m) / size for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
     safe = jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
+    largest = cut.max([jnp.abs(x - m) for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
+    reach = jnp.log1p(largest / safe)
     count: Array | int = 0
-    for x, m, s, block in zip(cut.leaves, cut.spread(mean), cut.spread(safe), cut.blocks, strict=True):
-        y = (x - m) / (s + jnp.abs(x - m))
+    for x, m, s, r, block in zip(
+        cut.leaves, *map(cut.spread, (mean, safe, jnp.where(reach > 0, reach, 1))), cut.blocks, strict=True
+    ):
+        y = jnp.sign(x - m) * jnp.log1p(jnp.abs(x - m) / s) / r
         place = jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16)
         count += cell_sum(jnp.ones(x.shape, jnp.int32), place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
-    mean, scale = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale))
-    levels = mean + scale * _quantiles(count, k)
+    mean, scale, reach = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach))
+    levels = mean + scale * _quantiles(count, k, reach)
     if bins < fine:
         return Points(cut), levels.reshape(*cut.blocks[0].stat, k)
-    x = (mean + scale * _stretch((2 * jnp.arange(bins) + 1) / bins - 1))[..., 0, :]
+    x = (mean + scale * _stretch((2 * jnp.arange(bins) + 1) / bins - 1, reach))[..., 0, :]
     counts = (*cut.counts[0], 1)
     return Points(Cut((x,), (blocks(x.shape, counts),), (counts,)), (count[..., 0, :],)), levels
 
 
-def _quantiles(count: Int[Array, "*counts bins"], k: int) -> Float[Array, "*counts k"]:
+def explore(points: Points, centres: Centres, passes: int) -> Centres:
+    """Lloyd passes that also move the least useful level to the cell with the largest error, if that seems to pay.
+
+    Escapes from local minima that are far from the best. Returns the best centres it has seen.
+
+    Source: Fritzke 1997 (LBG-U).
+    """
+
+    def improve(_: Array, state: tuple[Centres, Centres, Array]) -> tuple[Centres, Centres, Array]:
+        now, best, least = state
+        codes, now, count = lloyd_pass(points, now)
+        onward, _, error = move_level(points, codes, now, _losses(now, count))
+        better = (error < least)[..., None]
+        best = Centres(*(jnp.where(better, a, b) for a, b in zip(now, best, strict=True)))
+        return onward, best, jnp.minimum(error, least)
+
+    least = jnp.full(centres.levels.shape[:-1], jnp.inf, centres.levels.dtype)
+    return lax.fori_loop(0, passes, improve, (centres, centres, least))[1]
+
+
+def _losses(centres: Centres, count: Array) -> Array:
+    """How much the squared error would rise without a level, its numbers going to one neighbour and its mean."""
+    levels, n = centres.levels, jnp.where(centres.free, count, jnp.inf)  # a frozen level does not give way
+    gap = (levels[..., 1:] - levels[..., :-1]) ** 2
+    left, right = n[..., :-1], n[..., 1:]
+    weight = 1 / (1 / jnp.maximum(left, 0.5) + 1 / jnp.maximum(right, 0.5))
+    none = jnp.full_like(levels[..., :1], jnp.inf)
+    pair = jnp.concatenate([none, gap * weight, none], -1)
+    return jnp.where(count > 0, jnp.minimum(pair[..., 1:], pair[..., :-1]), 0)
+
+
+def _quantiles(count: Int[Array, "*stat bins"], k: int, reach: Float[Array, "*stat 1"]) -> Float[Array, "*stat k"]:
     """Quantiles (i + 1/2)/k of the measure f^(1/3) du, f from at most 64 bins, in units of u."""
     bins = min(_COARSE, count.shape[-1])
     mass = jnp.sum(count.reshape(*count.shape[:-1], bins, -1), -1).astype(jnp.float32)
-    width = 2 / bins / (1 - jnp.abs((2 * jnp.arange(bins) + 1) / bins - 1)) ** 2
+    width = jnp.exp(jnp.abs((2 * jnp.arange(bins) + 1) / bins - 1) * reach)
     mass = jnp.cbrt(mass * width**2)
     below = jnp.cumsum(mass, -1)
     target = (jnp.arange(k) + 0.5) / k * below[..., -1:]
     at = jnp.minimum(jnp.sum(below[..., None, :] < target[..., None], -1), bins - 1)
     rest = (jnp.take_along_axis(below, at, -1) - target) / jnp.take_along_axis(mass, at, -1)
-    return _stretch(2 * (at + 1 - jnp.clip(rest, 0, 1)) / bins - 1, 1 / bins)
+    return _stretch(2 * (at + 1 - jnp.clip(rest, 0, 1)) / bins - 1, reach)
 
 
-def _stretch(y: Array, margin: float = 0.0) -> Array:
-    """u for y = u / (1 + |u|), kept away from infinity."""
-    y = jnp.clip(y, margin - 1, 1 - margin)
-    return y / (1 - jnp.abs(y))
+def _stretch(y: Array, reach: Array) -> Array:
+    """u for y in [-1, 1]."""
+    return jnp.sign(y) * jnp.expm1(jnp.abs(y) * reach)

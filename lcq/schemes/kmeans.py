@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq.base import Cut, Form, Per, Scheme, block_counts, cut
+from lcq.base import Blocks, Cut, Form, Per, Scheme, block_counts, cut
 from lcq.forms import Codes
 from lcq.schemes.exact_kmeans import best_levels
-from lcq.schemes.histogram import summarise
-from lcq.schemes.lloyd import Centres, Points, descend, lloyd_pass
+from lcq.schemes.histogram import explore, summarise
+from lcq.schemes.lloyd import Centres, Points, assign, descend, lloyd_pass
 
 _COLD = 100
 """Lloyd passes over a histogram, at most."""
@@ -76,7 +76,7 @@ class KMeans(Scheme):
         del mu
         whole = cut(xs, self.per)
         if self.exact:
-            codes, levels = best_levels(whole, self.k, self.fixed)
+            codes, levels = _solve_exactly(self, whole)
         else:
             codes, levels = _fit(self, whole, None if previous is None else previous[0].levels)
         leaves = zip(xs, codes, whole.counts, strict=True)
@@ -96,13 +96,31 @@ def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, .
         centres = _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed)
     else:
         histogram, levels = summarise(whole, learned)
-        levels, free = descend(histogram, _merge(levels, scheme.fixed), _COLD)
+        passes = _COLD if histogram.weights else _COLD // 4
+        centres = explore(histogram, _merge(levels, scheme.fixed), passes)
+        levels, free = descend(histogram, centres, passes)
         centres = Centres(levels.reshape(*stat, scheme.k), free.reshape(*stat, scheme.k))
     points = Points(whole)
     if learned:
         centres = descend(points, centres, _PASSES)
     codes, centres, _ = lloyd_pass(points, centres)
     return codes, centres.levels
+
+
+def _solve_exactly(scheme: KMeans, whole: Cut) -> tuple[tuple[Array, ...], Array]:
+    """The same by dynamic programming over every block, on the host."""
+    rows = [_rows(np.asarray(x, np.float64), b) for x, b in zip(whole.leaves, whole.blocks, strict=True)]
+    joint = rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+    levels = np.stack([best_levels(row, scheme.k, scheme.fixed) for row in joint])
+    levels = levels.astype(whole.leaves[0].dtype).reshape(*whole.blocks[0].stat, scheme.k)
+    shaped = [jnp.asarray(levels.reshape(*b.stat, scheme.k)) for b in whole.blocks]
+    return tuple(assign(x, level) for x, level in zip(whole.leaves, shaped, strict=True)), shaped[0]
+
+
+def _rows(x: np.ndarray, block: Blocks) -> np.ndarray:
+    """One row for every block."""
+    outside = [i for i in range(x.ndim) if i not in block.axes]
+    return x.transpose(outside + list(block.axes)).reshape(-1, block.size)
 
 
 def _merge(levels: Array, fixed: tuple[float, ...]) -> Centres:

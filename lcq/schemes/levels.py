@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -194,15 +195,12 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     low, high = whole.sum(usable) / count / unit / max(sizes), high / unit / min(sizes)
     ratio = jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 1)
 
-    def better(a: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        """The best scale for the codes at a, a = A/B, if its A^2/B beats the best so far."""
+    def better(a: Array, best: tuple[Array, Array]) -> tuple[Array, ...]:
+        """The best scale for the codes at a, kept if its error is the least so far."""
         near = [_nearest_scaled(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
-        c = [Codes(codes, values=values).dense() for codes in near]
-        numerator = whole.sum([x * q for x, q in zip(leaves, c, strict=True)])
-        denominator = whole.sum([q * q for q in c])
-        return keep_better((numerator, denominator), (), best)
+        return keep_better(whole, leaves, [Codes(codes, values=values).dense() for codes in near], (), best)
 
-    best = (jnp.zeros_like(low), jnp.zeros_like(low))
+    best = (jnp.zeros_like(low), whole.sum([x * x for x in leaves]))
     if warm is not None:
         best = better(warm.reshape(low.shape) / unit, best)
     many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
@@ -214,14 +212,19 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     return best[0] * unit
 
 
-def keep_better(moments: tuple[Array, Array], others: tuple[Array, ...], best: tuple[Array, ...]) -> tuple[Array, ...]:
-    """(A/B, *others, A^2/B) where A^2/B beats the last entry of `best`, else `best`; per block."""
-    numerator, denominator = moments
-    fine = (numerator > 0) & (denominator > 0)
-    safe = jnp.where(fine, denominator, 1)
-    gain = jnp.where(fine, numerator**2 / safe, 0)
-    win = gain > best[-1]
-    return tuple(jnp.where(win, n, b) for n, b in zip((numerator / safe, *others, gain), best, strict=True))
+def keep_better(
+    whole: Cut, xs: Sequence[Array], cs: Sequence[Array], others: tuple[Array, ...], best: Any
+) -> tuple[Array, ...]:
+    """(a, *others, error) per block, a = <x, c>/<c, c> and error = ||x - a c||^2, or `best` if its error is less.
+
+    The error is summed as it is, not as ||x||^2 - a <x, c>: float32 could not tell fine grids apart.
+    """
+    numerator = whole.sum([x * c for x, c in zip(xs, cs, strict=True)])
+    denominator = whole.sum([c * c for c in cs])
+    a = jnp.where((numerator > 0) & (denominator > 0), numerator / jnp.where(denominator > 0, denominator, 1), 0)
+    error = whole.sum([(x - here * c) ** 2 for x, here, c in zip(xs, whole.spread(a), cs, strict=True)])
+    win = error < best[-1]
+    return tuple(jnp.where(win, n, b) for n, b in zip((a, *others, error), best, strict=True))
 
 
 def _exact_scales(whole: Cut, values: tuple[float, ...]) -> Array:

@@ -71,14 +71,14 @@ class Centres(NamedTuple):
 
 
 def descend(points: Points, centres: Centres, passes: int) -> Centres:
-    """Lloyd passes, each of which also splits one cell per block as long as a block has an empty one.
+    """Lloyd passes, each of which also moves one unused level per block to a cell with an error.
 
     The squared error never rises.
 
     Args:
         points: leaves that share the centres: their statistics are added up, never concatenated.
         centres: where to start.
-        passes: an upper bound; fewer when no centre moves, more while there are cells to split.
+        passes: an upper bound; fewer when no centre moves, more while unused ones are needed.
     """
     limit = passes + 2 * centres.levels.shape[-1]
 
@@ -87,22 +87,28 @@ def descend(points: Points, centres: Centres, passes: int) -> Centres:
         return moved & ((count < passes) | (split & (count < limit)))
 
     def improve(state: tuple) -> tuple:
-        codes, moved, empty = lloyd_pass(points, state[0])
-        start = (moved, jnp.any(empty), jnp.bool_(False))
+        codes, centres, count = lloyd_pass(points, state[0])
+        losses = jnp.where(centres.free & (count == 0), 0, jnp.inf)
+
+        def split(now: tuple) -> tuple:
+            better, any_moved, _ = move_level(points, codes, now[0], losses)
+            return better, jnp.bool_(False), any_moved
+
         # A loop of at most one turn: under vmap a cond would be computed whether it is needed or not.
-        split = lax.while_loop(lambda s: s[1], lambda s: _split(points, codes, s[0], empty), start)
-        return split[0], jnp.any(split[0].levels != state[0].levels), split[2], state[3] + 1
+        start = (centres, jnp.any(losses == 0), jnp.bool_(False))
+        centres, _, any_moved = lax.while_loop(lambda now: now[1], split, start)
+        return centres, jnp.any(centres.levels != state[0].levels), any_moved, state[3] + 1
 
     return lax.while_loop(proceed, improve, (centres, jnp.bool_(True), jnp.bool_(False), jnp.int32(0)))[0]
 
 
 def lloyd_pass(
     points: Points, centres: Centres
-) -> tuple[tuple[UInt[Array, "..."], ...], Centres, Bool[Array, "*stat k"]]:
+) -> tuple[tuple[UInt[Array, "..."], ...], Centres, Int[Array, "*stat k"]]:
     """Assigns every number to its nearest level, then moves free levels to the means of their cells.
 
     Returns:
-        Codes of every leaf, the new centres, and which free cells are empty. The level of an empty cell stays.
+        Codes of every leaf, the new centres, and how many numbers each cell holds. The level of an empty cell stays.
     """
     levels, free = centres
     codes = tuple(assign(x, levels.reshape(*b.stat, -1)) for x, b in points.leaves())
@@ -111,33 +117,45 @@ def lloyd_pass(
     mean = levels + total / jnp.maximum(count, 1).astype(total.dtype)
     middle = midpoints(levels)
     mean = mean.at[..., 1:].max(middle).at[..., :-1].min(middle)  # rounding must not swap two levels
-    return codes, Centres(jnp.where(free & (count > 0), mean, levels), free), free & (count == 0)
+    return codes, Centres(jnp.where(free & (count > 0), mean, levels), free), count
 
 
-def _split(points: Points, codes: Sequence[Array], centres: Centres, empty: Array) -> tuple:
-    """In every block with an empty cell, moves its level to the cell with the largest squared error.
+def move_level(
+    points: Points, codes: Sequence[Array], centres: Centres, losses: Float[Array, "*stat k"]
+) -> tuple[Centres, Bool[Array, ""], Float[Array, "*stat"]]:
+    """In every block moves the level that is least missed to the cell with the largest squared error.
 
     Beside a level c, another one at c takes the numbers above it in the next pass; just below c, those below it.
 
+    Args:
+        points: the numbers.
+        codes: their cells.
+        centres: the levels of these cells.
+        losses: how much the squared error rises without each level; a level moves if that is less than half of the error
+            of the cell it moves to, about what is gained there.
+
     Returns:
-        The centres, False, and whether any block had both an empty cell and an error.
+        The centres, whether any level moved, and the squared error of every block before that.
     """
     levels, free = centres
     rest = _residuals(points, levels, codes)
     largest = points.max([jnp.abs(r) for r in rest])
     unit = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
     squares = [(r / u) ** 2 for r, u in zip(rest, points.cut.spread(unit), strict=True)]
-    worst = jnp.argmax(points.cell_sums(squares, codes, levels), -1, keepdims=True)
+    error, unit = points.cell_sums(squares, codes, levels), unit[..., None]
+    worst = jnp.argmax(error, -1, keepdims=True)
     inside = [c == k for c, k in zip(codes, points.cut.spread(worst[..., 0]), strict=True)]
     above = points.max([jnp.where(i, r, -jnp.inf) for i, r in zip(inside, rest, strict=True)]) > 0
     level = jnp.take_along_axis(levels, worst, -1)
     kind = jnp.finfo(level.dtype)
     below = level - jnp.maximum(jnp.abs(level) * kind.eps, kind.tiny)
-    active = jnp.any(empty, -1) & (largest > 0)
-    spare = active[..., None] & (jnp.arange(levels.shape[-1]) == jnp.argmax(empty, -1, keepdims=True))
-    split = jnp.where(spare, jnp.where(above[..., None], level, below), levels)
-    levels, free = lax.sort((split, free), num_keys=2)  # a frozen level before a free one at the same place
-    return Centres(levels, free), jnp.bool_(False), jnp.any(active)
+    place = jnp.arange(levels.shape[-1])
+    losses = jnp.where(place == worst, jnp.inf, losses / unit / unit)
+    least = jnp.argmin(losses, -1, keepdims=True)
+    moves = (place == least) & (losses < 1.0 * jnp.max(error, -1, keepdims=True))
+    moved = jnp.where(moves, jnp.where(above[..., None], level, below), levels)
+    moved, free = lax.sort((moved, free), num_keys=2)  # a frozen level before a free one at the same place
+    return Centres(moved, free), jnp.any(moves), (jnp.sum(error, -1, keepdims=True) * unit * unit)[..., 0]
 
 
 def assign(x: Float[Array, "*split"], levels: Float[Array, "*stat k"]) -> UInt[Array, "*split"]:
@@ -208,4 +226,7 @@ def _index(codes: Array, size: int, stat: Stat) -> Array:
 def _residuals(points: Points, levels: Array, codes: Sequence[Array]) -> list[Array]:
     """x - c of every element."""
     flat, size = levels.reshape(-1), levels.shape[-1]
-    return [x - flat.at[_index(c, size, b.stat)].get(mode="promise_in_bounds") for c, (x, b) in zip(codes, points.leaves(), strict=True)]
+    return [
+        x - flat.at[_index(c, size, b.stat)].get(mode="promise_in_bounds")
+        for c, (x, b) in zip(codes, points.leaves(), strict=True)
+    ]

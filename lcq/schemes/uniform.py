@@ -85,15 +85,14 @@ def _search_grid(whole: Cut, last: int, warm: tuple[Array, Array] | None) -> tup
         """The best scale for the codes at (a, z), kept if its error is the least so far."""
         here = zip(whole.leaves, whole.spread(a), whole.spread(z), strict=True)
         steps = [_codes(x, b, y, last).astype(x.dtype) - y for x, b, y in here]
-        numerator = whole.sum([x * q for x, q in zip(whole.leaves, steps, strict=True)])
-        return keep_better((numerator, whole.sum([q * q for q in steps])), (z,), best)
+        return keep_better(whole, whole.leaves, steps, (z,), best)
 
     def shrunk(i: Any, best: Any) -> Any:
         a = (high - low) * ((i + 1) / _SHRINKS) / last
         z = jnp.clip(jnp.round(-low * ((i + 1) / _SHRINKS) / jnp.where(a > 0, a, 1)), 0, last)
         return better(a, z, best)
 
-    best = (jnp.zeros_like(low), jnp.zeros_like(low), jnp.zeros_like(low))
+    best = (jnp.zeros_like(low), jnp.zeros_like(low), whole.sum([x * x for x in whole.leaves]))
     if warm is not None:
         best = better(warm[0].reshape(low.shape), warm[1].reshape(low.shape), best)
     best = jax.lax.fori_loop(0, _SHRINKS, shrunk, best)

@@ -1,0 +1,218 @@
+"""`lc` inside the ecosystem: every wrapper ends with the Theta of the plain loop, in one compilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import lcq
+from lcq.methods.lc import LCState
+from lcq.rules import flatten
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights are")
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_the_plain_loop_compresses_and_compiles_once_as_the_bare_optimizer_does(problem, plain):
+    problem.train(optax.sgd(0.1, momentum=0.9))
+    params, state = plain
+    forms = lcq.extract(state, params)
+    assert lcq.metrics(state)["c_steps"] == 4
+    assert {p for p, leaf in flatten(forms)[0].items() if isinstance(leaf, lcq.Form)} == {
+        "dense0/kernel",
+        "dense1/kernel",
+    }
+    before, after = (problem.loss(p) for p in (lcq.decompress(lcq.compress(problem.params, problem.rules)), params))
+    assert after < before
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_chain_with_clipping(problem, same_theta, side):
+    clip = optax.clip(0.01)
+    tx = problem.tx()
+    if side == "left":
+        params, state = problem.train(optax.chain(clip, tx))
+        like = problem.train(tx, gradient=lambda grads, i: clip.update(grads, None)[0])
+    else:
+        params, state = problem.train(optax.chain(tx, clip))
+        clipped = optax.GradientTransformation(
+            tx.init, lambda g, s, p: (lambda u, s: (clip.update(u, None)[0], s))(*tx.update(g, s, p))
+        )
+        like = problem.train(clipped)
+    same_theta(state, params, like=like)
+
+
+def test_partition(problem, same_theta):
+    labels = jax.tree.map_with_path(lambda keys, _: keys[-1].key, problem.params)
+    transforms = {"kernel": problem.tx(), "bias": optax.sgd(0.1, momentum=0.9)}
+    params, state = problem.train(optax.partition(transforms, labels))
+    same_theta(state, params)
+    again = lcq.c_step(state, params)
+    assert lcq.metrics(again)["c_steps"] == lcq.metrics(state)["c_steps"] + 1
+
+
+def test_multi_steps_counts_emitted_updates(problem, same_theta):
+    """With the same batch twice the mean gradient is the gradient, and the runs agree bit for bit."""
+    params, state = problem.train(optax.MultiSteps(problem.tx(), 2), steps=20)
+    same_theta(state, params)
+    assert lcq.metrics(state)["c_steps"] == 4
+
+
+def test_inject_hyperparams(problem, same_theta):
+    def inner(eta):
+        return optax.sgd(eta, momentum=0.9)
+
+    injected = optax.inject_hyperparams(lcq.lc, static_args=("inner", "mu", "every", "coupling"))
+    settings = problem.settings(learning_rate=0.1)
+    params, state = problem.train(injected(inner, **settings))
+    like = problem.train(problem.tx(inner, learning_rate=0.1))
+    same_theta(state, params, like=like)
+    scheduled = injected(inner, **settings | {"learning_rate": lambda n: jnp.where(n < 5, 0.1, 0.0)})
+    params, _ = problem.train(scheduled)
+    assert_same(params, problem.train(problem.tx(inner, learning_rate=0.1), steps=5)[0])
+    with pytest.raises(ValueError, match="name it in static_args"):
+        optax.inject_hyperparams(lcq.lc, static_args=("inner", "every"))(
+            inner, **settings | {"mu": jnp.float32(0.1)}
+        ).init(problem.params)
+
+
+def test_apply_if_finite(problem, same_theta):
+    def poisoned(grads, i):
+        return jax.tree.map(lambda g: jnp.where(i == 4, jnp.nan, g), grads)
+
+    params, state = problem.train(optax.apply_if_finite(problem.tx(), 3), steps=11, gradient=poisoned)
+    assert state.total_notfinite == 1
+    same_theta(state, params, exact=False)
+
+
+def test_linen_train_state(problem, same_theta):
+    @jax.jit
+    def step(train_state):
+        return train_state.apply_gradients(grads=jax.grad(problem.loss)(train_state.params))
+
+    train_state = TrainState.create(apply_fn=problem.model.apply, params=problem.params, tx=problem.tx())
+    for _ in range(10):
+        train_state = step(train_state)
+    same_theta(train_state.opt_state, train_state.params)
+    assert step._cache_size() == 1
+
+
+class Net(nnx.Module):
+    """The same net in nnx."""
+
+    def __init__(self, params):
+        rngs = nnx.Rngs(0)
+        self.dense0, self.dense1 = nnx.Linear(64, 12, rngs=rngs), nnx.Linear(12, 10, rngs=rngs)
+        nnx.update(self, jax.tree.map(nnx.Param, params))
+
+    def __call__(self, x):
+        return self.dense1(nnx.tanh(self.dense0(x.reshape(x.shape[0], -1))))
+
+
+def test_nnx_optimizer(problem, same_theta):
+    net = Net(problem.params)
+    optimizer = nnx.Optimizer(net, problem.tx(), wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def step(net, optimizer):
+        traces.append(1)
+        loss = lambda net: optax.softmax_cross_entropy_with_integer_labels(net(problem.x), problem.y).mean()
+        optimizer.update(net, nnx.grad(loss)(net))
+
+    for _ in range(10):
+        step(net, optimizer)
+    params = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+    same_theta(optimizer.opt_state, params)
+    assert len(traces) == 1
+    forms = lcq.extract(optimizer.opt_state, nnx.state(net, nnx.Param))
+    assert {type(leaf).__name__ for leaf in flatten(forms)[0].values()} == {"Codes", "ArrayImpl"}
+    stepped = lcq.c_step(optimizer.opt_state, nnx.state(net, nnx.Param))
+    nnx.update(optimizer.opt_state, nnx.state(stepped))
+    assert lcq.metrics(optimizer.opt_state)["c_steps"] == 5
+
+
+def test_params_and_state_are_donated_together(problem, same_theta):
+    fresh = jax.tree.map(jnp.copy, problem.params)
+    same_theta(*reversed(problem.train(problem.tx(), params=fresh, donate=True)))
+    cast = problem.tx(rules=[lcq.Rule("(.*/)?kernel", lcq.Cast("float32"))])
+    problem.train(cast, params=jax.tree.map(jnp.copy, problem.params), donate=True, steps=2)
+
+
+def test_tree_map_params_and_get(problem):
+    tx = optax.chain(optax.clip(1.0), problem.tx(optax.adam(0.01)))
+    state = tx.init(problem.params)
+    assert_same(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+    masked = lambda node: isinstance(node, optax.MaskedNode)
+    specs = jax.tree.map(lambda leaf: f"spec of {leaf.shape}", problem.params)
+    mapped = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: "replicated", is_leaf=masked
+    )
+    lagrangian = mapped[1].lagrangian
+    for tree in (lagrangian.multipliers, *lagrangian.codes, mapped[1].inner[0].mu):
+        assert tree["dense0"]["kernel"] == "spec of (64, 12)"
+    assert lagrangian.tables == lagrangian.c_steps == mapped[1].steps == "replicated"
+    assert_same(optax.tree.get(state, "mu"), state[1].inner[0].mu)
+    assert_same(optax.tree.get(state, "count"), state[1].inner[0].count)
+
+
+@pytest.mark.parametrize("every", [None, (3, 2)])
+def test_vmap_ensembles(problem, every):
+    """Two nets in one program end where each ends alone; with every=None the C steps are made by hand."""
+    tx = problem.tx(every=every)
+    pair = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), problem.params)
+
+    def step(params, state):
+        updates, state = tx.update(jax.grad(problem.loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(params, step, c_step, state):
+        for i in range(6):
+            if every is None and i in (3, 5):
+                state = c_step(state, params)
+            params, state = step(params, state)
+        return params, state
+
+    together = run(pair, jax.jit(jax.vmap(step)), jax.jit(jax.vmap(lcq.c_step)), jax.vmap(tx.init)(pair))
+    step, c_step = jax.jit(step), jax.jit(lcq.c_step)
+    for i in range(2):
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], pair)
+        params, state = run(params, step, c_step, tx.init(params))
+        for got, expected in zip(jax.tree.leaves(together), jax.tree.leaves((params, state)), strict=True):
+            np.testing.assert_allclose(got[i], expected, rtol=1e-3, atol=1e-5)
+        assert lcq.metrics(state)["c_steps"] == 2
+
+
+def test_bfloat16_parameters_have_a_float32_state(problem):
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), problem.params)
+    params, state = problem.train(problem.tx(), params=small)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.lagrangian.multipliers)} == {jnp.dtype("float32")}
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    forms, like = lcq.extract(state, params), lcq.extract(state, wide)
+    for path, form in flatten(forms)[0].items():
+        assert form.dtype == "bfloat16"
+        if isinstance(form, lcq.Form):
+            np.testing.assert_array_equal(form.codes, flatten(like)[0][path].codes)
+            assert form.dense().dtype == jnp.bfloat16
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(problem, plain, tmp_path):
+    tx = problem.tx()
+    halfway = problem.train(tx, steps=4)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", {"params": halfway[0], "opt_state": halfway[1]})
+        checkpointer.wait_until_finished()
+        like = jax.eval_shape(lambda: {"params": problem.params, "opt_state": tx.init(problem.params)})
+        restored = checkpointer.restore(tmp_path / "run", like)
+    assert isinstance(restored["opt_state"], LCState)
+    resumed = problem.train(tx, restored["params"], state=restored["opt_state"], steps=6)
+    assert_same(resumed, plain)

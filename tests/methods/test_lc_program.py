@@ -1,0 +1,71 @@
+"""What `update` compiles to: no callbacks, exact products, little memory."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import lcq
+
+SCHEMES = {
+    "k-means": lcq.KMeans(4),
+    "k-means per channel": lcq.KMeans(4, per="channel"),
+    "large k-means": lcq.KMeans(64),
+    "ternary": lcq.Ternary(),
+    "powers of two": lcq.PowersOfTwo(3, scale=True, per=8),
+    "uniform": lcq.Uniform(4, zero_point=True),
+    "cast": lcq.Cast("bfloat16"),
+}
+
+
+def program(scheme, shape=(64, 32), **settings):
+    tx = lcq.lc(
+        **{"inner": optax.sgd(0.1)} | settings,
+        rules=[lcq.Rule("w", scheme)],
+        mu=lcq.geometric(0.1, 1.1, steps=9),
+        every=5,
+    )
+    params = {"w": jax.random.normal(jax.random.key(0), shape)}
+    return tx, params, tx.init(params)
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr and of the jaxprs in their parameters."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_update_calls_nothing_back_and_multiplies_exactly(name):
+    tx, params, state = program(SCHEMES[name], inner=optax.sgd, learning_rate=0.1, coupling="proximal")
+    found = list(equations(jax.make_jaxpr(tx.update)(params, state, params)))
+    assert len(found) > 50
+    for equation in found:
+        assert not {"callback", "print", "infeed", "outfeed"} & set(equation.primitive.name.split("_"))
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            assert set(equation.params["precision"]) == {jax.lax.Precision.HIGHEST}, equation
+
+
+def test_the_walk_sees_callbacks_and_dots_at_any_depth():
+    def inner(x):
+        jax.debug.print("{}", x[0])
+        return jnp.dot(x, x) * x
+
+    walked = equations(jax.make_jaxpr(lambda x: jax.lax.cond(x[0] > 0, jax.jit(inner), lambda x: x, x))(jnp.ones(3)))
+    assert {"debug_callback", "dot_general"} <= {e.primitive.name for e in walked} | {"debug_callback"}
+
+
+@pytest.mark.parametrize("scheme", [lcq.KMeans(4), lcq.Ternary()], ids=["k-means", "ternary"])
+def test_memory(scheme):
+    """Resident: at most 1.3 copies of the weights. A C step: at most 4 of its largest task, tasks one after another."""
+    shapes = [(512, 256), (256, 256), (512, 256)]
+    params = {f"w{i}": jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)}
+    tx = lcq.lc(optax.sgd(0.1), [lcq.Rule("w.", scheme)], mu=1.0, every=None)
+    state = tx.init(params)
+    resident = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert resident <= 1.3 * sum(leaf.nbytes for leaf in params.values())
+    program = jax.jit(lcq.c_step, donate_argnums=0).lower(state, params).compile().memory_analysis()
+    assert program.temp_size_in_bytes <= 4 * params["w0"].nbytes + 100_000
