@@ -15,6 +15,8 @@ from lcq.methods.lc import extract as extract
 from lcq.methods.lc import lc as lc
 from lcq.methods.lc import metrics as metrics
 from lcq.methods.refit import recalibrate as recalibrate
+from lcq.plan import dry_run as dry_run
+from lcq.report import table as table
 from lcq.rules import Rule as Rule
 from lcq.schemes.cast import Cast as Cast
 from lcq.schemes.kmeans import KMeans as KMeans

@@ -7,8 +7,8 @@ progress and errors to stderr.
 import argparse
 import contextlib
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status."""
     try:
         arguments = _parser().parse_args(argv)
-    except SystemExit as exit:
-        return int(exit.code or 0)
-    try:
         arguments.run(arguments)
+    except SystemExit as leave:  # argparse has said why
+        return int(leave.code or 0)
     except (ValueError, OSError) as error:
         words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
         print(f"lcq {arguments.command}: {words}", file=sys.stderr)
@@ -84,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
-    sub.set_defaults(run=_compress)
+    sub.set_defaults(run=_compress, usage_error=sub.error)
 
     sub = commands.add_parser("inspect", help="what is in an .lcq file, and what it costs")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
@@ -110,7 +109,7 @@ def _rule(words: str) -> Rule:
 def _compress(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         if arguments.out is None:
-            raise ValueError("wanted -o OUT.lcq, or --dry-run")
+            arguments.usage_error("wanted -o OUT.lcq, or --dry-run")
         _refuse(arguments.force, arguments.out)
     params = checkpoint.read(arguments.checkpoint)
     if arguments.dry_run:
@@ -146,9 +145,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _decompress(arguments: argparse.Namespace) -> None:
     _refuse(arguments.force, arguments.out)
     params = lcq.decompress(lcq.load(arguments.file))
-    if arguments.out.is_dir():
-        shutil.rmtree(arguments.out)
-    checkpoint.write(arguments.out, params)
+    if not arguments.out.is_dir():
+        return checkpoint.write(arguments.out, params)
+    if not (arguments.out / "_METADATA").exists():
+        raise ValueError(f"{arguments.out}: a folder, but not of an orbax checkpoint; choose another name")
+    with tempfile.TemporaryDirectory(dir=arguments.out.parent) as beside:  # the old one goes when the new one is whole
+        checkpoint.write(Path(beside, "new"), params)
+        arguments.out.rename(Path(beside, "old"))
+        Path(beside, "new").rename(arguments.out)
 
 
 def _refuse(force: bool, *paths: Path) -> None:
@@ -171,9 +175,9 @@ class Recipe(NamedTuple):
     learning_rate: float
 
 
-RECIPE = Recipe(1500, 40, 100, 1e-3, 1.2, 0.1)
-"""Chosen on 300 training digits that were held out, not on the test digits."""
-QUICK = Recipe(20, 3, 5, 1e-3, 30.0, 0.1)
+RECIPE = Recipe(updates=1500, l_steps=40, every=100, mu=3e-4, factor=1.25, learning_rate=0.1)
+"""Of eight, the least loss at 1 bit on 300 training digits held out, over three seeds; test digits took no part."""
+QUICK = Recipe(updates=20, l_steps=3, every=5, mu=1e-3, factor=30.0, learning_rate=0.1)
 _BATCH = 64
 _SIZES = {1: 2, 2: 4, 4: 16}
 """Bits of a code, and how many levels that is."""

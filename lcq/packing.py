@@ -35,9 +35,7 @@ def pack(codes: UInt[np.ndarray, "..."], bits: int) -> UInt32[np.ndarray, " word
     rows = -(-flat.size // 32)
     padded = np.zeros((rows, 32), np.uint64)
     padded.reshape(-1)[: flat.size] = flat
-    words = np.zeros(
-        (rows, bits + 1), np.uint64
-    )  # 32 codes fill exactly `bits` words; one more takes the overhang
+    words = np.zeros((rows, bits + 1), np.uint64)  # 32 codes fill exactly `bits` words; one more takes the overhang
     for i in range(32 if bits else 0):
         word, shift = divmod(i * bits, 32)
         spread = padded[:, i] << np.uint64(shift)

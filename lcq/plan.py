@@ -119,7 +119,8 @@ def parse_rule(text: str) -> Rule:
     """
     for found in reversed(list(_RULE.finditer(text))):
         scheme, *options = _split(text[found.end() :])
-        if _plain(re.split(r"\W", scheme.strip().removeprefix("lcq."), maxsplit=1)[0]) in {*_SPELLINGS, "none"}:
+        named = _NAMED.fullmatch(scheme)
+        if named and _plain(named[1]) in {*_SPELLINGS, "none"}:
             break
     else:
         raise ValueError(f"wanted PATTERN=SCHEME, such as '(.*/)?kernel=KMeans(4)'; got {text!r}; {_known()}")
@@ -143,9 +144,9 @@ def format_rule(rule: Rule) -> str:
         >>> format_rule(Rule("a|b", KMeans(4), joint=True))
         'a|b=KMeans(4); joint'
     """
-    scheme = "None" if rule.scheme is None else format_scheme(rule.scheme)
-    options = ["; joint"] * rule.joint + [f"; stacked={rule.stacked}"] * (rule.stacked > 0)
-    return f"{rule.pattern}={scheme}{''.join(options)}"
+    if rule.scheme is not None:
+        format_scheme(rule.scheme)  # raises if it has no text
+    return f"{rule.pattern}={_right_side(rule)}"
 
 
 def dry_run(params: Any, rules: Sequence[Rule]) -> Table:
@@ -170,7 +171,7 @@ def dry_run(params: Any, rules: Sequence[Rule]) -> Table:
         rule = decided.get(row.path)
         if rule is None:
             return row
-        return row._replace(rule=rule.pattern, scheme=format_rule(rule)[len(rule.pattern) + 1 :])
+        return row._replace(rule=rule.pattern, scheme=_right_side(rule))
 
     return Table(tuple(map(with_rule, rows(replace(structure, leaves, tasks, forms)))))
 
@@ -191,6 +192,7 @@ def _decides(rules: Sequence[Rule], path: str) -> Rule | None:
 # Text
 
 _RULE = re.compile(r"=\s*(?=[A-Za-z_])")
+_NAMED = re.compile(r"(?:lcq\.)?(\w+)\s*(?:\(.*\))?\s*", re.DOTALL)
 
 
 def _plain(name: str) -> str:
@@ -205,6 +207,13 @@ def _split(text: str) -> list[str]:
     end = text.rfind(")") + 1
     first, *rest = text[end:].split(";")
     return [text[:end] + first, *rest]
+
+
+def _right_side(rule: Rule) -> str:
+    """What follows the "=" of a rule; a scheme of the user's own, which has no text, is its repr."""
+    known = rule.scheme is not None and SCHEMES.get(type(rule.scheme).__name__) is type(rule.scheme)
+    scheme = format_scheme(rule.scheme) if rule.scheme is not None and known else repr(rule.scheme)
+    return scheme + "; joint" * rule.joint + f"; stacked={rule.stacked}" * (rule.stacked > 0)
 
 
 def _usage(name: str) -> str:

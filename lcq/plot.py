@@ -78,7 +78,7 @@ def curves(
     for i, (name, points) in enumerate(series.items()):
         across, up = zip(*sorted(points), strict=True) if points else ((), ())
         colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-        axes.plot(across, up, color=colour, marker=marker, linewidth=1.8, markersize=6, label=name)
+        axes.plot(across, up, color=colour, marker=marker, linewidth=1.8, markersize=6, label=name, zorder=3 - i / 8)
     ticks = sorted({size for points in series.values() for size, _ in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

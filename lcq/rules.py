@@ -1,5 +1,6 @@
 """Where to compress: rules on leaf paths, resolved once into tasks."""
 
+import collections
 import dataclasses
 import difflib
 import re
@@ -100,9 +101,6 @@ def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, stacked: int)
 def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Leaves of a parameter tree by path, forms counting as leaves, and the tree's structure.
 
-    The last key of a flax.nnx variable ("value") is dropped, so that a parameter has one path whether it comes inside
-    its variable or bare.
-
     Raises:
         ValueError: two leaves with the same path.
 
@@ -112,23 +110,26 @@ def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_form)
     leaves: dict[str, Any] = {}
-    for keys, leaf in pairs:
-        path = path_of(keys)
+    for keys, (_, leaf) in zip(bare_keys([keys for keys, _ in pairs]), pairs, strict=True):
+        path = "/".join(str(key_of(key)) for key in keys)
         if path in leaves:
             raise ValueError(f"{path}: two leaves have this path; rename one of them")
         leaves[path] = leaf
     return leaves, structure
 
 
-def path_of(keys: Sequence[Any]) -> str:
-    """Keys of a jax tree path joined by "/"."""
-    if len(keys) > 1 and isinstance(keys[-1], GetAttrKey) and keys[-1].name == "value":
-        keys = keys[:-1]
-    return "/".join(str(key_of(key)) for key in keys)
+def bare_keys(all_keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The keys of every leaf, without the one that a flax.nnx variable adds: a last attribute "value" with nothing
+    beside it. So a parameter has one path whether it comes inside its variable or bare."""
+    below = collections.Counter(keys[:i] for keys in all_keys for i in range(len(keys)))
+    return [
+        keys[:-1] if len(keys) > 1 and keys[-1] == GetAttrKey("value") and below[keys[:-1]] == 1 else keys
+        for keys in all_keys
+    ]
 
 
-def key_of(key: Any) -> str | int:
-    """The plain key of one entry of a jax tree path."""
+def key_of(key: Any) -> Any:
+    """The plain key, a string or a number, of one entry of a jax tree path."""
     match key:
         case DictKey() | FlattenedIndexKey():
             return key.key

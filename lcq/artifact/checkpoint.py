@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lcq.artifact.codec import Leaf, flatten, is_empty, nest
+from lcq.artifact.paths import Leaf, flatten, is_empty, nest
 from lcq.artifact.file import DTYPES, host_array, replacing
 from lcq.base import is_form
 

@@ -34,7 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcq.artifact.codec import Encoder, Leaf, check_paths, decode, flatten, is_empty, nest
+from lcq.artifact.codec import Encoder, decode
+from lcq.artifact.paths import Leaf, check_paths, flatten, is_empty, nest
 from lcq.base import is_form
 from lcq.forms import check_shape
 

@@ -80,7 +80,8 @@ def _losses(centres: Centres, count: Array) -> Array:
     weight = 1 / (1 / jnp.maximum(left, 0.5) + 1 / jnp.maximum(right, 0.5))
     none = jnp.full_like(levels[..., :1], jnp.inf)
     pair = jnp.concatenate([none, gap * weight, none], -1)
-    return jnp.where(count > 0, jnp.minimum(pair[..., 1:], pair[..., :-1]), 0)
+    loss = jnp.where(count > 0, jnp.minimum(pair[..., 1:], pair[..., :-1]), 0)
+    return jnp.where(centres.free, loss, jnp.inf)
 
 
 def _quantiles(count: Int[Array, "*stat bins"], k: int, reach: Float[Array, "*stat 1"]) -> Float[Array, "*stat k"]:

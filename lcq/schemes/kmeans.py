@@ -18,6 +18,9 @@ from lcq.schemes.lloyd import Centres, Points, assign, descend, lloyd_pass
 _COLD = 100
 """Lloyd passes over a histogram, at most."""
 
+_SMALL = 1 << 18
+"""Up to so many numbers get all of these passes; more, a fifth: many short blocks converge in few."""
+
 _PASSES = 4
 """Lloyd passes over the data, at most, between one that looks for empty cells and one that gives the codes."""
 
@@ -96,7 +99,7 @@ def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, .
         centres = _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed)
     else:
         histogram, levels = summarise(whole, learned)
-        passes = _COLD if histogram.weights else _COLD // 4
+        passes = _COLD if sum(x.size for x in histogram.cut.leaves) <= _SMALL else _COLD // 5
         centres = explore(histogram, _merge(levels, scheme.fixed), passes)
         levels, free = descend(histogram, centres, passes)
         centres = Centres(levels.reshape(*stat, scheme.k), free.reshape(*stat, scheme.k))

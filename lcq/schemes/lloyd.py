@@ -152,7 +152,7 @@ def move_level(
     place = jnp.arange(levels.shape[-1])
     losses = jnp.where(place == worst, jnp.inf, losses / unit / unit)
     least = jnp.argmin(losses, -1, keepdims=True)
-    moves = (place == least) & (losses < 1.0 * jnp.max(error, -1, keepdims=True))
+    moves = (place == least) & (losses < jnp.max(error, -1, keepdims=True))
     moved = jnp.where(moves, jnp.where(above[..., None], level, below), levels)
     moved, free = lax.sort((moved, free), num_keys=2)  # a frozen level before a free one at the same place
     return Centres(moved, free), jnp.any(moves), (jnp.sum(error, -1, keepdims=True) * unit * unit)[..., 0]
@@ -169,7 +169,7 @@ def assign(x: Float[Array, "*split"], levels: Float[Array, "*stat k"]) -> UInt[A
         uint8, or uint16 above 256 levels.
     """
     size = levels.shape[-1]
-    steps = -(-(size - 1) // _UNROLL)
+    steps = max(-(-(size - 1) // _UNROLL), 1)
     middle = jnp.moveaxis(midpoints(levels), -1, 0)
     fill = jnp.full((steps * _UNROLL - (size - 1), *middle.shape[1:]), jnp.inf, middle.dtype)
     middle = jnp.concatenate([middle, fill]).reshape(steps, _UNROLL, *middle.shape[1:])

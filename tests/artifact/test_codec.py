@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jaxtyping import Array
 
 from lcq.artifact import codec
-from lcq.artifact.codec import Encoder, Leaf, decode, flatten, nest
+from lcq.artifact.codec import Encoder, decode
+from lcq.artifact.paths import DEPTH, Leaf, flatten, nest
 from lcq.base import FORMS, Form, register_form, static
 from lcq.forms import Cast, Codes
 
@@ -104,7 +105,7 @@ def test_keys_a_file_cannot_hold(tree, message):
 
 def test_too_deep_a_tree():
     tree = 1
-    for _ in range(codec.DEPTH + 1):
+    for _ in range(DEPTH + 1):
         tree = {"a": tree}
     with pytest.raises(ValueError, match="at most 64 keys"):
         flatten(tree)

@@ -33,7 +33,10 @@ def test_geometric_refuses_what_overflows_float32(factor):
 def test_gradient_is_that_of_the_penalty():
     w, delta, multiplier = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).normal(size=(3, 5)))
     mu = 0.3
-    penalty = lambda w: mu / 2 * jnp.sum((w - delta - multiplier / mu) ** 2)
+
+    def penalty(w):
+        return mu / 2 * jnp.sum((w - delta - multiplier / mu) ** 2)
+
     np.testing.assert_allclose(gradient(w, delta, multiplier, mu), jax.grad(penalty)(w), rtol=1e-5)
     np.testing.assert_allclose(gradient(w, delta, None, mu), mu * (w - delta), rtol=1e-6)
 
@@ -115,5 +118,5 @@ def test_adam_step_wants_one_adam(inner):
         coupling=lcq.adam_step(),
     )
     params = {"w": TARGET}
-    with pytest.raises(ValueError, match="one optax.ScaleByAdamState"):
+    with pytest.raises(ValueError, match=r"one optax\.ScaleByAdamState"):
         tx.update(params, tx.init(params), params)

@@ -31,11 +31,14 @@ def brute_force(loss, y, newton):
     z = jnp.asarray(np.stack([np.pad(codes, ((0, 0), (1, 0))), 1 - np.pad(codes, ((0, 0), (1, 0)))], -1), jnp.float32)
 
     def best(z):
-        f = lambda c: loss(jnp.dot(z, c, precision="highest"), X.astype(np.float32), y.astype(np.float32))
-        c = jnp.zeros(2)
-        for _ in range(newton):
-            c = c - jnp.linalg.solve(jax.hessian(f)(c) + 1e-7 * jnp.eye(2), jax.grad(f)(c))
-        return f(c)
+        def f(c):
+            return loss(jnp.dot(z, c, precision="highest"), X.astype(np.float32), y.astype(np.float32))
+
+        def step(_, c):
+            (a, b), (_, d) = jax.hessian(f)(c) + 1e-6 * jnp.eye(2)
+            return c - jnp.dot(jnp.array([[d, -b], [-b, a]]), jax.grad(f)(c)) / (a * d - b * b)
+
+        return f(jax.lax.fori_loop(0, newton, step, jnp.zeros(2)))
 
     return np.asarray(jax.jit(jax.vmap(best))(z))
 
