@@ -1,6 +1,6 @@
 """LC quantization of LeNet300 on MNIST, beside direct compression, iterated direct compression and straight-through.
 
-    LCQ_DATA=folder python benchmarks/lenet300.py            every recipe, 3 seeds: results/lenet300.json, artifacts/
+    LCQ_DATA=folder python benchmarks/lenet300.py            every recipe, 3 seeds: results/lenet300_*.json, artifacts/
     ... lc_k2 lc_ternary      some recipes
     ... --plot                results/lenet300.png again
     LCQ_DATA=folder python benchmarks/lenet300.py --tune     schedules judged on 5,000 held-back training images
@@ -53,7 +53,8 @@ class Recipe:
 
 
 K2, K4, TERNARY = lcq.KMeans(2), lcq.KMeans(4), lcq.Ternary()
-SLOW = {"factor": 1.15, "l_steps": 50, "epochs": (5, 5), "rate": 0.2}
+SLOW = {"factor": 1.15, "l_steps": 50, "epochs": (5, 5)}
+SLOWEST = {"factor": 1.1, "l_steps": 75, "epochs": (5, 5)}
 RECIPES = {
     "reference": Recipe(K2, "none"),
     "dc_k2": Recipe(lcq.KMeans(2, exact=True), "dc"),
@@ -65,8 +66,10 @@ RECIPES = {
     "ste_k2": Recipe(K2, "ste"),
     "lc_k2_adam": Recipe(K2, optimizer="adam", rate=1e-3),
     "lc_k2_proximal": Recipe(K2, coupling="proximal"),
-    "lc_k2_slow": Recipe(K2, **SLOW),
+    "lc_k2_slow": Recipe(K2, rate=0.2, **SLOW),
+    "lc_k2_slowest": Recipe(K2, rate=0.2, **SLOWEST),
     "lc_k4_slow": Recipe(K4, **SLOW),
+    "lc_k4_slow_0.2": Recipe(K4, rate=0.2, **SLOW),
 }
 CANDIDATES = {
     f"{name}_{factor}x{l_steps}x{epochs}_{rate}": Recipe(
@@ -209,7 +212,7 @@ def plot() -> None:
     """Train loss, train error and gap of the 1-bit recipes against epochs: medians, and the range over seeds."""
     names = {"lc_k2": "LC", "lc_k2_adam": "LC, Adam", "lc_k2_proximal": "LC, proximal", "lc_k2_slow": "LC, slow"}
     names |= {"ste_k2": "straight-through", "idc_k2": "iterated direct"}
-    results = {row["recipe"]: row for row in stored("lenet300")}
+    results = {row["recipe"]: row for name in RECIPES for row in stored(f"lenet300_{name}")}
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     panels = {"train_loss": "train loss of Delta", "train_error": "train error of Delta, %", "gap": "gap"}
     for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -239,11 +242,13 @@ def main() -> None:
         return plot()
     sets = load()
     ARTIFACTS.mkdir(exist_ok=True)
-    result, recipes = ("lenet300_tuning", CANDIDATES) if args.tune else ("lenet300", RECIPES)
-    for name in args.recipes or recipes:
-        row = tune(name, recipes[name], sets) if args.tune else run(name, recipes[name], args.seeds, sets)
-        others = [other for other in stored(result) if other["recipe"] != name]
-        record(result, [*others, row], seeds=[0] if args.tune else args.seeds)
+    if args.tune:
+        for name in args.recipes or CANDIDATES:
+            others = [row for row in stored("lenet300_tuning") if row["recipe"] != name]
+            record("lenet300_tuning", [*others, tune(name, CANDIDATES[name], sets)], seeds=[0])
+        return
+    for name in args.recipes or RECIPES:
+        record(f"lenet300_{name}", [run(name, RECIPES[name], args.seeds, sets)], seeds=args.seeds)
     plot()
 
 

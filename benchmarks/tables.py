@@ -3,7 +3,6 @@
 python benchmarks/tables.py        writes them between their markers in README.md
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +38,7 @@ LENET = {
 
 def lenet300() -> str:
     """Medians over the seeds."""
-    by_name = {row["recipe"]: row for row in stored("lenet300")}
+    by_name = {row["recipe"]: row for name in LENET for row in stored(f"lenet300_{name}")}
     rows = []
     for name, (title, target) in LENET.items():
         if name not in by_name:
@@ -121,11 +120,6 @@ def filled(text: str) -> str:
     for name, table in TABLES.items():
         text = re.sub(BLOCK.format(name), lambda m, t=table: m[1] + t() + m[2], text, flags=re.DOTALL)
     return text
-
-
-def made(name: str) -> dict[str, Any]:
-    """How a result was made."""
-    return json.loads((FOLDER / "results" / f"{name}.json").read_text())["made"]
 
 
 if __name__ == "__main__":

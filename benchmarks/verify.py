@@ -19,7 +19,7 @@ TOLERANCE = 0.0101
 
 def rows() -> list[dict[str, Any]]:
     """Every run with a file, of every benchmark with files."""
-    return [run for recipe in stored("lenet300") for run in recipe["runs"]]
+    return [run for name in lenet300.RECIPES for recipe in stored(f"lenet300_{name}") for run in recipe["runs"]]
 
 
 def faults(run: dict[str, Any], test: Any) -> list[str]:
