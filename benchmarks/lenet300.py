@@ -34,7 +34,11 @@ KERNELS = "(.*/)?kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A method, a scheme and a schedule: L step n trains epochs[n > 0] epochs at rate * decay^n with mu * factor^n."""
+    """A method, a scheme and a schedule: L step n trains epochs[n > 0] epochs at rate * decay^n with mu * factor^n.
+
+    The loss is cross-entropy plus l2/2 ||w||^2; with a teacher, half of the cross-entropy is with the given float net's
+    probabilities at temperature `teacher`, times its square.
+    """
 
     scheme: lcq.Scheme
     method: str = "lc"
@@ -46,6 +50,8 @@ class Recipe:
     decay: float = 0.98
     optimizer: str = "nesterov"
     coupling: str = "gradient"
+    l2: float = 0.0
+    teacher: float = 0.0
 
     @property
     def all_epochs(self) -> int:
@@ -80,6 +86,10 @@ CANDIDATES = {
     for rate in (0.09, 0.2, 0.4)
 }
 """Schedules to choose from: about three times the epochs of the toolkit's, and larger learning rates."""
+CANDIDATES |= {
+    f"k2_1.15x50x5_0.2_{name}": Recipe(K2, rate=0.2, **SLOW, **more)
+    for name, more in {"l2_1e-5": {"l2": 1e-5}, "l2_1e-4": {"l2": 1e-4}, "teacher": {"teacher": 3.0}}.items()
+}
 
 
 def load() -> tuple[Any, Any, Any, Any, Any]:
@@ -91,9 +101,19 @@ def load() -> tuple[Any, Any, Any, Any, Any]:
     return params, jnp.asarray(x), jnp.asarray(split.y_train), jnp.asarray(x_test), jnp.asarray(split.y_test)
 
 
-def loss_of(params: Any, x: Any, y: Any) -> Any:
-    logits = models.lenet300().apply({"params": params}, x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+def loss_of(recipe: Recipe, given: Any) -> Any:
+    """The training loss (params, x, y) -> scalar; `given` are the float parameters."""
+    apply = models.lenet300().apply
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        logits = apply({"params": params}, x)
+        value = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        if t := recipe.teacher:
+            soft = jax.nn.softmax(apply({"params": given}, x) / t)
+            value = 0.5 * value + 0.5 * t**2 * optax.softmax_cross_entropy(logits / t, soft).mean()
+        return value + recipe.l2 / 2 * sum(jnp.sum(layer["kernel"] ** 2) for layer in params.values())
+
+    return loss
 
 
 @jax.jit
@@ -128,7 +148,7 @@ def train(recipe: Recipe, params: Any, x: Any, y: Any, seed: int) -> tuple[Any, 
     if recipe.method in ("dc", "none"):
         return (lcq.compress(params, rules) if recipe.method == "dc" else params), [], {}
     per_epoch = len(x) // BATCH
-    tx = optimizer_of(recipe, per_epoch)
+    tx, loss = optimizer_of(recipe, per_epoch), loss_of(recipe, params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def epoch(params: Any, state: Any, key: Any) -> tuple[Any, Any]:
@@ -136,7 +156,7 @@ def train(recipe: Recipe, params: Any, x: Any, y: Any, seed: int) -> tuple[Any, 
 
         def step(carry: Any, index: Any) -> tuple[Any, None]:
             params, state = carry
-            updates, state = tx.update(jax.grad(loss_of)(params, x[index], y[index]), state, params)
+            updates, state = tx.update(jax.grad(loss)(params, x[index], y[index]), state, params)
             return (optax.apply_updates(params, updates), state), None
 
         return jax.lax.scan(step, (params, state), order)[0]
@@ -152,8 +172,8 @@ def train(recipe: Recipe, params: Any, x: Any, y: Any, seed: int) -> tuple[Any, 
         l_step, within = divmod(n + 1 - recipe.epochs[0], recipe.epochs[1])
         if l_step >= 0 and within == 0:
             forms = lcq.extract(state, params) if recipe.method == "lc" else compress(params)
-            loss, error = judge(lcq.decompress(forms), x, y)
-            curve.append({"epoch": n + 1, "train_loss": float(loss), "train_error": float(error)})
+            numbers = judge(lcq.decompress(forms), x, y)
+            curve.append({"epoch": n + 1, **dict(zip(("train_loss", "train_error"), map(float, numbers), strict=True))})
             curve[-1]["gap"] = gap(params, forms)
     return forms, curve, lcq.metrics(state) if recipe.method == "lc" else {}
 

@@ -106,7 +106,7 @@ def format_scheme(scheme: Scheme) -> str:
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule that "PATTERN=SCHEME", "PATTERN=SCHEME; joint", "PATTERN=SCHEME; stacked=N" or "PATTERN=None" stands for.
+    """The rule of "PATTERN=SCHEME", "PATTERN=SCHEME; joint", "PATTERN=SCHEME; stacked=N" or "PATTERN=None".
 
     The pattern ends at the last "=" that a scheme's name follows, so both sides may contain others.
 
@@ -182,7 +182,8 @@ def _shapes(xs: tuple[Any, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def _traceable(task: Task) -> Task:
     """A solver on the host cannot be traced; its plain twin gives forms of the same shapes."""
-    return dataclasses.replace(task, scheme=dataclasses.replace(task.scheme, exact=False)) if task.scheme.host else task
+    scheme: Any = task.scheme
+    return dataclasses.replace(task, scheme=dataclasses.replace(scheme, exact=False)) if scheme.host else task
 
 
 def _decides(rules: Sequence[Rule], path: str) -> Rule | None:
@@ -254,7 +255,7 @@ def _literal(value: Any) -> str:
 def _family(scheme: Levels, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name and settings by which a user would ask for these levels."""
     if not scheme.exact:
-        shared = {"scale": scheme.scale, "per": scheme.per}
+        shared: dict[str, Any] = {"scale": scheme.scale, "per": scheme.per}
         c = len(scheme.values) // 2 - 1
         if scheme == Binary(**shared):
             return "Binary", shared

@@ -20,7 +20,7 @@ _LEVELS = 64
 
 
 def histograms(tree: Any, reference: Any, *, bins: int = 60) -> Figure:
-    """The weights' histogram of every compressed leaf, with the values of Delta(Theta) and the share of weights at each.
+    """The weights' histogram of every compressed leaf, with the values of Delta(Theta) and their shares.
 
     Args:
         tree: as given by `compress`, `extract` or `load`.
@@ -99,7 +99,9 @@ def write(figure: Figure, path: str | Path, *, dpi: int = 150) -> None:
 def _histogram(axes: Axes, path: str, w: np.ndarray, delta: np.ndarray, bins: int) -> None:
     """Weights as shares per bin, levels as stems with their share of the weights on the same leaf."""
     low, high = float(min(w.min(), delta.min())), float(max(w.max(), delta.max()))
-    edges = np.linspace(low, high, bins + 1) if high > low else np.linspace(low - 0.5, low + 0.5, bins + 1)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, bins + 1).tolist()
     share = np.full(w.size, 100 / w.size)
     axes.hist(w.reshape(-1), edges, weights=share, color=_GREY, label="weights, % per bin")
     levels, counts = np.unique(delta, return_counts=True)

@@ -50,7 +50,7 @@ def train(
         batches: at least `steps` of them, all of the same shapes.
         steps: updates to make.
         opt_state: to go on from; default `tx.init(params)`.
-        on_step: called after every update with its number, from 1, and what there is; read the arrays, do not keep them.
+        on_step: called after every update with its number, from 1, and what there is; its arrays die with the next.
 
     Raises:
         ValueError: fewer batches than steps.
@@ -98,7 +98,7 @@ def endless(
 
 
 def cross_entropy(apply: Callable[[Any, Any], Array]) -> Callable[[Any, Any], Array]:
-    """The loss of a classifier for `train`: the mean over a batch (x, y) of -log softmax(apply(params, x))[y], in nats."""
+    """The loss of a classifier for `train`: the mean over a batch (x, y) of -log softmax(apply(params, x))[y]."""
 
     def loss(params: Any, batch: Any) -> Array:
         x, y = batch

@@ -147,16 +147,13 @@ def _solve_task(task: Task, ws: tuple[Any, ...], mu: Any, before: Any) -> Any:
     forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
     moved = (mu * (form.dense() - x) for x, form in zip(xs, forms, strict=True))
     lagrange = {path: value for path, value in zip(task.paths, moved, strict=True) if path in lagrange}
-    return (
-        forms,
-        lagrange,
-        _Sums(
-            away=_distance(ws, forms).astype(jnp.float32),
-            distortion=_distance(xs, forms).astype(jnp.float32),
-            multipliers=_square(lagrange.values()).astype(jnp.float32),
-            kept_back=(new > old * (1 + _ROUNDING)).astype(jnp.int32),
-        ),
+    sums = _Sums(
+        away=_distance(ws, forms).astype(jnp.float32),
+        distortion=_distance(xs, forms).astype(jnp.float32),
+        multipliers=_square(lagrange.values()).astype(jnp.float32),
+        kept_back=(new > old * (1 + _ROUNDING)).astype(jnp.int32),
     )
+    return forms, lagrange, sums
 
 
 def _when(true: Any, f: Callable[[Any], Any], before: Any) -> Any:

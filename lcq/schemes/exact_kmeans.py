@@ -1,19 +1,18 @@
 """The global optimum of one-dimensional k-means, in float64 on the host, by dynamic programming.
 
-Optimal cells are runs of the sorted numbers. With i learned and the first j frozen levels, the least error of the first b
-numbers is
+Optimal cells are runs of the sorted numbers. With i learned and the first j frozen levels, the least error of the
+first b numbers is
 
-    F_ij(b) = min_{a <= b} min( F_{i-1,j}(a) + free(a, b),  F_{i,j-1}(a) + frozen_j(a, b) )
-    free(a, b) = sum x^2 - (sum x)^2 / n,    frozen_j(a, b) = sum (x - c_j)^2    over the numbers a, .., b - 1
+    F_ij(b) = min_{a <= b} min( F_{i-1,j}(a) + free(a, b),  F_{i,j-1}(a) + held_j(a, b) )
+    free(a, b) = sum x^2 - (sum x)^2 / n,    held_j(a, b) = sum (x - c_j)^2    over the numbers a, .., b - 1
 
-free is Monge, so the best a rises with b: divide and conquer, all rows of one depth at a time. frozen_j(a, b) is
-h(b) - h(a), so its minimum is a running one.
+Both errors are Monge, so the best a rises with b: divide and conquer, all rows of one depth at a time.
 
 All positions of a million numbers are too many. Let every boundary be known up to an interval [low, high]: the cell
 between two boundaries contains at least the numbers from the first one's high to the second one's low, whose error is
-also Monge. The same recursion then bounds all solutions through an interval from below. Intervals whose bound exceeds the
-error of some solution are dropped, the others are cut into parts, until they are single positions and the recursion is
-exact.
+also Monge. So the same recursion bounds all solutions through an interval from below. Intervals whose bound exceeds
+the error of some solution are dropped, the others are cut into parts, until they are single positions and the recursion
+is exact. Intervals start out at equal steps of the measure f^(1/3) dx, as levels do.
 
 Exact means: up to rounding of sums in float64, about 1e-15 of the total sum of squares around the mean.
 
@@ -36,8 +35,8 @@ _PASSES = 100
 """Lloyd passes that make a bound from above of a solution; each costs K searches."""
 
 State = tuple[int, int]
-Positions = Int[np.ndarray, " n"]
-Numbers = Float64[np.ndarray, " n"]
+Positions = Int[np.ndarray, " _"]
+Numbers = Float64[np.ndarray, " _"]
 
 
 class Sums(NamedTuple):

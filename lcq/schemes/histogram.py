@@ -1,8 +1,10 @@
 """A cold start for k-means: a histogram stands in for the data, and its density^(1/3) quantiles for a random start.
 
-The levels of an optimal codebook have a density proportional to f^(1/3), f the density of the data (Panter & Dite 1951;
-Gersho & Gray 1992, section 5.6). Bins are equal in y = log(1 + |u|) sign(u), u = (x - mean) / s, s four times the mean of
-|x - mean|: nearly equal in x where the data are, in ratio far out.
+The levels of an optimal codebook have a density proportional to f^(1/3), f the density of the data. Bins are equal in
+y = sign(u) log(1 + |u|), u = (x - mean) / s, s four times the mean of |x - mean|: nearly equal in x where the data are,
+in ratio far out.
+
+Source: Panter & Dite 1951; Gersho & Gray 1992, section 5.6.
 """
 
 import jax.numpy as jnp
@@ -13,8 +15,13 @@ from lcq.base import Cut, blocks
 from lcq.schemes.lloyd import Centres, Points, cell_sum, lloyd_pass, move_level
 
 _BINS = 4096
+"""Bins of one histogram; 16 per level where that is more."""
+
 _COARSE = 64
+"""Bins from which the density is estimated."""
+
 _SPREAD = 4.0
+"""s over the mean of |x - mean|."""
 
 
 def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:

@@ -15,23 +15,24 @@ from lcq.schemes.exact_kmeans import best_levels
 from lcq.schemes.histogram import explore, summarise
 from lcq.schemes.lloyd import Centres, Points, assign, descend, lloyd_pass
 
-_COLD = 100
-"""Lloyd passes over a histogram, at most."""
+_COLD = 150
+"""Passes over a histogram, or over data that are no longer than one; a fifth of it over many short blocks."""
 
-_SMALL = 1 << 18
-"""Up to so many numbers get all of these passes; more, a fifth: many short blocks converge in few."""
+_SHORT = 1 << 18
+"""Numbers up to which all of these passes are affordable."""
 
-_PASSES = 4
-"""Lloyd passes over the data, at most, between one that looks for empty cells and one that gives the codes."""
+_WARM = 3
+"""Passes over the data, at most, before the one that gives the codes; few, because a C step has a warm start."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KMeans(Scheme):
     """Projection on a codebook of K learned values: Pi(x) = argmin_{c, z} sum_i (x_i - c_{z_i})^2.
 
-    By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a local minimum, and x itself if x has at most K
-    distinct values. Cold, it starts from density^(1/3) quantiles and converges on a histogram before it sees the data;
-    warm, from the previous codebook: a few passes over the data, none of which raises the error.
+    By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a good local minimum, and x itself if x has at
+    most K distinct values. Cold, it starts from density^(1/3) quantiles and converges on a histogram before it sees the
+    data; warm, from the previous codebook: a few passes over the data, none of which raises the error. Sums of |x| must
+    be finite in float32.
 
     Attributes:
         k: how many levels, 1 to 65,536.
@@ -91,21 +92,20 @@ class KMeans(Scheme):
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
     """Codes of every leaf in blocks, and the levels they share."""
+    stat, points, passes = whole.blocks[0].stat, Points(whole), _WARM
     learned = scheme.k - len(scheme.fixed)
-    stat = whole.blocks[0].stat
     if warm is not None:
         centres = _freeze(warm.reshape(*stat, scheme.k), scheme.fixed)
-    elif not learned:
+    elif learned == 0:
         centres = _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed)
     else:
-        histogram, levels = summarise(whole, learned)
-        passes = _COLD if sum(x.size for x in histogram.cut.leaves) <= _SMALL else _COLD // 5
-        centres = explore(histogram, _merge(levels, scheme.fixed), passes)
-        levels, free = descend(histogram, centres, passes)
-        centres = Centres(levels.reshape(*stat, scheme.k), free.reshape(*stat, scheme.k))
-    points = Points(whole)
+        short, levels = summarise(whole, learned)
+        many = _COLD if sum(x.size for x in short.cut.leaves) <= _SHORT else _COLD // 5
+        centres = explore(short, _merge(levels, scheme.fixed), many)
+        centres = Centres(*(a.reshape(*stat, scheme.k) for a in centres))
+        passes = many if short.weights is None else _WARM
     if learned:
-        centres = descend(points, centres, _PASSES)
+        centres = descend(points, centres, passes)
     codes, centres, _ = lloyd_pass(points, centres)
     return codes, centres.levels
 

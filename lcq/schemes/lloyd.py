@@ -131,8 +131,8 @@ def move_level(
         points: the numbers.
         codes: their cells.
         centres: the levels of these cells.
-        losses: how much the squared error rises without each level; a level moves if that is less than half of the error
-            of the cell it moves to, about what is gained there.
+        losses: how much the squared error rises without each level; a level moves if that is less than the error of the
+            cell it moves to.
 
     Returns:
         The centres, whether any level moved, and the squared error of every block before that.
@@ -195,8 +195,8 @@ def cell_sum(
 ) -> Shaped[Array, "*stat k"]:
     """Sums of `values` over the elements of each code, in blocks.
 
-    A scatter-add on CPU, where it costs a nanosecond per element; masked sums elsewhere, because a scatter is slow on TPU
-    and adds in no fixed order on GPU.
+    A scatter-add on CPU, where it costs a nanosecond per element; masked sums elsewhere, because a scatter is slow on
+    TPU and adds in no fixed order on GPU.
     """
     axes = tuple(i + 1 for i, n in enumerate(stat) if n == 1)
 

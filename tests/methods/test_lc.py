@@ -332,3 +332,56 @@ def test_a_joint_task_shares_one_theta():
     with pytest.warns(UserWarning, match="away"):
         forms = lcq.extract(state, params)
     assert forms["a"].scale.item() == forms["b"].scale.item() == pytest.approx(3.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pair(lcq.Form):
+    """A form made of forms, Delta = the sum of theirs."""
+
+    parts: tuple
+
+    dtype = "float32"
+    shape = property(lambda self: self.parts[0].shape)
+    bits = property(lambda self: sum(part.bits for part in self.parts))
+
+    def dense(self):
+        return sum(part.dense() for part in self.parts)
+
+    def pack(self):
+        return Pair(tuple(part.pack() for part in self.parts))
+
+    def unpack(self):
+        return Pair(tuple(part.unpack() for part in self.parts))
+
+    def check_stored(self):
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoBits(lcq.Scheme):
+    """A scale and a sign, then the same for the rest."""
+
+    leafwise = 2
+
+    def check(self, shape):
+        pass
+
+    def solve(self, xs, previous, mu):
+        first = lcq.Binary().solve(xs, None, None)
+        rest = tuple(x - form.dense() for x, form in zip(xs, first, strict=True))
+        return tuple(map(Pair, zip(first, lcq.Binary().solve(rest, None, None), strict=True)))
+
+
+def test_forms_of_forms_keep_a_tree_for_every_leafwise_array():
+    params = {"a": jnp.array([1.0, 2.0, 5.0, -6.0]), "b": jnp.array([3.0, -4.0, 5.0])}
+    rules = [lcq.Rule("a", TwoBits()), lcq.Rule("b", lcq.Binary())]
+    tx = lcq.lc(optax.sgd(0.1), rules, mu=1.0, every=1)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(2):
+        _, state = update(params, state, params)
+    assert [sorted(tree) for tree in state.lagrangian.codes] == [["a", "b"]] * 2
+    assert state.lagrangian.codes[1]["b"] == optax.MaskedNode()
+    x = np.asarray(params["a"] - state.lagrangian.multipliers["a"])
+    delta = mean_scale(x) + mean_scale(x - mean_scale(x))
+    np.testing.assert_allclose(lcq.extract(state, params)["a"].dense(), delta, rtol=1e-5)
