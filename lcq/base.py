@@ -322,6 +322,12 @@ def compute_dtype(dtype: DTypeLike) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def explicit_sharding(x: Array) -> jax.sharding.NamedSharding | None:
+    """Where an array lies on a mesh with explicit axes; None anywhere else, where the compiler chooses."""
+    sharding = jax.typeof(x).sharding
+    return sharding if any(sharding.spec) else None
+
+
 def straight_through(w: Float[Array, "..."], projected: Float[Array, "..."]) -> Float[Array, "..."]:
     """The value of `projected` with the gradient of `w`: w + stop_gradient(projected - w), exactly `projected`.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lcq import packing
-from lcq.base import Form, blocks, compute_dtype, leafwise, register_form, static
+from lcq.base import Form, blocks, compute_dtype, explicit_sharding, leafwise, register_form, static
 
 _SELECT = 8
 """Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather, faster on CPU from there."""
@@ -121,7 +121,7 @@ def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None
         table = levels.reshape((*stat, -1)).astype(compute_dtype(levels.dtype))
     if table.shape[-1] > _SELECT:
         if table.ndim == codes.ndim + 1 and all(n == 1 for n in table.shape[:-1]):
-            return table.reshape(-1)[codes]
+            return table.reshape(-1).at[codes].get(out_sharding=explicit_sharding(codes))
         return jnp.take_along_axis(table, codes[..., None].astype(jnp.int32), axis=-1)[..., 0]
     value = jnp.broadcast_to(table[..., 0], codes.shape)
     for k in range(1, table.shape[-1]):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from lcq.base import Cut, blocks
 from lcq.schemes.lloyd import Centres, Points, cell_sum, lloyd_pass, move_level
 
-_BINS = 4096
+_BINS = 8192
 """Bins of one histogram; 16 per level where that is more."""
 
 _COARSE = 64
@@ -62,21 +62,22 @@ def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:
 def explore(points: Points, centres: Centres, passes: int) -> Centres:
     """Lloyd passes that also move the least useful level to the cell with the largest error, if that seems to pay.
 
-    Escapes from local minima that are far from the best. Returns the best centres it has seen.
+    Escapes from local minima that are far from the best. Returns the best centres of at most `passes` passes.
 
     Source: Fritzke 1997 (LBG-U).
     """
 
-    def improve(_: Array, state: tuple[Centres, Centres, Array]) -> tuple[Centres, Centres, Array]:
-        now, best, least = state
-        codes, now, count = lloyd_pass(points, now)
-        onward, _, error = move_level(points, codes, now, _losses(now, count))
+    def improve(state: tuple) -> tuple:
+        before, best, least, _, count = state
+        codes, now, members = lloyd_pass(points, before)
+        onward, _, error = move_level(points, codes, now, _losses(now, members))
         better = (error < least)[..., None]
         best = Centres(*(jnp.where(better, a, b) for a, b in zip(now, best, strict=True)))
-        return onward, best, jnp.minimum(error, least)
+        return onward, best, jnp.minimum(error, least), jnp.any(onward.levels != before.levels), count + 1
 
     least = jnp.full(centres.levels.shape[:-1], jnp.inf, centres.levels.dtype)
-    return lax.fori_loop(0, passes, improve, (centres, centres, least))[1]
+    start = (centres, centres, least, jnp.bool_(True), jnp.int32(0))
+    return lax.while_loop(lambda state: state[3] & (state[4] < passes), improve, start)[1]
 
 
 def _losses(centres: Centres, count: Array) -> Array:

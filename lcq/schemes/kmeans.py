@@ -16,7 +16,7 @@ from lcq.schemes.histogram import explore, summarise
 from lcq.schemes.lloyd import Centres, Points, assign, descend, lloyd_pass
 
 _COLD = 150
-"""Passes over a histogram, or over data that are no longer than one; a fifth of it over many short blocks."""
+"""Passes over a histogram, or over data that are no longer than one; a fifth of them over many short blocks."""
 
 _SHORT = 1 << 18
 """Numbers up to which all of these passes are affordable."""
@@ -128,14 +128,14 @@ def _rows(x: np.ndarray, block: Blocks) -> np.ndarray:
 
 def _merge(levels: Array, fixed: tuple[float, ...]) -> Centres:
     """Free levels together with the fixed ones, in order."""
-    frozen = jnp.broadcast_to(jnp.asarray(fixed, levels.dtype), (*levels.shape[:-1], len(fixed)))
-    free = jnp.concatenate([jnp.ones(levels.shape, bool), jnp.zeros(frozen.shape, bool)], -1)
+    frozen = jnp.zeros_like(levels.sum(-1, keepdims=True)) + jnp.asarray(fixed, levels.dtype)  # sharded like levels
+    free = jnp.concatenate([jnp.ones_like(levels, bool), jnp.zeros_like(frozen, bool)], -1)
     return Centres(*jax.lax.sort((jnp.concatenate([levels, frozen], -1), free), num_keys=2))
 
 
 def _freeze(levels: Array, fixed: tuple[float, ...]) -> Centres:
     """Levels of an earlier solution, the nearest one to each fixed level being frozen there."""
-    free = jnp.ones(levels.shape, bool)
+    free = jnp.ones_like(levels, bool)
     for value in fixed:
         distance = jnp.where(free, jnp.abs(levels - value), jnp.inf)
         here = jnp.arange(levels.shape[-1]) == jnp.argmin(distance, -1)[..., None]

@@ -15,11 +15,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from lcq.base import Blocks, Cut
+from lcq.base import Blocks, Cut, explicit_sharding
 from lcq.schemes.levels import code_dtype
 
 _UNROLL = 4
@@ -171,8 +172,8 @@ def assign(x: Float[Array, "*split"], levels: Float[Array, "*stat k"]) -> UInt[A
     size = levels.shape[-1]
     steps = max(-(-(size - 1) // _UNROLL), 1)
     middle = jnp.moveaxis(midpoints(levels), -1, 0)
-    fill = jnp.full((steps * _UNROLL - (size - 1), *middle.shape[1:]), jnp.inf, middle.dtype)
-    middle = jnp.concatenate([middle, fill]).reshape(steps, _UNROLL, *middle.shape[1:])
+    middle = jnp.pad(middle, ((0, steps * _UNROLL - (size - 1)), *((0, 0),) * (x.ndim)), constant_values=jnp.inf)
+    middle = middle.reshape(steps, _UNROLL, *middle.shape[1:])
 
     def compare(step: Array, codes: Array) -> Array:
         for i in range(_UNROLL):
@@ -211,6 +212,8 @@ def cell_sum(
         sums = jnp.sum(jnp.where(hit, values, 0), axes, values.dtype, keepdims=True)
         return jnp.moveaxis(sums, 0, -1)
 
+    if explicit_sharding(codes) is not None:
+        return masked(values, codes)  # a scatter does not say how its result is placed on a mesh with explicit axes
     return lax.platform_dependent(values, codes, cpu=scatter, default=masked)
 
 
@@ -225,8 +228,14 @@ def _index(codes: Array, size: int, stat: Stat) -> Array:
 
 def _residuals(points: Points, levels: Array, codes: Sequence[Array]) -> list[Array]:
     """x - c of every element."""
-    flat, size = levels.reshape(-1), levels.shape[-1]
-    return [
-        x - flat.at[_index(c, size, b.stat)].get(mode="promise_in_bounds")
-        for c, (x, b) in zip(codes, points.leaves(), strict=True)
-    ]
+    pairs = zip(codes, points.leaves(), strict=True)
+    return [x - _level_of(levels.reshape(*b.stat, -1), c) for c, (x, b) in pairs]
+
+
+def _level_of(levels: Float[Array, "*stat k"], codes: UInt[Array, "*split"]) -> Float[Array, "*split"]:
+    """The level of every code: a gather, or a masked sum where explicit axes of a mesh forbid to flatten the levels."""
+    size = levels.shape[-1]
+    if explicit_sharding(codes) is None:
+        return levels.reshape(-1).at[_index(codes, size, levels.shape[:-1])].get(mode="promise_in_bounds")
+    hit = codes == jnp.arange(size, dtype=codes.dtype).reshape(-1, *(1,) * codes.ndim)
+    return jnp.sum(jnp.where(hit, jnp.moveaxis(levels, -1, 0), 0), 0)

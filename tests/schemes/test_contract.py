@@ -107,6 +107,17 @@ def test_eager_is_jit_is_vmap(scheme, form):
     np.testing.assert_allclose(both.dense()[0], form.dense(), rtol=1e-6, atol=1e-7)
 
 
+def test_a_mesh_with_explicit_axes_keeps_codes_where_the_leaf_is(scheme, form):
+    if scheme.host:
+        return
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.NamedSharding(mesh, jax.P("a", "b")))
+        sharded = jax.jit(lambda x: scheme.project(x, scheme.project(x)))(x)
+        assert all(jax.typeof(array).sharding.spec == jax.P("a", "b") for array in split_leafwise(sharded)[0])
+        np.testing.assert_allclose(jax.device_get(sharded.dense()), form.dense(), rtol=1e-5, atol=1e-6)
+
+
 def test_leafwise_arrays_are_as_declared_and_shaped_like_the_leaf(scheme, form):
     arrays, _ = split_leafwise(form)
     assert len(arrays) <= scheme.leafwise and all(array.shape == X.shape for array in arrays)

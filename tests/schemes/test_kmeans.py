@@ -15,10 +15,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lcq
-from lcq.schemes import lloyd
+from lcq import base
+from lcq.schemes import histogram, lloyd
 
 N = 24  # most tests share this shape and four levels, and with them two compilations
 FOUR = lcq.KMeans(4)
+PARTLY = lcq.KMeans(4, fixed=(0, 1.25))
 LLOYD_MAX = {3: 0.1902, 16: 0.00950}
 arrays = hnp.arrays(np.float32, N, elements=st.floats(-8, 8, width=32, allow_subnormal=False))
 
@@ -117,6 +119,34 @@ def test_degenerate_inputs_are_defined(x):
         np.testing.assert_array_equal(form.dense(), x)
 
 
+def test_a_number_on_a_level_or_a_midpoint():
+    one, next_one = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
+    for levels in ([0, one, next_one, 3], [one, next_one, next_one, 3]):
+        levels = np.asarray(levels, np.float32)
+        codes = lloyd.assign(jnp.asarray(levels), jnp.asarray(levels)[None])
+        np.testing.assert_array_equal(levels[np.asarray(codes)], levels)
+    codes = lloyd.assign(jnp.asarray([0.5, 0.50001, 2, 9]), jnp.asarray([[0.0, 1.0, 3.0, 3.0]]))
+    assert codes.tolist() == [0, 1, 1, 3]
+
+
+def test_a_spare_level_splits_neighbouring_numbers_and_either_side_of_a_fixed_level():
+    one = np.where(np.arange(N) % 3, np.float32(1), np.nextafter(np.float32(1), np.float32(2)))
+    for x in (one, np.where(one > 1, 1, one.max())):
+        np.testing.assert_array_equal(FOUR.project(jnp.asarray(x), FOUR.project(jnp.full(N, 9.0))).dense(), x)
+    before = PARTLY.project(jnp.asarray([0, 1.25, 5, 7] * (N // 4)))
+    assert before.levels.tolist() == [[0, 1.25, 5, 7]]
+    for value in (-1.0, 1.0):
+        assert (PARTLY.project(jnp.full(N, value), before).dense() == value).all()
+
+
+def test_exploring_longer_is_never_worse():
+    x = np.exp(2 * np.random.default_rng(0).normal(size=300)).astype(np.float32)
+    points, levels = histogram.summarise(base.cut((jnp.asarray(x),), None), 8)
+    start = lloyd.Centres(levels, jnp.ones(levels.shape, bool))
+    errors = [least(x, histogram.explore(points, start, passes).levels) for passes in (0, 2, 5, 60)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[1]
+
+
 def test_one_level_is_the_mean():
     x = jnp.arange(8.0)
     form = lcq.KMeans(1).project(x)
@@ -125,7 +155,7 @@ def test_one_level_is_the_mean():
 
 
 def test_fixed_levels_stay_and_the_others_serve_the_rest():
-    scheme = lcq.KMeans(4, fixed=(0, 1.25))
+    scheme = PARTLY
     rng = np.random.default_rng(0)
     x = jnp.asarray(np.r_[rng.normal(-3, 0.1, N // 3), rng.normal(0, 0.1, N // 3), rng.normal(2, 0.1, N // 3)])
     form = scheme.project(x)
@@ -135,6 +165,7 @@ def test_fixed_levels_stay_and_the_others_serve_the_rest():
     )
     warm = scheme.project(x + 0.01, form)
     assert {0.0, 1.25} <= set(warm.levels.ravel().tolist())
+    assert {0.0, 1.25} <= set(scheme.project(x + 9).levels.ravel().tolist())
     frozen = lcq.KMeans(2, fixed=(1, -1))
     np.testing.assert_array_equal(frozen.project(x).dense(), np.where(x > 0, 1, -1))
     some = jnp.asarray([0, 1.25, 7, -2] * (N // 4))
