@@ -121,7 +121,8 @@ def test_degenerate_inputs_are_defined(x):
 
 def test_a_number_on_a_level_or_a_midpoint():
     one, next_one = np.float32(1), np.nextafter(np.float32(1), np.float32(2))
-    for levels in ([0, one, next_one, 3], [one, next_one, next_one, 3]):
+    after = np.nextafter(next_one, np.float32(2))  # halfway between these two rounds up, between the others down
+    for levels in ([0, one, next_one, 3], [one, next_one, next_one, 3], [0, next_one, after, 3]):
         levels = np.asarray(levels, np.float32)
         codes = lloyd.assign(jnp.asarray(levels), jnp.asarray(levels)[None])
         np.testing.assert_array_equal(levels[np.asarray(codes)], levels)
@@ -143,8 +144,8 @@ def test_exploring_longer_is_never_worse():
     x = np.exp(2 * np.random.default_rng(0).normal(size=300)).astype(np.float32)
     points, levels = histogram.summarise(base.cut((jnp.asarray(x),), None), 8)
     start = lloyd.Centres(levels, jnp.ones(levels.shape, bool))
-    errors = [least(x, histogram.explore(points, start, passes).levels) for passes in (0, 2, 5, 60)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[1]
+    errors = [least(x, histogram.explore(points, start, passes).levels) for passes in (0, 2, 60)]
+    assert errors[0] > errors[1] > errors[2] / 0.95
 
 
 def test_one_level_is_the_mean():
