@@ -3,8 +3,8 @@
     python benchmarks/brute_force.py        results/brute_force.json
 
 min L(w) subject to w having at most 2 distinct values, learned: all assignments of d <= 10 weights to two values are
-tried, each solved exactly, in float64 numpy/scipy, beside direct compression of the unconstrained optimum and LC from 20
-starts. Least squares and logistic regression: LC is not about nets. "At the optimum" is within 1e-3 of its loss.
+tried, each solved exactly, in float64 numpy/scipy, beside direct compression of the unconstrained optimum and LC from
+20 starts. Least squares and logistic regression: LC is not about nets. "At the optimum" is within 1e-3 of its loss.
 """
 
 import itertools

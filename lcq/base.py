@@ -1,18 +1,14 @@
-"""The two nouns of lcq, `Form` and `Scheme`, and the block structure both share."""
+"""The two nouns of lcq: `Form`, what is stored, and `Scheme`, how an array becomes one."""
 
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, dataclass_transform
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-
-Per = None | str | int | tuple[int, ...]
-"""What shares one codebook or scale; see `block_counts`."""
 
 
 def static(**kwargs: Any) -> Any:
@@ -196,136 +192,6 @@ def _map_leafwise(f: Callable[[Any], Any], node: Any) -> Any:
         if not field.metadata.get("static"):
             changed[field.name] = f(value) if field.metadata.get("leafwise") else _map_leafwise(f, value)
     return dataclasses.replace(node, **changed)
-
-
-class Blocks(NamedTuple):
-    """How an array is cut into equal blocks along each axis, without moving data.
-
-    An axis of length d in c blocks stays one axis if c is 1 or d, and is split into (c, d/c) otherwise; so an array
-    that is sharded along an axis keeps its sharding.
-
-    Attributes:
-        split: the array's shape with the cut axes split.
-        stat: the shape of one number per block, with ones where `split` runs inside a block.
-        axes: the axes of `split` that run inside a block.
-        size: elements in one block.
-    """
-
-    split: tuple[int, ...]
-    stat: tuple[int, ...]
-    axes: tuple[int, ...]
-    size: int
-
-
-def blocks(shape: Sequence[int], counts: Sequence[int]) -> Blocks:
-    """The block structure of an array of `shape` with `counts[i]` equal blocks along axis i."""
-    split: list[int] = []
-    stat: list[int] = []
-    for length, count in zip(shape, counts, strict=True):
-        cut = (length,) if count in (1, length) else (count, length // count)
-        split += cut
-        stat += (count,) if len(cut) == 1 else (count, 1)
-    axes = tuple(i for i, b in enumerate(stat) if b == 1)
-    size = 1
-    for i in axes:
-        size *= split[i]
-    return Blocks(tuple(split), tuple(stat), axes, size)
-
-
-def block_counts(per: Per, shape: Sequence[int]) -> tuple[int, ...]:
-    """Number of blocks along each axis of `shape`, where every block has its own codebook or scale.
-
-    Args:
-        per: None: one block; "channel": one for each index of the last axis (an output unit or filter of a
-            JAX kernel); an int g: groups of g consecutive weights along the input axis, the last but one, for each
-            index of the last axis; a tuple: block lengths along the trailing axes, 0 for a whole axis, so that (1, 0)
-            gives every row of a matrix its own.
-        shape: the leaf's shape.
-
-    Raises:
-        ValueError: lengths that do not divide the axes, or more lengths than axes.
-    """
-    if per is None:
-        lengths: tuple[int, ...] = ()
-    elif per == "channel":
-        lengths = (1,)
-    elif isinstance(per, int) and not isinstance(per, bool) and per > 0:
-        lengths = (per, 1)
-    elif isinstance(per, tuple) and all(isinstance(g, int) and g >= 0 for g in per):
-        lengths = per
-    else:
-        raise ValueError(f"wanted per=None, 'channel', a group length or a tuple of block lengths; got {per!r}")
-    if len(lengths) > len(shape):
-        raise ValueError(f"per={per!r} needs at least {len(lengths)} axes; got shape {tuple(shape)}")
-    lengths = (0,) * (len(shape) - len(lengths)) + lengths
-    counts = []
-    for axis, (length, g) in enumerate(zip(shape, lengths, strict=True)):
-        if g and length % g:
-            raise ValueError(
-                f"per={per!r} cuts axis {axis} of shape {tuple(shape)} into groups of {g}, which do not divide {length}"
-            )
-        counts.append(length // g if g else 1)
-    return tuple(counts)
-
-
-class Cut(NamedTuple):
-    """Leaves cut into blocks, with one number per block that all leaves share.
-
-    Attributes:
-        leaves: the arrays in float32 or wider, of shape `blocks.split`.
-        blocks: how each leaf is cut.
-        counts: blocks along each axis of each leaf.
-    """
-
-    leaves: tuple[Array, ...]
-    blocks: tuple[Blocks, ...]
-    counts: tuple[tuple[int, ...], ...]
-
-    def sum(self, arrays: Iterable[Array]) -> Array:
-        """Sums over blocks and leaves: one number per block, of the shape of the first leaf's blocks."""
-        return functools.reduce(jnp.add, self._each(jnp.sum, arrays))
-
-    def max(self, arrays: Iterable[Array]) -> Array:
-        """Maxima over blocks and leaves."""
-        return functools.reduce(jnp.maximum, self._each(jnp.max, arrays))
-
-    def _each(self, reduce: Any, arrays: Iterable[Array]) -> list[Array]:
-        first = self.blocks[0].stat
-        pairs = zip(arrays, self.blocks, strict=True)
-        return [reduce(array, block.axes, keepdims=True).reshape(first) for array, block in pairs]
-
-    def spread(self, stat: Array) -> list[Array]:
-        """One number per block, shaped to broadcast against each leaf."""
-        return [stat.reshape(block.stat) for block in self.blocks]
-
-    def numbers(self, stat: Array) -> list[Array]:
-        """One number per block, shaped as a form stores it for each leaf."""
-        return [stat.reshape(count) for count in self.counts]
-
-
-def cut(xs: Sequence[Array], per: Per) -> Cut:
-    """Cuts leaves into blocks.
-
-    Raises:
-        ValueError: `per` does not fit a shape, or several leaves are to share the numbers of more than one block.
-    """
-    if len(xs) > 1 and per is not None:
-        raise ValueError(f"per={per!r}: leaves of a joint task share one codebook and scale; drop per= or joint=")
-    counts = tuple(block_counts(per, x.shape) for x in xs)
-    how = tuple(blocks(x.shape, count) for x, count in zip(xs, counts, strict=True))
-    leaves = tuple(x.astype(compute_dtype(x.dtype)).reshape(b.split) for x, b in zip(xs, how, strict=True))
-    return Cut(leaves, how, counts)
-
-
-def compute_dtype(dtype: DTypeLike) -> Any:
-    """The dtype of sums and statistics over leaves of `dtype`: float32, or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def explicit_sharding(x: Array) -> jax.sharding.NamedSharding | None:
-    """Where an array lies on a mesh with explicit axes; None anywhere else, where the compiler chooses."""
-    sharding = jax.typeof(x).sharding
-    return sharding if any(sharding.spec) else None
 
 
 def straight_through(w: Float[Array, "..."], projected: Float[Array, "..."]) -> Float[Array, "..."]:

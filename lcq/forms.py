@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array
 
 from lcq import packing
-from lcq.base import Form, blocks, compute_dtype, explicit_sharding, leafwise, register_form, static
+from lcq.base import Form, leafwise, register_form, static
+from lcq.blocks import blocks, compute_dtype, explicit_sharding
 
 _SELECT = 8
-"""Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather, faster on CPU from there."""
+"""Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
 _FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 

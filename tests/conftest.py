@@ -11,7 +11,7 @@ import jaxtyping
 
 
 def checked(function):
-    """beartype, where an int is a float, except for `Self`, which it refuses on a method whose class it does not decorate."""
+    """beartype, an int being a float, except for `Self`, which it refuses where it does not decorate the class."""
     hints = getattr(function, "__annotations__", {})
     hints.update({name: typing.Any for name, hint in hints.items() if hint is typing.Self})
     return beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)

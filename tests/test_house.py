@@ -23,13 +23,16 @@ class Room(NamedTuple):
 
 ROOMS = {
     "base": Room(1),
+    "blocks": Room(1),
     "packing": Room(1),
     "unfold": Room(1),
-    "forms": Room(2, "base packing"),
+    "forms": Room(2, "base blocks packing"),
     "rules": Room(2, "base unfold"),
     "trace": Room(2, "base unfold"),
     "tree": Room(3, "base forms rules unfold"),
-    "schemes": Room(3, "base forms", "cast levels uniform lloyd histogram exact_kmeans kmeans prune lowrank additive"),
+    "schemes": Room(
+        3, "base blocks forms", "cast levels uniform lloyd histogram exact_kmeans kmeans prune lowrank additive"
+    ),
     "kernels": Room(
         3,
         "base packing unfold forms",
@@ -37,7 +40,7 @@ ROOMS = {
     ),
     "methods": Room(
         4,
-        "base forms rules trace tree unfold schemes",
+        "base blocks forms rules trace tree unfold schemes",
         "coupling lagrangian lc baselines rounding quantize smooth_binary hemp refit",
     ),
     "artifact": Room(4, "base forms rules tree packing", "paths rans codec file checkpoint"),
@@ -46,7 +49,9 @@ ROOMS = {
     "plan": Room(6, "base rules schemes tree artifact report"),
     "layers": Room(5, "base forms unfold kernels", "binary linen nnx"),
     "plot": Room(6, "base rules report"),
-    "__init__": Room(7, "base packing unfold forms rules trace tree schemes kernels methods artifact run report plan"),
+    "__init__": Room(
+        7, "base blocks packing unfold forms rules trace tree schemes kernels methods artifact run report plan"
+    ),
     "examples": Room(8, "__init__ layers", "data models train"),
     "cli": Room(9, "__init__ examples plot artifact rules tree report plan"),
     "__main__": Room(10, "cli"),
@@ -293,7 +298,7 @@ BAD = [
     ("imports_go_down", "lcq/base.py", "def f():\n    from lcq import forms", "base.py:2: imports 'forms'"),
     ("imports_go_down", "lcq/forms.py", "from lcq import rules", "floor 2 from floor 2"),
     ("imports_go_down", "lcq/tree.py", "import lcq", "'__init__', floor 7 from floor 3"),
-    ("imports_go_down", "lcq/schemes/kmeans.py", "from ..rules import Rule", "may import base forms"),
+    ("imports_go_down", "lcq/schemes/kmeans.py", "from ..rules import Rule", "may import base blocks forms"),
     ("imports_go_down", "lcq/packing.py", "from lcq.attic import x", "not in ROOMS"),
     (
         "imports_go_down",

@@ -68,7 +68,7 @@ def test_arguments_of_other_types_are_refused(monkeypatch):
 
 
 def test_empty_leaves_and_trees_are_refused():
-    with pytest.raises(ValueError, match="w: .*at least one weight"):
+    with pytest.raises(ValueError, match=r"w: .*at least one weight"):
         resolve([lcq.Rule("w", lcq.KMeans(2))], {"w": jnp.ones((0, 3))})
     with pytest.raises(ValueError, match="the tree is empty"):
         resolve([lcq.Rule("w", lcq.KMeans(2))], {})

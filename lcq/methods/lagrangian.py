@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcq.base import Form, compute_dtype, join_leafwise, split_leafwise
+from lcq.base import Form, join_leafwise, split_leafwise
+from lcq.blocks import compute_dtype
 from lcq.methods.coupling import Geometric, gradient, proximal
 from lcq.rules import Task, flatten
 from lcq.tree import check_finite, take

@@ -130,7 +130,7 @@ def lc(
         inner_state, steps, lagrangian = state
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
-            lagrangian = _once(due, lambda kept: solve(kept, params)[1], lagrangian)
+            lagrangian = jax.lax.cond(due, _solve, lambda kept, _: kept, lagrangian, params)
         weight, eta = schedule.at(lagrangian.c_steps), rate(steps)
         if coupling == "gradient":
             eta = None if eta is None else jnp.minimum(eta, 1 / weight)
@@ -228,12 +228,6 @@ def metrics(opt_state: Any) -> dict[str, Any]:
     state = _find(opt_state)
     weight = state.plan.mu.at(state.c_steps)
     return {**state.info._asdict(), "penalty_weight": weight, "c_steps": state.c_steps}
-
-
-def _once(due: Any, f: Callable[[Any], Any], state: Any) -> Any:
-    """f(state) if due, else state. A loop of at most one turn: under vmap it runs if f is due somewhere, where
-    `lax.cond` would always run it."""
-    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (jnp.zeros_like(due), f(carry[1])), (due, state))[1]
 
 
 def _is_lagrangian(node: Any) -> bool:

@@ -42,14 +42,14 @@ Numbers = Float64[np.ndarray, " _"]
 class Sums(NamedTuple):
     """Running sums over the sorted distinct numbers: entry b is over the first b of them."""
 
-    count: Numbers
+    number: Numbers
     total: Numbers
     square: Numbers
     frozen: tuple[Numbers, ...]
 
     def free(self, start: Positions, stop: Positions) -> Numbers:
         """Error of a cell around its mean; 0 where stop <= start."""
-        n = self.count[stop] - self.count[start]
+        n = self.number[stop] - self.number[start]
         total = self.total[stop] - self.total[start]
         error = self.square[stop] - self.square[start] - total * total / np.where(n > 0, n, 1)
         return np.where(n > 0, np.maximum(error, 0), 0)
@@ -76,10 +76,8 @@ def best_levels(x: Float[np.ndarray, " n"], k: int, fixed: tuple[float, ...] = (
     if learned and len(free) > learned:
         middle = np.average(values, weights=counts)
         v, c = values - middle, np.sort(np.asarray(fixed, np.float64)) - middle
-        sums = Sums(
-            *(np.concatenate([[0], np.cumsum(y)]) for y in (counts.astype(float), counts * v, counts * v * v)),
-            tuple(np.concatenate([[0], np.cumsum(counts * (v - level) ** 2)]) for level in c),
-        )
+        frozen = tuple(_running(counts * (v - level) ** 2) for level in c)
+        sums = Sums(_running(counts.astype(float)), _running(counts * v), _running(counts * v * v), frozen)
         free = _search(sums, v, learned, lambda cells: _polish(sums, v, c, cells)) + middle
     levels = np.sort(np.concatenate([fixed, free[:learned]]))
     return np.concatenate([levels, np.full(k - len(levels), levels[-1])])
@@ -87,7 +85,7 @@ def best_levels(x: Float[np.ndarray, " n"], k: int, fixed: tuple[float, ...] = (
 
 def _search(sums: Sums, values: Numbers, learned: int, polish: Callable) -> Numbers:
     """Learned levels of an optimal solution: rounds of bounds on intervals, then the exact recursion."""
-    last, end = len(sums.count) - 1, (learned, len(sums.frozen))
+    last, end = len(sums.number) - 1, (learned, len(sums.frozen))
     gaps = np.concatenate([[0], np.cumsum(np.cbrt(np.diff(values) ** 2))])  # where levels crowd: f^(1/3) dx = gap^(2/3)
     cuts = np.searchsorted(gaps, np.linspace(0, gaps[-1], _FIRST), side="right")
     edges = np.unique(np.concatenate([[0], cuts, [last + 1]]))
@@ -186,14 +184,14 @@ def _path(where: dict, choice: dict, end: State) -> list[tuple[int, int]]:
 def _polish(sums: Sums, values: Numbers, fixed: Numbers, cells: list[tuple[int, int]]) -> tuple[Numbers, float]:
     """Learned levels of the cells after Lloyd's algorithm, and their error."""
     start, stop = np.array([(a, b) for a, b in cells if a < b]).T
-    means = (sums.total[stop] - sums.total[start]) / (sums.count[stop] - sums.count[start])
+    means = (sums.total[stop] - sums.total[start]) / (sums.number[stop] - sums.number[start])
     levels = np.concatenate([means, fixed])
     free = np.argsort(levels, kind="stable") < len(means)
     levels.sort()
     for _ in range(_PASSES):
         edges = np.searchsorted(values, (levels[1:] + levels[:-1]) / 2, side="right")
         start, stop = np.concatenate([[0], edges]), np.concatenate([edges, [len(values)]])
-        count = sums.count[stop] - sums.count[start]
+        count = sums.number[stop] - sums.number[start]
         means = (sums.total[stop] - sums.total[start]) / np.where(count > 0, count, 1)
         before, levels = levels, np.where(free & (count > 0), means, levels)
         if np.array_equal(before, levels):
@@ -202,3 +200,8 @@ def _polish(sums: Sums, values: Numbers, fixed: Numbers, cells: list[tuple[int, 
     for j, at in enumerate(np.flatnonzero(~free)):
         error += sums.held(j)(start[at], stop[at])
     return levels[free], float(error)
+
+
+def _running(y: Numbers) -> Numbers:
+    """0, y_0, y_0 + y_1, .."""
+    return np.concatenate([[0.0], np.cumsum(y)])

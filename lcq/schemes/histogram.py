@@ -7,11 +7,13 @@ in ratio far out.
 Source: Panter & Dite 1951; Gersho & Gray 1992, section 5.6.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from lcq.base import Cut, blocks
+from lcq.blocks import Cut, blocks
 from lcq.schemes.lloyd import Centres, Points, cell_sum, lloyd_pass, move_level
 
 _BINS = 8192
@@ -43,7 +45,7 @@ def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:
     safe = jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
     largest = cut.max([jnp.abs(x - m) for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
     reach = jnp.log1p(largest / safe)
-    count: Array | int = 0
+    count: Any = 0
     for x, m, s, r, block in zip(
         cut.leaves, *map(cut.spread, (mean, safe, jnp.where(reach > 0, reach, 1))), cut.blocks, strict=True
     ):
@@ -75,7 +77,7 @@ def explore(points: Points, centres: Centres, passes: int) -> Centres:
         best = Centres(*(jnp.where(better, a, b) for a, b in zip(now, best, strict=True)))
         return onward, best, jnp.minimum(error, least), jnp.any(onward.levels != before.levels), count + 1
 
-    least = jnp.full(centres.levels.shape[:-1], jnp.inf, centres.levels.dtype)
+    least = jnp.full_like(centres.levels[..., 0], jnp.inf)
     start = (centres, centres, least, jnp.bool_(True), jnp.int32(0))
     return lax.while_loop(lambda state: state[3] & (state[4] < passes), improve, start)[1]
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq.base import Blocks, Cut, Form, Per, Scheme, block_counts, cut
+from lcq.base import Form, Scheme
+from lcq.blocks import Blocks, Cut, Per, block_counts, cut
 from lcq.forms import Codes
 from lcq.schemes.exact_kmeans import best_levels
 from lcq.schemes.histogram import explore, summarise
@@ -38,7 +39,7 @@ class KMeans(Scheme):
         k: how many levels, 1 to 65,536.
         fixed: levels among the k that are given and do not move: (0.0,) prunes and quantizes at once.
         exact: the global minimum in float64 by dynamic programming, on the host; any warm start is ignored.
-        per: what shares one codebook, see `lcq.base.block_counts`.
+        per: what shares one codebook, see `lcq.blocks.block_counts`.
 
     Raises:
         ValueError: k out of range; fixed levels that are not finite and distinct, or more than k.

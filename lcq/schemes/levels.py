@@ -9,7 +9,6 @@ Source: Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.2; free scale
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcq.base import Cut, Form, Per, Scheme, block_counts, cut
+from lcq.base import Form, Scheme
+from lcq.blocks import Cut, Per, block_counts, cut
 from lcq.forms import Codes
 
 _CANDIDATES = 64
 _ZOOM = 16
+_SAMPLE = 1 << 15
+"""Weights of a block, evenly spaced, that the first search looks at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,10 @@ class Levels(Scheme):
 
     Attributes:
         values: the codebook c, at most 65,536 distinct finite numbers.
-        scale: False for a = 1; True for the scale a >= 0 that minimises the error, by a search over 64 scales and twice
-            16 around the best of them, each judged after its codes have got their best scale: sort-free, jit-able, and
-            global up to the resolution of the search.
-        per: what shares one scale, see `lcq.base.block_counts`.
+        scale: False for a = 1; True for the scale a >= 0 that minimises the error, by a search over 64 scales (on at
+            most 32,768 of a block's weights) and twice 16 around the best of them, each judged after its codes have
+            got their best scale: sort-free, jit-able, and global up to the resolution of the search.
+        per: what shares one scale, see `lcq.blocks.block_counts`.
         exact: the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)), on the host.
 
     Raises:
@@ -77,8 +79,7 @@ class Levels(Scheme):
         del mu
         whole = cut(xs, self.per)
         if not self.scale:
-            leaves = zip(xs, whole.leaves, strict=True)
-            return tuple(self._form(x, nearest(w, self.values), None) for x, w in leaves)
+            return tuple(self._form(x, nearest(w, self.values), None) for x, w in zip(xs, whole.leaves, strict=True))
         if self.exact:
             a = _exact_scales(whole, self.values)
         else:
@@ -195,20 +196,26 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     low, high = whole.sum(usable) / count / unit / max(sizes), high / unit / min(sizes)
     ratio = jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 1)
 
-    def better(a: Array, best: tuple[Array, Array]) -> tuple[Array, ...]:
+    few = whole._replace(leaves=tuple(leaves)).thin(_SAMPLE)
+
+    def better(leaves: Sequence[Array], a: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         """The best scale for the codes at a, kept if its error is the least so far."""
         near = [_nearest_scaled(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
         return keep_better(whole, leaves, [Codes(codes, values=values).dense() for codes in near], (), best)
 
-    best = (jnp.zeros_like(low), whole.sum([x * x for x in leaves]))
-    if warm is not None:
-        best = better(warm.reshape(low.shape) / unit, best)
+    def scan(leaves: Sequence[Array], scales: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
+        return jax.lax.fori_loop(0, len(scales), lambda i, best: better(leaves, scales[i], best), best)
+
+    nothing = (jnp.zeros_like(low), jnp.full_like(low, jnp.inf))
     many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
-    best = jax.lax.fori_loop(0, many, lambda i, best: better(low * ratio ** (i / max(many - 1, 1)), best), best)
-    for zoom in (1, _ZOOM) if many > 1 else ():  # twice more, between the neighbours of the best
+    found = scan(few.leaves, low * ratio ** jnp.linspace(0, 1, many).reshape(-1, *(1,) * low.ndim), nothing)[0]
+    best = better(leaves, found, nothing)
+    if warm is not None:
+        best = better(leaves, warm.reshape(low.shape) / unit, best)
+    for zoom in (1, _ZOOM) if many > 1 else ():  # between the neighbours of the best, then between those
         middle, width = best[0], ratio ** (1 / many / zoom)
-        offset = functools.partial(lambda i, m, w: m * w ** (2 * (i + 1) / _ZOOM - 1), m=middle, w=width)
-        best = jax.lax.fori_loop(0, _ZOOM, lambda i, best, at=offset: better(at(i), best), best)
+        scales = middle * width ** jnp.linspace(-1, 1, _ZOOM).reshape(-1, *(1,) * middle.ndim)
+        best = scan(leaves, scales, best)
     return best[0] * unit
 
 

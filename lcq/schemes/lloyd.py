@@ -15,12 +15,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from lcq.base import Blocks, Cut, explicit_sharding
+from lcq.blocks import Blocks, Cut, explicit_sharding
 from lcq.schemes.levels import code_dtype
 
 _UNROLL = 4

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lcq.base import Cut, Form, Per, Scheme, block_counts, cut
+from lcq.base import Form, Scheme
+from lcq.blocks import Cut, Per, block_counts, cut
 from lcq.forms import Codes
 from lcq.schemes.levels import Levels, code_dtype, keep_better
 
@@ -25,7 +26,7 @@ class Uniform(Scheme):
 
     Attributes:
         bits: 2 to 16; with a zero point 1 to 16.
-        per: what shares one scale, see `lcq.base.block_counts`.
+        per: what shares one scale, see `lcq.blocks.block_counts`.
         zero_point: whether the grid may be shifted.
 
     Raises:
@@ -60,13 +61,11 @@ class Uniform(Scheme):
         last = (1 << self.bits) - 1
         whole = cut(xs, self.per)
         a, z = _search_grid(whole, last, None if previous is None else (previous[0].scale, previous[0].zero))
-        grid = tuple(map(float, range(last + 1)))
-        leaves = zip(
-            xs, whole.leaves, *(whole.spread(s) for s in (a, z)), *(whole.numbers(s) for s in (a, z)), strict=True
-        )
+        values = tuple(map(float, range(last + 1)))
+        places, numbers = (zip(f(a), f(z), strict=True) for f in (whole.spread, whole.numbers))
         return tuple(
-            Codes(_codes(w, b, y, last).reshape(x.shape), scale=scale, zero=zero, values=grid, dtype=str(x.dtype))
-            for x, w, b, y, scale, zero in leaves
+            Codes(_codes(w, *place, last).reshape(x.shape), None, *number, values, dtype=str(x.dtype))
+            for x, w, place, number in zip(xs, whole.leaves, places, numbers, strict=True)
         )
 
 

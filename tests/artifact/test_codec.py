@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Array
 
-from lcq.artifact import codec
 from lcq.artifact.codec import Encoder, decode
 from lcq.artifact.paths import DEPTH, Leaf, flatten, nest
 from lcq.base import FORMS, Form, register_form, static

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lcq
-from lcq import base
+from lcq import blocks
 from lcq.schemes import histogram, lloyd
 
 N = 24  # most tests share this shape and four levels, and with them two compilations
@@ -142,7 +142,7 @@ def test_a_spare_level_splits_neighbouring_numbers_and_either_side_of_a_fixed_le
 
 def test_exploring_longer_is_never_worse():
     x = np.exp(2 * np.random.default_rng(0).normal(size=300)).astype(np.float32)
-    points, levels = histogram.summarise(base.cut((jnp.asarray(x),), None), 8)
+    points, levels = histogram.summarise(blocks.cut((jnp.asarray(x),), None), 8)
     start = lloyd.Centres(levels, jnp.ones(levels.shape, bool))
     errors = [least(x, histogram.explore(points, start, passes).levels) for passes in (0, 2, 60)]
     assert errors[0] > errors[1] > errors[2] / 0.95

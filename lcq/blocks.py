@@ -1,0 +1,152 @@
+"""How a leaf is cut into blocks, each with a codebook or scale of its own, without moving its data."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+Per = None | str | int | tuple[int, ...]
+"""What shares one codebook or scale; see `block_counts`."""
+
+
+class Blocks(NamedTuple):
+    """How an array is cut into equal blocks along each axis, without moving data.
+
+    An axis of length d in c blocks stays one axis if c is 1 or d, and is split into (c, d/c) otherwise; so an array
+    that is sharded along an axis keeps its sharding.
+
+    Attributes:
+        split: the array's shape with the cut axes split.
+        stat: the shape of one number per block, with ones where `split` runs inside a block.
+        axes: the axes of `split` that run inside a block.
+        size: elements in one block.
+    """
+
+    split: tuple[int, ...]
+    stat: tuple[int, ...]
+    axes: tuple[int, ...]
+    size: int
+
+
+def blocks(shape: Sequence[int], counts: Sequence[int]) -> Blocks:
+    """The block structure of an array of `shape` with `counts[i]` equal blocks along axis i."""
+    split: list[int] = []
+    stat: list[int] = []
+    for length, count in zip(shape, counts, strict=True):
+        cut = (length,) if count in (1, length) else (count, length // count)
+        split += cut
+        stat += (count,) if len(cut) == 1 else (count, 1)
+    axes = tuple(i for i, b in enumerate(stat) if b == 1)
+    size = 1
+    for i in axes:
+        size *= split[i]
+    return Blocks(tuple(split), tuple(stat), axes, size)
+
+
+def block_counts(per: Per, shape: Sequence[int]) -> tuple[int, ...]:
+    """Number of blocks along each axis of `shape`, where every block has its own codebook or scale.
+
+    Args:
+        per: None: one block; "channel": one for each index of the last axis (an output unit or filter of a
+            JAX kernel); an int g: groups of g consecutive weights along the input axis, the last but one, for each
+            index of the last axis; a tuple: block lengths along the trailing axes, 0 for a whole axis, so that (1, 0)
+            gives every row of a matrix its own.
+        shape: the leaf's shape.
+
+    Raises:
+        ValueError: lengths that do not divide the axes, or more lengths than axes.
+    """
+    if per is None:
+        lengths: tuple[int, ...] = ()
+    elif per == "channel":
+        lengths = (1,)
+    elif isinstance(per, int) and not isinstance(per, bool) and per > 0:
+        lengths = (per, 1)
+    elif isinstance(per, tuple) and all(isinstance(g, int) and g >= 0 for g in per):
+        lengths = per
+    else:
+        raise ValueError(f"wanted per=None, 'channel', a group length or a tuple of block lengths; got {per!r}")
+    if len(lengths) > len(shape):
+        raise ValueError(f"per={per!r} needs at least {len(lengths)} axes; got shape {tuple(shape)}")
+    lengths = (0,) * (len(shape) - len(lengths)) + lengths
+    counts = []
+    for axis, (length, g) in enumerate(zip(shape, lengths, strict=True)):
+        if g and length % g:
+            raise ValueError(
+                f"per={per!r} cuts axis {axis} of shape {tuple(shape)} into groups of {g}, which do not divide {length}"
+            )
+        counts.append(length // g if g else 1)
+    return tuple(counts)
+
+
+class Cut(NamedTuple):
+    """Leaves cut into blocks, with one number per block that all leaves share.
+
+    Attributes:
+        leaves: the arrays in float32 or wider, of shape `blocks.split`.
+        blocks: how each leaf is cut.
+        counts: blocks along each axis of each leaf.
+    """
+
+    leaves: tuple[Array, ...]
+    blocks: tuple[Blocks, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+    def sum(self, arrays: Iterable[Array]) -> Array:
+        """Sums over blocks and leaves: one number per block, of the shape of the first leaf's blocks."""
+        return functools.reduce(jnp.add, self._each(jnp.sum, arrays))
+
+    def max(self, arrays: Iterable[Array]) -> Array:
+        """Maxima over blocks and leaves."""
+        return functools.reduce(jnp.maximum, self._each(jnp.max, arrays))
+
+    def _each(self, reduce: Any, arrays: Iterable[Array]) -> list[Array]:
+        first = self.blocks[0].stat
+        pairs = zip(arrays, self.blocks, strict=True)
+        return [reduce(array, block.axes, keepdims=True).reshape(first) for array, block in pairs]
+
+    def thin(self, size: int) -> "Cut":
+        """Every n-th part of each leaf along its longest axis, so that a block keeps about `size` elements."""
+        leaves = []
+        for x, block in zip(self.leaves, self.blocks, strict=True):
+            axis = max(block.axes, key=lambda i: x.shape[i], default=0)
+            stride = min(block.size // size, x.shape[axis]) if block.axes else 1
+            leaves.append(jax.lax.slice_in_dim(x, 0, None, stride, axis) if stride > 1 else x)
+        return self._replace(leaves=tuple(leaves))
+
+    def spread(self, stat: Array) -> list[Array]:
+        """One number per block, shaped to broadcast against each leaf."""
+        return [stat.reshape(block.stat) for block in self.blocks]
+
+    def numbers(self, stat: Array) -> list[Array]:
+        """One number per block, shaped as a form stores it for each leaf."""
+        return [stat.reshape(count) for count in self.counts]
+
+
+def cut(xs: Sequence[Array], per: Per) -> Cut:
+    """Cuts leaves into blocks.
+
+    Raises:
+        ValueError: `per` does not fit a shape, or several leaves are to share the numbers of more than one block.
+    """
+    if len(xs) > 1 and per is not None:
+        raise ValueError(f"per={per!r}: leaves of a joint task share one codebook and scale; drop per= or joint=")
+    counts = tuple(block_counts(per, x.shape) for x in xs)
+    how = tuple(blocks(x.shape, count) for x, count in zip(xs, counts, strict=True))
+    leaves = tuple(x.astype(compute_dtype(x.dtype)).reshape(b.split) for x, b in zip(xs, how, strict=True))
+    return Cut(leaves, how, counts)
+
+
+def compute_dtype(dtype: DTypeLike) -> Any:
+    """The dtype of sums and statistics over leaves of `dtype`: float32, or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def explicit_sharding(x: Array) -> jax.sharding.NamedSharding | None:
+    """Where an array lies on a mesh with explicit axes; None anywhere else, where the compiler chooses."""
+    sharding = jax.typeof(x).sharding
+    return sharding if any(sharding.spec) else None
