@@ -75,21 +75,15 @@ def lc_overhead() -> str:
     rows = [
         [
             f"`{row['scheme']}`",
-            f"{row['wrapped_over_bare']:.3f}",
-            f"{row['bare_over_bare']:.3f}",
+            *(f"{row['steps'][kind]['wrapped']['ratio']:.3f}" for kind in ("calls", "scan")),
+            *(f"{row['steps'][kind]['bare again']['ratio']:.3f}" for kind in ("calls", "scan")),
             f"{row['state_over_weights']:.2f}",
             f"{row['c_step_temporary_over_largest_leaf']:.2f}",
         ]
         for row in stored("lc_overhead")
     ]
-    head = [
-        "scheme",
-        "step, wrapped / bare",
-        "bare / bare (noise)",
-        "state / weights",
-        "C step's memory / largest leaf",
-    ]
-    return grid(head, rows)
+    head = ["LeNet300, batch 256", "step over bare: calls", "scan", "noise: calls", "scan"]
+    return grid([*head, "state / weights", "C step's memory / leaf"], rows)
 
 
 def brute_force() -> str:

@@ -130,7 +130,7 @@ def lc(
         inner_state, steps, lagrangian = state
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
-            lagrangian = jax.lax.cond(due, _solve, lambda kept, _: kept, lagrangian, params)
+            lagrangian = jax.lax.cond(due, lambda: solve(lagrangian, params)[1], lambda: lagrangian)
         weight, eta = schedule.at(lagrangian.c_steps), rate(steps)
         if coupling == "gradient":
             eta = None if eta is None else jnp.minimum(eta, 1 / weight)

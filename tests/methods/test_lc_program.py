@@ -74,4 +74,6 @@ def test_memory(scheme, copies):
     resident = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert resident <= 1.3 * sum(leaf.nbytes for leaf in params.values())
     program = jax.jit(lcq.c_step, donate_argnums=0).lower(state, params).compile().memory_analysis()
-    assert program.temp_size_in_bytes <= copies * params["w0"].nbytes + 10_000
+    assert (
+        program.temp_size_in_bytes <= copies * params["w0"].nbytes + 150_000
+    )  # the sample that a scale is first sought on
