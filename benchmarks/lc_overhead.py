@@ -3,8 +3,8 @@
     python benchmarks/lc_overhead.py        results/lc_overhead.json
 
 Time: epochs of 234 steps, bare and wrapped, interleaved in one process, medians of the ratio over rounds; as separate
-jitted calls, and as one jitted `lax.scan` over the epoch. Memory: bytes of the wrapper's state over bytes of the selected
-weights, and the temporary bytes of a compiled C step over bytes of its largest leaf.
+jitted calls, and as one jitted `lax.scan` over the epoch. Memory: bytes of the wrapper's state over bytes of the
+selected weights, and the temporary bytes of a compiled C step over bytes of its largest leaf.
 """
 
 import functools
