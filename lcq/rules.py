@@ -27,8 +27,8 @@ class Rule:
 
     Example:
         >>> import lcq
-        >>> Rule("(.*/)?kernel", lcq.KMeans(k=4))
-        Rule(pattern='(.*/)?kernel', scheme=KMeans(k=4), joint=False, stacked=0)
+        >>> Rule("(.*/)?bias", lcq.Cast("bfloat16"))
+        Rule(pattern='(.*/)?bias', scheme=Cast(format='bfloat16'), joint=False, stacked=0)
     """
 
     pattern: str

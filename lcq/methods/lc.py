@@ -68,7 +68,8 @@ def lc(
         inner: an optax optimizer; or, with `learning_rate`, a function from a learning rate to one.
         rules: which leaves are compressed, and how.
         mu: penalty weights, `lcq.geometric(...)`; a number is constant.
-        every: updates per L step, or (first, rest); None leaves C steps to `lcq.c_step`.
+        every: updates per L step, or (first, rest); None leaves C steps to `lcq.c_step`, as an ensemble under vmap
+            wants: there a C step would be computed at every update.
         learning_rate: number, or schedule of the number of updates. With coupling="gradient" the inner optimizer
             runs at min(learning_rate, 1/mu), which keeps SGD stable as mu grows.
         coupling: "gradient", or "proximal": the inner optimizer sees the loss gradient alone, and its result v is
