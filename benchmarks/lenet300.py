@@ -78,6 +78,8 @@ RECIPES = {
     "lc_k4_slow_0.2": Recipe(K4, rate=0.2, **SLOW),
     "lc_k2_teacher": Recipe(K2, rate=0.2, teacher=3.0, **SLOW),
     "lc_k4_teacher": Recipe(K4, rate=0.2, teacher=3.0, **SLOW),
+    "lc_k4_teacher_0.09": Recipe(K4, teacher=3.0, **SLOW),
+    "lc_k2_teacher_slowest": Recipe(K2, rate=0.2, teacher=3.0, **SLOWEST),
 }
 CANDIDATES = {
     f"{name}_{factor}x{l_steps}x{epochs}_{rate}": Recipe(
