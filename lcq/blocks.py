@@ -110,11 +110,11 @@ class Cut(NamedTuple):
         return [reduce(array, block.axes, keepdims=True).reshape(first) for array, block in pairs]
 
     def thin(self, size: int) -> "Cut":
-        """Every n-th part of each leaf along its longest axis, so that a block keeps about `size` elements."""
-        leaves = []
+        """Every n-th part of each leaf along its longest axis, so that a block keeps about `size` elements in all."""
+        leaves, times = [], sum(block.size for block in self.blocks) // size
         for x, block in zip(self.leaves, self.blocks, strict=True):
             axis = max(block.axes, key=lambda i: x.shape[i], default=0)
-            stride = min(block.size // size, x.shape[axis]) if block.axes else 1
+            stride = min(times, x.shape[axis]) if block.axes else 1
             leaves.append(jax.lax.slice_in_dim(x, 0, None, stride, axis) if stride > 1 else x)
         return self._replace(leaves=tuple(leaves))
 

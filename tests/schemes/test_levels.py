@@ -58,6 +58,16 @@ def test_searched_scale_is_the_global_optimum(values, law):
     assert distortion(form, x) <= best * (1 + 1e-5) + 1e-4
 
 
+@pytest.mark.parametrize("scheme", [lcq.Ternary(), lcq.PowersOfTwo(3, scale=True), lcq.Levels((0, 1, 5), scale=True)])
+def test_searched_scale_of_a_leaf_too_large_to_search_whole(scheme):
+    x = np.random.default_rng(10).laplace(size=(400, 500)).astype(np.float32)
+    best = error(x, scheme.values, exact_scale(x.astype(np.float64).ravel(), scheme.values))
+    assert distortion(scheme.project(jnp.asarray(x)), x) <= best * (1 + 1e-5)
+    parts = jnp.asarray(x[:300]), jnp.asarray(x[300:])
+    joint = sum(distortion(form, part) for form, part in zip(scheme.project(parts), parts, strict=True))
+    assert joint <= best * (1 + 1e-5)
+
+
 def test_binary_scale_is_the_mean_magnitude():
     x = np.random.default_rng(3).normal(size=(7, 5)).astype(np.float32)
     form = lcq.Binary().project(jnp.asarray(x))
