@@ -1,4 +1,4 @@
-"""How often LC reaches the global optimum of problems small enough for brute force, from 20 random starts each.
+"""How often LC reaches the global optimum of problems small enough for brute force, from 20 starts each.
 
     python benchmarks/brute_force.py        results/brute_force.json
 

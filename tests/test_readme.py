@@ -49,7 +49,7 @@ def test_results_say_how_they_were_made_and_every_file_is_in_one():
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
 def test_notebooks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(matplotlib, "get_backend", lambda: "agg")
+    matplotlib.use("agg")
     names: dict = {}
     for cell in json.loads(path.read_text())["cells"]:
         if cell["cell_type"] == "code":
