@@ -116,6 +116,63 @@ def resnet20_from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return variables
 
 
+class NormMLP(nn.Module):
+    """`MLP` with batch norm and ReLU between its layers: `dense0`, `bn0`, ReLU, `dense1`, ...
+
+    Call it with `train=True` and `mutable=["batch_stats"]` to train; else it uses its running statistics.
+
+    Attributes:
+        widths: outputs of each dense layer; the last are the logits.
+
+    Source: the MNIST net of Lybrand, Saab, "A greedy algorithm for quantizing neural networks", JMLR 2021, section 6.1.
+
+    Example:
+        >>> import jax
+        >>> variables = NormMLP().init(jax.random.key(0), jnp.zeros((1, 28, 28)))
+        >>> sorted(variables["params"]), jnp.shape(variables["batch_stats"]["bn1"]["mean"])
+        (['bn0', 'bn1', 'dense0', 'dense1', 'dense2'], (300,))
+    """
+
+    widths: Sequence[int] = (500, 300, 10)
+
+    @nn.compact
+    def __call__(self, x: Float[Array | np.ndarray, "n ..."], train: bool = False) -> Float[Array, "n classes"]:
+        x = jnp.reshape(x, (x.shape[0], -1))
+        for i, width in enumerate(self.widths[:-1]):
+            x = nn.relu(_norm(f"bn{i}", train)(nn.Dense(width, name=f"dense{i}")(x)))
+        return nn.Dense(self.widths[-1], name=f"dense{len(self.widths) - 1}")(x)
+
+
+class ConvNet(nn.Module):
+    """A plain net for 32x32 RGB images: 2x32C3-MP2-2x64C3-MP2-2x128C3-MP2-128-10, 551,722 parameters.
+
+    Every layer but the last is followed by batch norm and ReLU: `conv0`, `bn0`, ... `conv5`, `bn5`, `dense0`, `bn6`,
+    `dense1`. Convolutions have biases, as the dense layers do.
+
+    Call it with `train=True` and `mutable=["batch_stats"]` to train; else it uses its running statistics.
+
+    Source: the CIFAR-10 net of Lybrand, Saab, "A greedy algorithm for quantizing neural networks", JMLR 2021,
+    section 6.2.
+
+    Example:
+        >>> import jax
+        >>> variables = ConvNet().init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        >>> jax.tree.map(jnp.shape, variables["params"]["conv1"])
+        {'bias': (32,), 'kernel': (3, 3, 32, 32)}
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array | np.ndarray, "n h w 3"], train: bool = False) -> Float[Array, "n 10"]:
+        for i, width in enumerate((32, 32, 64, 64, 128, 128)):
+            x = nn.Conv(width, (3, 3), padding=1, name=f"conv{i}")(x)
+            x = nn.relu(_norm(f"bn{i}", train)(x))
+            if i % 2:  # the same as nn.max_pool(x, (2, 2), (2, 2)); its gradient is faster on CPUs
+                n, h, w, c = x.shape
+                x = x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+        x = nn.Dense(128, name="dense0")(x.reshape(x.shape[0], -1))
+        return nn.Dense(10, name="dense1")(nn.relu(_norm("bn6", train)(x)))
+
+
 def _conv(width: int, name: str, stride: int = 1) -> nn.Conv:
     # Padding is stated: "SAME" with stride 2 would pad (0, 1), PyTorch's nets pad (1, 1).
     return nn.Conv(width, (3, 3), strides=stride, padding=1, use_bias=False, name=name)

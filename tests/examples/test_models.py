@@ -102,6 +102,63 @@ def test_resnet_block_shortcut_is_option_a():
     assert not y[..., :2].any() and not y[..., 6:].any()
 
 
+def normed(y, variables, name):
+    """Batch norm by running statistics, then ReLU, in float64."""
+    stats, params = variables["batch_stats"][name], variables["params"][name]
+    y = (y - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+    return np.maximum(y, 0)
+
+
+def drawn(net, x, seed=0):
+    """Variables of a net, drawn so that every one of them matters."""
+    rng = np.random.default_rng(seed)
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    variables = jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape), variables)
+    for stats in variables["batch_stats"].values():
+        stats["var"] = 1 + np.abs(stats["var"])
+    return variables
+
+
+def test_norm_mlp_against_numpy():
+    net, x = models.NormMLP((7, 5, 3)), np.random.default_rng(1).normal(size=(4, 2, 6))
+    variables = drawn(net, x)
+    y = x.reshape(4, -1)
+    for i in range(3):
+        layer = variables["params"][f"dense{i}"]
+        y = y @ layer["kernel"] + layer["bias"]
+        y = normed(y, variables, f"bn{i}") if i < 2 else y
+    to32 = jax.tree.map(np.float32, variables)
+    np.testing.assert_allclose(net.apply(to32, x.astype(np.float32)), y, atol=1e-5)
+
+
+def test_conv_net_against_numpy():
+    net, x = models.ConvNet(), np.random.default_rng(1).normal(size=(2, 32, 32, 3))
+    variables = drawn(net, x)
+    y = x
+    for i in range(6):
+        layer = variables["params"][f"conv{i}"]
+        padded = np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+        y = normed(np.einsum("nhwcij,ijcd->nhwd", windows, layer["kernel"]) + layer["bias"], variables, f"bn{i}")
+        if i in (1, 3, 5):
+            y = np.maximum(np.maximum(y[:, ::2, ::2], y[:, 1::2, ::2]), np.maximum(y[:, ::2, 1::2], y[:, 1::2, 1::2]))
+    dense0, dense1 = variables["params"]["dense0"], variables["params"]["dense1"]
+    y = normed(y.reshape(2, -1) @ dense0["kernel"] + dense0["bias"], variables, "bn6")
+    y = y @ dense1["kernel"] + dense1["bias"]
+    to32 = jax.tree.map(np.float32, variables)
+    np.testing.assert_allclose(net.apply(to32, x.astype(np.float32)), y, rtol=1e-4, atol=1e-4)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 551_722
+
+
+@pytest.mark.parametrize(("net", "shape"), [(models.NormMLP(), (8, 28, 28)), (models.ConvNet(), (8, 32, 32, 3))])
+def test_training_moves_every_running_statistic(net, shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    variables = net.init(jax.random.key(1), x)
+    _, updated = net.apply(variables, x, train=True, mutable=["batch_stats"])
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), updated["batch_stats"], variables["batch_stats"])
+    assert all(jax.tree.leaves(moved))
+
+
 @needs_data
 def test_pretrained_lenet300_scores_as_published():
     split = data.mnist()
