@@ -14,7 +14,17 @@ from lcq.methods.lc import c_step as c_step
 from lcq.methods.lc import extract as extract
 from lcq.methods.lc import lc as lc
 from lcq.methods.lc import metrics as metrics
+from lcq.methods.quantize import Quantized as Quantized
+from lcq.methods.quantize import Record as Record
+from lcq.methods.quantize import quantize as quantize
 from lcq.methods.refit import recalibrate as recalibrate
+from lcq.methods.rounding import GPFQ as GPFQ
+from lcq.methods.rounding import GPTQ as GPTQ
+from lcq.methods.rounding import SPFQ as SPFQ
+from lcq.methods.rounding import Nearest as Nearest
+from lcq.methods.rounding import Qronos as Qronos
+from lcq.methods.rounding import Rounding as Rounding
+from lcq.methods.rounding import SparseGPFQ as SparseGPFQ
 from lcq.plan import dry_run as dry_run
 from lcq.report import table as table
 from lcq.rules import Rule as Rule
@@ -25,6 +35,7 @@ from lcq.schemes.levels import Levels as Levels
 from lcq.schemes.levels import PowersOfTwo as PowersOfTwo
 from lcq.schemes.levels import Ternary as Ternary
 from lcq.schemes.uniform import Uniform as Uniform
+from lcq.trace import flops as flops
 from lcq.tree import compress as compress
 from lcq.tree import decompress as decompress
 from lcq.tree import ratio as ratio

@@ -22,13 +22,14 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "base": Room(1),
-    "blocks": Room(1),
+    "blocks": Room(0),
+    "base": Room(1, "blocks"),
     "packing": Room(1),
     "unfold": Room(1),
     "forms": Room(2, "base blocks packing"),
     "rules": Room(2, "base unfold"),
-    "trace": Room(2, "base unfold"),
+    "products": Room(2, "unfold"),
+    "trace": Room(3, "products rules"),
     "tree": Room(3, "base forms rules unfold"),
     "schemes": Room(
         3, "base blocks forms", "cast levels uniform lloyd histogram exact_kmeans kmeans prune lowrank additive"
@@ -40,8 +41,9 @@ ROOMS = {
     ),
     "methods": Room(
         4,
-        "base blocks forms rules trace tree unfold schemes",
-        "coupling lagrangian lc baselines rounding quantize smooth_binary hemp refit",
+        "base blocks forms rules products trace tree unfold schemes",
+        "coupling lagrangian lc baselines moments alphabet following rounding descent walk layerwise assembly quantize "
+        "smooth_binary hemp refit",
     ),
     "artifact": Room(4, "base forms rules tree packing", "paths rans codec file checkpoint"),
     "run": Room(4, "base forms trace kernels unfold"),
@@ -50,9 +52,9 @@ ROOMS = {
     "layers": Room(5, "base forms unfold kernels", "binary linen nnx"),
     "plot": Room(6, "base rules report"),
     "__init__": Room(
-        7, "base blocks packing unfold forms rules trace tree schemes kernels methods artifact run report plan"
+        7, "base blocks packing unfold forms rules products trace tree schemes kernels methods artifact run report plan"
     ),
-    "examples": Room(8, "__init__ layers", "data models train"),
+    "examples": Room(8, "__init__ layers", "data models transformers train"),
     "cli": Room(9, "__init__ examples plot artifact rules tree report plan"),
     "__main__": Room(10, "cli"),
 }

@@ -1,0 +1,198 @@
+"""What is known of a product with a parameter: how the parameter gets there, and its operands as matrices."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Shaped
+
+from lcq import unfold
+
+IN_PLACE = {"convert_element_type", "stop_gradient", "name", "copy", "copy_p", "reduce_precision"}
+"""Changes of layout that leave every element where it is; they commute with taking a slice."""
+
+
+class Step(NamedTuple):
+    """One change of layout: output `out` of a primitive applied to an array and to constants."""
+
+    primitive: Any
+    params: dict[str, Any]
+    rest: tuple[Any, ...]
+    out: int
+
+    def __call__(self, a: Any) -> Any:
+        result = self.primitive.bind(a, *self.rest, **self.params)
+        return result[self.out] if self.primitive.multiple_results else result
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A parameter on its way to a product: leaf[index], then steps.
+
+    Attributes:
+        path: of the leaf.
+        index: leading indices, taken by scans over stacked layers.
+        steps: changes of layout since.
+    """
+
+    path: str
+    index: tuple[int, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    def of(self, leaf: Any) -> Any:
+        """The array that reaches the product, of the leaf's array or of another in its place."""
+        for i in self.index:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
+        return functools.reduce(lambda a, step: step(a), self.steps, leaf)
+
+    def moved(self, leaf: Any) -> Any:
+        """The elements that reach the product in the leaf's own dtype, before any cast."""
+        moves = (step for step in self.steps if step.primitive.name not in IN_PLACE)
+        return dataclasses.replace(self, steps=tuple(moves)).of(leaf)
+
+    def elements(self, shape: tuple[int, ...]) -> np.ndarray:
+        """For each element that reaches the product, its flat place in a leaf of this shape."""
+        rest = shape[len(self.index) :]
+        size = math.prod(rest)
+        first = int(np.ravel_multi_index(self.index, shape[: len(self.index)])) * size if self.index else 0
+        with jax.ensure_compile_time_eval():
+            places = dataclasses.replace(self, index=()).moved(jnp.arange(size, dtype=jnp.int32).reshape(rest))
+        return np.asarray(places).astype(np.int64) + first
+
+    def then(self, step: Step) -> "Placed":
+        return dataclasses.replace(self, steps=(*self.steps, step))
+
+    def at(self, i: int) -> "Placed | None":
+        """Slice i along the first axis, if that can be said as an index."""
+        if all(step.primitive.name in IN_PLACE for step in self.steps):
+            return dataclasses.replace(self, index=(*self.index, i))
+        return None
+
+    def chain(self) -> str:
+        where = self.path + "".join(f"[{i}]" for i in self.index)
+        return " -> ".join([where, *(step.primitive.name for step in self.steps)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """One product of data with a parameter, Y[g] = X[g] W[g] in the canonical layouts of `lcq.unfold`.
+
+    Attributes:
+        number: its place among the products of a trace.
+        weight: the parameter, and how it gets here.
+        primitive: dot_general or conv_general_dilated.
+        params: of the primitive.
+        side: which operand the weight is.
+        x: shape and dtype of the other one.
+        w: shape and dtype of the weight as it gets here.
+        y: shape and dtype of the result.
+        source: file and line.
+    """
+
+    number: int
+    weight: Placed
+    primitive: Any
+    params: dict[str, Any]
+    side: int
+    x: jax.ShapeDtypeStruct
+    w: jax.ShapeDtypeStruct
+    y: jax.ShapeDtypeStruct
+    source: str
+
+    @property
+    def path(self) -> str:
+        return self.weight.path
+
+    @property
+    def kind(self) -> str:
+        return "dot" if self.primitive.name == "dot_general" else "conv"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(G, M, N, n)."""
+        g, m, n_out = jax.eval_shape(self.outputs, self.y).shape
+        return g, m, math.prod(self.w.shape) // (g * n_out), n_out
+
+    @property
+    def flops(self) -> int:
+        """2 G M N n."""
+        return 2 * math.prod(self.shape)
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """The product, as the function makes it."""
+        return self.primitive.bind(*((x, w) if self.side else (w, x)), **self.params)
+
+    def inputs(self, x: Shaped[Array, "..."]) -> Shaped[Array, "G M N"]:
+        """The data operand in its canonical layout."""
+        if self.kind == "dot":
+            contract, batch = self._axes(1 - self.side)
+            return unfold.flatten_axes(x, batch, self._free(1 - self.side), contract)
+        spec = self.params["dimension_numbers"]
+        return unfold.patches(
+            x,
+            spec.lhs_spec,
+            window=[self.w.shape[axis] for axis in spec.rhs_spec[2:]],
+            strides=self.params["window_strides"],
+            padding=self.params["padding"],
+            lhs_dilation=self.params["lhs_dilation"],
+            rhs_dilation=self.params["rhs_dilation"],
+            groups=self.params["feature_group_count"],
+        )
+
+    def weights(self, w: Shaped[Array, "..."]) -> Shaped[Array, "G N n"]:
+        """The weight operand in its canonical layout."""
+        if self.kind == "dot":
+            contract, batch = self._axes(self.side)
+            return unfold.flatten_axes(w, batch, contract, self._free(self.side))
+        spec = self.params["dimension_numbers"]
+        return unfold.kernel_matrix(w, spec.rhs_spec, self.params["feature_group_count"])
+
+    def outputs(self, y: Shaped[Array, "..."]) -> Shaped[Array, "G M n"]:
+        """The result in its canonical layout."""
+        if self.kind == "conv":
+            return unfold.output_matrix(
+                y, self.params["dimension_numbers"].out_spec, self.params["feature_group_count"]
+            )
+        batch, rows = len(self._axes(0)[1]), len(self._free(1 - self.side))
+        columns = len(y.shape) - batch - rows
+        first, second = (rows, columns) if self.side else (columns, rows)
+        axes = range(batch), range(batch, batch + first), range(batch + first, batch + first + second)
+        return unfold.flatten_axes(y, axes[0], *(axes[1:] if self.side else (axes[2], axes[1])))
+
+    def spread(self, number: Shaped[Array, "G n"]) -> Shaped[Array, "..."]:
+        """One number for each neuron, shaped to broadcast against the result."""
+        if self.kind == "conv":
+            shape = [1] * len(self.y.shape)
+            shape[self.params["dimension_numbers"].out_spec[1]] = number.size
+            return number.reshape(shape)
+        batch = [self.w.shape[axis] for axis in self._axes(self.side)[1]]
+        columns = [self.w.shape[axis] for axis in self._free(self.side)]
+        rows = [1] * len(self._free(1 - self.side))
+        return number.reshape([*batch, *(rows + columns if self.side else columns + rows)])
+
+    def _axes(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        contract, batch = self.params["dimension_numbers"]
+        return tuple(contract[side]), tuple(batch[side])
+
+    def _free(self, side: int) -> list[int]:
+        contract, batch = self._axes(side)
+        rank = len(self.w.shape if side == self.side else self.x.shape)
+        return [axis for axis in range(rank) if axis not in (*contract, *batch)]
+
+
+class Shift(NamedTuple):
+    """A parameter that is added to the result of a product, one number for each neuron, and used nowhere else.
+
+    Attributes:
+        path: of the leaf.
+        sign: +1, or -1 where it is subtracted, like the mean of a batch norm.
+        elements: flat places in the leaf, [G, n].
+    """
+
+    path: str
+    sign: int
+    elements: np.ndarray

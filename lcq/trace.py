@@ -1,0 +1,472 @@
+"""Which products a function makes with its parameters: the function is traced once, and its equations are followed.
+
+`trace` inlines every call, unrolls the scans that a followed parameter enters, and follows each parameter through
+changes of layout to the dots and convolutions that use it. In the flat list of equations that results each such product
+is one equation, whose meaning (gather statistics, use other weights) is the caller's.
+
+The only file that uses jax's internal names.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core, source_info_util
+
+from lcq.products import IN_PLACE, Placed, Product, Shift, Step
+from lcq.rules import flatten
+
+_CALLS = {
+    *("jit", "pjit", "closed_call", "call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"),
+    *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "eval_jaxpr", "xla_metadata_call"),
+}
+"""Primitives that only run the one jaxpr in their parameters."""
+
+_LAYOUT = {
+    *("convert_element_type", "transpose", "reshape", "rev", "slice", "squeeze", "split", "unstack", "expand_dims"),
+    *("stop_gradient", "name", "sharding_constraint", "copy", "copy_p", "optimization_barrier", "dynamic_slice"),
+    *("broadcast_in_dim", "reduce_precision"),
+}
+"""Primitives that move the elements of their first operand."""
+
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
+_OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan", "ragged_dot", "ragged_dot_general"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function: flat equations over numbered variables.
+
+    Attributes:
+        jaxpr: one list of equations; inputs are the parameters' leaves, then the leaves of the batch.
+        consts: values of its constants.
+        paths: of the parameters, in order.
+        products: those with a followed parameter, in order of their equations.
+        first: numbers of the products that are the first to use their weights.
+        shifts: by product, the bias or mean that can take a constant added to its result.
+    """
+
+    jaxpr: Any
+    consts: Sequence[Any]
+    paths: tuple[str, ...]
+    products: tuple[Product, ...]
+    first: frozenset[int]
+    shifts: dict[int, Shift]
+
+    @staticmethod
+    def product_of(eqn: Any) -> int | None:
+        """The number of the product that an equation stands for."""
+        return eqn.params["number"] if eqn.primitive is _product_p else None
+
+
+_product_p = core.Primitive("lcq_product")
+_product_p.def_abstract_eval(lambda x, w, *, number, aval: aval)
+
+
+def trace(
+    fn: Callable[[Any, Any], Any], params: Any, batch: Any, selected: Collection[str], *, strict: bool = True
+) -> Program:
+    """Follows parameters of fn to the products that use them.
+
+    Args:
+        fn: (params, batch) -> anything; traced, never run.
+        params: a tree of arrays or shape structs.
+        batch: a tree of arrays or shape structs.
+        selected: paths of the leaves to follow.
+        strict: whether selected leaves must reach products, whole, and nothing else.
+
+    Raises:
+        ValueError: names the leaf, the way it went, the equation it cannot be followed through, and the remedy.
+    """
+    leaves, structure = flatten(params)
+
+    def flat(values: Sequence[Any], batch: Any) -> Any:
+        return fn(jax.tree.unflatten(structure, values), batch)
+
+    values = list(leaves.values())
+    closed = jax.make_jaxpr(flat)(values, batch)
+    follower = _Follower(leaves, frozenset(selected), strict)
+    whole = jax.make_jaxpr(functools.partial(follower.run_whole, closed))(values, jax.tree.leaves(batch))
+    if strict:
+        follower.check_coverage()
+    return Program(
+        getattr(whole, "jaxpr", whole),
+        tuple(getattr(whole, "consts", ())),
+        tuple(leaves),
+        tuple(follower.products),
+        frozenset(follower.fresh),
+        follower.shifts(),
+    )
+
+
+def flops(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> "list[Flops]":
+    """Floating-point operations of every product of data with a parameter: 2 G M N n.
+
+    Products under a scan are listed once for each of its rounds. Products of data with data (attention scores) and
+    everything elementwise are not counted.
+
+    Args:
+        fn: (params, batch) -> anything; traced, never run.
+        params: a tree of arrays or shape structs.
+        batch: a tree of arrays or shape structs.
+
+    Raises:
+        ValueError: a parameter goes into a while, a cond or a kernel, whose products cannot be seen.
+
+    Example:
+        >>> flops(lambda w, x: x @ w["kernel"], {"kernel": jnp.zeros((64, 10))}, jnp.zeros((2, 64)))
+        [Flops(path='kernel', kind='dot', shape=(1, 2, 64, 10), flops=2560)]
+    """
+    program = trace(fn, params, batch, flatten(params)[0], strict=False)
+    return [Flops(p.path, p.kind, p.shape, p.flops) for p in program.products]
+
+
+class Flops(NamedTuple):
+    """What one product costs.
+
+    Attributes:
+        path: of the parameter.
+        kind: dot or conv.
+        shape: (G, M, N, n), see `lcq.unfold`.
+        flops: 2 G M N n.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, int, int, int]
+    flops: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Value:
+    """What is known of a variable while the equations are run again.
+
+    Attributes:
+        array: its tracer, or a constant.
+        data: whether it follows from the batch.
+        param: whether it follows from a parameter.
+        placed: set while it is nothing but a parameter, moved.
+        result: set while it is nothing but a product's result, moved.
+        reads: equations that use it.
+    """
+
+    array: Any
+    data: bool = False
+    param: bool = False
+    placed: Placed | None = None
+    result: "_Result | None" = None
+    reads: int = 0
+
+
+class _Result(NamedTuple):
+    number: int
+    steps: tuple[Step, ...]
+    before: tuple[_Value, ...]
+
+
+class _Use(NamedTuple):
+    """Where a followed leaf ends that is not selected; `added` says to which result."""
+
+    placed: Placed
+    added: tuple[_Value, int, tuple[int, ...]] | None
+
+
+class _Follower:
+    """Runs equations again, under a trace, so that calls disappear and products stand out."""
+
+    def __init__(self, leaves: dict[str, Any], selected: frozenset[str], strict: bool) -> None:
+        self.leaves, self.selected, self.strict = leaves, selected, strict
+        self.products: list[Product] = []
+        self.uses: dict[str, list[_Use]] = {path: [] for path in leaves}
+        self.reached = {path: np.zeros(math.prod(np.shape(leaf)), bool) for path, leaf in self._chosen()}
+        self.fresh: set[int] = set()
+
+    def _chosen(self) -> Iterator[tuple[str, Any]]:
+        return ((path, leaf) for path, leaf in self.leaves.items() if path in self.selected)
+
+    def run_whole(self, closed: Any, values: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
+        params = [
+            _Value(value, param=True, placed=Placed(path) if jnp.issubdtype(value.dtype, jnp.floating) else None)
+            for path, value in zip(self.leaves, values, strict=True)
+        ]
+        args = [*params, *(_Value(leaf, data=True) for leaf in batch)]
+        results = self.run(getattr(closed, "jaxpr", closed), closed.consts, args)
+        for result in results:
+            self._end(result, None)
+        return [result.array for result in results]
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value]) -> list[_Value]:
+        """Evaluates equations, all calls inlined."""
+        env: dict[Any, _Value] = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(var: Any) -> _Value:
+            return _Value(var.val) if isinstance(var, core.Literal) else env[var]
+
+        for eqn in jaxpr.eqns:
+            with eqn.ctx.manager:
+                results = self._equation(eqn, [read(var) for var in eqn.invars])
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+        name = eqn.primitive.name
+        if name in _CALLS and (inner := _inner(eqn)) is not None:
+            return self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins)
+        if name == "scan" and any(self._followed(value) for value in ins):
+            return self._unroll(eqn, ins)
+        if name in _PRODUCTS and (side := self._side(eqn, ins)) is not None:
+            return [self._product(eqn, ins, side)]
+        if name in _LAYOUT and all(not isinstance(value.array, jax.core.Tracer) for value in ins[1:]):
+            if (moved := self._move(eqn, ins)) is not None:
+                return moved
+        return self._plain(eqn, ins)
+
+    def _followed(self, value: _Value) -> bool:
+        return value.placed is not None and value.placed.path in self.selected
+
+    def _plain(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+        """An equation that is left as it is; parameters end here."""
+        for i, value in enumerate(ins):
+            self._end(value, eqn, self._addition(eqn, ins, i))
+        arrays = [value.array for value in ins]
+        fold = not any(isinstance(a, jax.core.Tracer) for a in arrays) and all(
+            math.prod(var.aval.shape) == 1 and not jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars
+        )
+        if fold and not eqn.effects:
+            with jax.ensure_compile_time_eval():
+                outs = _bind(eqn, arrays)
+        else:
+            outs = _bind(eqn, arrays)
+        data, param = any(v.data for v in ins), any(v.param for v in ins)
+        return [_Value(out, data, param) for out in outs]
+
+    def _end(self, value: _Value, eqn: Any, added: Any = None) -> None:
+        """A value is used by an equation, or returned (None): if it is a parameter, its way ends."""
+        value.reads += 1
+        if value.placed is None:
+            return
+        opaque = eqn is not None and eqn.primitive.name in _OPAQUE
+        if self._followed(value) and (self.strict or opaque):
+            raise ValueError(_cannot_follow(value.placed, eqn))
+        self.uses[value.placed.path].append(_Use(value.placed, added))
+
+    def _addition(self, eqn: Any, ins: list[_Value], i: int) -> Any:
+        """(result, sign, shape) if operand i is a parameter added to the result of a product, in that order or not."""
+        if eqn.primitive.name not in ("add", "add_any", "sub") or ins[i].placed is None:
+            return None
+        other = ins[1 - i]
+        if other.result is None or (eqn.primitive.name == "sub" and i == 0):
+            return None
+        return other, -1 if eqn.primitive.name == "sub" else 1, tuple(eqn.outvars[0].aval.shape)
+
+    def _move(self, eqn: Any, ins: list[_Value]) -> list[_Value] | None:
+        """A change of layout of a parameter or of a product's result; None if it is neither, or copies elements."""
+        value = ins[0]
+        size = sum(math.prod(var.aval.shape) for var in eqn.outvars)
+        grows = size > math.prod(np.shape(value.array))
+        if (value.placed is None and value.result is None) or (len(ins) > 1 and eqn.primitive.name != "dynamic_slice"):
+            return None
+        if grows and (value.result is not None or self._followed(value)):
+            return None
+        if value.result is not None and (len(eqn.outvars) > 1 or size < math.prod(np.shape(value.array))):
+            return None
+        params = eqn.primitive.get_bind_params(eqn.params)
+        rest = tuple(np.asarray(other.array) for other in ins[1:])
+        outs = _bind(eqn, [other.array for other in ins])
+        moved = []
+        for i, out in enumerate(outs):
+            step = Step(eqn.primitive, params, rest, i)
+            if value.placed is not None:
+                moved.append(_Value(out, param=True, placed=value.placed.then(step)))
+            else:
+                number, steps, before = value.result  # type: ignore[misc]
+                result = _Result(number, (*steps, step), (*before, value))
+                moved.append(_Value(out, value.data, value.param, result=result))
+        if value.result is not None:
+            value.reads += 1
+        return moved
+
+    def _side(self, eqn: Any, ins: list[_Value]) -> int | None:
+        """Which operand of a product is a parameter to follow; None if the product is left as it is."""
+        sides = [i for i, value in enumerate(ins) if self._followed(value)]
+        if not sides:
+            return None
+        other = ins[1 - sides[0]]
+        contracts = eqn.primitive.name != "dot_general" or len(eqn.params["dimension_numbers"][0][0]) > 0
+        image = eqn.primitive.name != "dot_general" and (sides[0] == 0 or eqn.params["batch_group_count"] > 1)
+        if other.data or not other.param:
+            if contracts and not image:
+                return sides[0]
+        return None
+
+    def _product(self, eqn: Any, ins: list[_Value], side: int) -> _Value:
+        x, w = ins[1 - side], ins[side]
+        assert w.placed is not None
+        aval = eqn.outvars[0].aval
+        number = len(self.products)
+        product = Product(
+            number,
+            w.placed,
+            eqn.primitive,
+            eqn.primitive.get_bind_params(eqn.params),
+            side,
+            _struct(jax.typeof(x.array)),
+            _struct(jax.typeof(w.array)),
+            _struct(aval),
+            _where(eqn),
+        )
+        self.products.append(product)
+        if self.strict:
+            self._reach(product)
+        x.reads += 1
+        y = _product_p.bind(x.array, w.array, number=number, aval=aval)
+        value = _Value(y, data=True, param=True)
+        value.result = _Result(number, (), ())
+        return value
+
+    def _reach(self, product: Product) -> None:
+        """Notes which elements of the leaf this product uses: all new, or all seen before."""
+        reached = self.reached[product.path]
+        places = product.weight.elements(self.leaves[product.path].shape).reshape(-1)
+        seen = reached[places]
+        if seen.any() and not seen.all():
+            raise ValueError(
+                f"{product.path}: wanted products that share all or none of their weights; got "
+                f"{product.weight.chain()} -> {product.primitive.name} at {product.source} with {int(seen.sum())} of "
+                f"{len(seen)} used before; "
+                f"exclude it with lcq.Rule({product.path!r}, None)"
+            )
+        if not seen.any():
+            self.fresh.add(product.number)
+        reached[places] = True
+
+    def check_coverage(self) -> None:
+        """Raises unless every element of every selected leaf has reached a product."""
+        for path, reached in self.reached.items():
+            if not reached.all():
+                raise ValueError(
+                    f"{path}: wanted a leaf that products use; got {int(reached.sum())} of {reached.size} weights in "
+                    "products (is it closed over, or unused?); pass it through params, or exclude it with "
+                    f"lcq.Rule({path!r}, None)"
+                )
+
+    def _unroll(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+        """A scan, round by round. Carries have the rank of the body's, xs and ys one axis more."""
+        inner = _inner(eqn)
+        body, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+        scanned = [len(v.aval.shape) > len(b.aval.shape) for v, b in zip(eqn.invars, body.invars, strict=True)]
+        stacked = [len(v.aval.shape) > len(b.aval.shape) for v, b in zip(eqn.outvars, body.outvars, strict=True)]
+        carries, fixed = stacked.count(False), scanned.count(False) - stacked.count(False)
+        length = eqn.params["length"]
+        constants, carry = ins[:fixed], ins[fixed : fixed + carries]
+        slices = [self._rounds(value, length) for value in ins[fixed + carries :]]
+        order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
+        ys: list[list[_Value]] = [[_Value(None)] * length for _ in range(stacked.count(True))]
+        for i in order:
+            results = self.run(body, consts, [*constants, *carry, *(each[i] for each in slices)])
+            carry = results[:carries]
+            for column, value in zip(ys, results[carries:], strict=True):
+                self._end(value, eqn)
+                column[i] = value
+        return [*carry, *map(_stack, ys)]
+
+    def _rounds(self, value: _Value, length: int) -> list[_Value]:
+        """What each round of a scan gets of one of its inputs."""
+        if value.placed is None:
+            return [_Value(a, value.data, value.param) for a in jnp.unstack(value.array)]
+        rounds = []
+        for i in range(length):
+            array = jax.lax.dynamic_index_in_dim(value.array, i, 0, keepdims=False)
+            rounds.append(_Value(array, param=True, placed=value.placed.at(i) or _sliced(value.placed, array, i)))
+        return rounds
+
+    def shifts(self) -> dict[int, Shift]:
+        """The parameters that can take a constant added to each neuron of a product, by the product's number."""
+        found = {}
+        for path, uses in self.uses.items():
+            shape = tuple(self.leaves[path].shape)
+            for use in uses:
+                if use.added is None or path in self.selected:
+                    continue
+                value, sign, onto = use.added
+                assert value.result is not None
+                alone = all(v.reads == 1 for v in (value, *value.result.before))
+                places = use.placed.elements(shape)
+                others = [other.placed.elements(shape) for other in uses if other is not use]
+                if alone and not any(np.isin(places, other).any() for other in others):
+                    elements = _per_neuron(self.products[value.result.number], value.result.steps, places, onto)
+                    if elements is not None:
+                        found[value.result.number] = Shift(path, sign, elements)
+        return found
+
+
+def _per_neuron(product: Product, steps: tuple[Step, ...], places: np.ndarray, onto: tuple[int, ...]) -> Any:
+    """The place in the bias of each neuron [G, n]; None unless neurons and places go one to one."""
+    g, _, _, n = product.shape
+    moves = [step for step in steps if step.primitive.name not in IN_PLACE]
+    with jax.ensure_compile_time_eval():
+        number = product.spread(jnp.arange(g * n, dtype=jnp.int32).reshape(g, n))
+        neurons = functools.reduce(lambda a, step: step(a), moves, jnp.broadcast_to(number, product.y.shape))
+    if neurons.shape != onto:
+        return None
+    of, at = np.asarray(neurons).reshape(-1), np.broadcast_to(places, onto).reshape(-1)
+    result = np.empty(g * n, np.int64)
+    result[of] = at
+    one_to_one = (result[of] == at).all() and len(np.unique(result)) == g * n
+    return result.reshape(g, n) if one_to_one else None
+
+
+def _stack(values: list[_Value]) -> _Value:
+    data, param = any(v.data for v in values), any(v.param for v in values)
+    return _Value(jnp.stack([v.array for v in values]), data, param)
+
+
+def _sliced(placed: Placed, array: Any, i: int) -> Placed:
+    """Slice i of a parameter after steps that an index cannot be moved before."""
+    shape = jax.typeof(array).shape
+    params = {"start_indices": (i, *(0,) * len(shape)), "limit_indices": (i + 1, *shape), "strides": None}
+    cut = Step(jax.lax.slice_p, params, (), 0)
+    return placed.then(cut).then(Step(jax.lax.squeeze_p, {"dimensions": (0,)}, (), 0))
+
+
+def _inner(eqn: Any) -> Any:
+    """The one jaxpr among an equation's parameters."""
+    found = [value for value in eqn.params.values() if hasattr(value, "eqns")]
+    return found[0] if len(found) == 1 else None
+
+
+def _bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+    outs = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def _where(eqn: Any) -> str:
+    return source_info_util.summarize(eqn.source_info)
+
+
+def _cannot_follow(placed: Placed, eqn: Any) -> str:
+    """What the leaf met, and what to do about it."""
+    exclude = f"exclude it with lcq.Rule({placed.path!r}, None)"
+    if eqn is None:
+        return f"{placed.path}: wanted a leaf that only products use; got {placed.chain()} as an output; {exclude}"
+    name = eqn.primitive.name
+    if name == "gather":
+        remedy = f"a lookup can only be rounded to nearest: quantize(..., nearest=[lcq.Rule(...)]), or {exclude}"
+    elif name in _OPAQUE:
+        remedy = f"write it as a lax.scan or without control flow, or {exclude}"
+    elif name in _PRODUCTS:
+        remedy = f"it is multiplied with a parameter, or not contracted: fold the two before, or {exclude}"
+    else:
+        remedy = f"fold this into the parameter before, or {exclude}"
+    got = f"{placed.chain()} -> {name} at {_where(eqn)}"
+    return f"{placed.path}: wanted a leaf that only products use; got {got}; {remedy}"
