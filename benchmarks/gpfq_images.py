@@ -129,7 +129,9 @@ def main() -> None:
     for recipe in arguments.recipes or one.recipes:
         radius = None
         if recipe.startswith("paper"):
-            score = {c: accuracy(one.apply, lcq.decompress(quantized(one, recipe, batches, c)[0]), *back) for c in RADII}
+            score = {
+                c: accuracy(one.apply, lcq.decompress(quantized(one, recipe, batches, c)[0]), *back) for c in RADII
+            }
             radius = max(score, key=lambda c: score[c])
         forms, facts = quantized(one, recipe, batches, radius)
         row = {"recipe": recipe, "images": count, "seed": arguments.seed, **facts, "float_accuracy": before}

@@ -308,13 +308,13 @@ def sweep(
     return jax.lax.map(lambda factor: measure(method.solve(prepared, scaled(form, factor), key)), factors)
 
 
-def _wide(w: Array, statistics: Statistics) -> Array:
+def wide(w: Array, statistics: Statistics) -> Array:
     return w.astype(jnp.promote_types(compute_dtype(w.dtype), statistics.gram.dtype))
 
 
 def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:
     """`residual` as a function of the form, the products with w made once."""
-    w, drift, gap = _wide(w, statistics), statistics.drift, statistics.gap
+    w, drift, gap = wide(w, statistics), statistics.drift, statistics.gap
     fixed = 0 if gap is None else (w * dot(gap, w)).sum(0)
     slope = None if drift is None else 2 * dot(drift, w)
 
@@ -328,7 +328,7 @@ def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:
 
 def _ordered(w: Array, statistics: Statistics, order: Order) -> tuple[Array, Array, Array | None, Array | None, Array]:
     """(w, H, D, order, which columns are not dead), in the order of rounding."""
-    w, gram, drift = _wide(w, statistics), statistics.gram, statistics.drift
+    w, gram, drift = wide(w, statistics), statistics.gram, statistics.drift
     if order == "natural":
         return w, gram, drift, None, alive(jnp.diagonal(gram))
     by_size = falling(jnp.diagonal(gram))
