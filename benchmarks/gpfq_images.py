@@ -10,13 +10,11 @@ Calibration images are training images without labels; the last 5,000 training i
 """
 
 import argparse
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from gpfq_train import HELD_BACK, NETS, RECIPES
 from gpfq_train import load as load_images
@@ -27,6 +25,8 @@ from lcq.examples import data, models
 
 GRIDS = {3: (-1, 0, 1), 4: (-3, -1, 1, 3), 8: tuple(range(-7, 8, 2)), 16: tuple(range(-15, 16, 2))}
 """Our levels, times a scale per output unit."""
+
+METHODS = ("nearest", "gptq", "gpfq", "qronos", "descent")
 
 RADII = (1, 2, 3, 4, 5, 6)
 """The papers' C, tried on held-back images."""
@@ -55,12 +55,12 @@ def net(name: str) -> Net:
     if name == "resnet20":
         module, scale = models.ResNet20(), (data.CIFAR10_MEAN, data.CIFAR10_STD)
         variables = models.resnet20_from_torch(data.pretrained("resnet20_cifar10"))
-        recipes = [f"{method}-{levels}" for levels in (16, 8, 4, 3) for method in ("nearest", "gptq", "gpfq", "qronos")]
+        recipes = [f"{method}-{levels}" for levels in (16, 8, 4, 3) for method in METHODS]
         return Net(_apply(module, *scale), variables, 1024, 128, tuple(recipes))
     recipe, variables = RECIPES[name], lcq.load(ARTIFACTS / f"gpfq_{name}_float.lcq")
     apply = _apply(NETS[name], recipe.mean, recipe.std)
     levels = (3,) if name == "mnist" else (16, 8, 4, 3)
-    recipes = [f"{method}-{k}" for k in levels for method in ("nearest", "paper", "gptq", "gpfq", "qronos")]
+    recipes = [f"{method}-{k}" for k in levels for method in ("paper", *METHODS)]
     return Net(apply, variables, *((25_000, 1000) if name == "mnist" else (1024, 128)), tuple(recipes))
 
 

@@ -1,22 +1,27 @@
 """How fast GPFQ's codes are found from inputs, beside plain matrix products and the literal recursion.
 
-    python benchmarks/gpfq_speed.py [rounds]        results/gpfq_speed.json
+    python benchmarks/gpfq_speed.py [--rounds 15] [--brevitas PYTHON]        results/gpfq_speed.json
 
 Whole: N = n = 1024, m = 4096, from X and Y to codes, statistics included, 4 m N^2 + 2 N^2 n operations; over the rate
 of float32 products of [N, m] by [m, N] and of [N, N] by [N, n], and in time beside `follow`. Recursion alone: N = 4096,
 n = 1024, from statistics to codes, 2 N^2 n operations, over the rate of [N, N] by [N, n]. All are jitted, at the
 highest precision, interleaved in one process; medians over rounds. Compilation: of the recursion, with another number
-of neurons for each N, so that nothing is cached.
+of neurons for each N, so that nothing is cached. Brevitas: its GPFQ on the same layer with the same frozen scales, by
+gpfq_brevitas.py under a Python that has it (pip install torch brevitas), right after the rest.
 """
 
+import argparse
 import statistics
-import sys
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from record import record
 
 import lcq
@@ -130,9 +135,41 @@ def compilations() -> list[Any]:
     return rows
 
 
-if __name__ == "__main__":
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
-    rows = [*compilations(), *from_inputs(rounds), *from_statistics(rounds)]
+def brevitas(python: str, seconds: float) -> Any:
+    """What Brevitas takes for the layer, over `seconds`, and how many of its codes are ours."""
+    w, x, y = inputs(ROWS, SMALL, NEURONS)
+    form = SCHEME.project(w)
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder, "in.npz"), Path(folder, "out.npz")
+        np.savez(given, w=w, x=x, y=y, scale=form.scale.reshape(-1))
+        script = Path(__file__).with_name("gpfq_brevitas.py")
+        subprocess.run([python, "-W", "ignore", script, "--input", given, "--out", found], check=True)
+        with np.load(found) as file:
+            taken, codes, versions = float(file["seconds"]), file["codes"], str(file["versions"])
+    same = float((whole(w, x, y, form).astype(jnp.int32) - 8 == codes).mean())
+    return {
+        "what": "brevitas",
+        "inputs": SMALL,
+        "seconds": taken,
+        "over_gpfq": taken / seconds,
+        "codes_as_ours": same,
+        "versions": versions,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--brevitas", metavar="PYTHON")
+    arguments = parser.parse_args()
+    rows = [*compilations(), *from_inputs(arguments.rounds), *from_statistics(arguments.rounds)]
+    if arguments.brevitas:
+        ours = next(found["seconds"] for found in rows if found["what"] == "gpfq")
+        rows.append(brevitas(arguments.brevitas, ours))
     for found in rows:
         print({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in found.items()})
-    record("gpfq_speed", rows, rounds=rounds, rows=ROWS, neurons=NEURONS)
+    record("gpfq_speed", rows, rounds=arguments.rounds, rows=ROWS, neurons=NEURONS)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,9 +23,7 @@ def record(name: str, rows: Any, *, seeds: Any = (), **facts: Any) -> Path:
     made = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--", ":/lcq", ":/benchmarks/*.py")
-        ),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ":/lcq", ":/benchmarks/*.py")),
         "seeds": list(seeds),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         "machine": {"processor": _processor(), "cores": os.cpu_count()},

@@ -1,36 +1,34 @@
-"""The command line: lcq demo, compress, inspect, decompress.
+"""The command line: lcq demo, compress, quantize, inspect, decompress.
 
 Exit status: 0 done; 1 bad input or data, said in one line on stderr; 2 bad usage; 130 interrupted. Tables go to stdout,
-progress and errors to stderr.
+progress, notes and errors to stderr.
 """
 
 import argparse
 import contextlib
-import os
+import importlib
+import operator
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-import optax
 import rich.table
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from safetensors import safe_open
 
 import lcq
-from lcq import plot
 from lcq.artifact import checkpoint
-from lcq.examples import data, models
-from lcq.examples.train import Score, cross_entropy, endless, evaluate, train
+from lcq.demo import QUICK, RECIPE, demo
+from lcq.methods.quantize import METHODS
 from lcq.plan import SCHEMES, dry_run, parse_rule
-from lcq.report import table, text
+from lcq.report import table
 from lcq.rules import Rule, flatten, resolve
+from lcq.terminal import progress, refuse, show
 from lcq.tree import check_finite, replace, take
 
 
@@ -85,6 +83,41 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
     sub.set_defaults(run=_compress, usage_error=sub.error)
 
+    sub = commands.add_parser(
+        "quantize",
+        parents=[force],
+        help="checkpoint + unlabelled inputs -> .lcq",
+        description="Quantization without labels or training: each layer is rounded so that its results on the data "
+        "change least. FUNCTION(params, batch) runs the net, params being the checkpoint's arrays in nested dicts; "
+        "for flax write a function of three lines in a file of the current folder. Rules are those of compress.",
+    )
+    sub.add_argument("function", type=_reference, metavar="MODULE:FUNCTION", help="such as mynet:apply, for mynet.py")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DATA.npz",
+        help="inputs, examples along the first axis; several arrays make each batch a dict of them",
+    )
+    sub.add_argument("--rule", dest="rules", action="append", required=True, type=_rule, metavar="PATTERN=SCHEME")
+    sub.add_argument(
+        "--nearest-rule",
+        dest="nearest",
+        action="append",
+        default=[],
+        type=_rule,
+        metavar="PATTERN=SCHEME",
+        help="for leaves that are used in other ways too, such as embeddings: rounded without data, before the others",
+    )
+    sub.add_argument("--method", choices=METHODS, default="gpfq", help="default: %(default)s")
+    sub.add_argument("--batch", type=_positive, default=128, metavar="N", help="examples in a batch; default: 128")
+    sub.add_argument("--limit", type=_positive, metavar="N", help="use the first N examples only")
+    sub.add_argument("--seed", type=int, default=0, help="of what spfq draws")
+    sub.add_argument("--not-centred", action="store_true", help="leave biases and batch-norm means as they are")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq")
+    sub.set_defaults(run=_quantize)
+
     sub = commands.add_parser("inspect", help="what is in an .lcq file, and what it costs")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
     sub.set_defaults(run=_inspect)
@@ -103,6 +136,19 @@ def _rule(words: str) -> Rule:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _reference(words: str) -> tuple[str, str]:
+    module, colon, name = words.partition(":")
+    if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
+        raise argparse.ArgumentTypeError(f"wanted MODULE:FUNCTION, such as mynet:apply; got {words!r}")
+    return module, name
+
+
+def _positive(words: str) -> int:
+    if not (words.isascii() and words.isdigit() and int(words)):
+        raise argparse.ArgumentTypeError(f"wanted a number above 0; got {words!r}")
+    return int(words)
+
+
 # compress, inspect, decompress
 
 
@@ -110,14 +156,14 @@ def _compress(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         if arguments.out is None:
             arguments.usage_error("wanted -o OUT.lcq, or --dry-run")
-        _refuse(arguments.force, arguments.out)
+        refuse(arguments.force, arguments.out)
     params = checkpoint.read(arguments.checkpoint)
     if arguments.dry_run:
-        return _show(dry_run(params, arguments.rules))
+        return show(dry_run(params, arguments.rules))
     tasks = resolve(arguments.rules, params)
     leaves, structure = flatten(params)
     forms = []
-    with _progress(len(tasks)) as advance:
+    with progress(len(tasks)) as advance:
         for task in tasks:
             advance(", ".join(task.paths), 0)
             for path in task.paths:
@@ -126,7 +172,7 @@ def _compress(arguments: argparse.Namespace) -> None:
             advance("", 1)
     tree = replace(structure, leaves, tasks, forms)
     size = lcq.save(arguments.out, tree)
-    _show(table(tree, params, on_disk=size))
+    show(table(tree, params, on_disk=size))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -140,11 +186,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
     raw = report.total.bytes
     print(f"{arguments.file}: format {metadata['format']} {metadata['version']}, {tensors} tensors")
     print(f"{size:,} bytes: {raw:,} of forms and arrays, {header:,} of header, {size - raw - header:,} of padding")
-    _show(report)
+    show(report)
 
 
 def _decompress(arguments: argparse.Namespace) -> None:
-    _refuse(arguments.force, arguments.out)
+    refuse(arguments.force, arguments.out)
     params = lcq.decompress(lcq.load(arguments.file))
     if not arguments.out.is_dir():
         return checkpoint.write(arguments.out, params)
@@ -156,174 +202,106 @@ def _decompress(arguments: argparse.Namespace) -> None:
         Path(beside, "new").rename(arguments.out)
 
 
-def _refuse(force: bool, *paths: Path) -> None:
-    """Raises unless nothing would be replaced, or that is what was asked for."""
-    if not force and (there := [str(path) for path in paths if path.exists() or path.is_symlink()]):
-        raise ValueError(f"{', '.join(there)}: already there; choose another name, or replace it with --force")
+# quantize
 
 
-# demo
-
-
-class Recipe(NamedTuple):
-    """How the demo trains.
-
-    Attributes:
-        updates: of the float net.
-        l_steps: per LC run, of `every` updates.
-        every: updates per L step.
-        mu: the first penalty weight; the next are `factor` times the last.
-        factor: see `mu`.
-        learning_rate: of the L steps.
-        bits: per weight, one LC run each; b bits are 2^b levels.
-        widths: of the net's layers.
-    """
-
-    updates: int
-    l_steps: int
-    every: int
-    mu: float
-    factor: float
-    learning_rate: float
-    bits: tuple[int, ...] = (1, 2, 4)
-    widths: tuple[int, ...] = (100, 50, 10)
-
-
-RECIPE = Recipe(updates=1500, l_steps=40, every=100, mu=3e-4, factor=1.25, learning_rate=0.1)
-"""Of eight, the least loss at 1 bit on 300 training digits held out, over three seeds; test digits took no part."""
-QUICK = Recipe(updates=20, l_steps=3, every=5, mu=1e-3, factor=30.0, learning_rate=0.1, bits=(1,), widths=(10,))
-_BATCH = 64
-
-
-class _Result(NamedTuple):
-    name: str
-    bits: int
-    table: Any
-    train: Score
-    test: Score
-
-
-def demo(out: Path, seed: int = 0, *, force: bool = False, recipe: Recipe = RECIPE) -> None:
-    """Trains a net on 8x8 digits, compresses its kernels to 1, 2 and 4 bits, directly and by LC, and tells how it went.
-
-    Args:
-        out: folder for the `.lcq` files and two figures; made if needed.
-        seed: of the first weights and the order of the batches.
-        force: whether files may be replaced.
-        recipe: how long to train.
-
-    Raises:
-        ValueError: files that are there already, or a file that does not give back what was saved.
-    """
-    names = ["float", *(f"{method}-{bits}bit" for bits in recipe.bits for method in ("dc", "lc"))]
-    files = {name: out / f"{name}.lcq" for name in names}
-    figures = {"curves": out / "accuracy.png", "weights": out / "weights.png"}
-    _refuse(force, *files.values(), *figures.values())
-    split = data.digits()
-    net = models.MLP(recipe.widths, jax.nn.relu)
-
-    def apply(params: Any, x: Any) -> Any:
-        return net.apply({"params": params}, x)
-
-    trees = _demo_trees(apply, net.init(jax.random.key(seed), split.x_train[:1])["params"], split, seed, recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for name, tree in trees.items():
-        size = lcq.save(files[name], tree)
-        back = lcq.load(files[name])
-        _same(files[name], tree, back)
-        on_train, on_test = (
-            evaluate(apply, back, *xy) for xy in ((split.x_train, split.y_train), (split.x_test, split.y_test))
+def _quantize(arguments: argparse.Namespace) -> None:
+    refuse(arguments.force, arguments.out)
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"{arguments.out.parent}: no such folder")
+    params = checkpoint.read(arguments.checkpoint)
+    batches = _batches(arguments.data, arguments.batch, arguments.limit)
+    with _function(*arguments.function) as function, progress() as advance:
+        advance("tracing", 0)
+        done = lcq.quantize(
+            function,
+            params,
+            batches,
+            arguments.rules,
+            arguments.method,
+            nearest=arguments.nearest,
+            centred=not arguments.not_centred,
+            key=jax.random.key(arguments.seed),
+            progress=lambda number, total, record: advance(record.path, 1, total),
         )
-        bits = 32 if name == "float" else int(name[3:-3])
-        results.append(_Result(name.split("-")[0], bits, table(back, on_disk=size), on_train, on_test))
-    _show(_summary(results))
-    drawn = {
-        label: [(r.bits, 100 * r.test.accuracy) for r in results if r.name == name]
-        for name, label in (("lc", "LC"), ("dc", "direct compression"))
-    }
-    reference = ("float", 100 * results[0].test.accuracy)
-    plot.write(plot.curves(drawn, reference=reference), figures["curves"])
-    middle = trees[f"lc-{recipe.bits[len(recipe.bits) // 2]}bit"]
-    plot.write(plot.histograms(middle, trees["float"]), figures["weights"])
-    print(f"bits: of all weights and biases; on disk: bytes; accuracy: on {len(split.x_test)} test digits")
-    print(f"{len(files)} files saved, reloaded and found equal, and 2 figures: {out}{os.sep}")
-
-
-def _demo_trees(apply: Any, start: Any, split: data.Split, seed: int, recipe: Recipe) -> dict[str, Any]:
-    """The trained net, and what direct compression and LC make of it."""
-    loss = cross_entropy(apply)
-    updates = (recipe.l_steps + 1) * recipe.every
-    with _progress(recipe.updates + len(recipe.bits) * updates) as advance:
-
-        def run(what: str, params: Any, tx: Any, steps: int, order: int) -> Any:
-            advance(what, 0)
-            examples = endless(split.x_train, split.y_train, _BATCH, seed=order)
-            return train(loss, params, tx, examples, steps, on_step=lambda number, now: advance(what, 1))
-
-        adam = optax.adam(optax.cosine_decay_schedule(3e-3, recipe.updates))
-        trees = {"float": run("training", start, adam, recipe.updates, seed).params}
-        for bits in recipe.bits:
-            rules = [lcq.Rule("(.*/)?kernel", lcq.KMeans(2**bits))]
-            trees[f"dc-{bits}bit"] = lcq.compress(trees["float"], rules)
-            tx = lcq.lc(
-                lambda eta: optax.sgd(eta, momentum=0.9, nesterov=True),
-                rules,
-                mu=lcq.geometric(recipe.mu, recipe.factor, steps=recipe.l_steps),
-                every=recipe.every,
-                learning_rate=recipe.learning_rate,
-            )
-            done = run(f"LC to {bits} bit", trees["float"], tx, updates, seed + 1)
-            trees[f"lc-{bits}bit"] = lcq.extract(done.opt_state, done.params)
-    return trees
-
-
-def _same(path: Path, tree: Any, back: Any) -> None:
-    """Raises unless what was reloaded has the same dense weights, bit for bit."""
-    wanted, got = flatten(lcq.decompress(tree))[0], flatten(lcq.decompress(back))[0]
-    for leaf in wanted.keys() | got.keys():
-        if leaf not in wanted or leaf not in got or not np.array_equal(wanted[leaf], got[leaf]):
-            raise ValueError(f"{path}: {leaf} is not what was saved")
-
-
-def _summary(results: list[_Result]) -> rich.table.Table:
-    """A line for each net; fits 80 columns."""
-    grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("net", style="bold")
-    for name in ("bits", "ratio", "on disk", "file ratio", "train loss", "accuracy"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    full = results[0].table.on_disk
-    for i, (name, bits, report, on_train, on_test) in enumerate(results):
-        grid.add_row(
-            "float" if name == "float" else f"{bits} bit, {'LC' if name == 'lc' else 'direct'}",
-            f"{report.total.bits:,}",
-            f"{report.total.ratio:.2f}",
-            f"{report.on_disk:,}",
-            f"{full / report.on_disk:.2f}",
-            f"{on_train.loss:.4f}",
-            Text(f"{100 * on_test.accuracy:.1f} %", style="bold green" if name == "lc" else ""),
-            end_section=i % 2 == 0,
-        )
-    return grid
-
-
-# The terminal
-
-
-def _show(renderable: Any) -> None:
-    """In colour and as wide as the terminal; as plain text, never cut, where there is none."""
-    console = Console()
-    if console.is_terminal:
-        console.print(renderable)
-    else:
-        print(text(renderable))
+    size = lcq.save(arguments.out, done.forms)
+    if done.records:
+        show(_products(done))
+    show(table(done.forms, params, on_disk=size))
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr while the block runs; call what it gives with a label ("" keeps the last) and the steps made."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda label, steps: bar.update(task, advance=steps, description=label or None)
+def _function(module: str, name: str) -> Iterator[Callable[[Any, Any], Any]]:
+    """module:name, with the current folder first on the path; what it raises is said in one line, with the place."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise ValueError(f"{module}: {error}, which it imports") from error
+            raise ValueError(f"{module}: no such module, neither in {here} nor installed") from error
+        except Exception as error:
+            raise ValueError(f"{module}: {_words(error)}") from error
+        try:
+            function = operator.attrgetter(name)(found)
+        except AttributeError as error:
+            known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            raise ValueError(f"{module}: no {name!r} in it; it has {', '.join(known[:8]) or 'no function'}") from error
+        if not callable(function):
+            raise ValueError(f"{module}:{name}: wanted a function of (params, batch); got {type(function).__name__}")
+
+        def call(params: Any, batch: Any) -> Any:
+            try:
+                return function(params, batch)
+            except Exception as error:
+                raise ValueError(f"{module}:{name}: {_words(error, getattr(found, '__file__', None))}") from error
+
+        yield call
+    finally:
+        sys.path.remove(here)
+
+
+def _words(error: Exception, file: str | None = None) -> str:
+    """An error of the user's code: its kind, its first line, and where in the file it came from."""
+    lines = str(error).strip().splitlines()
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}"
+
+
+def _batches(path: Path, size: int, limit: int | None) -> list[Any]:
+    """Slices of the one array of a file, or of each of several; those at the end that fill no batch are left out."""
+    tree = checkpoint.read(path)
+    arrays = flatten(tree)[0]
+    many = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(many) != 1 or 0 in many:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+        raise ValueError(
+            f"{path}: wanted arrays with equally many examples along their first axis; got {shapes or 'none'}"
+        )
+    (count,) = many
+    count = min(count, limit or count)
+    size = min(size, count)
+    if left := count % size:
+        note = f"{left} of {count} examples, which do not fill a batch of {size}, are left out"
+        print(f"lcq quantize: note: {note}", file=sys.stderr)
+    data = next(iter(arrays.values())) if len(arrays) == 1 else tree
+    return [jax.tree.map(lambda a, i=i: a[i : i + size], data) for i in range(0, count - left, size)]
+
+
+def _products(done: lcq.Quantized) -> rich.table.Table:
+    """A line for each product that chose codes; on a narrow terminal words are wrapped, numbers never."""
+    grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("product", overflow="fold", style="bold")
+    grid.add_column("GxMxNxn", overflow="fold")
+    grid.add_column("how", overflow="fold")
+    for name in ("levels", "bits", "error", "scale", "seconds"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for record in done.records:
+        levels = record.levels
+        how = f"{record.method.partition('(')[0]}, {record.recursion}{', centred' if record.centred else ''}"
+        words = [record.path, "x".join(map(str, record.shape)), how, str(levels), str((levels - 1).bit_length())]
+        grid.add_row(*map(Text, [*words, f"{record.error:.2e}", f"{record.scale:.3g}", f"{record.seconds:.2f}"]))
+    return grid

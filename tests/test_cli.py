@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,11 @@ def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys
         (("compress", "in.npz", "--rule", RULE), "wanted -o OUT.lcq, or --dry-run"),
         (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: KMeans(k"),
         (("decompress", "in.lcq"), "-o"),
+        (("quantize", "in.npz", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "x.lcq"), "wanted MODULE:FUNCTION"),
+        (("quantize", "a:b", "in.npz", "--rule", RULE, "-o", "x.lcq"), "--data"),
+        (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE), "-o"),
+        (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "y", "--batch", "0"), "above 0"),
+        (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "y", "--method", "gtpq"), "gptq"),
         (("demo", "--seed", "x"), "invalid int"),
     ],
 )
@@ -135,6 +141,163 @@ def test_bad_usage_is_status_2(arguments, complaint, capsys):
 def test_help_is_status_0(capsys):
     assert run("--help") == 0 and "demo" in capsys.readouterr().out
     assert run("compress", "--help") == 0 and "PATTERN=SCHEME" in capsys.readouterr().out
+
+
+NET = """
+import jax
+
+number = 3
+
+
+def apply(params, tokens):
+    x = params["embedding"][tokens]
+    for name in ("dense0", "dense1"):
+        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+    return x
+
+
+def misspelt(params, tokens):
+    return params["embeding"][tokens]
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """A current folder with a module tinynet, its checkpoint net.npz, and data.npz: 21 rows of 3 tokens."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (6, 6), "bias": (6,)}
+    params = {
+        name: {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+        for name in ("dense0", "dense1")
+    } | {"embedding": rng.normal(size=(11, 6)).astype(np.float32)}
+    checkpoint.write(tmp_path / "net.npz", params)
+    tokens = rng.integers(0, 11, (21, 3))
+    np.savez(tmp_path / "data.npz", tokens=tokens)
+    (tmp_path / "tinynet.py").write_text(NET)
+    (tmp_path / "broken.py").write_text("import nowhere_at_all\n")
+    (tmp_path / "torn.py").write_text("def apply(:\n")
+    monkeypatch.chdir(tmp_path)
+    for module in ("tinynet", "broken", "torn"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return params, tokens
+
+
+def quantize(*more, function="tinynet:apply", source="net.npz", data="data.npz", rule="dense./kernel=Ternary"):
+    return run("quantize", function, source, "--data", data, "--rule", rule, "-o", "out.lcq", *more)
+
+
+def test_quantize_does_what_the_function_does(net, capsys):
+    params, tokens = net
+    path = list(sys.path)
+    assert quantize("--nearest-rule", "embedding=Uniform(4)", "--batch", "8") == 0
+    captured = capsys.readouterr()
+    assert captured.err == "lcq quantize: note: 5 of 21 examples, which do not fill a batch of 8, are left out\n"
+    assert sys.path == path
+
+    def apply(params, tokens):
+        x = params["embedding"][tokens]
+        for name in ("dense0", "dense1"):
+            x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+        return x
+
+    rules = [lcq.Rule("dense./kernel", lcq.Ternary())], [lcq.Rule("embedding", lcq.Uniform(4))]
+    expected = lcq.quantize(apply, params, [tokens[:8], tokens[8:16]], rules[0], nearest=rules[1])
+    same(lcq.load("out.lcq"), expected.forms)
+    assert not np.array_equal(lcq.load("out.lcq")["dense1"]["bias"], params["dense1"]["bias"])
+    lines = [line.split() for line in captured.out.splitlines()]
+    for record in expected.records:
+        facts = [record.path, "1x24x6x6", "GPFQ,", f"{record.recursion},", "centred", "3", "2"]
+        assert [*facts, f"{record.error:.2e}", f"{record.scale:.3g}"] in [line[:-1] for line in lines]
+    size = (Path("out.lcq")).stat().st_size
+    assert ["on", "disk", f"{8 * size:,}", f"{size:,}"] in [line[:4] for line in lines] and "distortion" in captured.out
+    assert quantize() == 1 and "--force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "shapes", "note"),
+    [
+        ((), [(21, 3)], ""),
+        (("--batch", "7"), [(7, 3)] * 3, ""),
+        (("--batch", "10"), [(10, 3)] * 2, "1 of 21 examples"),
+        (("--batch", "10", "--limit", "20"), [(10, 3)] * 2, ""),
+        (("--limit", "4"), [(4, 3)], ""),
+    ],
+)
+def test_quantize_makes_batches(net, more, shapes, note, capsys, monkeypatch):
+    _, tokens = net
+    given, options = asked(monkeypatch, *more)
+    assert [batch.shape for batch in given["batches"]] == shapes
+    used = np.concatenate(given["batches"])
+    np.testing.assert_array_equal(used, tokens[: len(used)])
+    assert options["centred"] and given["method"] == "gpfq" and options["nearest"] == []
+    assert (note in capsys.readouterr().err) if note else "note" not in capsys.readouterr().err
+
+
+def test_quantize_hands_on_several_arrays_and_the_options(net, monkeypatch):
+    _, tokens = net
+    np.savez("many.npz", **{"tokens": tokens, "mask": tokens > 3})
+    more = ("--batch", "9", "--method", "spfq", "--seed", "5", "--not-centred", "--nearest-rule", "embedding=Cast")
+    given, options = asked(monkeypatch, *more, data="many.npz")
+    assert [{name: a.shape for name, a in batch.items()} for batch in given["batches"]] == [
+        {"tokens": (9, 3), "mask": (9, 3)}
+    ] * 2
+    np.testing.assert_array_equal(given["batches"][1]["mask"], tokens[9:18] > 3)
+    assert given["method"] == "spfq" and not options["centred"]
+    assert options["nearest"] == [lcq.Rule("embedding", lcq.Cast())] and jnp.all(options["key"] == jax.random.key(5))
+
+
+def asked(monkeypatch, *more, **where):
+    """What the command asks of lcq.quantize."""
+    asked = []
+
+    def stand_in(fn, params, batches, rules, method, **options):
+        asked.append(({"batches": batches, "method": method}, options))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(lcq, "quantize", stand_in)
+    assert quantize(*more, **where) == 1
+    return asked[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"function": "notthere:apply"}, "notthere: no such module, neither in "),
+        ({"function": "tinynet.inner:apply"}, "tinynet.inner: no such module"),
+        ({"function": "tinynet:aply"}, "tinynet: no 'aply' in it; it has apply, misspelt"),
+        ({"function": "tinynet:number"}, "tinynet:number: wanted a function of (params, batch); got int"),
+        ({"function": "tinynet:misspelt"}, "tinynet:misspelt: KeyError: 'embeding' (tinynet.py, line 15)"),
+        ({"function": "broken:apply"}, "broken: No module named 'nowhere_at_all', which it imports"),
+        ({"function": "torn:apply"}, "torn: SyntaxError: "),
+        ({"source": "gone.npz"}, "gone.npz: no such file"),
+        ({"data": "gone.npz"}, "gone.npz: no such file"),
+        (
+            {"data": "uneven.npz"},
+            "uneven.npz: wanted arrays with equally many examples along their first axis; got a [2]",
+        ),
+        ({"data": "empty.npz"}, "empty.npz: wanted arrays"),
+        ({"data": "number.npz"}, "number.npz: wanted arrays"),
+        ({"rule": "kernel=Ternary"}, "rule 'kernel' matches no leaf"),
+        ({"rule": "embedding=Ternary"}, "embedding: wanted a leaf that only products use"),
+        (
+            {"rule": ".*/kernel=KMeans(2); joint"},
+            "dense0/kernel, dense1/kernel: each product has an alphabet of its own",
+        ),
+    ],
+)
+def test_quantize_says_what_is_wrong_in_one_line(net, changed, complaint, capsys):
+    np.savez("uneven.npz", a=np.ones(2), b=np.ones(3))
+    np.savez("empty.npz", a=np.ones((0, 3)))
+    np.savez("number.npz", a=np.float32(3))
+    assert quantize(**changed) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lcq quantize: ") and captured.err.count("\n") == 1 and captured.out == ""
+    assert complaint in captured.err and not Path("out.lcq").exists()
+
+
+def test_quantize_misses_a_folder_before_it_works(net, capsys, monkeypatch):
+    monkeypatch.setattr(lcq, "quantize", None)
+    assert quantize("-o", "no/out.lcq") == 1 and "no: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:the weights are:UserWarning")
