@@ -134,7 +134,15 @@ def main() -> None:
             }
             radius = max(score, key=lambda c: score[c])
         forms, facts = quantized(one, recipe, batches, radius)
-        row = {"recipe": recipe, "images": count, "seed": arguments.seed, **facts, "float_accuracy": before}
+        levels = int(recipe.split("-")[1])
+        row = {
+            "recipe": recipe,
+            "levels": levels,
+            "images": count,
+            "seed": arguments.seed,
+            **facts,
+            "float_accuracy": before,
+        }
         if arguments.trial:
             print({**row, "held_back": accuracy(one.apply, lcq.decompress(forms), *judged)}, flush=True)
             continue

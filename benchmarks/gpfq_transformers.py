@@ -8,10 +8,10 @@
 Every weight of a dense layer is quantized, with a scale per output ("channel") or per output and group of 32 inputs
 ("groups"; 43 where 172 inputs do not divide by 32). Embeddings, norms and biases stay float32. No labels are used.
 
-stories: calibration on 48 windows of tinystories_sample.txt, BOS and 255 tokens from a paragraph's start, so that every
-row of X is a token. The 100 evaluation stories lie in that text too: they are cut out of it first. Held back: 32 more
-windows.
-MiniLM: calibration on 128 sentences of STS-B's training pairs of exactly 16 tokens, so that no row of X is padding.
+stories: calibration on 112 windows of tinystories_sample.txt, BOS and 255 tokens from a paragraph's start, so that
+every row of X is a token. The 100 evaluation stories lie in that text too: they are cut out of it first. Held back: 32
+more windows.
+MiniLM: calibration on 240 sentences of STS-B's training pairs of exactly 16 tokens, so that no row of X is padding.
 Held back: 1,500 of the training pairs. No calibration sentence is in these or in the dev pairs, the evaluation.
 
 qwix, as a peer: "qwix" rounds by the largest weight of a block; "qwix_gptq" (4 bits) is its GPTQ, given what each layer
@@ -36,14 +36,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import record, stored
+from record import ARTIFACTS, record, stored
 from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 import lcq
 from lcq.examples import transformers
 
-LCQ_METHODS = ("nearest", "gptq", "gpfq", "qronos")
+LCQ_METHODS = ("nearest", "gptq", "gpfq", "qronos", "descent")
 PEERS = ("qwix", "qwix_gptq")
 STORY_TOKENS, WINDOWS_HELD_BACK, FIRST_BYTE = 256, 32, 3
 NEWLINE = FIRST_BYTE + ord("\n")
@@ -107,7 +107,7 @@ def load_stories() -> Net:
         params,
         fn,
         calibration,
-        48,
+        112,
         lambda p: evaluate_stories(p, params, fn, evaluation),
         lambda p: evaluate_stories(p, params, fn, list(held_back)),
         {r"layer\d+/w[qkvo13]": 32, r"layer\d+/w2": 43},
@@ -200,7 +200,7 @@ def load_minilm(folder: str | None = None) -> Net:
         params,
         fn,
         np.array(calibration, np.int32),
-        128,
+        240,
         lambda p: evaluate_minilm(p, params, fn, encode, dev),
         lambda p: evaluate_minilm(p, params, fn, encode, held_back),
         {r"layer\d+/(query|key|value|output|up|down)/kernel": 32},
@@ -317,28 +317,52 @@ def by_qwix(net: Net, bits: int, per: str, size: int, gptq: bool) -> tuple[Any, 
     return jax.tree_util.tree_map_with_path(quantize, net.params, taps), stored_bits / count
 
 
-def by_lcq(net: Net, bits: int, per: str, size: int, method: str) -> tuple[Any, float]:
-    """Parameters quantized by lcq, and bits per quantized weight."""
-    forms = lcq.quantize(net.fn, net.params, net.batches(size), net.rules(bits, per), method=method).forms
+def by_lcq(net: Net, bits: int, per: str, size: int, method: str) -> Any:
+    return lcq.quantize(net.fn, net.params, net.batches(size), net.rules(bits, per), method=method).forms
+
+
+def bits_per_weight(forms: Any) -> float:
     sizes = [row for row in lcq.sizes(forms).values() if row.form != "-"]
-    return lcq.decompress(forms), 32 * sum(row.bits for row in sizes) / sum(row.dense for row in sizes)
+    return 32 * sum(row.bits for row in sizes) / sum(row.dense for row in sizes)
 
 
-def run(net: Net, method: str, bits: int, per: str, size: int | None = None, tune: bool = False) -> dict[str, Any]:
-    """One row: how a method does on the evaluation data, or on held-back data."""
+def only_forms(tree: Any) -> Any:
+    """Of nested dicts, without leaves that are plain arrays: those are in the package that the net is from."""
+    if not isinstance(tree, dict):
+        return tree if isinstance(tree, lcq.Form) else None
+    return {key: kept for key, value in tree.items() if (kept := only_forms(value))}
+
+
+def put_back(params: Any, tree: Any) -> Any:
+    """Nested dicts with the arrays of `tree` in place of theirs."""
+    return {k: put_back(v, tree[k]) if isinstance(v, dict) else tree[k] for k, v in params.items() if k in tree} | {
+        k: v for k, v in params.items() if k not in tree
+    }
+
+
+def run(name: str, net: Net, method: str, bits: int, per: str, size: int | None = None, tune: bool = False) -> Any:
+    """One row: how a method does on the evaluation data, or on held-back data.
+
+    Files are of everything for stories, and of the quantized weights for MiniLM, one method's only: they are large.
+    """
     size = size or net.size
-    start = time.time()
+    start, row = time.time(), {"method": method, "bits": bits, "per": per, "calibration": size}
     if method == "float":
         params, cost = net.params, 32.0
     elif method in PEERS:
         params, cost = by_qwix(net, bits, per, size, method == "qwix_gptq")
     else:
-        params, cost = by_lcq(net, bits, per, size, method)
+        forms = by_lcq(net, bits, per, size, method)
+        params, cost = lcq.decompress(forms), bits_per_weight(forms)
     jax.block_until_ready(params)
-    seconds = time.time() - start
+    row |= {"bits_per_weight": round(cost, 3), "seconds": round(time.time() - start, 1)}
+    if not tune and method in LCQ_METHODS and (name == "stories" or (method, per) == ("descent", "groups")):
+        kept = forms if name == "stories" else only_forms(forms)
+        path = ARTIFACTS / f"gpfq_{name}_{method}_{bits}_{per}.lcq"
+        row |= {"artifact": path.name, "bytes": lcq.save(path, kept)}
+        params = put_back(params, lcq.decompress(lcq.load(path)))
     judged = {f"held_back_{k}": v for k, v in net.held_back(params).items()} if tune else net.evaluate(params)
-    row = {"method": method, "bits": bits, "per": per, "calibration": size, **judged}
-    print(row := {**row, "bits_per_weight": round(cost, 3), "seconds": round(seconds, 1)}, flush=True)
+    print(row := {**row, **judged}, flush=True)
     return row
 
 
@@ -361,7 +385,7 @@ def main() -> None:
                 settings = [(bits, per) for bits, per in settings if bits == 4]
             for bits, per in settings:
                 for size in SIZES[name] if args.tune else [net.size]:
-                    row = run(net, method, bits, per, size, args.tune)
+                    row = run(name, net, method, bits, per, size, args.tune)
                     keys = ("method", "bits", "per", "calibration")
                     others = [old for old in stored(file) if any(old[key] != row[key] for key in keys)]
                     record(file, [*others, row], seeds=[0])

@@ -130,7 +130,85 @@ def brute_force() -> str:
     return grid(head, rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {table.__name__: table for table in (lenet300, cstep, lc_overhead, brute_force)}
+IMAGES = {"mnist": "MNIST 784-500-300-10", "cifar": "CIFAR-10 CNN", "resnet20": "ResNet-20, CIFAR-10"}
+METHODS = ("nearest", "paper", "gptq", "gpfq", "qronos", "descent")
+IMAGE_TARGETS = {
+    ("mnist", 3): (-0.43, -0.3),
+    ("cifar", 16): (-0.17, -0.1),
+    ("cifar", 8): (-1.06, -0.7),
+    ("cifar", 4): (-4.4, -3.0),
+    ("cifar", 3): (-7.0, -5.0),
+    ("resnet20", 16): (91.61, 91.8),
+    ("resnet20", 8): (91.21, 91.5),
+    ("resnet20", 4): (89.30, 90.3),
+    ("resnet20", 3): (88.95, 89.8),
+}
+"""Accept and aim, in percent right; negative numbers are from the float net."""
+
+
+def gpfq_images() -> str:
+    """Test accuracies; a row for each net and number of levels."""
+    rows = []
+    for (net, levels), targets in IMAGE_TARGETS.items():
+        by_method = {row["recipe"].split("-")[0]: row for row in stored(f"gpfq_{net}") if row["levels"] == levels}
+        before = next(iter(by_method.values()))["float_accuracy"]
+        cells = [f"{by_method[m]['accuracy']:.2f}" if m in by_method else "" for m in METHODS]
+        accept, aim = (t if t > 0 else before + t for t in targets)
+        rows.append([f"{IMAGES[net]}, {levels} levels", f"{before:.2f}", *cells, f"{accept:.2f} / {aim:.2f}"])
+    head = ["test accuracy %", "float", "nearest", "GPFQ, paper's levels", "GPTQ", "GPFQ", "Qronos", "`descent`"]
+    return grid([*head, "accept / aim"], rows)
+
+
+TEXT = {
+    "stories": ("stories260K, nats", "nll", {4: "+.01", 3: "+.06"}),
+    "minilm": ("MiniLM, STS-B Spearman", "spearman", {4: "-.003", 3: "-.015"}),
+}
+TEXT_METHODS = ("qwix", "qwix_gptq", "nearest", "gptq", "gpfq", "qronos", "descent")
+
+
+def gpfq_transformers() -> str:
+    """Evaluation figures; a row for each net, number of bits, and what shares a scale."""
+    rows = []
+    for net, (title, metric, targets) in TEXT.items():
+        by_key = {(row["bits"], row["per"], row["method"]): row for row in stored(f"gpfq_{net}")}
+        digits = 3 if metric == "nll" else 4
+        before = next(row[metric] for row in by_key.values() if row["method"] == "float")
+        for bits, target in targets.items():
+            for per in ("channel", "groups"):
+                found = [by_key.get((bits, per, m)) for m in TEXT_METHODS]
+                cells = ["" if row is None else f"{row[metric]:.{digits}f}" for row in found]
+                rows.append([f"{title}, {bits} bits, {per}", f"{before:.{digits}f}", *cells, target])
+    head = ["", "float", "qwix", "qwix GPTQ", "nearest", "GPTQ", "GPFQ", "Qronos", "`descent`", "accept"]
+    return grid(head, rows)
+
+
+def gpfq_speed() -> str:
+    by_what = {(row["what"], row["inputs"]): row for row in stored("gpfq_speed")}
+    gpfq, recursion = by_what["gpfq", 1024], by_what["recursion", 4096]
+    compiled = [row["seconds"] for row in by_what.values() if row["what"] == "compilation"]
+    walks = [row["walk_in_forward_passes"] for row in stored("gpfq_walk")]
+    new = [row["compilations"] for row in stored("gpfq_walk")[1:]]
+    rows = [
+        ["N = n = 1024, m = 4096, with statistics", f"{gpfq['of_rate_of_wide']:.2f} of the matmul rate", ".7 / .9"],
+        ["the same, in seconds", f"{gpfq['seconds']:.2f}", ""],
+        ["over the literal recursion as a scan", f"{gpfq['follow_over_this']:.1f} times", "4 / 5"],
+    ]
+    if peer := by_what.get(("brevitas", 1024)):
+        same = f"{100 * peer['codes_as_ours']:.2f} % equal codes"
+        rows.append([f"over Brevitas' GPFQ ({same})", f"{peer['over_gpfq']:.1f} times", "30"])
+    rows += [
+        ["N = 4096, n = 1024, recursion", f"{recursion['of_rate_of_large']:.2f} of the matmul rate", ".4 / .6"],
+        ["compilation, N = 256, 1024, 4096", ", ".join(f"{s:.1f}" for s in compiled) + " s", "3 s"],
+        ["walk over ResNet-20, in forward passes", ", ".join(f"{w:.1f}" for w in walks), "3"],
+        ["its compilations for further numbers of batches", ", ".join(map(str, new)), "0"],
+    ]
+    return grid(["GPFQ", "measured", "accept / aim"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table
+    for table in (lenet300, cstep, lc_overhead, brute_force, gpfq_images, gpfq_transformers, gpfq_speed)
+}
 
 
 def filled(text: str) -> str:

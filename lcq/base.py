@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lcq.blocks import Per, block_counts, compute_dtype
+
 
 def static(**kwargs: Any) -> Any:
     """A dataclass field that is part of the tree's structure."""
@@ -78,9 +80,10 @@ class Form(abc.ABC):
 
 
 class Scheme(abc.ABC):
-    """How arrays become forms: the C step Pi(x) = argmin_Theta ||x - Delta(Theta)||^2 + (2/mu) C(Theta).
+    """How arrays become forms: the C step Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta).
 
-    Subclasses are frozen dataclasses whose settings are hashable, so that a scheme can be static under jit.
+    The weights h are one unless they are given. Subclasses are frozen dataclasses whose settings are hashable, so that
+    a scheme can be static under jit.
 
     Attributes:
         leafwise: how many leaf-shaped arrays (`leafwise()` fields) its working forms hold.
@@ -96,36 +99,52 @@ class Scheme(abc.ABC):
         return False
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _compiled(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
+    def _compiled(self, xs: tuple[Array, ...], previous: Any, mu: Any, *weights: Any) -> tuple[Form, ...]:
         """`solve`, compiled once for all leaves of equal shapes."""
-        return self.solve(xs, previous, mu)
+        return self.solve(xs, previous, mu, *weights)
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError if a leaf of this shape cannot be projected."""
 
     @abc.abstractmethod
-    def solve(self, xs: tuple[Array, ...], previous: tuple[Form, ...] | None, mu: Any) -> tuple[Form, ...]:
-        """The C step for arrays that share one Theta; `previous` is a warm start of the same structure."""
+    def solve(
+        self,
+        xs: tuple[Array, ...],
+        previous: tuple[Form, ...] | None,
+        mu: Any,
+        weights: tuple[Array, ...] | None = None,
+    ) -> tuple[Form, ...]:
+        """The C step for arrays that share one Theta; `previous` is a warm start of the same structure.
+
+        `weights` are as `check_weights` returns them; they are passed only if a caller has given some.
+        """
 
     def cost(self, forms: tuple[Form, ...]) -> Any:
         """C(Theta); zero for schemes that are constraints."""
         del forms
         return 0.0
 
-    def project(self, x: Any, previous: Any = None, *, mu: Any = None) -> Any:
+    def project(self, x: Any, previous: Any = None, *, mu: Any = None, weights: Any = None) -> Any:
         """Projects an array, or several arrays onto one shared Theta.
+
+            Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta)
 
         Args:
             x: a floating-point array, or a tuple of such arrays that share one codebook or budget.
             previous: an earlier result for the same shapes, as a warm start.
             mu: the penalty weight; needed by schemes with a cost, ignored by others.
+            weights: h >= 0, an array that broadcasts against x, or a tuple of them for a tuple; None for ones. For
+                instance h of shape (inputs, 1), the mean square of every input of a layer, for the error that its
+                outputs make. Only ratios within a block that shares a codebook matter; a block whose h are all zero
+                counts as unweighted, and so do schemes that choose nothing but the nearest number.
 
         Returns:
             A form in the working layout for an array; a tuple of forms for a tuple.
 
         Raises:
-            ValueError: a shape, dtype or setting that has no projection.
+            ValueError: a shape, dtype or setting that has no projection; weights that are negative, not finite, or do
+                not broadcast.
         """
         single = not isinstance(x, tuple)
         xs = (x,) if single else x
@@ -144,8 +163,57 @@ class Scheme(abc.ABC):
                     f"{self} is solved on the host and cannot run under jit; call it on concrete arrays "
                     "(lcq.compress, or lcq.lc(every=None) with lcq.c_step), or choose exact=False"
                 )
-        forms = (self.solve if self.host else self._compiled)(xs, previous, mu)
+        given: tuple[Any, ...] = ()
+        if weights is not None:
+            given = (check_weights(xs, (weights,) if single else weights),)
+            if self.host and any(isinstance(h, jax.core.Tracer) for h in given[0]):
+                raise ValueError(f"{self} is solved on the host: wanted concrete weights; got traced ones")
+        forms = (self.solve if self.host else self._compiled)(xs, previous, mu, *given)
         return forms[0] if single else forms
+
+
+class Quantizer(Scheme):
+    """A scheme whose forms are `Codes`: every element is an index into a codebook, one for each block of the leaf.
+
+    Attributes:
+        per: what shares one codebook or scale, see `lcq.blocks.block_counts`.
+    """
+
+    per: Per
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block_counts(self.per, shape)
+
+
+def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
+    """Weights of a projection, one array for each of `xs`, with as many axes as that, in float32 or wider.
+
+    Raises:
+        ValueError: not one real array each that broadcasts against its leaf; negative or not finite in float32, which
+            is seen of concrete arrays only.
+    """
+    if not isinstance(weights, tuple) or len(weights) != len(xs):
+        got = f"{len(weights)} of them" if isinstance(weights, tuple) else type(weights).__name__
+        raise ValueError(f"weights: wanted a tuple of {len(xs)} arrays; got {got}; pass one for each array of x")
+    for h, x in zip(weights, xs, strict=True):
+        if not hasattr(h, "dtype") or not any(jnp.issubdtype(h.dtype, t) for t in (jnp.floating, jnp.integer, bool)):
+            got = str(h.dtype) if hasattr(h, "dtype") else type(h).__name__
+            raise ValueError(f"weights: wanted an array of real numbers; got {got}; convert it with jnp.asarray")
+        if h.ndim > x.ndim or any(n not in (1, m) for n, m in zip(h.shape[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(
+                f"weights: wanted a shape that broadcasts to {list(x.shape)}; got {list(h.shape)}; "
+                "one number for each row of a matrix has the shape (rows, 1)"
+            )
+        if not isinstance(h, jax.core.Tracer):
+            with jax.ensure_compile_time_eval():
+                low, high = float(h.min()), float(h.max())
+            if not (low >= 0 and high <= float(jnp.finfo(jnp.float32).max)):
+                raise ValueError(
+                    f"weights: wanted finite numbers >= 0; got some from {low} to {high} in {h.dtype}{list(h.shape)}; "
+                    "clip them, or look where they come from"
+                )
+    pairs = zip(map(jnp.asarray, weights), xs, strict=True)
+    return tuple(h.astype(compute_dtype(x.dtype)).reshape((1,) * (x.ndim - h.ndim) + h.shape) for h, x in pairs)
 
 
 _F = TypeVar("_F", bound=Form)

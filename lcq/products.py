@@ -45,6 +45,7 @@ class Placed:
 
     def of(self, leaf: Any) -> Any:
         """The array that reaches the product, of the leaf's array or of another in its place."""
+        leaf = jnp.asarray(leaf)
         for i in self.index:
             leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
         return functools.reduce(lambda a, step: step(a), self.steps, leaf)
@@ -61,7 +62,7 @@ class Placed:
         first = int(np.ravel_multi_index(self.index, shape[: len(self.index)])) * size if self.index else 0
         with jax.ensure_compile_time_eval():
             places = dataclasses.replace(self, index=()).moved(jnp.arange(size, dtype=jnp.int32).reshape(rest))
-        return np.asarray(places).astype(np.int64) + first
+        return np.asarray(np.asarray(places, np.int64) + first)  # of no axes it would be a number
 
     def then(self, step: Step) -> "Placed":
         return dataclasses.replace(self, steps=(*self.steps, step))
@@ -110,6 +111,11 @@ class Product:
     @property
     def kind(self) -> str:
         return "dot" if self.primitive.name == "dot_general" else "conv"
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for products whose methods do the same to arrays of equal shapes."""
+        return self.primitive, self.params, self.side, len(self.x.shape), self.w.shape
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from lcq.base import Form, Scheme, is_form
+from lcq.base import Form, Scheme, check_weights, is_form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +63,28 @@ class Task:
         return self.paths[0]
 
     def project(
-        self, xs: tuple[Any, ...], previous: tuple[Form, ...] | None = None, mu: Any = None
+        self,
+        xs: tuple[Any, ...],
+        previous: tuple[Form, ...] | None = None,
+        mu: Any = None,
+        weights: tuple[Any, ...] | None = None,
     ) -> tuple[Form, ...]:
-        """The C step of this task: `scheme.project`, mapped over the stacked axes."""
+        """The C step of this task: `scheme.project`, mapped over the stacked axes.
+
+        Args:
+            xs: the leaves, in the order of `paths`.
+            previous: their forms, as a warm start.
+            mu: the penalty weight.
+            weights: an array for each leaf that broadcasts against the whole of it, stacked axes included.
+        """
         try:
-            if self.scheme.host and self.stacked:
-                forms = _project_each(self.scheme, xs, previous, mu, self.stacked)
-            else:
-                forms = _project_mapped(self.scheme, xs, previous, mu, self.stacked)
+            if weights is not None:
+                weights = tuple(
+                    jnp.broadcast_to(h, x.shape[: self.stacked] + h.shape[self.stacked :]) if self.stacked else h
+                    for h, x in zip(check_weights(xs, weights), xs, strict=True)
+                )
+            project = _project_each if self.scheme.host and self.stacked else _project_mapped
+            forms = project(self.scheme, xs, previous, mu, weights, self.stacked)
         except ValueError as error:
             raise ValueError(f"{', '.join(self.paths)}: {error}") from error
         if len(self.paths) > 1:
@@ -78,23 +92,25 @@ class Task:
         return forms
 
 
-def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, stacked: int) -> tuple[Form, ...]:
+def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, weights: Any, stacked: int) -> tuple[Form, ...]:
+    """Absent warm starts and weights are trees without leaves to map over."""
     if not stacked:
-        return scheme.project(xs, previous, mu=mu)
-    if previous is None:
-        return jax.vmap(lambda x: _project_mapped(scheme, x, None, mu, stacked - 1))(xs)
-    return jax.vmap(lambda x, p: _project_mapped(scheme, x, p, mu, stacked - 1))(xs, previous)
+        return scheme.project(xs, previous, mu=mu, weights=weights)
+    return jax.vmap(lambda x, p, h: _project_mapped(scheme, x, p, mu, h, stacked - 1))(xs, previous, weights)
 
 
-def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, stacked: int) -> tuple[Form, ...]:
+def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, weights: Any, stacked: int) -> tuple[Form, ...]:
     """The same for solvers on the host, which cannot be mapped: one after another, then stacked."""
     if not stacked:
-        return scheme.project(xs, previous, mu=mu)
+        return scheme.project(xs, previous, mu=mu, weights=weights)
 
-    def at(tree: Any, i: int) -> Any:
-        return jax.tree.map(lambda a: a[i], tree)
+    def at(i: int) -> Any:
+        return jax.tree.map(lambda a: a[i], (xs, previous, weights))
 
-    each = [_project_each(scheme, at(xs, i), at(previous, i), mu, stacked - 1) for i in range(xs[0].shape[0])]
+    each = []
+    for i in range(xs[0].shape[0]):
+        x, p, h = at(i)
+        each.append(_project_each(scheme, x, p, mu, h, stacked - 1))
     return jax.tree.map(lambda *a: jnp.stack(a), *each)
 
 

@@ -107,8 +107,8 @@ def trace(
 def flops(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> "list[Flops]":
     """Floating-point operations of every product of data with a parameter: 2 G M N n.
 
-    Products under a scan are listed once for each of its rounds. Products of data with data (attention scores) and
-    everything elementwise are not counted.
+    Products under a scan are listed once for each of its rounds. Products of data with data (attention scores) or with
+    what is computed from parameters (w * scale), and everything elementwise, are not counted.
 
     Args:
         fn: (params, batch) -> anything; traced, never run.
@@ -390,17 +390,18 @@ class _Follower:
         """The parameters that can take a constant added to each neuron of a product, by the product's number."""
         found = {}
         for path, uses in self.uses.items():
-            shape = tuple(self.leaves[path].shape)
-            for use in uses:
-                if use.added is None or path in self.selected:
+            if path in self.selected or all(use.added is None for use in uses):
+                continue
+            shape = np.shape(self.leaves[path])
+            places = [use.placed.elements(shape) for use in uses]
+            often = _count(places, math.prod(shape))
+            for use, each in zip(uses, places, strict=True):
+                if use.added is None or (often[each] > 1).any():
                     continue
                 value, sign, onto = use.added
                 assert value.result is not None
-                alone = all(v.reads == 1 for v in (value, *value.result.before))
-                places = use.placed.elements(shape)
-                others = [other.placed.elements(shape) for other in uses if other is not use]
-                if alone and not any(np.isin(places, other).any() for other in others):
-                    elements = _per_neuron(self.products[value.result.number], value.result.steps, places, onto)
+                if all(v.reads == 1 for v in (value, *value.result.before)):
+                    elements = _per_neuron(self.products[value.result.number], value.result.steps, each, onto)
                     if elements is not None:
                         found[value.result.number] = Shift(path, sign, elements)
         return found
@@ -420,6 +421,16 @@ def _per_neuron(product: Product, steps: tuple[Step, ...], places: np.ndarray, o
     result[of] = at
     one_to_one = (result[of] == at).all() and len(np.unique(result)) == g * n
     return result.reshape(g, n) if one_to_one else None
+
+
+def _count(places: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """How many of these arrays each of the numbers below size is in."""
+    often = np.zeros(size, np.int64)
+    for each in places:
+        inside = np.zeros(size, bool)
+        inside[each] = True
+        often += inside
+    return often
 
 
 def _stack(values: list[_Value]) -> _Value:

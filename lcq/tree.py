@@ -1,6 +1,6 @@
 """Verbs on parameter trees: compress, decompress, and what a tree costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,18 +11,21 @@ from lcq.base import Form, is_form
 from lcq.rules import Rule, Task, flatten, resolve
 
 
-def compress(params: Any, rules: Sequence[Rule]) -> Any:
+def compress(params: Any, rules: Sequence[Rule], *, weights: Mapping[str, Any] | None = None) -> Any:
     """Direct compression: every selected leaf becomes its nearest form, Theta = Pi(w).
 
     Args:
         params: a tree of arrays.
         rules: which leaves, and how; the first match wins.
+        weights: by path, how much the squared error of each element counts, such as `lcq.curvature` gives; leaves
+            without are unweighted.
 
     Returns:
         The tree with forms in the working layout at the selected leaves, everything else as it was.
 
     Raises:
-        ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN or an infinity; names the leaf.
+        ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN or an infinity, weights of a leaf that
+            no rule selects; names the leaf.
 
     Example:
         >>> import lcq
@@ -38,7 +41,18 @@ def compress(params: Any, rules: Sequence[Rule]) -> Any:
     for task in tasks:
         for path in task.paths:
             check_finite(path, leaves[path])
-    return replace(structure, leaves, tasks, [task.project(take(leaves, task)) for task in tasks])
+    left = set(weights or ()) - {path for task in tasks for path in task.paths}
+    if left:
+        raise ValueError(f"{', '.join(sorted(left))}: wanted weights of leaves that a rule compresses; drop these")
+    return replace(structure, leaves, tasks, [_project(task, leaves, weights or {}) for task in tasks])
+
+
+def _project(task: Task, leaves: dict[str, Any], weights: Mapping[str, Any]) -> tuple[Form, ...]:
+    xs = take(leaves, task)
+    if not any(path in weights for path in task.paths):
+        return task.project(xs)
+    ones = (jnp.ones((1,) * x.ndim) for x in xs)
+    return task.project(xs, weights=tuple(weights.get(path, one) for path, one in zip(task.paths, ones, strict=True)))
 
 
 def decompress(tree: Any) -> Any:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -97,6 +98,41 @@ def test_stacked_axes_are_independent():
             alone = scheme.project(x[i])
             assert jnp.allclose(forms.dense()[i], alone.dense())
             assert jnp.array_equal(jax.tree.map(lambda a, i=i: a[i], forms).dense(), forms.dense()[i])
+
+
+@pytest.mark.parametrize(
+    "scheme", [lcq.KMeans(2), lcq.KMeans(2, exact=True), lcq.Ternary(per="channel"), lcq.Cast()], ids=str
+)
+def test_weights_of_stacked_leaves(scheme):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 4, 2)), jnp.float32)
+    h = jnp.asarray(np.random.default_rng(1).lognormal(sigma=2, size=(2, 2, 4, 1)), jnp.float32)
+    (task,) = resolve([lcq.Rule("w", scheme, stacked=2)], {"w": x})
+    (plain,) = task.project((x,))
+    for weights in (h, h[0, 0], h[:, :1]):
+        (form,) = task.project((x,), weights=(weights,))
+        (warm,) = task.project((x,), (plain,), weights=(weights,))
+        full = jnp.broadcast_to(weights, x.shape)
+        for i, j in [(0, 1), (1, 0)]:
+            alone = scheme.project(x[i, j], weights=full[i, j])
+            assert jnp.allclose(form.dense()[i, j], alone.dense(), rtol=1e-5)
+            assert (full[i, j] * (warm.dense() - x)[i, j] ** 2).sum() <= 1.00001 * (
+                full[i, j] * (plain.dense() - x)[i, j] ** 2
+            ).sum()
+
+
+def test_weights_of_joint_leaves():
+    xs = tuple(PARAMS[layer]["kernel"] * jnp.arange(PARAMS[layer]["kernel"].shape[1]) for layer in ("dense0", "dense1"))
+    (task,) = resolve([lcq.Rule(KERNEL, lcq.KMeans(1), joint=True)], PARAMS)
+    forms = task.project(xs, weights=(jnp.asarray([[1.0], [0], [0], [3]]), jnp.asarray([5.0, 0])))
+    assert [form.levels.ravel().tolist() for form in forms] == [[pytest.approx(12 / 27)]] * 2
+    with pytest.raises(ValueError, match=r"dense0/kernel, dense1/kernel: weights: wanted a tuple of 2 arrays; got 1"):
+        task.project(xs, weights=(jnp.ones(3),))
+    with pytest.raises(
+        ValueError, match=r"dense0/kernel, dense1/kernel: weights: .* broadcasts to \[3, 2\]; got \[3\]"
+    ):
+        task.project(xs, weights=(jnp.ones(3), jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"weights: wanted finite numbers >= 0"):
+        task.project(xs, weights=(jnp.ones(3), -jnp.ones(2)))
 
 
 def test_a_joint_task_is_one_task():

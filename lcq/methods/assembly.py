@@ -34,7 +34,7 @@ class Assembly:
         self._block.reshape(-1)[places] = block + sum(map(len, self._rows))
         self._rows.append(rows)
         self._form = form
-        dense = np.array(self.dense)
+        dense = np.array(self.dense, order="C")
         dense.reshape(-1)[places] = np.asarray(jax.vmap(Codes.dense)(form))
         self.dense = jax.device_put(dense, self.dense.sharding if isinstance(self.dense, jax.Array) else None)
 
@@ -72,6 +72,6 @@ def _rows(form: Codes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 def _period(axis: int, block: np.ndarray) -> int:
     """The greatest length into which an axis can be cut so that blocks do not change inside."""
-    before, after = np.moveaxis(block, axis, 0)[:-1], np.moveaxis(block, axis, 0)[1:]
-    changes = np.flatnonzero((before != after).reshape(len(before), -1).any(1)) + 1
-    return math.gcd(block.shape[axis], *map(int, changes))
+    rows = np.moveaxis(block, axis, 0)
+    changes = np.flatnonzero((rows[1:] != rows[:-1]).any(tuple(range(1, rows.ndim)))) + 1
+    return math.gcd(len(rows), *map(int, changes))

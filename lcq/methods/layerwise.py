@@ -8,9 +8,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from lcq.blocks import compute_dtype
+from lcq.blocks import compute_dtype, explicit_sharding
 from lcq.forms import Codes
 from lcq.methods.alphabet import scaled
 from lcq.methods.following import alive, cheaper, follow
@@ -22,11 +24,11 @@ from lcq.rules import Rule, Task
 
 Recursion = Literal["auto", "blocked", "follow"]
 
-_COARSE = np.geomspace(0.6, 1.5, 12, dtype=np.float32)
+_COARSE = np.geomspace(0.6, 1.8, 9, dtype=np.float32)
 """Factors of the scale that are tried first, .."""
 
-_FINE = np.geomspace(0.94, 1.06, 5, dtype=np.float32)
-""".. and then around the best of them."""
+_FINE = np.geomspace(0.92, 1.08, 9, dtype=np.float32)
+""".. and then around the best of them: as many, for one compilation."""
 
 
 class Rounded(NamedTuple):
@@ -75,7 +77,7 @@ def round_product(
     Raises:
         ValueError: NaN or infinite activations, or `recursion="follow"` for another method than GPFQ.
     """
-    form, tied = _alphabet(w, rule)
+    form, tied = _alphabet(product.path, w, rule)
     search = search and not (form.scale is None and form.levels is None)
     if recursion == "follow" and not isinstance(method, GPFQ):
         raise ValueError(f"wanted recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
@@ -102,19 +104,20 @@ def round_product(
     form = problem.codes(method, w, form, key)
     shift = problem.correction(w, form) if centred else None
     dead = int((~jax.vmap(alive)(problem.squares)).sum())
-    return Rounded(form, shift, recursion, float(jnp.median(factor)), dead)
+    return Rounded(form, shift, recursion, float(np.median(factor)), dead)
 
 
-def _alphabet(w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
+def _alphabet(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
     """The scheme's projection of w [G, N, n] with an alphabet for every group, and the axes of losses [F, G, n] over
     which one scale is shared."""
     assert rule.scheme is not None
     groups, many, neurons = w.shape
     if rule.stacked:
-        (form,) = Task((rule.pattern,), rule.scheme, 1).project((w,))
+        (form,) = Task((path,), rule.scheme, 1).project((w,))
         assert isinstance(form, Codes)
         return form, (2,) if _columns(form) == 1 else ()
-    merged = rule.scheme.project(w.swapaxes(0, 1).reshape(many, groups * neurons))
+    (merged,) = Task((path,), rule.scheme).project((w.swapaxes(0, 1).reshape(many, groups * neurons),))
+    assert isinstance(merged, Codes)
 
     def split(a: Array | None) -> Array | None:
         if a is None:
@@ -123,7 +126,7 @@ def _alphabet(w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
             return jnp.broadcast_to(a, (groups, *a.shape))
         return a.reshape(a.shape[0], groups, neurons, *a.shape[2:]).swapaxes(0, 1)
 
-    fields = {name: split(getattr(merged, name)) for name in ("codes", "levels", "scale", "zero")}
+    fields: dict[str, Any] = {name: split(getattr(merged, name)) for name in ("codes", "levels", "scale", "zero")}
     return dataclasses.replace(merged, **fields), (1, 2) if _columns(merged) == 1 else ()
 
 
@@ -148,7 +151,7 @@ class _Sums(NamedTuple):
 
     @classmethod
     def of(cls, product: Product, inputs: Sequence[tuple[Any, Any]], centred: bool) -> "_Sums":
-        key = Structure((product.primitive, product.params, product.side, product.w.shape), product)
+        key = Structure(product.structure, product)
         moments: Any = None
         same = all(x is y for x, y in inputs)
         for x, y in inputs:
@@ -157,8 +160,8 @@ class _Sums(NamedTuple):
 
     @property
     def squares(self) -> Array:
-        """Diagonal of H [G, N]."""
-        return jnp.diagonal(self.statistics.gram, axis1=1, axis2=2)
+        """Diagonal of H [G, N]; NaN where X is."""
+        return jnp.diagonal(self.statistics.gram, axis1=1, axis2=2) + 0 * self.statistics.mean_x
 
     def losses(self, method: Rounding, w: Array, form: Codes, factors: Array, key: Any) -> Array:
         one = functools.partial(sweep, method)
@@ -176,12 +179,27 @@ def _gather(key: Structure) -> Callable[..., Moments]:
     """Adds one batch of a product's inputs to its moments, compiled once for all products of this kind."""
     product: Product = key.thing
 
-    @jax.jit
-    def add(y: Any, x: Any, moments: Any) -> Any:
+    def sums(y: Any, x: Any, moments: Any) -> Any:
         y, x = product.inputs(y), None if x is None else product.inputs(x)
         return jax.vmap(gather)(y, x, moments)
 
+    @jax.jit
+    def add(y: Any, x: Any, moments: Any) -> Any:
+        spread = explicit_sharding(y)
+        if spread is None:
+            return sums(y, x, moments)
+        whole, axes = NamedSharding(spread.mesh, P()), spread.mesh.axis_names
+        return jax.sharding.auto_axes(sums, axes=axes, out_sharding=whole)(y, x, moments)
+
     return add
+
+
+def everywhere(a: Any) -> Any:
+    """The whole array on every device, if it is spread over a mesh with explicit axes, which cannot be reshaped."""
+    if not isinstance(a, jax.Array) or explicit_sharding(a) is None:
+        return a
+    assert isinstance(a.sharding, NamedSharding)
+    return jax.device_put(a, NamedSharding(a.sharding.mesh, P()))
 
 
 class _Inputs(NamedTuple):
@@ -195,7 +213,7 @@ class _Inputs(NamedTuple):
     @classmethod
     def of(cls, product: Product, inputs: Sequence[tuple[Any, Any]], centred: bool) -> "_Inputs":
         def whole(parts: Sequence[Any]) -> Array:
-            rows = jnp.concatenate([product.inputs(jnp.asarray(part)) for part in parts], 1)
+            rows = jnp.concatenate([product.inputs(jnp.asarray(everywhere(part))) for part in parts], 1)
             return rows.astype(compute_dtype(rows.dtype))
 
         x, y = (whole(parts) for parts in zip(*inputs, strict=True))

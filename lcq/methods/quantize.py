@@ -11,24 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq.base import Form, is_form
+from lcq.base import Form, Quantizer, is_form
 from lcq.methods.assembly import Assembly
 from lcq.methods.descent import Descent
-from lcq.methods.layerwise import Recursion, Rounded, round_product
+from lcq.methods.layerwise import Recursion, Rounded, everywhere, round_product
 from lcq.methods.rounding import ROUNDINGS, Rounding
 from lcq.methods.walk import walk
 from lcq.products import Product
 from lcq.rules import Rule, Task, flatten, resolve
-from lcq.schemes.kmeans import KMeans
-from lcq.schemes.levels import Levels
-from lcq.schemes.uniform import Uniform
 from lcq.trace import trace
 from lcq.tree import check_finite
 
 METHODS: dict[str, Rounding] = {**ROUNDINGS, "descent": Descent()}
 """By name, with their usual settings."""
-
-_QUANTIZERS = (Levels, Uniform, KMeans)
 
 
 class Record(NamedTuple):
@@ -37,6 +32,7 @@ class Record(NamedTuple):
     Attributes:
         path: of the leaf; with indices where a leaf holds several layers.
         shape: (G, M, N, n) of one batch: groups, rows, inputs and neurons, see `lcq.unfold`.
+        levels: of the codebook.
         method: such as GPFQ(order='natural').
         recursion: "blocked" on statistics, or "follow" on the inputs themselves.
         centred: whether a bias or a batch-norm mean took up the change of the mean.
@@ -50,6 +46,7 @@ class Record(NamedTuple):
 
     path: str
     shape: tuple[int, int, int, int]
+    levels: int
     method: str
     recursion: str
     centred: bool
@@ -94,7 +91,7 @@ def quantize(
     The function is traced once and walked once, with two values for each variable, the original and the quantized one;
     at the first product of each leaf (each layer of a stacked one) the method rounds its weights on the statistics
     H = Y'Y and D = Y'(X - Y) of all batches; later uses see the codes. The alphabet is the scheme's projection of
-    the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual.
+    the weights; its scale, per neuron where the scheme has that, is then the best of 18 by the exact residual.
 
     Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `host`), H and D
     of one product, and one batch's inputs of it as a matrix.
@@ -159,7 +156,7 @@ def quantize(
             shift = None
         rounded = round_product(
             product,
-            product.weights(product.weight.moved(original[product.path])),
+            product.weights(product.weight.moved(everywhere(original[product.path]))),
             visit.inputs,
             chosen[product.path],
             method,
@@ -172,7 +169,7 @@ def quantize(
         assembly.put(product, rounded.form)
         other[product.path] = assembly.dense
         if shift is not None:
-            update = updates.setdefault(shift.path, np.array(original[shift.path], np.float32))
+            update = updates.setdefault(shift.path, np.array(original[shift.path], np.float32, order="C"))
             update.reshape(-1)[shift.elements] += shift.sign * np.asarray(rounded.correction)
         error = visit.finish(rounded.correction)
         records.append(_record(product, method, rounded, error, time.perf_counter() - start))
@@ -204,7 +201,7 @@ def _checked(batches: Iterable[Any]) -> list[Any]:
         raise ValueError("wanted at least one batch of inputs; got none")
     described = [jax.tree.map(jax.typeof, batch) for batch in batches]
     for i, other in enumerate(described):
-        if other != described[0]:
+        if jax.tree.flatten(other) != jax.tree.flatten(described[0]):
             raise ValueError(f"wanted batches of equal shapes; got {described[0]} and, batch {i}, {other}; drop it")
     if any(0 in np.shape(leaf) for leaf in jax.tree.leaves(batches[0])):
         raise ValueError(f"wanted batches with at least one example; got {described[0]}")
@@ -215,7 +212,7 @@ def _resolve(
     rules: Sequence[Rule], nearest: Sequence[Rule], dense: Any, given: dict[str, Form]
 ) -> tuple[dict[str, Rule], list[Task]]:
     """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
-    for rule in (*rules, *nearest):
+    for rule in rules:
         if isinstance(getattr(rule.scheme, "per", None), tuple):
             raise ValueError(
                 f"rule {rule.pattern!r}: wanted per=None, 'channel' or a group length, whose axes the product decides; "
@@ -229,7 +226,7 @@ def _resolve(
     chosen: dict[str, Rule] = {}
     before = list(direct)
     for task in tasks:
-        if not isinstance(task.scheme, _QUANTIZERS):
+        if not isinstance(task.scheme, Quantizer):
             before.append(task)
             continue
         if len(task.paths) > 1:
@@ -244,8 +241,8 @@ def _resolve(
 
 def _without_blocks(rule: Rule) -> Any:
     """The scheme on the whole leaf: the blocks of `per` are the product's, not the leaf's."""
-    if isinstance(rule.scheme, _QUANTIZERS) and rule.scheme.per is not None:
-        return dataclasses.replace(rule.scheme, per=None)
+    if isinstance(rule.scheme, Quantizer) and rule.scheme.per is not None:
+        return dataclasses.replace(rule.scheme, per=None)  # type: ignore[type-var]
     return rule.scheme
 
 
@@ -255,11 +252,12 @@ def _like(values: np.ndarray, leaf: Any) -> Array:
 
 def _record(product: Product, method: Rounding, rounded: Rounded, error: float, seconds: float) -> Record:
     path = product.path + "".join(f"[{i}]" for i in product.weight.index)
-    scale = 1.0 if rounded.form.scale is None else float(jnp.median(rounded.form.scale))
+    scale = 1.0 if rounded.form.scale is None else float(np.median(rounded.form.scale))
     centred = rounded.correction is not None
     return Record(
         path,
         product.shape,
+        rounded.form.size_of_table,
         str(method),
         rounded.recursion,
         centred,

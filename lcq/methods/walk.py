@@ -86,6 +86,8 @@ class _Walk:
                 second = first if same else self._keep(piece.function(*ins[1]))
                 for env, made in zip(stream, (first, second), strict=True):
                     env.update(zip(piece.outs, made, strict=True))
+                    for var in piece.spent:
+                        del env[var]
             visit = Visit(self, product, [(one[piece.x], two[piece.x]) for one, two in self.streams])
             yield visit
             if visit.results is None:
@@ -98,7 +100,7 @@ class _Walk:
             del visit
 
     def multiply(self, product: Product, inputs: list[Any], shift: Array | None) -> tuple[list[Any], float]:
-        function = _multiplier(Structure((product.primitive, product.params, product.side, product.w.shape), product))
+        function = _multiplier(Structure(product.structure, product))
         w, v = (product.weight.of(values[product.path]) for values in (self.original, self.other))
         results, sums = [], []
         for x, y in inputs:
@@ -106,7 +108,7 @@ class _Walk:
             results.append(self._keep(made))
             sums.append(squares)
         error, norm = np.asarray(jax.device_get(sums), np.float64).sum(0)
-        return results, error / norm if norm > 0 else 0.0
+        return results, float(error / norm) if norm > 0 else 0.0
 
     def _keep(self, values: Sequence[Any]) -> Sequence[Any]:
         return jax.device_get(values) if self.host else values
@@ -137,7 +139,8 @@ class _Piece(NamedTuple):
         outs: variables it makes that something later needs.
         x: the data operand of the product after it.
         result: the result of that product.
-        dead: variables, of those there are, that nothing needs after that product.
+        spent: variables, of those there are, that neither that product nor anything later needs.
+        dead: those that nothing needs after that product.
     """
 
     function: Any
@@ -145,6 +148,7 @@ class _Piece(NamedTuple):
     outs: list[Any]
     x: Any = None
     result: Any = None
+    spent: tuple[Any, ...] = ()
     dead: tuple[Any, ...] = ()
 
 
@@ -174,19 +178,21 @@ def _cut(program: Program) -> tuple[_Piece, list[_Piece]]:
             parts.append([])
         elif live:
             (parts[-1] if behind else shared).append(eqn)
-    last: dict[Any, int] = {}
+    last: dict[Any, float] = {}
     for k, (part, product) in enumerate(zip(parts, products, strict=False)):
         last.update({var: k for eqn in part for var in _variables(eqn)})
-        last[product.invars[0]] = k
+        last[product.invars[0]] = k + 0.5
     there = set(batch)
     pieces = []
     for k, (part, product) in enumerate(zip(parts, products, strict=False)):
-        later = {var for var, where in last.items() if where > k}
-        piece = _piece(part, {product.invars[0], *later})
-        there |= {*piece.outs, product.outvars[0]}
-        dead = tuple(var for var in there if last.get(var, -1) <= k)
-        there -= set(dead)
-        pieces.append(piece._replace(x=product.invars[0], result=product.outvars[0], dead=dead))
+        piece = _piece(part, {var for var, where in last.items() if where > k})
+        there.update(piece.outs)
+        spent = tuple(var for var in there if last.get(var, -1) <= k)
+        there.difference_update(spent)
+        there.add(product.outvars[0])
+        dead = tuple(var for var in there if last.get(var, -1) < k + 1)
+        there.difference_update(dead)
+        pieces.append(piece._replace(x=product.invars[0], result=product.outvars[0], spent=spent, dead=dead))
     return _piece(shared, last), pieces
 
 
@@ -206,7 +212,7 @@ def _piece(eqns: Sequence[Any], wanted: Collection[Any]) -> _Piece:
         )
         for eqn in eqns
     ]
-    key = Structure((structure, [str(var.aval) for var in ins], [number[var] for var in outs]), (eqns, ins, outs))
+    key = Structure((structure, [var.aval for var in ins], [number[var] for var in outs]), (eqns, ins, outs))
     return _Piece(_compiled(key), ins, outs)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from lcq.blocks import Cut, blocks
-from lcq.schemes.lloyd import Centres, Points, cell_sum, lloyd_pass, move_level
+from lcq.schemes.lloyd import Centres, cell_sum, lloyd_pass, move_level
 
 _BINS = 8192
 """Bins of one histogram; 16 per level where that is more."""
@@ -26,7 +26,7 @@ _SPREAD = 4.0
 """s over the mean of |x - mean|."""
 
 
-def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:
+def summarise(cut: Cut, k: int) -> tuple[Cut, Float[Array, "*stat k"]]:
     """The data as weighted centres of bins, and k levels to start from.
 
     Args:
@@ -34,8 +34,8 @@ def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:
         k: how many levels.
 
     Returns:
-        One leaf of points, [*counts of the first leaf, bins]; the data themselves where blocks are too short for a
-        histogram to be shorter. Ascending levels for every block of these points.
+        One leaf of points, [*counts of the first leaf, bins], each as heavy as what it stands for; `cut` itself where
+        blocks are too short for a histogram to be shorter. Ascending levels for every block of these points.
     """
     size = sum(b.size for b in cut.blocks)
     fine = max(_BINS, 16 * k)
@@ -46,22 +46,22 @@ def summarise(cut: Cut, k: int) -> tuple[Points, Float[Array, "*stat k"]]:
     largest = cut.max([jnp.abs(x - m) for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
     reach = jnp.log1p(largest / safe)
     count: Any = 0
-    for x, m, s, r, block in zip(
-        cut.leaves, *map(cut.spread, (mean, safe, jnp.where(reach > 0, reach, 1))), cut.blocks, strict=True
-    ):
+    places = map(cut.spread, (mean, safe, jnp.where(reach > 0, reach, 1)))
+    members = cut.weighted([jnp.ones(x.shape, jnp.int32) for x in cut.leaves])
+    for x, m, s, r, ones, block in zip(cut.leaves, *places, members, cut.blocks, strict=True):
         y = jnp.sign(x - m) * jnp.log1p(jnp.abs(x - m) / s) / r
         place = jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16)
-        count += cell_sum(jnp.ones(x.shape, jnp.int32), place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
+        count += cell_sum(ones, place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
     mean, scale, reach = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach))
     levels = mean + scale * _quantiles(count, k, reach)
     if bins < fine:
-        return Points(cut), levels.reshape(*cut.blocks[0].stat, k)
+        return cut, levels.reshape(*cut.blocks[0].stat, k)
     x = (mean + scale * _stretch((2 * jnp.arange(bins) + 1) / bins - 1, reach))[..., 0, :]
     counts = (*cut.counts[0], 1)
-    return Points(Cut((x,), (blocks(x.shape, counts),), (counts,)), (count[..., 0, :],)), levels
+    return Cut((x,), (blocks(x.shape, counts),), (counts,), (count[..., 0, :],)), levels
 
 
-def explore(points: Points, centres: Centres, passes: int) -> Centres:
+def explore(points: Cut, centres: Centres, passes: int) -> Centres:
     """Lloyd passes that also move the least useful level to the cell with the largest error, if that seems to pay.
 
     Escapes from local minima that are far from the best. Returns the best centres of at most `passes` passes.
@@ -87,14 +87,14 @@ def _losses(centres: Centres, count: Array) -> Array:
     levels, n = centres.levels, jnp.where(centres.free, count, jnp.inf)  # a frozen level does not give way
     gap = (levels[..., 1:] - levels[..., :-1]) ** 2
     left, right = n[..., :-1], n[..., 1:]
-    weight = 1 / (1 / jnp.maximum(left, 0.5) + 1 / jnp.maximum(right, 0.5))
+    weight = 1 / (1 / jnp.where(left > 0, left, 0.5) + 1 / jnp.where(right > 0, right, 0.5))
     none = jnp.full_like(levels[..., :1], jnp.inf)
     pair = jnp.concatenate([none, gap * weight, none], -1)
     loss = jnp.where(count > 0, jnp.minimum(pair[..., 1:], pair[..., :-1]), 0)
     return jnp.where(centres.free, loss, jnp.inf)
 
 
-def _quantiles(count: Int[Array, "*stat bins"], k: int, reach: Float[Array, "*stat 1"]) -> Float[Array, "*stat k"]:
+def _quantiles(count: Shaped[Array, "*stat bins"], k: int, reach: Float[Array, "*stat 1"]) -> Float[Array, "*stat k"]:
     """Quantiles (i + 1/2)/k of the measure f^(1/3) du, f from at most 64 bins, in units of u."""
     bins = min(_COARSE, count.shape[-1])
     mass = jnp.sum(count.reshape(*count.shape[:-1], bins, -1), -1).astype(jnp.float32)

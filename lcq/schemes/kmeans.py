@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq.base import Form, Scheme
-from lcq.blocks import Blocks, Cut, Per, block_counts, cut
+from lcq.base import Form, Quantizer
+from lcq.blocks import Cut, Per, cut
 from lcq.forms import Codes
 from lcq.schemes.exact_kmeans import best_levels
 from lcq.schemes.histogram import explore, summarise
-from lcq.schemes.lloyd import Centres, Points, assign, descend, lloyd_pass
+from lcq.schemes.lloyd import Centres, assign, descend, lloyd_pass
 
 _COLD = 150
 """Passes over a histogram, or over data that are no longer than one; a fifth of them over many short blocks."""
@@ -27,8 +27,8 @@ _WARM = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class KMeans(Scheme):
-    """Projection on a codebook of K learned values: Pi(x) = argmin_{c, z} sum_i (x_i - c_{z_i})^2.
+class KMeans(Quantizer):
+    """Projection on a codebook of K learned values: Pi(x) = argmin_{c, z} sum_i h_i (x_i - c_{z_i})^2, h = 1 or given.
 
     By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a good local minimum, and x itself if x has at
     most K distinct values. Cold, it starts from density^(1/3) quantiles and converges on a histogram before it sees the
@@ -74,12 +74,9 @@ class KMeans(Scheme):
     def host(self) -> bool:
         return self.exact
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        block_counts(self.per, shape)
-
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         del mu
-        whole = cut(xs, self.per)
+        whole = cut(xs, self.per, weights)
         if self.exact:
             codes, levels = _solve_exactly(self, whole)
         else:
@@ -93,7 +90,7 @@ class KMeans(Scheme):
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
     """Codes of every leaf in blocks, and the levels they share."""
-    stat, points, passes = whole.blocks[0].stat, Points(whole), _WARM
+    stat, passes = whole.blocks[0].stat, _WARM
     learned = scheme.k - len(scheme.fixed)
     if warm is not None:
         centres = _freeze(warm.reshape(*stat, scheme.k), scheme.fixed)
@@ -101,30 +98,24 @@ def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, .
         centres = _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed)
     else:
         short, levels = summarise(whole, learned)
-        many = _COLD if sum(x.size for x in short.cut.leaves) <= _SHORT else _COLD // 5
+        many = _COLD if sum(x.size for x in short.leaves) <= _SHORT else _COLD // 5
         centres = explore(short, _merge(levels, scheme.fixed), many)
         centres = Centres(*(a.reshape(*stat, scheme.k) for a in centres))
-        passes = many if short.weights is None else _WARM
+        passes = many if short is whole else _WARM
     if learned:
-        centres = descend(points, centres, passes)
-    codes, centres, _ = lloyd_pass(points, centres)
+        centres = descend(whole, centres, passes)
+    codes, centres, _ = lloyd_pass(whole, centres)
     return codes, centres.levels
 
 
 def _solve_exactly(scheme: KMeans, whole: Cut) -> tuple[tuple[Array, ...], Array]:
     """The same by dynamic programming over every block, on the host."""
-    rows = [_rows(np.asarray(x, np.float64), b) for x, b in zip(whole.leaves, whole.blocks, strict=True)]
-    joint = rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
-    levels = np.stack([best_levels(row, scheme.k, scheme.fixed) for row in joint])
+    rows, weights = whole.rows()
+    each = [None] * len(rows) if weights is None else weights
+    levels = np.stack([best_levels(x, scheme.k, scheme.fixed, h) for x, h in zip(rows, each, strict=True)])
     levels = levels.astype(whole.leaves[0].dtype).reshape(*whole.blocks[0].stat, scheme.k)
     shaped = [jnp.asarray(levels.reshape(*b.stat, scheme.k)) for b in whole.blocks]
     return tuple(assign(x, level) for x, level in zip(whole.leaves, shaped, strict=True)), shaped[0]
-
-
-def _rows(x: np.ndarray, block: Blocks) -> np.ndarray:
-    """One row for every block."""
-    outside = [i for i in range(x.ndim) if i not in block.axes]
-    return x.transpose(outside + list(block.axes)).reshape(-1, block.size)
 
 
 def _merge(levels: Array, fixed: tuple[float, ...]) -> Centres:

@@ -1,9 +1,10 @@
 """Fixed codebooks, with or without a free scale: binary, ternary, powers of two, any list of values.
 
-    Pi(x) = argmin_{k, a} sum_i (x_i - a c_{k_i})^2          a = 1, or a > 0 free per block
+    Pi(x) = argmin_{k, a} sum_i h_i (x_i - a c_{k_i})^2      a = 1, or a > 0 free per block; h = 1, or given
 
-For given codes the best scale is a = A/B with A = sum x c, B = sum c^2, and leaves the error sum x^2 - A^2/B; so the
-best pair maximises A^2/B. As a falls from infinity, codes change only where x_i/a crosses a midpoint of the codebook.
+For given codes the best scale is a = A/B with A = sum h x c, B = sum h c^2, and leaves the error sum h x^2 - A^2/B; so
+the best pair maximises A^2/B. As a falls from infinity, codes change only where x_i/a crosses a midpoint of the
+codebook.
 
 Source: Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.2; free scale: Idelbayev et al., CVPR 2021.
 """
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcq.base import Form, Scheme
-from lcq.blocks import Cut, Per, block_counts, cut
+from lcq.base import Form, Quantizer
+from lcq.blocks import Cut, Per, cut
 from lcq.forms import Codes
 
 _CANDIDATES = 64
@@ -30,7 +31,7 @@ _SAMPLE = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
-class Levels(Scheme):
+class Levels(Quantizer):
     """Projection on a fixed codebook, Delta = a c_k with c in `values`.
 
     A tie between two levels goes to the one nearer to zero, but away from zero itself, and at zero to the positive one:
@@ -39,8 +40,9 @@ class Levels(Scheme):
     Attributes:
         values: the codebook c, at most 65,536 distinct finite numbers.
         scale: False for a = 1; True for the scale a >= 0 that minimises the error, by a search over 64 scales (on at
-            most 32,768 of a block's weights) and twice 16 around the best of them, each judged after its codes have
-            got their best scale: sort-free, jit-able, and global up to the resolution of the search.
+            most 32,768 of a block's elements, on all if they are weighted) and twice 16 around the best of them, each
+            judged after its codes have got their best scale: sort-free, jit-able, and global up to the resolution of
+            the search.
         per: what shares one scale, see `lcq.blocks.block_counts`.
         exact: the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)), on the host.
 
@@ -72,12 +74,9 @@ class Levels(Scheme):
     def host(self) -> bool:
         return self.exact
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        block_counts(self.per, shape)
-
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         del mu
-        whole = cut(xs, self.per)
+        whole = cut(xs, self.per, weights)
         if not self.scale:
             return tuple(self._form(x, nearest(w, self.values), None) for x, w in zip(xs, whole.leaves, strict=True))
         if self.exact:
@@ -176,7 +175,9 @@ def code_dtype(k: int) -> Any:
 
 
 def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = None) -> Array:
-    """The scale a >= 0 per block that minimises sum (x - a c)^2, without a sort.
+    """The scale a >= 0 per block that minimises sum h (x - a c)^2, without a sort.
+
+    What weighs nothing does not bound the range of scales; what weighs more counts as if it were there more often.
 
     Args:
         whole: leaves cut into the blocks that share a scale.
@@ -222,9 +223,11 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
 def keep_better(
     whole: Cut, xs: Sequence[Array], cs: Sequence[Array], others: tuple[Array, ...], best: Any
 ) -> tuple[Array, ...]:
-    """(a, *others, error) per block, a = <x, c>/<c, c> and error = ||x - a c||^2, or `best` if its error is less.
+    """(a, *others, error) per block, or `best` if its error is less:
 
-    The error is summed as it is, not as ||x||^2 - a <x, c>: float32 could not tell fine grids apart.
+        a = sum h x c / sum h c^2,    error = sum h (x - a c)^2
+
+    The error is summed as it is, not as sum h x^2 - a sum h x c: float32 could not tell fine grids apart.
     """
     numerator = whole.sum([x * c for x, c in zip(xs, cs, strict=True)])
     denominator = whole.sum([c * c for c in cs])
@@ -236,18 +239,13 @@ def keep_better(
 
 def _exact_scales(whole: Cut, values: tuple[float, ...]) -> Array:
     """`exact_scale` of every block, on the host."""
-    block = whole.blocks[0]
-    if len(whole.leaves) > 1:
-        rows = np.concatenate([np.asarray(x, np.float64).reshape(1, -1) for x in whole.leaves], axis=1)
-    else:
-        outside = [i for i in range(len(block.split)) if i not in block.axes]
-        rows = np.asarray(whole.leaves[0], np.float64).transpose(outside + list(block.axes)).reshape(-1, block.size)
-    scales = np.array([exact_scale(row, values) for row in rows])
-    return jnp.asarray(scales.reshape(block.stat), whole.leaves[0].dtype)
+    rows, weights = whole.rows()
+    scales = [exact_scale(row, values, None if weights is None else weights[i]) for i, row in enumerate(rows)]
+    return jnp.asarray(np.array(scales).reshape(whole.blocks[0].stat), whole.leaves[0].dtype)
 
 
-def exact_scale(x: np.ndarray, values: tuple[float, ...]) -> float:
-    """The a >= 0 that minimises sum_i min_k (x_i - a c_k)^2, in float64.
+def exact_scale(x: np.ndarray, values: tuple[float, ...], weights: np.ndarray | None = None) -> float:
+    """The a >= 0 that minimises sum_i h_i min_k (x_i - a c_k)^2, in float64; h = 1 without weights.
 
     Sweeps a from infinity down: every x_i starts at the level nearest to zero and moves outward where a passes x_i/m,
     m a midpoint of the sign of x_i; A and B then only grow. Source: Idelbayev et al., CVPR 2021; the sweep is lcq's.
@@ -255,18 +253,18 @@ def exact_scale(x: np.ndarray, values: tuple[float, ...]) -> float:
     c = np.asarray(values, np.float64)
     middles, gains, gains2 = (c[1:] + c[:-1]) / 2, np.diff(c), np.diff(c**2)
     raise_at, da, db = [], [], []
-    positive, negative = x[x > 0], x[x < 0]
+    h = np.ones_like(x) if weights is None else weights
+    up, down = ((x[side], h[side]) for side in (x > 0, x < 0))
     for m, g, g2 in zip(middles, gains, gains2, strict=True):
-        side = positive if m > 0 else negative if m < 0 else None
-        if side is not None:
-            sign = 1.0 if m > 0 else -1.0
+        if m != 0:
+            (side, often), sign = (up, 1.0) if m > 0 else (down, -1.0)
             raise_at.append(side / m)
-            da.append(sign * side * g)
-            db.append(np.full(side.shape, sign * g2))
+            da.append(sign * side * often * g)
+            db.append(sign * often * g2)
     start_up = c[np.searchsorted(middles, 0, side="right")]
     start_down = c[np.searchsorted(middles, 0, side="left")]
-    a0 = start_up * positive.sum() + start_down * negative.sum()
-    b0 = start_up**2 * positive.size + start_down**2 * negative.size
+    a0 = start_up * (up[0] * up[1]).sum() + start_down * (down[0] * down[1]).sum()
+    b0 = start_up**2 * up[1].sum() + start_down**2 * down[1].sum()
     if raise_at:
         order = np.argsort(-np.concatenate(raise_at), kind="stable")
         a0 = np.concatenate([[a0], a0 + np.cumsum(np.concatenate(da)[order])])

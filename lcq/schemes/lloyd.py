@@ -1,6 +1,6 @@
 """Lloyd's algorithm in one dimension without a sort: cut at midpoints, average each cell.
 
-    t_k = (c_k + c_{k+1}) / 2,    c_k <- mean{ x : t_{k-1} < x <= t_k },    until no centre moves
+    t_k = (c_k + c_{k+1}) / 2,    c_k <- sum h x / sum h over t_{k-1} < x <= t_k,    until no centre moves
 
 Legal under jit, vmap and sharding: elementwise operations and sums over whole axes, no flattening, so that a sharded
 array stays where it is and the sums over cells become a psum. Levels ascend throughout. A centre moves by the mean of
@@ -19,48 +19,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from lcq.blocks import Blocks, Cut, explicit_sharding
+from lcq.blocks import Cut, explicit_sharding
 from lcq.schemes.levels import code_dtype
 
 _UNROLL = 4
 """Comparisons in one step of the loop that assigns; a longer chain is fused into code that XLA does not vectorise."""
 
 Stat = tuple[int, ...]
-
-
-class Points(NamedTuple):
-    """Numbers in blocks, every block with its own centres.
-
-    Attributes:
-        cut: the numbers.
-        weights: how often each counts, one array per leaf; None for once.
-    """
-
-    cut: Cut
-    weights: tuple[Int[Array, "..."], ...] | None = None
-
-    def leaves(self) -> list[tuple[Array, Blocks]]:
-        """Every leaf with its blocks."""
-        return list(zip(self.cut.leaves, self.cut.blocks, strict=True))
-
-    def sum(self, arrays: Sequence[Array]) -> Array:
-        """Weighted sums over blocks and leaves."""
-        return self.cut.sum(self._weighted(arrays))
-
-    def max(self, arrays: Sequence[Array]) -> Array:
-        """Maxima over blocks and leaves, of what has a weight."""
-        if self.weights is not None:
-            arrays = [jnp.where(w > 0, a, -jnp.inf) for w, a in zip(self.weights, arrays, strict=True)]
-        return self.cut.max(arrays)
-
-    def cell_sums(self, arrays: Sequence[Array], codes: Sequence[Array], like: Array) -> Array:
-        """Weighted sums over cells and leaves, in the shape of the levels `like`."""
-        whole = zip(self._weighted(arrays), codes, self.cut.blocks, strict=True)
-        parts = [cell_sum(a, c, like.shape[-1], b.stat).reshape(like.shape) for a, c, b in whole]
-        return functools.reduce(jnp.add, parts)
-
-    def _weighted(self, arrays: Sequence[Array]) -> Sequence[Array]:
-        return arrays if self.weights is None else [a * w for a, w in zip(arrays, self.weights, strict=True)]
 
 
 class Centres(NamedTuple):
@@ -70,7 +35,7 @@ class Centres(NamedTuple):
     free: Bool[Array, "*stat k"]
 
 
-def descend(points: Points, centres: Centres, passes: int) -> Centres:
+def descend(points: Cut, centres: Centres, passes: int) -> Centres:
     """Lloyd passes, each of which also moves one unused level per block to a cell with an error.
 
     The squared error never rises.
@@ -103,25 +68,26 @@ def descend(points: Points, centres: Centres, passes: int) -> Centres:
 
 
 def lloyd_pass(
-    points: Points, centres: Centres
-) -> tuple[tuple[UInt[Array, "..."], ...], Centres, Int[Array, "*stat k"]]:
+    points: Cut, centres: Centres
+) -> tuple[tuple[UInt[Array, "..."], ...], Centres, Shaped[Array, "*stat k"]]:
     """Assigns every number to its nearest level, then moves free levels to the means of their cells.
 
     Returns:
-        Codes of every leaf, the new centres, and how many numbers each cell holds. The level of an empty cell stays.
+        Codes of every leaf, the new centres, and how much each cell weighs: how many numbers it holds, an integer,
+            where these have no weights. The level of a cell without weight stays.
     """
     levels, free = centres
-    codes = tuple(assign(x, levels.reshape(*b.stat, -1)) for x, b in points.leaves())
-    count = points.cell_sums([jnp.ones(x.shape, jnp.int32) for x, _ in points.leaves()], codes, levels)
-    total = points.cell_sums(_residuals(points, levels, codes), codes, levels)
-    mean = levels + total / jnp.maximum(count, 1).astype(total.dtype)
+    codes = tuple(assign(x, levels.reshape(*b.stat, -1)) for x, b in zip(points.leaves, points.blocks, strict=True))
+    count = _cell_sums(points, [jnp.ones(x.shape, jnp.int32) for x in points.leaves], codes, levels)
+    total = _cell_sums(points, _residuals(points, levels, codes), codes, levels)
+    mean = levels + total / jnp.where(count > 0, count, 1).astype(total.dtype)
     middle = midpoints(levels)
     mean = mean.at[..., 1:].max(middle).at[..., :-1].min(middle)  # rounding must not swap two levels
     return codes, Centres(jnp.where(free & (count > 0), mean, levels), free), count
 
 
 def move_level(
-    points: Points, codes: Sequence[Array], centres: Centres, losses: Float[Array, "*stat k"]
+    points: Cut, codes: Sequence[Array], centres: Centres, losses: Float[Array, "*stat k"]
 ) -> tuple[Centres, Bool[Array, ""], Float[Array, "*stat"]]:
     """In every block moves the level that is least missed to the cell with the largest squared error.
 
@@ -141,10 +107,10 @@ def move_level(
     rest = _residuals(points, levels, codes)
     largest = points.max([jnp.abs(r) for r in rest])
     unit = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
-    squares = [(r / u) ** 2 for r, u in zip(rest, points.cut.spread(unit), strict=True)]
-    error, unit = points.cell_sums(squares, codes, levels), unit[..., None]
+    squares = [(r / u) ** 2 for r, u in zip(rest, points.spread(unit), strict=True)]
+    error, unit = _cell_sums(points, squares, codes, levels), unit[..., None]
     worst = jnp.argmax(error, -1, keepdims=True)
-    inside = [c == k for c, k in zip(codes, points.cut.spread(worst[..., 0]), strict=True)]
+    inside = [c == k for c, k in zip(codes, points.spread(worst[..., 0]), strict=True)]
     above = points.max([jnp.where(i, r, -jnp.inf) for i, r in zip(inside, rest, strict=True)]) > 0
     level = jnp.take_along_axis(levels, worst, -1)
     kind = jnp.finfo(level.dtype)
@@ -225,10 +191,17 @@ def _index(codes: Array, size: int, stat: Stat) -> Array:
     return jnp.arange(blocks, dtype=kind).reshape(stat) * size + codes.astype(kind)
 
 
-def _residuals(points: Points, levels: Array, codes: Sequence[Array]) -> list[Array]:
+def _cell_sums(points: Cut, arrays: Sequence[Array], codes: Sequence[Array], like: Array) -> Array:
+    """Weighted sums over cells and leaves, in the shape of the levels `like`."""
+    whole = zip(points.weighted(arrays), codes, points.blocks, strict=True)
+    parts = [cell_sum(a, c, like.shape[-1], b.stat).reshape(like.shape) for a, c, b in whole]
+    return functools.reduce(jnp.add, parts)
+
+
+def _residuals(points: Cut, levels: Array, codes: Sequence[Array]) -> list[Array]:
     """x - c of every element."""
-    pairs = zip(codes, points.leaves(), strict=True)
-    return [x - _level_of(levels.reshape(*b.stat, -1), c) for c, (x, b) in pairs]
+    pieces = zip(codes, points.leaves, points.blocks, strict=True)
+    return [x - _level_of(levels.reshape(*b.stat, -1), c) for c, x, b in pieces]
 
 
 def _level_of(levels: Float[Array, "*stat k"], codes: UInt[Array, "*split"]) -> Float[Array, "*split"]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lcq.base import Form, Scheme
-from lcq.blocks import Cut, Per, block_counts, cut
+from lcq.base import Form, Quantizer
+from lcq.blocks import Cut, Per, cut
 from lcq.forms import Codes
 from lcq.schemes.levels import Levels, code_dtype, keep_better
 
@@ -17,12 +17,13 @@ _POLISH = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform(Scheme):
-    """Pi(x) = argmin_{q, a, z} sum_i (x_i - a (q_i - z))^2 over integers q of b bits: Delta = a (q - z).
+class Uniform(Quantizer):
+    """Pi(x) = argmin_{q, a, z} sum_i h_i (x_i - a (q_i - z))^2 over integers q of b bits: Delta = a (q - z).
 
     Without a zero point z = 0 and q runs from -2^(b-1) to 2^(b-1) - 1; the scale is that of `Levels`. With one, q
     and z run from 0 to 2^b - 1, z is an integer, so that 0 is represented exactly, and (a, z) is found by shrinking the
-    range [min x, max x] (64 steps), then a = <x, q - z>/<q - z, q - z> alternates with the codes.
+    range [min x, max x] of what has a weight (64 steps), then a = <x, q - z>/<q - z, q - z>, products weighted by h,
+    alternates with the codes.
 
     Attributes:
         bits: 2 to 16; with a zero point 1 to 16.
@@ -50,16 +51,13 @@ class Uniform(Scheme):
                 f"wanted {least} to 16 bits; got {self.bits!r}; for 1 bit take lcq.Binary() or zero_point=True"
             )
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        block_counts(self.per, shape)
-
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         if not self.zero_point:
             half = 1 << (self.bits - 1)
             grid = Levels(tuple(map(float, range(-half, half))), scale=True, per=self.per)
-            return grid.solve(xs, previous, mu)
+            return grid.solve(xs, previous, mu, weights)
         last = (1 << self.bits) - 1
-        whole = cut(xs, self.per)
+        whole = cut(xs, self.per, weights)
         a, z = _search_grid(whole, last, None if previous is None else (previous[0].scale, previous[0].zero))
         values = tuple(map(float, range(last + 1)))
         places, numbers = (zip(f(a), f(z), strict=True) for f in (whole.spread, whole.numbers))

@@ -1,12 +1,15 @@
 """What every scheme and every form promises, from one list of cases."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lcq
-from lcq.base import FORMS, split_leafwise
+from lcq.base import FORMS, Quantizer, split_leafwise
+from lcq.forms import Codes
 from lcq.plan import SCHEMES, format_scheme, parse_scheme
 
 CASES = [
@@ -32,6 +35,8 @@ CASES = [
     lcq.Cast("float16"),
 ]
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
+H = jnp.asarray(np.random.default_rng(1).lognormal(sigma=1.5, size=(8, 6)), jnp.float32)
+TIMES = np.array([1, 3, 3, 1, 1, 3, 3, 1])  # every two and every four rows become twice as many
 
 
 def case(scheme):
@@ -48,8 +53,9 @@ def form(scheme):
     return scheme.project(X)
 
 
-def distortion(form, x=X):
-    return float(((np.asarray(form.dense(), np.float64) - np.asarray(x, np.float64)) ** 2).sum())
+def distortion(form, x=X, h=1.0):
+    h = np.asarray(h, np.float64)
+    return float((h * (np.asarray(form.dense(), np.float64) - np.asarray(x, np.float64)) ** 2).sum())
 
 
 def test_the_list_has_every_scheme_and_form():
@@ -136,3 +142,115 @@ def test_what_cannot_be_projected_is_refused(scheme):
     for bad in (jnp.ones((0, 6)), jnp.ones((8, 6), jnp.int32)):
         with pytest.raises(ValueError, match="wanted"):
             scheme.project(bad)
+
+
+# Weights: sum h (x - Delta)^2
+
+
+def test_quantizers_are_the_schemes_whose_forms_are_codes(scheme, form):
+    assert isinstance(scheme, Quantizer) == isinstance(form, Codes)
+    if isinstance(scheme, Quantizer):
+        assert scheme.per in (None, "channel", 2, 4) and type(scheme).check is Quantizer.check
+
+
+def test_weights_of_one_are_none(scheme, form):
+    ones = scheme.project(X, weights=np.ones((8, 1), bool))
+    assert distortion(ones) == pytest.approx(distortion(form), rel=1e-5, abs=1e-9)
+
+
+def test_whole_weights_are_repetitions(scheme):
+    long = scheme
+    if isinstance(getattr(scheme, "per", None), int):
+        long = dataclasses.replace(scheme, per=2 * scheme.per)
+    each = scheme.project(X, weights=jnp.asarray(TIMES[:, None]))
+    start = each if isinstance(scheme, lcq.KMeans) else None  # of several local minima, the same one
+    repeated = long.project(jnp.repeat(X, TIMES, axis=0), start)
+    np.testing.assert_allclose(jnp.repeat(each.dense(), TIMES, axis=0), repeated.dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_weights_lower_the_weighted_distortion(scheme, form):
+    for h in (H, H[:, :1]):
+        cold = scheme.project(X, weights=h)
+        assert distortion(cold, h=h) <= distortion(form, h=h) * (1 + 1e-5) + 1e-9
+        if isinstance(form, Codes) and form.shared_bits and distortion(form):  # something is learned, and not exact
+            assert distortion(cold, h=h) < 0.9999 * distortion(form, h=h)
+    for start in (form, cold):
+        warm = scheme.project(X, start, weights=h)
+        assert distortion(warm, h=h) <= distortion(start, h=h) * (1 + 1e-5) + 1e-9
+
+
+def test_only_ratios_of_weights_matter(scheme):
+    form = scheme.project(X, weights=H)
+    np.testing.assert_array_equal(scheme.project(X, weights=H * 2.0**-90).dense(), form.dense())
+    for scale in (3.0, 1e30):
+        assert distortion(scheme.project(X, weights=scale * H), h=H) == pytest.approx(distortion(form, h=H), rel=1e-5)
+
+
+def test_blocks_without_weight_are_unweighted(scheme, form):
+    nothing = scheme.project(X, weights=jnp.zeros((8, 6)))
+    np.testing.assert_allclose(nothing.dense(), form.dense(), rtol=1e-5, atol=1e-6)
+    some = scheme.project(X, weights=H.at[:4, 0].set(0))
+    assert bool(jnp.isfinite(some.dense()).all())
+    if getattr(scheme, "per", None) in (2, 4):
+        np.testing.assert_allclose(some.dense()[:4, 0], form.dense()[:4, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_what_weighs_nothing_decides_nothing(scheme):
+    h = H.at[::2].set(0)
+    forms = [scheme.project(X.at[::2].set(value), weights=h) for value in (0.0, -3e38, 7.0)]
+    for form in forms[1:]:
+        np.testing.assert_allclose(form.dense()[1::2], forms[0].dense()[1::2], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_under_jit_and_vmap(scheme):
+    if scheme.host:
+        with pytest.raises(ValueError, match=r"solved on the host: .*concrete weights"):
+            jax.jit(lambda h: scheme.project(X, weights=h))(H)
+        return
+    alone = scheme.project(X, weights=H).dense()
+    both = jax.jit(jax.vmap(lambda h: scheme.project(X, weights=h)))(jnp.stack([H[::-1], H]))
+    np.testing.assert_allclose(both.dense()[1], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [lcq.KMeans(4), lcq.Uniform(8, per=2), lcq.Uniform(4, "channel", True)], ids=case)
+def test_weights_on_a_mesh_with_explicit_axes(scheme):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.NamedSharding(mesh, jax.P("a", "b")))
+        h = jax.device_put(H[:, :1], jax.NamedSharding(mesh, jax.P("a", None)))
+        sharded = jax.jit(lambda x, h: scheme.project(x, weights=h))(x, h)
+    alone = scheme.project(X, weights=H[:, :1]).dense()
+    np.testing.assert_allclose(jax.device_get(sharded.dense()), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (-H, r"wanted finite numbers >= 0; got some from -.* in float32\[8, 6\]; clip"),
+        (H.at[0, 0].set(jnp.nan), "wanted finite numbers >= 0; got some from nan"),
+        (H.at[0, 0].set(jnp.inf), "wanted finite numbers >= 0; .* to inf"),
+        (np.full((8, 6), 1e300), r"wanted finite numbers >= 0; .* in float64"),
+        (H[:, 0], r"wanted a shape that broadcasts to \[8, 6\]; got \[8\]; .*\(rows, 1\)"),
+        (H[None], r"wanted a shape that broadcasts to \[8, 6\]; got \[1, 8, 6\]"),
+        (H * 1j, "wanted an array of real numbers; got complex64; convert"),
+        (2.0, "wanted an array of real numbers; got float; convert"),
+        ((H, H), "wanted an array of real numbers; got tuple; convert"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights, words):
+    for scheme in (lcq.KMeans(2), lcq.Levels((-1, 1), scale=True, exact=True), lcq.Cast()):
+        with pytest.raises(ValueError, match=f"weights: {words}"):
+            scheme.project(X, weights=weights)
+
+
+def test_weights_of_joint_leaves():
+    for scheme in (lcq.KMeans(4), lcq.KMeans(4, exact=True), lcq.Ternary(), lcq.Uniform(4, zero_point=True)):
+        whole = scheme.project(X, weights=H)
+        parts = scheme.project((X[:3], X[3:].ravel()), weights=(H[:3], H[3:].ravel()))
+        np.testing.assert_allclose(
+            np.concatenate([np.asarray(part.dense()).ravel() for part in parts]), whole.dense().ravel(), 1e-4, 1e-6
+        )
+        with pytest.raises(ValueError, match="wanted a tuple of 2 arrays; got 1 of them; pass one for each"):
+            scheme.project((X, X), weights=(H,))
+        with pytest.raises(ValueError, match="wanted a tuple of 2 arrays; got ArrayImpl"):
+            scheme.project((X, X), weights=H)

@@ -21,7 +21,7 @@ def least(x, levels):
     return ((np.asarray(x, np.float64).reshape(-1, 1) - np.asarray(levels, np.float64)) ** 2).min(1).sum()
 
 
-def brute_force(x, k, fixed):
+def brute_force(x, k, fixed, h=1.0):
     """The least error over all k^n assignments, the last of the k cells being those of the fixed levels."""
     codes = np.array(list(itertools.product(range(k), repeat=len(x))))
     total = np.zeros(len(codes))
@@ -30,8 +30,9 @@ def brute_force(x, k, fixed):
         if cell >= k - len(fixed):
             centre = np.full(len(codes), fixed[cell - k + len(fixed)])
         else:
-            centre = (inside * x).sum(1) / np.maximum(inside.sum(1), 1)
-        total += (inside * (x - centre[:, None]) ** 2).sum(1)
+            weight = (inside * h).sum(1)
+            centre = (inside * h * x).sum(1) / np.where(weight > 0, weight, 1)
+        total += (inside * h * (x - centre[:, None]) ** 2).sum(1)
     return total.min()
 
 
@@ -64,6 +65,29 @@ def test_brute_force(fixed):
                 levels = best_levels(x, k, fixed)
                 assert len(levels) == k and set(fixed) <= set(levels) and np.all(np.diff(levels) >= 0)
                 assert least(x, levels) == pytest.approx(brute_force(x, k, fixed), rel=1e-10, abs=1e-12)
+
+
+@pytest.mark.parametrize("fixed", [(), (0.0,), (-1.0, 0.5)])
+def test_weighted_brute_force(fixed):
+    rng = np.random.default_rng(len(fixed))
+    for k, n in ((1, 4), (2, 10), (3, 8), (4, 6)):
+        for x in (rng.normal(size=n), rng.integers(-2, 3, n).astype(float)):
+            for h in (rng.lognormal(sigma=3, size=n), rng.integers(0, 3, n) + 0.0, np.r_[1e-5, 1e5, np.ones(n - 2)]):
+                if len(fixed) <= k and h.any():
+                    levels = best_levels(x, k, fixed, h)
+                    error = (h * ((x[:, None] - levels) ** 2).min(1)).sum()
+                    least = brute_force(x, k, fixed, h)
+                    assert len(levels) == k and set(fixed) <= set(levels) and np.all(np.diff(levels) >= 0)
+                    assert error == pytest.approx(least, rel=1e-9, abs=1e-13 * (h * x**2).sum())
+
+
+def test_whole_weights_are_repetitions(monkeypatch):
+    monkeypatch.setattr(exact_kmeans, "_FIRST", 40)  # many rounds of bounds
+    rng = np.random.default_rng(0)
+    x, h = rng.standard_cauchy(size=400), rng.integers(0, 4, 400)
+    for k, fixed in ((5, ()), (30, ()), (4, (0.0, 0.9))):
+        weighted = best_levels(x, k, fixed, 0.37 * h)
+        assert least(np.repeat(x, h), weighted) == pytest.approx(quadratic(np.repeat(x, h), k, fixed), rel=1e-9)
 
 
 @pytest.mark.parametrize("first", [3, 40, 1024])

@@ -101,6 +101,69 @@ def test_a_warm_start_is_never_worse(x, other):
         assert distortion(after, x) <= least(x, before.levels) * (1 + 1e-6) + 1e-10
 
 
+def weigh(seed, n=N):
+    """Weights over many magnitudes, a fifth of them zero."""
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(n) < 0.2, 0, rng.lognormal(sigma=2, size=n)).astype(np.float32)
+
+
+def weighted(form, x, h):
+    return (h * (np.asarray(form.dense(), np.float64) - np.asarray(x, np.float64)) ** 2).sum()
+
+
+@pytest.mark.parametrize("n", [N, 40_000])
+def test_weighted_lloyd_comes_near_the_weighted_optimum_and_ends_at_weighted_means(n):
+    for seed in range(4):
+        x, h = np.random.default_rng(seed).laplace(size=n).astype(np.float32), weigh(seed, n)
+        form = FOUR.project(jnp.asarray(x), weights=jnp.asarray(h))
+        exact = lcq.KMeans(4, exact=True).project(jnp.asarray(x), weights=jnp.asarray(h))
+        near = weighted(form, x, h) / weighted(exact, x, h)
+        assert 1 - 1e-5 <= near <= (1.05 if n > N else 1.5)
+        wide, h = x.astype(np.float64), h.astype(np.float64)
+        means = [
+            np.average(wide[np.asarray(form.codes) == i], weights=h[np.asarray(form.codes) == i]) for i in range(4)
+        ]
+        np.testing.assert_allclose(form.levels[0], means, atol=2e-3 if n > N else 1e-5)
+
+
+def test_a_weighted_cold_start_goes_where_the_weight_is():
+    x = np.random.default_rng(0).laplace(size=40_000).astype(np.float32)
+    h = np.where(x > 3, 1, 1e-9).astype(np.float32)
+    form = FOUR.project(jnp.asarray(x), weights=jnp.asarray(h))
+    exact = lcq.KMeans(4, exact=True).project(jnp.asarray(x), weights=jnp.asarray(h))
+    assert weighted(form, x, h) <= 1.01 * weighted(exact, x, h)
+
+
+@hypothesis.given(arrays, arrays, st.integers(0, 99))
+def test_a_weighted_warm_start_is_never_worse(x, other, seed):
+    x, h = jnp.asarray(x), weigh(seed)
+    for before in (FOUR.project(jnp.asarray(other)), FOUR.project(x, weights=jnp.asarray(h))):
+        after = FOUR.project(x, before, weights=jnp.asarray(h))
+        levels = np.asarray(before.levels, np.float64).reshape(-1)
+        bound = (h * ((np.asarray(x, np.float64)[:, None] - levels) ** 2).min(1)).sum()
+        assert np.all(np.diff(np.asarray(after.levels)) >= 0)
+        assert weighted(after, x, h) <= bound * (1 + 1e-6) + 1e-10
+
+
+@hypothesis.given(arrays, st.integers(0, 99), st.randoms(use_true_random=False))
+def test_at_most_k_distinct_values_with_a_weight_are_returned(x, seed, random):
+    h, values = weigh(seed), [random.choice([-2.5, 0.0, 1.0, 1e-3, 7.0]) for _ in range(4)]
+    x = np.where(h > 0, [random.choice(values) for _ in range(N)], x).astype(np.float32)
+    form = FOUR.project(jnp.asarray(x), weights=jnp.asarray(h))
+    np.testing.assert_array_equal(np.asarray(form.dense())[h > 0], x[h > 0])
+    assert np.isfinite(form.levels).all()
+
+
+def test_fixed_levels_stay_under_weights():
+    x, h = np.random.default_rng(0).normal(size=N).astype(np.float32), weigh(0)
+    exact = lcq.KMeans(4, (0, 1.25), exact=True).project(jnp.asarray(x), weights=jnp.asarray(h))
+    before = PARTLY.project(jnp.asarray(x))
+    for start, most in ((None, 1.3 * weighted(exact, x, h)), (before, weighted(before, x, h))):
+        form = PARTLY.project(jnp.asarray(x), start, weights=jnp.asarray(h))
+        assert {0.0, 1.25} <= set(form.levels.ravel().tolist())
+        assert weighted(exact, x, h) * (1 - 1e-6) <= weighted(form, x, h) <= most * (1 + 1e-6)
+
+
 @hypothesis.given(arrays)
 def test_projecting_twice_changes_nothing(x):
     form = FOUR.project(jnp.asarray(x))

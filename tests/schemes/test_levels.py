@@ -1,5 +1,6 @@
 """Fixed codebooks against brute force, a sort, and a fine grid of scales; all oracles in float64 numpy."""
 
+import dataclasses
 import itertools
 
 import hypothesis
@@ -38,6 +39,43 @@ def test_exact_scale_is_the_minimum_over_all_codes(values):
             if c @ x > 0:
                 best = min(best, (x**2).sum() - (c @ x) ** 2 / (c @ c))
         assert error(x, values, exact_scale(x, values)) == pytest.approx(best, rel=1e-12, abs=1e-12)
+
+
+def least(x, values, h):
+    """min over codes and scales a >= 0 of sum h (x - a c)^2, all codes being tried."""
+    c = np.array(list(itertools.product(values, repeat=len(x))), np.float64)
+    a = np.maximum(c @ (h * x), 0) / np.maximum(c**2 @ h, 1e-300)
+    return (h * (x - a[:, None] * c) ** 2).sum(1).min()
+
+
+@pytest.mark.parametrize("values", [*CODEBOOKS, (-1, 0.25, 2), (-1, 2)])
+def test_weighted_scales_are_the_minimum_over_all_codes(values):
+    rng = np.random.default_rng(11)
+    x = (rng.standard_t(2, size=(40, 6)) + 0.3).astype(np.float32)
+    h = rng.lognormal(sigma=4, size=(40, 6)).astype(np.float32)
+    h[rng.random((40, 6)) < 0.2] = 0
+    h[0], x[1] = 0, 0
+    best = [
+        least(row, values, w if w.any() else np.ones(6))
+        for row, w in zip(x.astype(float), h.astype(float), strict=True)
+    ]
+    scheme = lcq.Levels(values, scale=True, per=(1, 0))
+    for found in (scheme, dataclasses.replace(scheme, exact=True)):
+        rest = x - np.asarray(found.project(jnp.asarray(x), weights=jnp.asarray(h)).dense(), np.float64)
+        error = (np.where(h.any(1, keepdims=True), h, 1) * rest**2).sum(1)
+        bound = (h * x.astype(float) ** 2).sum(1)
+        np.testing.assert_allclose(error, best, rtol=1e-5, atol=1e-10 + 1e-10 * bound.max())
+
+
+def test_a_searched_scale_finds_the_few_that_weigh_most():
+    x = np.random.default_rng(12).laplace(size=(500, 400)).astype(np.float32)
+    h = np.full((500, 1), 1e-9, np.float32)
+    h[137], x[137] = 1, x[137] / 50
+    form = lcq.Ternary().project(jnp.asarray(x), weights=jnp.asarray(h))
+    wide, often = x.astype(np.float64).ravel(), np.broadcast_to(h, x.shape).astype(np.float64).ravel()
+    a = exact_scale(wide, (-1, 0, 1), often)
+    best = (often[:, None] * (wide[:, None] - a * np.array([-1, 0, 1])) ** 2).min(1).sum()
+    assert (h * (np.asarray(form.dense(), np.float64) - x) ** 2).sum() <= best * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("values", CODEBOOKS)

@@ -41,6 +41,28 @@ def test_zero_point_comes_near_a_fine_search_of_both(bits):
     assert 0.0 in np.asarray(form.dense())
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("law", ["even", "heavy", "sparse"])
+def test_weighted_grids_come_near_a_fine_search(bits, law):
+    rng = np.random.default_rng(bits)
+    x = rng.exponential(size=600).astype(np.float32) - 0.25
+    h = {"even": np.ones(600), "heavy": rng.lognormal(sigma=2, size=600), "sparse": rng.random(600) < 0.1}[law]
+    x[(h == 0) & (np.arange(600) % 7 == 0)] = 90  # what weighs nothing does not stretch the range
+    h, last, half = h.astype(np.float32), 2**bits - 1, 2 ** (bits - 1)
+
+    def best(low, high, zeros):
+        grid = ((a, z) for a in np.linspace(0.02, 4, 600) for z in zeros)
+        return min((h * (x - a * (np.clip(np.round(x / a) + z, low, high) - z)) ** 2).sum() for a, z in grid)
+
+    def found(scheme):
+        form = scheme.project(jnp.asarray(x), weights=jnp.asarray(h))
+        return (h * (np.asarray(form.dense(), np.float64) - x) ** 2).sum()
+
+    assert found(lcq.Uniform(bits, zero_point=True)) <= best(0, last, range(last + 1)) * 1.1
+    if bits > 1:
+        assert found(lcq.Uniform(bits)) <= best(-half, half - 1, [0]) * 1.001
+
+
 def test_zero_is_represented_exactly():
     x = jnp.asarray([0.0, 0.3, 5.7, 2.2])
     assert lcq.Uniform(4, zero_point=True).project(x).dense()[0] == 0
