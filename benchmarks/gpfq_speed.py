@@ -168,7 +168,7 @@ def main() -> None:
         rows.append(brevitas(arguments.brevitas, ours))
     for found in rows:
         print({key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in found.items()})
-    record("gpfq_speed", rows, rounds=arguments.rounds, rows=ROWS, neurons=NEURONS)
+    record("gpfq_speed", rows, rounds=arguments.rounds, samples=ROWS, neurons=NEURONS)
 
 
 if __name__ == "__main__":
