@@ -129,9 +129,8 @@ def main() -> None:
     for recipe in arguments.recipes or one.recipes:
         radius = None
         if recipe.startswith("paper"):
-            score = {
-                c: accuracy(one.apply, lcq.decompress(quantized(one, recipe, batches, c)[0]), *back) for c in RADII
-            }
+            few = batches[: len(batches) // 4]
+            score = {c: accuracy(one.apply, lcq.decompress(quantized(one, recipe, few, c)[0]), *back) for c in RADII}
             radius = max(score, key=lambda c: score[c])
         forms, facts = quantized(one, recipe, batches, radius)
         levels = int(recipe.split("-")[1])
