@@ -107,3 +107,20 @@ def test_a_shared_scale_stays():
     form = Levels((-1, 0, 1), scale=True).project(jnp.asarray(w))
     done = Descent(GPFQ(), 3).codes(jnp.asarray(w), finish(gather(jnp.asarray(x))), form)
     assert (done.scale == form.scale).all()
+
+
+def test_two_sweeps_with_a_fit_between_equal_a_loop():
+    w, x, y = problem(6)
+    y = np.asarray(0.8 * y)  # a scale has to make up for it
+    form = Levels((-1, 0, 1), scale=True, per="channel").project(jnp.asarray(w))
+    statistics = finish(gather(jnp.asarray(y), jnp.asarray(x)))
+    first = np.asarray(GPFQ().codes(jnp.asarray(w), statistics, form).dense())
+    scale = np.asarray(form.scale, np.float64).reshape(-1)
+    grid = np.array([[-1.0], [0.0], [1.0]])
+    codes = np.round(loop(w, x, y, grid * scale, first, 1) / scale)
+    target, made = x.astype(np.float64) @ w, y.astype(np.float64) @ codes
+    scale = (made * target).sum(0) / (made**2).sum(0)
+    expected = loop(w, x, y, grid * scale, codes * scale, 1)
+    done = Descent(GPFQ(), 2).codes(jnp.asarray(w), statistics, form)
+    np.testing.assert_allclose(done.scale.reshape(-1), scale, rtol=1e-4)
+    np.testing.assert_allclose(done.dense(), expected, rtol=1e-4, atol=1e-6)
