@@ -190,7 +190,7 @@ def describe(leaf: Any) -> str:
 
 def text(renderable: Any) -> str:
     """A rich renderable as plain text, as wide as it needs to be."""
-    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False)
+    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
