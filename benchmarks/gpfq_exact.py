@@ -21,7 +21,8 @@ from record import record
 import lcq
 from lcq.methods.following import follow
 from lcq.methods.moments import finish, gather
-from lcq.methods.rounding import GPFQ, GPTQ, Qronos, residual
+from lcq.methods.resolving import GPTQ, Qronos
+from lcq.methods.rounding import GPFQ, residual
 
 SEEDS, SHAPE, SOLVED, DAMP = (0, 1, 2), (1000, 400, 64), (250, 100, 16), 0.01
 SCHEMES = {

@@ -21,11 +21,11 @@ from lcq.methods.quantize import Quantized as Quantized
 from lcq.methods.quantize import Record as Record
 from lcq.methods.quantize import quantize as quantize
 from lcq.methods.refit import recalibrate as recalibrate
+from lcq.methods.resolving import GPTQ as GPTQ
+from lcq.methods.resolving import Qronos as Qronos
 from lcq.methods.rounding import GPFQ as GPFQ
-from lcq.methods.rounding import GPTQ as GPTQ
 from lcq.methods.rounding import SPFQ as SPFQ
 from lcq.methods.rounding import Nearest as Nearest
-from lcq.methods.rounding import Qronos as Qronos
 from lcq.methods.rounding import Rounding as Rounding
 from lcq.methods.rounding import SparseGPFQ as SparseGPFQ
 from lcq.plan import dry_run as dry_run

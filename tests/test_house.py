@@ -42,8 +42,8 @@ ROOMS = {
     "methods": Room(
         4,
         "base blocks forms rules products trace tree unfold schemes",
-        "coupling lagrangian lc baselines moments alphabet following rounding descent walk curvature layerwise "
-        "assembly quantize smooth_binary hemp refit",
+        "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature "
+        "layerwise assembly quantize smooth_binary hemp refit",
     ),
     "artifact": Room(4, "base forms rules tree packing", "paths rans codec file checkpoint"),
     "run": Room(4, "base forms trace kernels unfold"),
@@ -65,7 +65,7 @@ listed before it. `__init__` is the face; a folder's own `__init__` is its roof.
 """
 
 BENCHMARKS = ("__init__", "examples")
-PARTS = [("trace",), *(("methods", name) for name in ("moments", "rounding", "following", "walk"))]
+PARTS = [("trace",), *(("methods", name) for name in ("moments", "rounding", "resolving", "following", "walk"))]
 VAGUE = {"utils", "util", "misc", "common", "helpers", "helper", "core", "tools"}
 ENVIRONMENT = {"XLA_FLAGS", "JAX_ENABLE_X64", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION"}
 

@@ -11,7 +11,8 @@ from lcq.forms import Codes
 from lcq.methods.alphabet import choose
 from lcq.methods.following import Recursion, alive, dot, recurse
 from lcq.methods.moments import Statistics
-from lcq.methods.rounding import Qronos, Rounding, wide
+from lcq.methods.resolving import Qronos
+from lcq.methods.rounding import Rounding, wide
 
 
 class _Prepared(NamedTuple):

@@ -15,15 +15,23 @@ from lcq.base import Form, Quantizer, is_form
 from lcq.methods.assembly import Assembly
 from lcq.methods.descent import Descent
 from lcq.methods.layerwise import Recursion, Rounded, everywhere, round_product
-from lcq.methods.rounding import ROUNDINGS, Rounding
+from lcq.methods.resolving import GPTQ, Qronos
+from lcq.methods.rounding import GPFQ, SPFQ, Nearest, Rounding
 from lcq.methods.walk import walk
 from lcq.products import Product
 from lcq.rules import Rule, Task, flatten, resolve
 from lcq.trace import trace
 from lcq.tree import check_finite
 
-METHODS: dict[str, Rounding] = {**ROUNDINGS, "descent": Descent()}
-"""By name, with their usual settings."""
+METHODS: dict[str, Rounding] = {
+    "nearest": Nearest(),
+    "gpfq": GPFQ(),
+    "spfq": SPFQ(),
+    "gptq": GPTQ(),
+    "qronos": Qronos(),
+    "descent": Descent(),
+}
+"""By name, with their usual settings; `SparseGPFQ` has none."""
 
 
 class Record(NamedTuple):

@@ -7,7 +7,8 @@ import pytest
 
 from lcq.methods.descent import Descent, refitted
 from lcq.methods.moments import finish, gather
-from lcq.methods.rounding import GPFQ, Nearest, Qronos, residual
+from lcq.methods.resolving import Qronos
+from lcq.methods.rounding import GPFQ, Nearest, residual
 from lcq.schemes.levels import Levels
 from lcq.schemes.uniform import Uniform
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import lcq
 from lcq.methods.assembly import Assembly
 from lcq.methods.moments import Statistics
-from lcq.methods.rounding import ROUNDINGS
+from lcq.methods.quantize import METHODS
 from lcq.rules import flatten
 
 SIZE = 8
@@ -77,7 +77,7 @@ def test_codes_are_those_of_the_method_on_plain_statistics(method, centred):
     for name in ("w1", "w2"):
         takes = centred and name == "w1"
         form = UNIFORM.project(jnp.asarray(params[name]))
-        wanted = ROUNDINGS[method].codes(jnp.asarray(params[name]), statistics(x, y, takes), form)
+        wanted = METHODS[method].codes(jnp.asarray(params[name]), statistics(x, y, takes), form)
         got = done.forms[name]
         np.testing.assert_array_equal(got.codes, wanted.codes)
         np.testing.assert_array_equal(got.dense(), wanted.dense())

@@ -16,7 +16,9 @@ from lcq.methods import rounding
 from lcq.methods.alphabet import scaled
 from lcq.methods.following import cheaper, follow
 from lcq.methods.moments import Statistics, finish, gather
-from lcq.methods.rounding import GPFQ, GPTQ, ROUNDINGS, SPFQ, Nearest, Qronos, SparseGPFQ
+from lcq.methods.quantize import METHODS
+from lcq.methods.resolving import GPTQ, Qronos
+from lcq.methods.rounding import GPFQ, SPFQ, Nearest, SparseGPFQ
 
 M, N, n = 220, 140, 6  # two blocks of 128, the second one padded
 
@@ -349,7 +351,7 @@ def test_centred(offset):
 
 @pytest.mark.parametrize(
     "method",
-    [*ROUNDINGS.values(), SparseGPFQ(0.5), GPFQ("falling"), Qronos(order="falling")],
+    [*METHODS.values(), SparseGPFQ(0.5), GPFQ("falling"), Qronos(order="falling")],
     ids=lambda method: f"{type(method).__name__}-{getattr(method, 'order', '')}",
 )
 def test_dead_columns_go_to_the_nearest_level(method):
@@ -495,7 +497,7 @@ def programs(size=300):
     form = lcq.Uniform(3).project(w)
     key = jax.random.key(0)
     for method in (
-        *ROUNDINGS.values(),
+        *METHODS.values(),
         SparseGPFQ(0.5),
         SparseGPFQ(0.5, "hard"),
         GPFQ("falling"),

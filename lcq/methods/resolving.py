@@ -1,0 +1,112 @@
+"""GPTQ and Qronos: after each level, the weights left over are solved again by least squares.
+
+Both are the recursion of `lcq.methods.rounding`, on triangular roots of H + damp I instead of H.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lcq.forms import Codes
+from lcq.methods.alphabet import choose
+from lcq.methods.following import Order, Recursion, dot, recurse
+from lcq.methods.moments import Statistics
+from lcq.methods.rounding import Rounding, ordered
+
+_triangular = jax.scipy.linalg.solve_triangular
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ(Rounding):
+    """Rounds each weight as it stands, and lets those that follow make up for it; X is taken to be Y.
+
+        q_t = Q(w_t),    w_{>t} <- argmin ||Y (w - q)||^2 + damp ||w - q||^2    for the weights not yet rounded
+
+    Attributes:
+        damp: in units of the mean of diag(H); above 0, for H may be singular.
+        order: of the inputs.
+
+    Raises:
+        ValueError: damp not above 0.
+
+    Source: Frantar et al., arXiv 2210.17323.
+    """
+
+    damp: float = 0.01
+    order: Order = "natural"
+
+    def __post_init__(self) -> None:
+        _check_damp(self.damp)
+
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+        w, gram, _, order, lives = ordered(w, statistics._replace(drift=None), self.order)
+        root = _root(gram, _damping(gram, self.damp))
+        return Recursion(order, w, w, root, jnp.where(lives, 1 / jnp.diagonal(root), 0))
+
+    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+        del key
+        return recurse(prepared, form, lambda z, row, _: choose(z, row))
+
+
+@dataclasses.dataclass(frozen=True)
+class Qronos(Rounding):
+    """Corrects for X - Y at once: rounds the first weight, re-solves the others by least squares, goes on as GPTQ.
+
+        q_1 = Q(argmin ||X w - Y_1 q_1 - Y_2 w_2||),    w_2 <- argmin ||X w - Y_1 q_1 - Y_2 v||^2 + damp ||v - w_2||^2
+
+    Attributes:
+        damp: in units of the mean of diag(H); above 0, for H may be singular.
+        order: of the inputs.
+
+    Raises:
+        ValueError: damp not above 0.
+
+    Source: Zhang et al., arXiv 2505.11695.
+    """
+
+    damp: float = 0.01
+    order: Order = "natural"
+
+    def __post_init__(self) -> None:
+        _check_damp(self.damp)
+
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+        w, gram, drift, order, lives = ordered(w, statistics, self.order)
+        diagonal = jnp.diagonal(gram)
+        inverse = jnp.where(lives, 1 / jnp.where(lives, diagonal, 1), 0)
+        if len(w) == 1:
+            start = w if drift is None else w + drift * inverse * w
+            return Recursion(order, start, w, gram, inverse)
+        root = _root(gram[1:, 1:], _damping(gram, self.damp))  # R' of H_22 + damp I
+        first = _triangular(root, gram[1:, :1], lower=True, trans=1)
+        feedback = jnp.pad(jnp.concatenate([first, root], 1), ((1, 0), (0, 0)))
+        inverse = inverse.at[1:].set(jnp.where(lives[1:], 1 / jnp.diagonal(root), 0))
+        if drift is None:
+            return Recursion(order, w, w, feedback, inverse)
+        pull = dot(drift, w)
+        rest = _triangular(root, _triangular(root, pull[1:], lower=True, trans=1), lower=True)
+        target = w.at[1:].add(jnp.where(lives[1:, None], rest, 0))
+        return Recursion(order, target.at[0].add(inverse[0] * pull[0]), target, feedback, inverse)
+
+    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+        del key
+        return recurse(prepared, form, lambda z, row, _: choose(z, row))
+
+
+def _check_damp(damp: float) -> None:
+    if not damp > 0:
+        raise ValueError(f"wanted damp > 0, in units of the mean of diag(H), which may be singular; got {damp}")
+
+
+def _damping(gram: Array, damp: float) -> Array:
+    mean = jnp.diagonal(gram).mean()
+    return jnp.where(mean > 0, damp * mean, 1)
+
+
+def _root(gram: Array, damping: Array) -> Array:
+    """R', where R is upper triangular and R R' = H + damping I."""
+    damped = gram + damping * jnp.eye(len(gram), dtype=gram.dtype)
+    return jax.lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1].T
