@@ -478,8 +478,9 @@ def test_batch_on_a_mesh(kind):
     expected, margins, _ = literal(w, x, y, tables(form, w))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    statistics = jax.jit(lambda y, x: finish(gather(y, x)))(*jax.device_put((y, x), rows))
-    got = GPFQ().codes(*jax.device_put((jnp.asarray(w), statistics, form), everywhere))
+    with jax.set_mesh(mesh):
+        statistics = jax.jit(lambda y, x: finish(gather(y, x)))(*jax.device_put((y, x), rows))
+        got = GPFQ().codes(*jax.device_put((jnp.asarray(w), statistics, form), everywhere))
     assert_codes(got, expected, margins)
 
 
