@@ -149,6 +149,20 @@ class Product:
             groups=self.params["feature_group_count"],
         )
 
+    def parts(self, rows: int) -> int:
+        """How many equal parts the images of a convolution can be cut into with at least so many rows each; else 1."""
+        if self.kind == "dot":
+            return 1
+        images = self.x.shape[self.params["dimension_numbers"].lhs_spec[0]]
+        most = max(1, self.shape[1] // rows)
+        return next(k for k in range(min(most, images), 0, -1) if images % k == 0)
+
+    def cut(self, x: Shaped[Array, "..."], parts: int) -> Shaped[Array, "parts ..."]:
+        """The images of a convolution in equal parts."""
+        axis = self.params["dimension_numbers"].lhs_spec[0]
+        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
     def weights(self, w: Shaped[Array, "..."]) -> Shaped[Array, "G N n"]:
         """The weight operand in its canonical layout."""
         if self.kind == "dot":

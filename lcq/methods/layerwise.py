@@ -30,6 +30,9 @@ _COARSE = np.geomspace(0.6, 1.8, 9, dtype=np.float32)
 _FINE = np.geomspace(0.92, 1.08, 9, dtype=np.float32)
 """.. and then around the best of them: as many, for one compilation."""
 
+_ROWS = 4096
+"""Rows of a convolution's inputs that are made at a time."""
+
 
 class Rounded(NamedTuple):
     """The outcome at one product.
@@ -154,8 +157,9 @@ class _Sums(NamedTuple):
         key = Structure(product.structure, product)
         moments: Any = None
         same = all(x is y for x, y in inputs)
+        alone = all(len(a.sharding.device_set) == 1 for x, y in inputs for a in (x, y) if isinstance(a, jax.Array))
         for x, y in inputs:
-            moments = _gather(key)(y, None if same else x, moments)
+            moments = _gather(key, product.parts(_ROWS) if alone else 1)(y, None if same else x, moments)
         return cls(jax.vmap(functools.partial(finish, centred=centred))(moments))
 
     @property
@@ -175,13 +179,27 @@ class _Sums(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _gather(key: Structure) -> Callable[..., Moments]:
-    """Adds one batch of a product's inputs to its moments, compiled once for all products of this kind."""
+def _gather(key: Structure, parts: int) -> Callable[..., Moments]:
+    """Adds one batch of a product's inputs to its moments, compiled once for all products of this kind.
+
+    A convolution's inputs become matrices part by part, which stay in the cache and need less memory.
+    """
     product: Product = key.thing
 
+    def one(moments: Any, part: tuple[Any, Any]) -> tuple[Any, None]:
+        y, x = part
+        return jax.vmap(gather)(product.inputs(y), None if x is None else product.inputs(x), moments), None
+
     def sums(y: Any, x: Any, moments: Any) -> Any:
-        y, x = product.inputs(y), None if x is None else product.inputs(x)
-        return jax.vmap(gather)(y, x, moments)
+        if parts == 1:
+            return one(moments, (y, x))[0]
+        cut = jax.tree.map(lambda a: product.cut(a, parts), (y, x))
+        if moments is None:
+            first = jax.tree.map(lambda a: a[0], cut)
+            rows = product.inputs(first[0])
+            moments = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, None, first)[0])
+            moments = moments._replace(shift=rows.astype(compute_dtype(rows.dtype)).mean(1))
+        return jax.lax.scan(one, moments, cut)[0]
 
     @jax.jit
     def add(y: Any, x: Any, moments: Any) -> Any:

@@ -13,10 +13,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lcq
+from lcq.methods import layerwise
 from lcq.methods.assembly import Assembly
 from lcq.methods.moments import Statistics
 from lcq.methods.quantize import METHODS
 from lcq.rules import flatten
+from lcq.trace import trace
 
 SIZE = 8
 UNIFORM = lcq.Uniform(3, per="channel")
@@ -381,3 +383,27 @@ def test_errors(case):
 def test_paths_of_params_in_lists():
     done = quantize(lambda p, x: x @ p[0], [draw(SIZE, SIZE)], rules=[lcq.Rule("0", UNIFORM)])
     assert isinstance(done.forms, list) and list(flatten(done.forms)[0]) == ["0"]
+
+
+def test_images_taken_part_by_part_make_no_difference(monkeypatch):
+    rng = np.random.default_rng(5)
+    params = {"a": jnp.asarray(rng.normal(size=(3, 3, 2, 8)), jnp.float32), "b": jnp.zeros(8)}
+    params["c"] = jnp.asarray(rng.normal(size=(3, 3, 4, 6)), jnp.float32)
+    batches = list(jnp.asarray(rng.normal(size=(2, 12, 7, 7, 2)) + 3, jnp.float32))
+
+    def net(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.nn.relu(jax.lax.conv_general_dilated(x, params["a"], (1, 1), "SAME", dimension_numbers=numbers))
+        x = x + params["b"]
+        two = {"dimension_numbers": numbers, "feature_group_count": 2}
+        return jax.lax.conv_general_dilated(x, params["c"], (2, 2), "VALID", **two)
+
+    done = []
+    for rows in (1 << 30, 100):
+        monkeypatch.setattr(layerwise, "_ROWS", rows)
+        done.append(lcq.quantize(net, params, batches, [lcq.Rule("a|c", lcq.Uniform(3, per="channel"))], "qronos"))
+    for one, two in zip(*(jax.tree.leaves(d.forms) for d in done), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+    products = trace(net, params, batches[0], ["a", "c"]).products
+    assert [p.parts(100) for p in products] == [4, 1]  # 12 x 49 rows; 12 x 9
+    assert products[0].cut(batches[0], 4).shape == (4, 3, 7, 7, 2)
