@@ -102,7 +102,7 @@ def quantize(
     the weights; its scale, per neuron where the scheme has that, is then the best of 18 by the exact residual.
 
     Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `host`), H and D
-    of one product, and one batch's inputs of it as a matrix.
+    of one product, and one batch's inputs of it as a matrix (of a convolution, 4,096 rows at a time).
 
     Args:
         fn: (params, batch) -> anything; any function of jax arrays: linen's `apply`, nnx through `split` and `merge`.
