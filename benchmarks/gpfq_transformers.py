@@ -326,11 +326,11 @@ def bits_per_weight(forms: Any) -> float:
     return 32 * sum(row.bits for row in sizes) / sum(row.dense for row in sizes)
 
 
-def only_forms(tree: Any) -> Any:
-    """Of nested dicts, without leaves that are plain arrays: those are in the package that the net is from."""
-    if not isinstance(tree, dict):
-        return tree if isinstance(tree, lcq.Form) else None
-    return {key: kept for key, value in tree.items() if (kept := only_forms(value))}
+def changed(tree: Any, given: Any) -> Any:
+    """Of nested dicts, what is not as it was: forms, and biases that follow. The rest is in the net's own package."""
+    if isinstance(tree, dict):
+        return {key: kept for key, value in tree.items() if (kept := changed(value, given[key])) is not None} or None
+    return tree if isinstance(tree, lcq.Form) or not np.array_equal(tree, given) else None
 
 
 def put_back(params: Any, tree: Any) -> Any:
@@ -343,7 +343,7 @@ def put_back(params: Any, tree: Any) -> Any:
 def run(name: str, net: Net, method: str, bits: int, per: str, size: int | None = None, tune: bool = False) -> Any:
     """One row: how a method does on the evaluation data, or on held-back data.
 
-    Files are of everything for stories, and of the quantized weights for MiniLM, one method's only: they are large.
+    Files are of everything for stories, and of what changed for MiniLM, one method's only: they are large.
     """
     size = size or net.size
     start, row = time.time(), {"method": method, "bits": bits, "per": per, "calibration": size}
@@ -357,10 +357,10 @@ def run(name: str, net: Net, method: str, bits: int, per: str, size: int | None 
     jax.block_until_ready(params)
     row |= {"bits_per_weight": round(cost, 3), "seconds": round(time.time() - start, 1)}
     if not tune and method in LCQ_METHODS and (name == "stories" or (method, per) == ("descent", "groups")):
-        kept = forms if name == "stories" else only_forms(forms)
+        kept = forms if name == "stories" else changed(forms, net.params)
         path = ARTIFACTS / f"gpfq_{name}_{method}_{bits}_{per}.lcq"
         row |= {"artifact": path.name, "bytes": lcq.save(path, kept)}
-        params = put_back(params, lcq.decompress(lcq.load(path)))
+        params = put_back(net.params, lcq.decompress(lcq.load(path)))
     judged = {f"held_back_{k}": v for k, v in net.held_back(params).items()} if tune else net.evaluate(params)
     print(row := {**row, **judged}, flush=True)
     return row
