@@ -24,10 +24,10 @@ from lcq.rules import Rule, Task
 
 Recursion = Literal["auto", "blocked", "follow"]
 
-_COARSE = np.geomspace(0.6, 1.8, 9, dtype=np.float32)
-"""Factors of the scale that are tried first, .."""
+_COARSE = np.float32(1.15) ** np.arange(-4, 5, dtype=np.float32)
+"""Factors of the scale that are tried first, 1 among them, .."""
 
-_FINE = np.geomspace(0.92, 1.08, 9, dtype=np.float32)
+_FINE = np.float32(1.018) ** np.arange(-4, 5, dtype=np.float32)
 """.. and then around the best of them: as many, for one compilation."""
 
 _ROWS = 4096

@@ -99,7 +99,8 @@ def quantize(
     The function is traced once and walked once, with two values for each variable, the original and the quantized one;
     at the first product of each leaf (each layer of a stacked one) the method rounds its weights on the statistics
     H = Y'Y and D = Y'(X - Y) of all batches; later uses see the codes. The alphabet is the scheme's projection of
-    the weights; its scale, per neuron where the scheme has that, is then the best of 18 by the exact residual.
+    the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
+    among them.
 
     Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `host`), H and D
     of one product, and one batch's inputs of it as a matrix (of a convolution, 4,096 rows at a time).

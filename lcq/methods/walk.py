@@ -107,8 +107,9 @@ class _Walk:
             *made, squares = function(x, y, w, v, shift)
             results.append(self._keep(made))
             sums.append(squares)
-        error, norm = np.asarray(jax.device_get(sums), np.float64).sum(0)
-        return results, float(error / norm) if norm > 0 else 0.0
+        error, norm, size = np.asarray(jax.device_get(sums), np.float64).T
+        whole = (norm * size**2).sum()
+        return results, float((error * size**2).sum() / whole) if whole > 0 else 0.0
 
     def _keep(self, values: Sequence[Any]) -> Sequence[Any]:
         return jax.device_get(values) if self.host else values
@@ -116,7 +117,7 @@ class _Walk:
 
 @functools.lru_cache(maxsize=256)
 def _multiplier(key: "Structure") -> Any:
-    """The product in both nets and ||Y - Y'||^2, ||Y||^2, compiled once for all products of this kind."""
+    """The product in both nets and ||Y - Y'||^2/s^2, ||Y||^2/s^2, s = max |Y|, compiled once for its kind."""
     product: Product = key.thing
 
     @jax.jit
@@ -125,7 +126,8 @@ def _multiplier(key: "Structure") -> Any:
         if shift is not None:
             second = second + product.spread(shift).astype(second.dtype)
         wide = first.astype(jnp.promote_types(first.dtype, jnp.float32))
-        return first, second, jnp.stack([((wide - second) ** 2).sum(), (wide**2).sum()])
+        size = jnp.maximum(jnp.abs(wide).max(), jnp.finfo(wide.dtype).tiny)  # or squares could overflow
+        return first, second, jnp.stack([(((wide - second) / size) ** 2).sum(), ((wide / size) ** 2).sum(), size])
 
     return multiply
 

@@ -407,3 +407,30 @@ def test_images_taken_part_by_part_make_no_difference(monkeypatch):
     products = trace(net, params, batches[0], ["a", "c"]).products
     assert [p.parts(100) for p in products] == [4, 1]  # 12 x 49 rows; 12 x 9
     assert products[0].cut(batches[0], 4).shape == (4, 3, 7, 7, 2)
+
+
+def test_the_search_tries_the_scale_of_the_scheme_too():
+    params, rules = {"w": jnp.ones((1, 1))}, [lcq.Rule("w", lcq.Binary())]
+    done = lcq.quantize(lambda p, x: x @ p["w"], params, [jnp.ones((4, 1))], rules)
+    assert done.forms["w"].dense() == 1.0 and done.records[0].factor == 1.0
+    rng = np.random.default_rng(6)
+    params = {"w": jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(60, 12)) @ rng.normal(size=(12, 12)), jnp.float32)
+    rules = [lcq.Rule("w", lcq.Ternary(per="channel"))]
+    errors = [
+        lcq.quantize(lambda p, x: x @ p["w"], params, [x], rules, search=search).records[0].error
+        for search in (True, False)
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e18])
+def test_errors_of_huge_and_tiny_results_are_finite(size):
+    rng = np.random.default_rng(7)
+    w, x = rng.normal(size=(6, 3)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
+    rules = [lcq.Rule("w", lcq.Uniform(3, per="channel"))]
+    one, other = (
+        lcq.quantize(lambda p, x: x @ p["w"], {"w": jnp.asarray(w * s)}, [jnp.asarray(x)], rules).records[0].error
+        for s in (1, size)
+    )
+    assert other == pytest.approx(one, rel=0.2) and one > 0
