@@ -284,8 +284,8 @@ class _Follower:
             step = Step(eqn.primitive, params, rest, i)
             if value.placed is not None:
                 moved.append(_Value(out, param=True, placed=value.placed.then(step)))
-            else:
-                number, steps, before = value.result  # type: ignore[misc]
+            elif value.result is not None:
+                number, steps, before = value.result
                 result = _Result(number, (*steps, step), (*before, value))
                 moved.append(_Value(out, value.data, value.param, result=result))
         if value.result is not None:

@@ -222,10 +222,11 @@ def _resolve(
 ) -> tuple[dict[str, Rule], list[Task]]:
     """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
     for rule in rules:
-        if isinstance(getattr(rule.scheme, "per", None), tuple):
+        per = getattr(rule.scheme, "per", None)
+        if isinstance(per, tuple):
             raise ValueError(
                 f"rule {rule.pattern!r}: wanted per=None, 'channel' or a group length, whose axes the product decides; "
-                f"got per={rule.scheme.per!r}"  # type: ignore[union-attr]
+                f"got per={per!r}"
             )
     kept = [Rule(re.escape(path), None) for path in given]
     direct = resolve([*kept, *nearest], dense) if nearest else ()
@@ -250,9 +251,10 @@ def _resolve(
 
 def _without_blocks(rule: Rule) -> Any:
     """The scheme on the whole leaf: the blocks of `per` are the product's, not the leaf's."""
-    if isinstance(rule.scheme, Quantizer) and rule.scheme.per is not None:
-        return dataclasses.replace(rule.scheme, per=None)  # type: ignore[type-var]
-    return rule.scheme
+    if not isinstance(rule.scheme, Quantizer):
+        return rule.scheme
+    scheme: Any = rule.scheme  # a dataclass, as all schemes are
+    return dataclasses.replace(scheme, per=None)
 
 
 def _like(values: np.ndarray, leaf: Any) -> Array:

@@ -246,7 +246,10 @@ def test_soft_threshold():
     (w, x, y), statistics = standard()
     form = SCHEMES["grid"].project(jnp.asarray(w))
     limit = 0.7 * np.asarray(form.scale, np.float64)[0]
-    shrink = lambda z: np.sign(z) * np.maximum(np.abs(z) - limit, 0)  # noqa: E731
+
+    def shrink(z):
+        return np.sign(z) * np.maximum(np.abs(z) - limit, 0)
+
     expected = literal(w, x, y, tables(form, w), shrink=shrink)[0]
     assert_codes(SparseGPFQ(0.7).codes(jnp.asarray(w), statistics, form), expected)
 
