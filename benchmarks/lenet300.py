@@ -1,13 +1,14 @@
-"""LC quantization of LeNet300 on MNIST, beside direct compression, iterated direct compression and straight-through.
+"""LC of LeNet300 on MNIST, beside direct compression, iterated direct compression and straight-through.
 
     LCQ_DATA=folder python benchmarks/lenet300.py            every recipe, 3 seeds: results/lenet300_*.json, artifacts/
     ... lc_k2 lc_ternary      some recipes
+    ... --seeds 0 idc_k4      one seed: the points of the rate-distortion picture
     ... --plot                results/lenet300.png again
     LCQ_DATA=folder python benchmarks/lenet300.py --tune     schedules judged on 5,000 held-back training images
 
 Data: real MNIST, no augmentation, no teacher; weights: the trained tanh net of the LC toolkit (test error 2.13 %).
-Every kernel is compressed with a codebook of its own, biases stay float32. The test set is read once per recipe and
-seed, after training; curves are of the training set.
+Biases stay float32; of the kernels each is compressed for itself unless the rule is joint. The test set is read once per
+recipe and seed, after training; curves are of the training set.
 """
 
 import argparse
@@ -40,7 +41,7 @@ class Recipe:
     probabilities at temperature `teacher`, times its square.
     """
 
-    scheme: lcq.Scheme
+    rules: tuple[lcq.Rule, ...]
     method: str = "lc"
     mu: float = 9e-5
     factor: float = 1.35
@@ -58,18 +59,47 @@ class Recipe:
         return self.epochs[0] + self.epochs[1] * (self.l_steps - 1)
 
 
-K2, K4, TERNARY = lcq.KMeans(2), lcq.KMeans(4), lcq.Ternary()
+def each(scheme: lcq.Scheme, pattern: str = KERNELS) -> tuple[lcq.Rule, ...]:
+    """Every kernel for itself."""
+    return (lcq.Rule(pattern, scheme),)
+
+
+def jointly(scheme: lcq.Scheme) -> tuple[lcq.Rule, ...]:
+    """One codebook and one budget for all kernels."""
+    return (lcq.Rule(KERNELS, scheme, joint=True),)
+
+
+K2, K4, TERNARY = each(lcq.KMeans(2)), each(lcq.KMeans(4)), each(lcq.Ternary())
+PLANS = {
+    "k2": K2,
+    "k4": K4,
+    "k16": each(lcq.KMeans(16)),
+    "ternary": TERNARY,
+    **{f"l0_{percent}": jointly(lcq.Prune(kept=percent / 100)) for percent in (10, 5, 3, 2, 1)},
+    "l0_5_k16": jointly(lcq.Prune(kept=0.05, values=lcq.KMeans(16))),
+    "l0_2_k16": jointly(lcq.Prune(kept=0.02, values=lcq.KMeans(16))),
+    **{f"rank_{rank}": each(lcq.LowRank(rank), "dense[01]/kernel") for rank in (5, 10, 20)},
+    "k2_l0_1": jointly(lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=0.01))),
+    "rank_2_l0_3": jointly(lcq.Additive(lcq.LowRank(2), lcq.Prune(kept=0.03))),
+}
+"""One point each of the rate-distortion picture, by LC, iterated direct and direct compression."""
+MIXED = (
+    lcq.Rule("dense0/kernel", lcq.Prune(kept=5000)),
+    lcq.Rule("dense1/kernel", lcq.LowRank(10)),
+    lcq.Rule("dense2/kernel", lcq.KMeans(2)),
+)
 SLOW = {"factor": 1.15, "l_steps": 50, "epochs": (5, 5)}
 SLOWEST = {"factor": 1.1, "l_steps": 75, "epochs": (5, 5)}
 RECIPES = {
     "reference": Recipe(K2, "none"),
-    "dc_k2": Recipe(lcq.KMeans(2, exact=True), "dc"),
-    "dc_k4": Recipe(lcq.KMeans(4, exact=True), "dc"),
-    "dc_ternary": Recipe(lcq.Levels((-1, 0, 1), scale=True, exact=True), "dc"),
-    "lc_k2": Recipe(K2),
-    "lc_ternary": Recipe(TERNARY),
-    "idc_k2": Recipe(K2, "idc"),
+    **{f"dc_{name}": Recipe(rules, "dc") for name, rules in PLANS.items()},
+    "dc_k2": Recipe(each(lcq.KMeans(2, exact=True)), "dc"),
+    "dc_k4": Recipe(each(lcq.KMeans(4, exact=True)), "dc"),
+    "dc_ternary": Recipe(each(lcq.Levels((-1, 0, 1), scale=True, exact=True)), "dc"),
+    **{f"lc_{name}": Recipe(rules) for name, rules in PLANS.items()},
+    **{f"idc_{name}": Recipe(rules, "idc") for name, rules in PLANS.items()},
     "ste_k2": Recipe(K2, "ste"),
+    "ste_l0_5": Recipe(PLANS["l0_5"], "ste"),
     "lc_k2_adam": Recipe(K2, optimizer="adam", rate=1e-3),
     "lc_k2_proximal": Recipe(K2, coupling="proximal"),
     "lc_k2_slow": Recipe(K2, rate=0.2, **SLOW),
@@ -80,12 +110,17 @@ RECIPES = {
     "lc_k4_teacher": Recipe(K4, rate=0.2, teacher=3.0, **SLOW),
     "lc_k4_teacher_0.09": Recipe(K4, teacher=3.0, **SLOW),
     "lc_k2_teacher_slowest": Recipe(K2, rate=0.2, teacher=3.0, **SLOWEST),
+    "lc_k2_first_last_slow": Recipe(each(lcq.KMeans(2), "dense[02]/kernel"), rate=0.2, **SLOW),
+    "lc_l0_5_slow": Recipe(PLANS["l0_5"], **SLOW),
+    "lc_k2_l0_1_slow": Recipe(PLANS["k2_l0_1"], rate=0.2, **SLOW),
+    "lc_mixed_slow": Recipe(MIXED, **SLOW),
+    "lc_rank_slow": Recipe(each(lcq.LowRank(penalty=1e-7)), **SLOW),
 }
 CANDIDATES = {
     f"{name}_{factor}x{l_steps}x{epochs}_{rate}": Recipe(
-        scheme, factor=factor, l_steps=l_steps, epochs=(epochs, epochs), rate=rate
+        rules, factor=factor, l_steps=l_steps, epochs=(epochs, epochs), rate=rate
     )
-    for name, scheme in (("k2", K2), ("k4", K4))
+    for name, rules in (("k2", K2), ("k4", K4))
     for factor, l_steps, epochs in ((1.15, 50, 5), (1.1, 80, 3), (1.1, 75, 5))
     for rate in (0.09, 0.2, 0.4)
 }
@@ -135,7 +170,7 @@ def optimizer_of(recipe: Recipe, per_epoch: int) -> optax.GradientTransformation
         l_step = jnp.maximum(0, (step - first) // rest + 1)
         return recipe.rate * recipe.decay**l_step
 
-    rules = [lcq.Rule(KERNELS, recipe.scheme)]
+    rules = recipe.rules
     inner = {"nesterov": lambda eta: optax.sgd(eta, 0.9, nesterov=True), "adam": optax.adam}[recipe.optimizer]
     match recipe.method:
         case "idc":
@@ -148,7 +183,7 @@ def optimizer_of(recipe: Recipe, per_epoch: int) -> optax.GradientTransformation
 
 def train(recipe: Recipe, params: Any, x: Any, y: Any, seed: int) -> tuple[Any, list[dict[str, float]], Any]:
     """Forms, the training curve (one point an L step), and the last metrics."""
-    rules = [lcq.Rule(KERNELS, recipe.scheme)]
+    rules = recipe.rules
     if recipe.method in ("dc", "none"):
         return (lcq.compress(params, rules) if recipe.method == "dc" else params), [], {}
     per_epoch = len(x) // BATCH
@@ -217,7 +252,7 @@ def run(name: str, recipe: Recipe, seeds: Any, sets: Any) -> dict[str, Any]:
     median = {k: statistics.median(row[k] for row in rows) for k in numbers}
     if rows[0]["gap"] is not None:
         median["gap"] = statistics.median(row["gap"] for row in rows)
-    settings = {**dataclasses.asdict(recipe), "scheme": repr(recipe.scheme), "batch": BATCH}
+    settings = {**dataclasses.asdict(recipe), "rules": list(map(repr, recipe.rules)), "batch": BATCH}
     return {"recipe": name, "settings": settings, "median": median, "runs": rows}
 
 

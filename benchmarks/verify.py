@@ -14,6 +14,7 @@ from typing import Any
 import gpfq_images
 import gpfq_transformers
 import lenet300
+import resnet20
 from record import ARTIFACTS, stored
 
 import lcq
@@ -34,6 +35,8 @@ def rows() -> Iterator[Check]:
     for name in ("mnist", "cifar", "resnet20"):
         for row in stored(f"gpfq_{name}"):
             yield row, functools.partial(accuracy, name, "accuracy")
+    for name in resnet20.RECIPES:
+        yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in stored(f"resnet20_{name}"))
     for name in ("stories", "minilm"):
         yield from ((row, functools.partial(text, name)) for row in stored(f"gpfq_{name}") if "artifact" in row)
 

@@ -7,6 +7,8 @@ from lcq.base import Form as Form
 from lcq.base import Quantizer as Quantizer
 from lcq.base import Scheme as Scheme
 from lcq.base import straight_through as straight_through
+from lcq.budget import Pareto as Pareto
+from lcq.budget import pareto as pareto
 from lcq.methods.baselines import iterated_direct as iterated_direct
 from lcq.methods.baselines import straight_through_training as straight_through_training
 from lcq.methods.coupling import adam_step as adam_step
@@ -21,6 +23,7 @@ from lcq.methods.quantize import Quantized as Quantized
 from lcq.methods.quantize import Record as Record
 from lcq.methods.quantize import quantize as quantize
 from lcq.methods.refit import recalibrate as recalibrate
+from lcq.methods.refit import tune as tune
 from lcq.methods.resolving import GPTQ as GPTQ
 from lcq.methods.resolving import Qronos as Qronos
 from lcq.methods.rounding import GPFQ as GPFQ
@@ -28,15 +31,20 @@ from lcq.methods.rounding import SPFQ as SPFQ
 from lcq.methods.rounding import Nearest as Nearest
 from lcq.methods.rounding import Rounding as Rounding
 from lcq.methods.rounding import SparseGPFQ as SparseGPFQ
+from lcq.plan import Plan as Plan
 from lcq.plan import dry_run as dry_run
+from lcq.plan import read_plan as read_plan
 from lcq.report import table as table
 from lcq.rules import Rule as Rule
+from lcq.schemes.additive import Additive as Additive
 from lcq.schemes.cast import Cast as Cast
 from lcq.schemes.kmeans import KMeans as KMeans
 from lcq.schemes.levels import Binary as Binary
 from lcq.schemes.levels import Levels as Levels
 from lcq.schemes.levels import PowersOfTwo as PowersOfTwo
 from lcq.schemes.levels import Ternary as Ternary
+from lcq.schemes.lowrank import LowRank as LowRank
+from lcq.schemes.prune import Prune as Prune
 from lcq.schemes.uniform import Uniform as Uniform
 from lcq.trace import flops as flops
 from lcq.tree import compress as compress

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,12 @@ def static(**kwargs: Any) -> Any:
 
 def leafwise() -> Any:
     """A dataclass field that has the compressed leaf's shape in the working layout."""
-    return dataclasses.field(metadata={"leafwise": True})
+    return dataclasses.field(metadata={"leafwise": True, "own": True})
+
+
+def own(**kwargs: Any) -> Any:
+    """A dataclass field that belongs to one leaf alone, also in a joint task, and has a shape of its own."""
+    return dataclasses.field(metadata={"own": True}, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,7 +38,8 @@ class Form(abc.ABC):
 
     Subclasses are final, frozen dataclasses registered by `register_form`. Fields made by `static()` are part of the
     tree's structure; fields made by `leafwise()` have the shape of the compressed leaf in the working layout, so an
-    optimizer state can shard them like the leaf. A constructor checks nothing: jax calls it on every unflatten.
+    optimizer state can shard them like the leaf; fields made by `own()` belong to one leaf too. What the leaves of a
+    joint task have in common is in the others. A constructor checks nothing: jax calls it on every unflatten.
 
     Attributes:
         dtype: of `dense()`.
@@ -86,16 +92,21 @@ class Scheme(abc.ABC):
     a scheme can be static under jit.
 
     Attributes:
-        leafwise: how many leaf-shaped arrays (`leafwise()` fields) its working forms hold.
+        leafwise: at most how many leaf-shaped arrays (`leafwise()` fields) its working forms hold.
         host: whether `solve` needs concrete arrays (an exact solver in float64 outside of any trace).
         costly: whether C(Theta) is not zero; then `mu` is required, and there is no direct compression.
     """
 
-    leafwise: ClassVar[int] = 1
-    costly: ClassVar[bool] = False
+    @property
+    def leafwise(self) -> int:
+        return 1
 
     @property
     def host(self) -> bool:
+        return False
+
+    @property
+    def costly(self) -> bool:
         return False
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -186,7 +197,8 @@ class Quantizer(Scheme):
 
 
 def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
-    """Weights of a projection, one array for each of `xs`, with as many axes as that, in float32 or wider.
+    """Weights of a projection, one array for each of `xs`, with as many axes as that, in float32 or wider; ones for
+    weights that are all zero.
 
     Raises:
         ValueError: not one real array each that broadcasts against its leaf; negative or not finite in float32, which
@@ -212,8 +224,11 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
                     f"weights: wanted finite numbers >= 0; got some from {low} to {high} in {h.dtype}{list(h.shape)}; "
                     "clip them, or look where they come from"
                 )
-    pairs = zip(map(jnp.asarray, weights), xs, strict=True)
-    return tuple(h.astype(compute_dtype(x.dtype)).reshape((1,) * (x.ndim - h.ndim) + h.shape) for h, x in pairs)
+    some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in weights])
+    return tuple(
+        jnp.where(some, h, 1).astype(compute_dtype(x.dtype)).reshape((1,) * (x.ndim - h.ndim) + h.shape)
+        for h, x in zip(map(jnp.asarray, weights), xs, strict=True)
+    )
 
 
 _F = TypeVar("_F", bound=Form)
@@ -222,7 +237,7 @@ FORMS: dict[str, type[Form]] = {}
 """Every form by its name in files."""
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise))
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))
 def register_form(cls: type[_F]) -> type[_F]:
     """Makes a class a frozen dataclass, a pytree, and a name that files may contain."""
     cls = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
@@ -233,6 +248,18 @@ def register_form(cls: type[_F]) -> type[_F]:
 def is_form(node: Any) -> bool:
     """For `is_leaf=`: whether a tree node is a form."""
     return isinstance(node, Form)
+
+
+def share(form: Form, name: str | None) -> Form:
+    """The form, and those in it, as one of the leaves of the joint task `name`; None for no joint task."""
+
+    def inside(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(inside, value))
+        return share(value, name) if isinstance(value, Form) else value
+
+    changed = {f.name: inside(getattr(form, f.name)) for f in dataclasses.fields(form) if not f.metadata.get("static")}
+    return dataclasses.replace(form, **{**changed, "shared": name})
 
 
 def split_leafwise(form: Form) -> tuple[tuple[Array, ...], Form]:

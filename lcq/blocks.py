@@ -48,6 +48,22 @@ def blocks(shape: Sequence[int], counts: Sequence[int]) -> Blocks:
     return Blocks(tuple(split), tuple(stat), axes, size)
 
 
+def cut_axes(x: Array, counts: Sequence[int]) -> Array:
+    """x.reshape(blocks(x.shape, counts).split), an axis at a time: so sharded axes can be cut."""
+    for axis, count in reversed(list(enumerate(counts))):
+        if count not in (1, x.shape[axis]):
+            x = x.reshape(*x.shape[:axis], count, x.shape[axis] // count, *x.shape[axis + 1 :])
+    return x
+
+
+def join_axes(x: Array, shape: Sequence[int]) -> Array:
+    """Inverse of `cut_axes` for an array of `shape`."""
+    for axis, length in enumerate(shape):
+        if x.shape[axis] != length:
+            x = x.reshape(*x.shape[:axis], length, *x.shape[axis + 2 :])
+    return x
+
+
 def _split(shape: Sequence[int], counts: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:
     """`blocks(shape, counts).split` of an array of `lengths` that broadcasts to `shape`."""
     split: list[int] = []

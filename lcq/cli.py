@@ -1,4 +1,4 @@
-"""The command line: lcq demo, compress, quantize, inspect, decompress.
+"""The command line: lcq demo, compress, quantize, inspect, table, decompress.
 
 Exit status: 0 done; 1 bad input or data, said in one line on stderr; 2 bad usage; 130 interrupted. Tables go to stdout,
 progress, notes and errors to stderr.
@@ -19,13 +19,14 @@ import jax
 import rich.table
 from rich import box
 from rich.text import Text
-from safetensors import safe_open
 
 import lcq
 from lcq.artifact import checkpoint
 from lcq.demo import QUICK, RECIPE, demo
+from lcq.inspection import inspect_file, table_of_file
 from lcq.methods.quantize import METHODS
-from lcq.plan import SCHEMES, dry_run, parse_rule
+from lcq.notation import SCHEMES, parse_rule
+from lcq.plan import dry_run
 from lcq.report import table
 from lcq.rules import Rule, flatten, resolve
 from lcq.terminal import progress, refuse, show
@@ -54,6 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     force = argparse.ArgumentParser(add_help=False)
     force.add_argument("--force", action="store_true", help="replace what is there")
+    rules = argparse.ArgumentParser(add_help=False)
+    either = rules.add_mutually_exclusive_group(required=True)
+    either.add_argument(
+        "--rule",
+        dest="rules",
+        action="append",
+        type=_rule,
+        metavar="PATTERN=SCHEME",
+        help="such as '(.*/)?kernel=KMeans(4)'; repeat as needed",
+    )
+    either.add_argument("--plan", type=Path, metavar="PLAN.toml", help="all rules, in TOML or from an .lcq file")
 
     sub = commands.add_parser("demo", parents=[force], help="compress a net that learns handwritten digits")
     sub.add_argument("--out", type=Path, default=Path("lcq-demo"), metavar="DIR", help="for files and figures")
@@ -63,29 +75,20 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser(
         "compress",
-        parents=[force],
+        parents=[rules, force],
         help="checkpoint -> .lcq",
         description="Direct compression of a checkpoint (.safetensors, .npz, or an orbax folder). A rule is "
         "PATTERN=SCHEME: a regular expression for the whole path of a leaf, keys joined by '/', and one of "
         f"{', '.join(SCHEMES)} or None, with '; joint' or '; stacked=N' after it. The first rule that matches decides.",
     )
     sub.add_argument("checkpoint", type=Path, metavar="IN")
-    sub.add_argument(
-        "--rule",
-        dest="rules",
-        action="append",
-        required=True,
-        type=_rule,
-        metavar="PATTERN=SCHEME",
-        help="such as '(.*/)?kernel=KMeans(4)'; repeat as needed",
-    )
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
     sub.set_defaults(run=_compress, usage_error=sub.error)
 
     sub = commands.add_parser(
         "quantize",
-        parents=[force],
+        parents=[rules, force],
         help="checkpoint + unlabelled inputs -> .lcq",
         description="Quantization without labels or training: each layer is rounded so that its results on the data "
         "change least. FUNCTION(params, batch) runs the net, params being the checkpoint's arrays in nested dicts; "
@@ -100,7 +103,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA.npz",
         help="inputs, examples along the first axis; several arrays make each batch a dict of them",
     )
-    sub.add_argument("--rule", dest="rules", action="append", required=True, type=_rule, metavar="PATTERN=SCHEME")
     sub.add_argument(
         "--nearest-rule",
         dest="nearest",
@@ -118,9 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq")
     sub.set_defaults(run=_quantize)
 
-    sub = commands.add_parser("inspect", help="what is in an .lcq file, and what it costs")
+    sub = commands.add_parser("inspect", help="what an .lcq file is made of: format, tensors, plan")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
-    sub.set_defaults(run=_inspect)
+    sub.set_defaults(run=lambda a: inspect_file(a.file))
+
+    sub = commands.add_parser("table", parents=[force], help="what each leaf of an .lcq file costs, as text or a page")
+    sub.add_argument("file", type=Path, metavar="FILE.lcq")
+    sub.add_argument("--reference", type=Path, metavar="CHECKPOINT", help="the weights before, to tell how far it is")
+    sub.add_argument("--html", type=Path, metavar="PAGE.html", help="also write one page with plots, for a browser")
+    sub.set_defaults(run=lambda a: table_of_file(a.file, a.reference, a.html, force=a.force))
 
     sub = commands.add_parser("decompress", parents=[force], help=".lcq -> checkpoint, dense again")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
@@ -136,6 +144,10 @@ def _rule(words: str) -> Rule:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _plan(arguments: argparse.Namespace) -> lcq.Plan:
+    return lcq.Plan(arguments.rules) if arguments.plan is None else lcq.read_plan(arguments.plan)
+
+
 def _reference(words: str) -> tuple[str, str]:
     module, colon, name = words.partition(":")
     if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
@@ -149,7 +161,7 @@ def _positive(words: str) -> int:
     return int(words)
 
 
-# compress, inspect, decompress
+# compress, decompress
 
 
 def _compress(arguments: argparse.Namespace) -> None:
@@ -157,10 +169,10 @@ def _compress(arguments: argparse.Namespace) -> None:
         if arguments.out is None:
             arguments.usage_error("wanted -o OUT.lcq, or --dry-run")
         refuse(arguments.force, arguments.out)
-    params = checkpoint.read(arguments.checkpoint)
+    plan, params = _plan(arguments), checkpoint.read(arguments.checkpoint)
     if arguments.dry_run:
-        return show(dry_run(params, arguments.rules))
-    tasks = resolve(arguments.rules, params)
+        return show(dry_run(params, plan))
+    tasks = resolve(plan, params)
     leaves, structure = flatten(params)
     forms = []
     with progress(len(tasks)) as advance:
@@ -171,22 +183,8 @@ def _compress(arguments: argparse.Namespace) -> None:
             forms.append(tuple(form.pack() for form in task.project(take(leaves, task))))
             advance("", 1)
     tree = replace(structure, leaves, tasks, forms)
-    size = lcq.save(arguments.out, tree)
+    size = lcq.save(arguments.out, tree, plan=plan)
     show(table(tree, params, on_disk=size))
-
-
-def _inspect(arguments: argparse.Namespace) -> None:
-    tree = lcq.load(arguments.file)
-    size = arguments.file.stat().st_size
-    report = table(tree, on_disk=size)
-    with safe_open(arguments.file, "numpy") as file:
-        metadata, tensors = file.metadata(), len(list(file.keys()))
-    with open(arguments.file, "rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little")
-    raw = report.total.bytes
-    print(f"{arguments.file}: format {metadata['format']} {metadata['version']}, {tensors} tensors")
-    print(f"{size:,} bytes: {raw:,} of forms and arrays, {header:,} of header, {size - raw - header:,} of padding")
-    show(report)
 
 
 def _decompress(arguments: argparse.Namespace) -> None:
@@ -209,7 +207,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     refuse(arguments.force, arguments.out)
     if not arguments.out.parent.is_dir():
         raise ValueError(f"{arguments.out.parent}: no such folder")
-    params = checkpoint.read(arguments.checkpoint)
+    plan, params = _plan(arguments), checkpoint.read(arguments.checkpoint)
     batches = _batches(arguments.data, arguments.batch, arguments.limit)
     with _function(*arguments.function) as function, progress() as advance:
         advance("tracing", 0)
@@ -217,14 +215,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
             function,
             params,
             batches,
-            arguments.rules,
+            plan,
             arguments.method,
             nearest=arguments.nearest,
             centred=not arguments.not_centred,
             key=jax.random.key(arguments.seed),
             progress=lambda number, total, record: advance(record.path, 1, total),
         )
-    size = lcq.save(arguments.out, done.forms)
+    size = lcq.save(arguments.out, done.forms, plan=lcq.Plan([*arguments.nearest, *plan]))
     if done.records:
         show(_products(done))
     show(table(done.forms, params, on_disk=size))

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt, UInt32
+from jaxtyping import Array, Bool, UInt, UInt32
 
 
 def width(levels: int) -> int:
@@ -67,3 +67,86 @@ def unpack(words: UInt32[Array, " words"], bits: int, shape: tuple[int, ...]) ->
             code |= words[:, word + 1] << (32 - shift)
         codes.append((code & mask).astype(dtype))
     return jnp.stack(codes, axis=1).reshape(-1)[:size].reshape(shape)
+
+
+def largest(words: UInt32[np.ndarray, " words"], width: int, size: int) -> int:
+    """The largest of packed codes, without unpacking them all at once. Host only."""
+    if width == 0 or size == 0:
+        return 0
+    rows = -(-size // 32)
+    grid = np.zeros((rows, width), np.uint32)
+    grid.reshape(-1)[: words.size] = words
+    largest = 0
+    for i in range(32):
+        word, shift = divmod(i * width, 32)
+        code = grid[:, word] >> np.uint32(shift)
+        if shift + width > 32:
+            code |= grid[:, word + 1] << np.uint32(32 - shift)
+        largest = max(largest, int((code & np.uint32((1 << width) - 1)).max()))
+    return largest
+
+
+def pack_positions(chosen: Bool[np.ndarray, "..."]) -> tuple[UInt32[np.ndarray, " words"], int | None]:
+    """Which of n places are chosen: the smaller of a bit for each place, and gap codes. Host only.
+
+    A gap code of b bits counts the places skipped before the next chosen one; 2^b - 1 skips so many and chooses none.
+
+    Returns:
+        Words, and b; None for the bit mask.
+
+    Example:
+        >>> pack_positions(np.isin(np.arange(64), (2, 40)))
+        (array([4082], dtype=uint32), 6)
+    """
+    flat = np.asarray(chosen).reshape(-1)
+    skipped = np.diff(np.flatnonzero(flat), prepend=-1) - 1
+    best, gap = word_count(flat.size, 1), None
+    for bits in range(2, 17):
+        words = word_count(skipped.size + int((skipped // ((1 << bits) - 1)).sum()), bits)
+        if words < best:
+            best, gap = words, bits
+    if gap is None:
+        return pack(flat.astype(np.uint8), 1), None
+    escape = (1 << gap) - 1
+    ends = np.cumsum(skipped // escape + 1)
+    codes = np.full(ends[-1] if ends.size else 0, escape, np.uint16)
+    codes[ends - 1] = skipped % escape
+    return pack(codes, gap), gap
+
+
+def unpack_positions(
+    words: UInt32[Array, " words"], gap: int | None, count: int, size: int
+) -> Bool[Array, " size"]:
+    """The mask of `size` places from the words of `pack_positions`; jit-able.
+
+    Args:
+        words: as packed.
+        gap: bits of a gap code, None for a bit mask.
+        count: places chosen.
+        size: all places.
+    """
+    if gap is None:
+        return unpack(words, 1, (size,)).astype(bool)
+    codes, escape = unpack(words, gap, (32 * words.shape[0] // gap,)).astype(jnp.uint32), (1 << gap) - 1
+    here = codes < escape
+    here &= jnp.cumsum(here) <= count  # what fills the last word is none
+    places = jnp.cumsum(codes + (codes < escape)) - 1
+    return jnp.zeros(size, bool).at[jnp.where(here, places, size)].set(True, mode="drop")
+
+
+def check_positions(words: UInt32[np.ndarray, " words"], gap: int | None, count: int, size: int) -> None:
+    """Raises ValueError unless words choose exactly `count` of `size` places. Host only."""
+    if gap is None:
+        chosen, needed = int(np.bitwise_count(words).sum()), word_count(size, 1)
+        if words.size == needed and size % 32 and int(words[-1]) >> (size % 32):
+            raise ValueError("wanted a bit mask that ends with the leaf; got bits behind its end")
+        places = size
+    else:
+        codes = np.asarray(unpack(jnp.asarray(words), gap, (32 * words.size // gap,)), np.int64)
+        ends = np.flatnonzero(codes < (1 << gap) - 1)[:count]
+        chosen = ends.size
+        used = int(ends[-1]) + 1 if chosen else 0
+        needed = word_count(used, gap)
+        places = int((codes[:used] + (codes[:used] < (1 << gap) - 1)).sum())
+    if chosen != count or words.size != needed or places > size:
+        raise ValueError(f"wanted {count} of {size} places; got {chosen} up to {places} in {words.size} words")

@@ -1,152 +1,125 @@
-"""Rules as text, and what they will do: "PATTERN=SCHEME" <-> `Rule`, and a dry run of a list of rules."""
+"""Plans: rules as one value, as TOML and inside a file; and what rules will do, before anything is done."""
 
-import ast
 import dataclasses
-import inspect
+import os
 import re
-import types
-import typing
-from collections.abc import Callable, Sequence
-from typing import Any
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
 
 import jax
 
+from lcq.artifact.file import read_plan_text
 from lcq.base import Scheme
+from lcq.notation import format_scheme, is_none, make, parse_scheme, right_side, settings_of
 from lcq.report import Row, Table, rows
 from lcq.rules import Rule, Task, flatten, resolve
-from lcq.schemes.cast import Cast
-from lcq.schemes.kmeans import KMeans
-from lcq.schemes.levels import Binary, Levels, PowersOfTwo, Ternary
-from lcq.schemes.uniform import Uniform
 from lcq.tree import replace, take
 
-SCHEMES: dict[str, Callable[..., Scheme]] = {
-    "KMeans": KMeans,
-    "Levels": Levels,
-    "Binary": Binary,
-    "Ternary": Ternary,
-    "PowersOfTwo": PowersOfTwo,
-    "Uniform": Uniform,
-    "Cast": Cast,
-}
-"""What a scheme's text may name: classes, and functions that give one of them."""
+_KEYS: dict[str, type] = {"pattern": str, "scheme": str, "joint": bool, "stacked": int}
 
 
-def parse_scheme(text: str) -> Scheme:
-    """The scheme that a text such as "KMeans(4, per='channel')" or "kmeans(k=4)" names.
+@dataclasses.dataclass(frozen=True)
+class Plan(Sequence[Rule]):
+    """Rules in order of precedence, as one value: give it wherever rules are wanted, print it, keep it in a file.
 
-    Only the schemes of `SCHEMES` and literals are understood, nothing is run. Names may be written in any case, with or
-    without underscores and a leading "lcq."; lists count as tuples; a scheme without arguments needs no parentheses.
+    Its text is TOML, a [[rule]] for each with `pattern`, `scheme` ("None" for none) and, where they say something,
+    `joint` and `stacked`. `read_plan` gives back an equal plan, and `lcq.save(path, tree, plan=plan)` keeps it beside
+    the forms.
+
+    Attributes:
+        rules: the first one that matches a leaf decides.
 
     Raises:
-        ValueError: anything else, or settings that the scheme refuses; lists the schemes and their settings.
+        ValueError: something that is no rule; in `str`, a scheme that has no text.
 
     Example:
-        >>> parse_scheme("powers_of_two(3)") == PowersOfTwo(3)
-        True
+        >>> import lcq
+        >>> print(Plan([Rule("head/.*", None), Rule("(.*/)?kernel", lcq.KMeans(4, per="channel"), stacked=1)]))
+        [[rule]]
+        pattern = 'head/.*'
+        scheme = "None"
+        <BLANKLINE>
+        [[rule]]
+        pattern = '(.*/)?kernel'
+        scheme = "KMeans(4, per='channel')"
+        stacked = 1
+    """
+
+    rules: Sequence[Rule]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"wanted rules such as lcq.Rule('(.*/)?kernel', lcq.KMeans(4)); got {rule!r}")
+
+    @overload
+    def __getitem__(self, index: int) -> Rule: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Plan": ...
+    def __getitem__(self, index: Any) -> Any:
+        return Plan(self.rules[index]) if isinstance(index, slice) else self.rules[index]
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(_toml, self.rules)) or "rule = []"
+
+
+def parse_plan(text: str) -> Plan:
+    """The plan of a TOML text, which may also have comments and anything else that TOML allows.
+
+    Raises:
+        ValueError: no TOML, something else than rules, or a rule that is none; says which, counted from 1.
+
+    Example:
+        >>> parse_plan('rule = [{pattern = ".*/bias", scheme = "Cast"}]')[0]
+        Rule(pattern='.*/bias', scheme=Cast(format='bfloat16'), joint=False, stacked=0)
     """
     try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"wanted a scheme; got {text!r}, which does not parse; {_known()}") from error
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    match call.func:
-        case ast.Name(name) | ast.Attribute(ast.Name("lcq"), name):
-            name = _SPELLINGS.get(_plain(name), "")
-        case _:
-            name = ""
-    if not name:
-        raise ValueError(f"wanted a scheme; got {text!r}; {_known()}")
+        document = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"wanted TOML; {error}") from error
+    match document:
+        case {"rule": [*tables], **rest} if not rest:
+            return Plan(tuple(_rule(number, table) for number, table in enumerate(tables, 1)))
+    got = ", ".join(map(repr, document)) or "nothing"
+    raise ValueError(f"wanted [[rule]] tables with a pattern and a scheme, and nothing else; got {got[:200]}")
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """Reads a plan: of an `.lcq` file the one that was saved in it, of any other file its TOML text.
+
+    The text is read, never run. The patterns are another matter: a regular expression can take for ever to match, so
+    have a look at the plan of a stranger before you use it.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: no plan in it, or one that is not well-formed; names the file and the rule.
+        OSError: the file cannot be opened or read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     size = Path(folder, "plan.toml").write_text("[[rule]]\\npattern = '.*'\\nscheme = 'Binary(per=64)'")
+        ...     print(read_plan(f"{folder}/plan.toml"))
+        [[rule]]
+        pattern = '.*'
+        scheme = "Binary(per=64)"
+    """
+    name = os.fspath(path)
+    text = read_plan_text(path) if Path(path).suffix.lower() == ".lcq" else None
+    if text is None and Path(path).suffix.lower() == ".lcq":
+        raise ValueError(f"{name}: wanted a plan in the file; it has none: save one with lcq.save(.., plan=plan)")
     try:
-        given = [_tuples(ast.literal_eval(argument)) for argument in call.args]
-        named = {str(k.arg): _tuples(ast.literal_eval(k.value)) for k in call.keywords if k.arg}
-        if len(named) < len(call.keywords):
-            raise ValueError("** is not understood")
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text}: wanted plain numbers, strings and tuples as settings; {_known()}") from error
-    make = SCHEMES[name]
-    try:
-        settings = inspect.signature(make).bind(*given, **named).arguments
-    except TypeError as error:
-        raise ValueError(f"{text}: {error}; wanted {_usage(name)}") from error
-    for setting, hint in typing.get_type_hints(make).items():
-        if setting in settings and not _fits(settings[setting], hint):
-            wanted = getattr(hint, "__name__", str(hint))
-            raise ValueError(f"{text}: wanted {setting}: {wanted}; got {settings[setting]!r}; {_usage(name)}")
-    try:
-        return make(**settings)
+        return parse_plan(Path(path).read_bytes().decode() if text is None else text)
     except ValueError as error:
-        raise ValueError(f"{text}: {error}") from error
-
-
-def format_scheme(scheme: Scheme) -> str:
-    """The text that `parse_scheme` reads back as an equal scheme; settings at their defaults are left out.
-
-    Raises:
-        ValueError: a scheme that is not in `SCHEMES`.
-
-    Example:
-        >>> format_scheme(Levels((-1, 0, 1), scale=True, per="channel"))
-        "Ternary(per='channel')"
-    """
-    name = type(scheme).__name__
-    if not dataclasses.is_dataclass(scheme) or SCHEMES.get(name) is not type(scheme):
-        raise ValueError(f"wanted a scheme that has a text; got {scheme!r}; {_known()}")
-    settings = {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme) if field.init}
-    if isinstance(scheme, Levels):
-        name, settings = _family(scheme, settings)
-    words = []
-    for parameter in inspect.signature(SCHEMES[name]).parameters.values():
-        value = settings[parameter.name]
-        if parameter.default is parameter.empty:
-            words.append(_literal(value))
-        elif value != parameter.default or type(value) is not type(parameter.default):
-            words.append(f"{parameter.name}={_literal(value)}")
-    return f"{name}({', '.join(words)})"
-
-
-def parse_rule(text: str) -> Rule:
-    """The rule of "PATTERN=SCHEME", "PATTERN=SCHEME; joint", "PATTERN=SCHEME; stacked=N" or "PATTERN=None".
-
-    The pattern ends at the last "=" that a scheme's name follows, so both sides may contain others.
-
-    Raises:
-        ValueError: no pattern, no scheme, or an unknown option.
-
-    Example:
-        >>> parse_rule("(.*/)?kernel=Cast('bfloat16'); stacked=1")
-        Rule(pattern='(.*/)?kernel', scheme=Cast(format='bfloat16'), joint=False, stacked=1)
-    """
-    for found in reversed(list(_RULE.finditer(text))):
-        scheme, *options = _split(text[found.end() :])
-        named = _NAMED.fullmatch(scheme)
-        if named and _plain(named[1]) in {*_SPELLINGS, "none"}:
-            break
-    else:
-        raise ValueError(f"wanted PATTERN=SCHEME, such as '(.*/)?kernel=KMeans(4)'; got {text!r}; {_known()}")
-    chosen: dict[str, Any] = {}
-    for option in options:
-        key, _, value = (part.strip() for part in option.partition("="))
-        if key == "joint" and not value:
-            chosen["joint"] = True
-        elif key == "stacked" and value.isascii() and value.isdigit():
-            chosen["stacked"] = int(value)
-        else:
-            raise ValueError(f"{text}: wanted '; joint' or '; stacked=N' after the scheme; got {option.strip()!r}")
-    nothing = _plain(scheme.strip()) == "none"
-    return Rule(text[: found.start()].strip(), None if nothing else parse_scheme(scheme), **chosen)
-
-
-def format_rule(rule: Rule) -> str:
-    """The text that `parse_rule` reads back as an equal rule.
-
-    Example:
-        >>> format_rule(Rule("a|b", KMeans(4), joint=True))
-        'a|b=KMeans(4); joint'
-    """
-    if rule.scheme is not None:
-        format_scheme(rule.scheme)  # raises if it has no text
-    return f"{rule.pattern}={_right_side(rule)}"
+        raise ValueError(f"{name}: {error}") from error
 
 
 def dry_run(params: Any, rules: Sequence[Rule]) -> Table:
@@ -171,7 +144,7 @@ def dry_run(params: Any, rules: Sequence[Rule]) -> Table:
         rule = decided.get(row.path)
         if rule is None:
             return row
-        return row._replace(rule=rule.pattern, scheme=_right_side(rule))
+        return row._replace(rule=rule.pattern, scheme=right_side(rule))
 
     return Table(tuple(map(with_rule, rows(replace(structure, leaves, tasks, forms)))))
 
@@ -182,85 +155,56 @@ def _shapes(xs: tuple[Any, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 def _traceable(task: Task) -> Task:
     """A solver on the host cannot be traced; its plain twin gives forms of the same shapes."""
-    scheme: Any = task.scheme
-    return dataclasses.replace(task, scheme=dataclasses.replace(scheme, exact=False)) if scheme.host else task
+    return dataclasses.replace(task, scheme=_plain_twin(task.scheme)) if task.scheme.host else task
+
+
+def _plain_twin(setting: Any) -> Any:
+    """A scheme, and those that are settings of it, with exact=False."""
+    if isinstance(setting, tuple):
+        return tuple(map(_plain_twin, setting))
+    if not isinstance(setting, Scheme):
+        return setting
+    settings = {name: _plain_twin(value) for name, value in settings_of(setting).items()}
+    return make(type(setting), settings | ({"exact": False} if "exact" in settings else {}))
 
 
 def _decides(rules: Sequence[Rule], path: str) -> Rule | None:
     return next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
 
 
-# Text
-
-_RULE = re.compile(r"=\s*(?=[A-Za-z_])")
-_NAMED = re.compile(r"(?:lcq\.)?(\w+)\s*(?:\(.*\))?\s*", re.DOTALL)
+# TOML
 
 
-def _plain(name: str) -> str:
-    return name.lower().replace("_", "")
+def _toml(rule: Rule) -> str:
+    """A rule as a [[rule]] table."""
+    scheme = "None" if rule.scheme is None else format_scheme(rule.scheme)
+    lines = ["[[rule]]", f"pattern = {_quoted(rule.pattern, literal=True)}", f"scheme = {_quoted(scheme)}"]
+    return "\n".join(lines + ["joint = true"] * rule.joint + [f"stacked = {rule.stacked}"] * (rule.stacked > 0))
 
 
-_SPELLINGS = {_plain(name): name for name in SCHEMES}
+def _quoted(text: str, literal: bool = False) -> str:
+    """A TOML string: without escapes if `literal` and possible, for patterns are full of backslashes."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError(f"{text!r}: wanted Unicode characters; got half of a surrogate pair, which TOML cannot hold")
+    if literal and text.isprintable() and "'" not in text:
+        return f"'{text}'"
+    words = (f"\\{c}" if c in '"\\' else c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(words)}"'
 
 
-def _split(text: str) -> list[str]:
-    """A scheme and its options, apart at the semicolons outside of parentheses."""
-    end = text.rfind(")") + 1
-    first, *rest = text[end:].split(";")
-    return [text[:end] + first, *rest]
-
-
-def _right_side(rule: Rule) -> str:
-    """What follows the "=" of a rule; a scheme of the user's own, which has no text, is its repr."""
-    known = rule.scheme is not None and SCHEMES.get(type(rule.scheme).__name__) is type(rule.scheme)
-    scheme = format_scheme(rule.scheme) if rule.scheme is not None and known else repr(rule.scheme)
-    return scheme + "; joint" * rule.joint + f"; stacked={rule.stacked}" * (rule.stacked > 0)
-
-
-def _usage(name: str) -> str:
-    words = []
-    for parameter in inspect.signature(SCHEMES[name]).parameters.values():
-        bare = parameter.default is parameter.empty
-        words.append(parameter.name if bare else f"{parameter.name}={parameter.default!r}")
-    return f"{name}({', '.join(words)})"
-
-
-def _known() -> str:
-    return f"known schemes: {', '.join(map(_usage, SCHEMES))}"
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a literal is of an annotated type; True is no int, an int is a float."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, each) for each in arguments)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(each, arguments[0]) for each in value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _literal(value: Any) -> str:
-    """repr, with whole floats as ints: every scheme takes either."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
-    return repr(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e6 else repr(value)
-
-
-def _family(scheme: Levels, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name and settings by which a user would ask for these levels."""
-    if not scheme.exact:
-        shared: dict[str, Any] = {"scale": scheme.scale, "per": scheme.per}
-        c = len(scheme.values) // 2 - 1
-        if scheme == Binary(**shared):
-            return "Binary", shared
-        if scheme == Ternary(**shared):
-            return "Ternary", shared
-        if 0 <= c <= 126 and scheme == PowersOfTwo(c, **shared):
-            return "PowersOfTwo", {"c": c, **shared}
-    return "Levels", settings
+def _rule(number: int, table: Any) -> Rule:
+    """The rule of what TOML has in its place."""
+    try:
+        if not isinstance(table, dict):
+            raise ValueError(f"wanted a table; got {table!r:.200}")
+        if odd := table.keys() - _KEYS.keys():
+            raise ValueError(f"wanted only {', '.join(_KEYS)}; got {', '.join(sorted(odd))[:200]!r}")
+        for key, kind in _KEYS.items():
+            if (key in table or key in ("pattern", "scheme")) and type(table.get(key)) is not kind:
+                got = repr(table[key])[:200] if key in table else "none"
+                raise ValueError(f"wanted {key}: {kind.__name__}; got {got}")
+        settings = {key: table[key] for key in ("joint", "stacked") if key in table}
+        return Rule(table["pattern"], None if is_none(table["scheme"]) else parse_scheme(table["scheme"]), **settings)
+    except (ValueError, OverflowError, RecursionError) as error:
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # it may quote a stranger's file
+        raise ValueError(f"rule {number}: {shown}") from error

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lcq import forms
-from lcq.base import Form
+from lcq.base import Form, share
 from lcq.rules import flatten
 from lcq.tree import sizes
 
@@ -179,6 +179,16 @@ def describe(leaf: Any) -> str:
                 words.append("shifted")
         case forms.Cast():
             words = [f"values {leaf.values.dtype}"]
+        case forms.Sparse():
+            words = [f"sparse {leaf.values.dtype if leaf.levels is None else f'K={leaf.levels.shape[-1]}'}"]
+            if leaf.packed is not None:
+                words.append(f"{leaf.kept:,} kept")
+                words.append("bit mask" if leaf.gap is None else f"gaps of {leaf.gap} bits")
+        case forms.Factors():
+            rank = "room for rank" if leaf.rank is not None else "rank"
+            words = ["matrix"] if leaf.right is None else [f"{rank} {leaf.left.shape[-1]}"]
+        case forms.Sum():
+            words = [" + ".join(describe(share(part, None)) for part in leaf.parts)]
         case Form():
             words = [type(leaf).__name__.lower()]
         case _:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from lcq.base import Form, Scheme, check_weights, is_form
+from lcq.base import Form, Scheme, check_weights, is_form, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Task:
         except ValueError as error:
             raise ValueError(f"{', '.join(self.paths)}: {error}") from error
         if len(self.paths) > 1:
-            forms = tuple(dataclasses.replace(form, shared=self.name) for form in forms)
+            forms = tuple(share(form, self.name) for form in forms)
         return forms
 
 

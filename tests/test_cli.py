@@ -50,10 +50,53 @@ def test_there_and_back(tmp_path, kind, capsys):
     assert "codes K=4" in out and "distortion" in out and f"{packed.stat().st_size:,}" in out
     assert run("inspect", packed) == 0
     out = capsys.readouterr().out
-    assert "format lcq 1" in out and "values bfloat16" in out and "array int64" in out and "of header" in out
-    assert f"{packed.stat().st_size:,} bytes: {lcq.table(expected).total.bytes:,} of forms" in out
+    assert "format lcq 1" in out and "dense0/kernel.codes" in out and "BF16" in out and "I64" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["dense0/kernel.levels", "F32", "1x1x4", "16"] in lines and ["count", "I64", "3", "24"] in lines
+    tensors = sum(int(line[-1]) for line in lines if len(line) == 4 and line[1] in ("F32", "U32", "BF16", "I64"))
+    size = packed.stat().st_size
+    assert f"{size:,} bytes: {tensors:,} of tensors, {size - tensors:,} of header" in out
     assert run("decompress", packed, "-o", back) == 0
     same(checkpoint.read(back), expected)
+
+
+TOML = """
+# dense1 stays
+[[rule]]
+pattern = 'dense1/.*'
+scheme = "None"
+
+[[rule]]
+pattern = '(.*/)?kernel'
+scheme = "KMeans(4)"
+"""
+
+
+def test_a_plan_is_read_kept_and_shown(source, tmp_path, capsys):
+    plan, packed, again = tmp_path / "plan.toml", tmp_path / "out.lcq", tmp_path / "again.lcq"
+    plan.write_text(TOML)
+    rules = [lcq.Rule("dense1/.*", None), lcq.Rule("(.*/)?kernel", lcq.KMeans(4))]
+    assert run("compress", source, "--plan", plan, "--dry-run") == 0
+    assert "dense1/.*" in capsys.readouterr().out
+    assert run("compress", source, "--plan", plan, "-o", packed) == 0
+    same(lcq.load(packed), lcq.compress(weights(), rules))
+    assert lcq.read_plan(packed) == lcq.read_plan(plan) == lcq.Plan(rules)
+    assert run("compress", source, "--plan", packed, "-o", again) == 0
+    assert again.read_bytes() == packed.read_bytes()
+    assert run("compress", source, "--rule", "dense1/.*=None", "--rule", RULE, "-o", again, "--force") == 0
+    assert again.read_bytes() == packed.read_bytes()
+    capsys.readouterr()
+    assert run("inspect", packed) == 0
+    assert capsys.readouterr().out.endswith(f"{lcq.Plan(rules)}\n")
+
+
+def test_a_plan_is_shown_without_what_a_terminal_would_run(tmp_path, capsys):
+    path, escape = tmp_path / "net.lcq", "\\u001b"
+    for pattern, scheme in ((f"{escape}2J", "None"), ("w", f"KMeans('{escape}2J')")):
+        lcq.save(path, weights(), plan=f'[[rule]]\npattern = "{pattern}"\nscheme = "{scheme}"')
+        assert run("inspect", path) == (scheme != "None")
+        out = "".join(capsys.readouterr())
+        assert "\x1b" not in out and ("U0000001b2J" in out or "x1b2J" in out)
 
 
 def test_dry_run_writes_nothing(source, tmp_path, capsys):
@@ -99,8 +142,19 @@ def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
         (("compress", "nan.npz", "--rule", "w=KMeans(4)", "-o", "x.lcq"), "w: wanted finite weights"),
         (("compress", "in.npz", "--rule", RULE, "-o", "no/such/folder/x.lcq"), "No such file"),
         (("compress", "in.txt", "--rule", RULE, "-o", "x.lcq"), "in.txt"),
+        (("compress", "in.npz", "--plan", "gone.toml", "-o", "x.lcq"), "No such file or directory: gone.toml"),
+        (("compress", "in.npz", "--plan", "bad.toml", "-o", "x.lcq"), "bad.toml: rule 2: wanted a scheme; got 'Kmeens"),
+        (("compress", "in.npz", "--plan", "without.lcq", "-o", "x.lcq"), "without.lcq: wanted a plan in the file"),
         (("inspect", "gone.lcq"), "No such file or directory: gone.lcq"),
         (("inspect", "in.npz"), "in.npz: not an lcq file"),
+        (("table", "in.npz"), "in.npz: not an lcq file"),
+        (("table", "small.lcq", "--reference", "gone.npz"), "gone.npz: no such file"),
+        (("table", "small.lcq", "--reference", "in.npz"), "in.npz: wanted a reference with the same leaves; only in"),
+        (
+            ("table", "small.lcq", "--reference", "short.npz", "--html", "x.npz"),
+            "bias: wanted a reference of shape [5]",
+        ),
+        (("table", "small.lcq", "--html", "no/such/x.html"), "No such file"),
         (("decompress", "in.npz", "-o", "x.npz"), "in.npz: not an lcq file"),
         (("decompress", "plain.safetensors", "-o", "x.npz"), "not an lcq file"),
     ],
@@ -108,8 +162,12 @@ def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
 def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys, monkeypatch):
     monkeypatch.chdir(source.parent)
     np.savez("nan.npz", w=np.array([1, np.nan], np.float32))
+    np.savez("short.npz", bias=np.ones(4, np.float32))
+    lcq.save("small.lcq", {"bias": np.ones(5, np.float32)})
     (source.parent / "in.txt").write_text("weights")
     safetensors.numpy.save_file({"w": np.ones(2)}, "plain.safetensors")
+    lcq.save("without.lcq", weights())
+    Path("bad.toml").write_text(TOML.replace("KMeans", "Kmeens"))
     assert run(*arguments) == 1
     captured = capsys.readouterr()
     assert complaint in captured.err and captured.err.count("\n") == 1 and captured.out == ""
@@ -124,6 +182,10 @@ def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys
         (("compress", "in.npz", "-o", "x.lcq"), "--rule"),
         (("compress", "in.npz", "--rule", RULE), "wanted -o OUT.lcq, or --dry-run"),
         (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: KMeans(k"),
+        (
+            ("compress", "in.npz", "--rule", RULE, "--plan", "plan.toml", "-o", "x.lcq"),
+            "not allowed with argument --rule",
+        ),
         (("decompress", "in.lcq"), "-o"),
         (("quantize", "in.npz", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "x.lcq"), "wanted MODULE:FUNCTION"),
         (("quantize", "a:b", "in.npz", "--rule", RULE, "-o", "x.lcq"), "--data"),
@@ -210,7 +272,17 @@ def test_quantize_does_what_the_function_does(net, capsys):
         assert [*facts, f"{record.error:.2e}", f"{record.scale:.3g}"] in [line[:-1] for line in lines]
     size = (Path("out.lcq")).stat().st_size
     assert ["on", "disk", f"{8 * size:,}", f"{size:,}"] in [line[:4] for line in lines] and "distortion" in captured.out
+    assert lcq.read_plan("out.lcq") == lcq.Plan([*rules[1], *rules[0]])
     assert quantize() == 1 and "--force" in capsys.readouterr().err
+
+
+def test_quantize_takes_a_plan(net):
+    Path("plan.toml").write_text(str(lcq.Plan([lcq.Rule("dense./kernel", lcq.Ternary())])))
+    command = ["quantize", "tinynet:apply", "net.npz", "--data", "data.npz", "-o", "out.lcq"]
+    assert run(*command, "--plan", "plan.toml") == 0
+    assert lcq.read_plan("out.lcq") == lcq.read_plan("plan.toml")
+    assert lcq.load("out.lcq")["dense0"]["kernel"].size_of_table == 3
+    assert run(*command, "--plan", "plan.toml", "--rule", RULE) == 2 and run(*command) == 2
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,15 @@ ROOMS = {
     "base": Room(1, "blocks"),
     "packing": Room(1),
     "unfold": Room(1),
-    "forms": Room(2, "base blocks packing"),
+    "forms": Room(2, "base blocks packing", "checks codes cast sparse factors sums"),
     "rules": Room(2, "base unfold"),
     "products": Room(2, "unfold"),
     "trace": Room(3, "products rules"),
     "tree": Room(3, "base forms rules unfold"),
     "schemes": Room(
-        3, "base blocks forms", "cast levels uniform lloyd histogram exact_kmeans kmeans prune lowrank additive"
+        3,
+        "base blocks forms",
+        "cast levels uniform lloyd histogram exact_kmeans kmeans selection prune lowrank additive",
     ),
     "kernels": Room(
         3,
@@ -47,17 +49,25 @@ ROOMS = {
     ),
     "artifact": Room(4, "base forms rules tree packing", "paths rans codec file checkpoint"),
     "run": Room(4, "base forms trace kernels unfold"),
-    "report": Room(5, "base forms rules tree"),
-    "plan": Room(6, "base rules schemes tree artifact report"),
+    "notation": Room(4, "base rules schemes"),
+    "report": Room(4, "base forms rules tree"),
+    "chart": Room(5),
+    "plan": Room(5, "base rules tree artifact notation report"),
+    "hull": Room(0),
+    "budget": Room(6, "hull base rules tree notation report plan"),
     "layers": Room(5, "base forms unfold kernels", "binary linen nnx"),
     "plot": Room(6, "base rules report"),
+    "page": Room(6, "base chart rules artifact report"),
     "terminal": Room(6, "report"),
     "__init__": Room(
-        7, "base blocks packing unfold forms rules products trace tree schemes kernels methods artifact run report plan"
+        7,
+        "base blocks packing unfold forms rules products trace tree schemes kernels methods artifact run notation "
+        "report plan budget",
     ),
     "examples": Room(8, "__init__ layers", "data models transformers train"),
     "demo": Room(9, "__init__ examples plot rules report terminal"),
-    "cli": Room(10, "__init__ methods artifact rules tree report plan terminal demo"),
+    "inspection": Room(9, "__init__ artifact report page terminal"),
+    "cli": Room(10, "__init__ methods artifact rules tree notation report plan terminal demo inspection"),
     "__main__": Room(11, "cli"),
 }
 """A file imports only from the rooms named in its row, all on floors below; inside a folder, only from files
@@ -302,7 +312,7 @@ BAD = [
     ("imports_go_down", "lcq/base.py", "from . import forms", "floor 2 from floor 1"),
     ("imports_go_down", "lcq/base.py", "import lcq.forms as f", "floor 2 from floor 1"),
     ("imports_go_down", "lcq/base.py", "def f():\n    from lcq import forms", "base.py:2: imports 'forms'"),
-    ("imports_go_down", "lcq/forms.py", "from lcq import rules", "floor 2 from floor 2"),
+    ("imports_go_down", "lcq/forms/codes.py", "from lcq import rules", "floor 2 from floor 2"),
     ("imports_go_down", "lcq/tree.py", "import lcq", "'__init__', floor 7 from floor 3"),
     ("imports_go_down", "lcq/schemes/kmeans.py", "from ..rules import Rule", "may import base blocks forms"),
     ("imports_go_down", "lcq/packing.py", "from lcq.attic import x", "not in ROOMS"),
@@ -358,7 +368,7 @@ BAD = [
 ]
 
 GOOD = [
-    ("lcq/forms.py", "from lcq import packing\nfrom lcq.base import Form\nfrom .base import Scheme"),
+    ("lcq/forms/codes.py", "from lcq import packing\nfrom lcq.base import Form\nfrom ..base import Scheme"),
     ("lcq/schemes/additive.py", "from lcq.schemes.kmeans import lloyd\nfrom . import kmeans"),
     ("lcq/schemes/__init__.py", "from lcq.schemes.kmeans import KMeans"),
     ("lcq/methods/lc.py", "import lcq.tree as tree\nfrom lcq.schemes import KMeans"),

@@ -1,190 +1,24 @@
-"""Schemes and rules as text, and the dry run."""
+"""Plans as values, as TOML and in files; the dry run."""
 
 import dataclasses
+import tomllib
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
+import optax
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 import lcq
+from lcq import notation
 from lcq.base import Scheme
-from lcq.plan import SCHEMES, dry_run, format_rule, format_scheme, parse_rule, parse_scheme
+from lcq.plan import dry_run, parse_plan, read_plan
 
 # Schemes built inside strategies are checked by beartype, which draws at random what it looks at.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
-
-PER = st.one_of(
-    st.none(),
-    st.just("channel"),
-    st.integers(1, 512),
-    st.lists(st.integers(0, 64), min_size=1, max_size=4).map(tuple),
-)
-FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
-SCALED = st.one_of(
-    st.just({"scale": False}),
-    st.builds(lambda per, exact: {"scale": True, "per": per, "exact": exact}, PER, st.booleans()),
-)
-
-
-def plain(settings):
-    return {key: value for key, value in settings.items() if key != "exact"}
-
-
-schemes = st.one_of(
-    st.builds(lcq.KMeans, k=st.integers(1, 300), exact=st.booleans(), per=PER),
-    st.builds(
-        lambda fixed, more: lcq.KMeans(len(fixed) + more, fixed=tuple(fixed)),
-        st.lists(FLOATS, unique=True, min_size=1, max_size=4),
-        st.integers(1, 3),
-    ),
-    st.builds(
-        lambda values, settings: lcq.Levels(tuple(values), **settings),
-        st.lists(FLOATS.filter(bool), min_size=1, max_size=9),
-        SCALED,
-    ),
-    st.builds(lambda settings: lcq.Binary(**plain(settings)), SCALED),
-    st.builds(lambda settings: lcq.Ternary(**plain(settings)), SCALED),
-    st.builds(lambda c, settings: lcq.PowersOfTwo(c, **plain(settings)), st.integers(0, 126), SCALED),
-    st.builds(lcq.Uniform, bits=st.integers(2, 16), per=PER, zero_point=st.booleans()),
-    st.builds(lcq.Cast, format=st.sampled_from(["bfloat16", "float16", "float8_e4m3fn", "float32"])),
-)
-
-
-@given(schemes)
-def test_text_of_a_scheme_reads_back(scheme):
-    text = format_scheme(scheme)
-    assert parse_scheme(text) == scheme
-    assert text.count(" = ") == 0 and text.partition("(")[0] in SCHEMES
-
-
-@given(
-    st.from_regex(r"[a-z0-9/().*?=|\\;]{1,12}", fullmatch=True).filter(lambda s: compiles(s)),
-    st.one_of(st.none(), schemes),
-    st.booleans(),
-    st.integers(0, 3),
-)
-def test_text_of_a_rule_reads_back(pattern, scheme, joint, stacked):
-    rule = lcq.Rule(pattern, scheme, joint=joint, stacked=stacked)
-    assert parse_rule(format_rule(rule)) == rule
-
-
-def compiles(pattern):
-    try:
-        lcq.Rule(pattern, None)
-    except ValueError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize(
-    ("text", "scheme"),
-    [
-        ("KMeans(4, per='channel')", lcq.KMeans(4, per="channel")),
-        ("kmeans(k=4)", lcq.KMeans(4)),
-        (" lcq.KMeans( k = 4 ) ", lcq.KMeans(4)),
-        ("k_means(2, fixed=[0])", lcq.KMeans(2, fixed=(0,))),
-        ("Levels([-1, 0, 1.5], scale=True)", lcq.Levels((-1, 0, 1.5), scale=True)),
-        ("binary", lcq.Binary()),
-        ("Ternary()", lcq.Ternary()),
-        ("powers_of_two(3)", lcq.PowersOfTwo(3)),
-        ("UNIFORM(bits=8, per=(1, 0))", lcq.Uniform(8, per=(1, 0))),
-        ("Cast", lcq.Cast("bfloat16")),
-    ],
-)
-def test_spellings(text, scheme):
-    assert parse_scheme(text) == scheme
-
-
-@pytest.mark.parametrize(
-    ("scheme", "text"),
-    [
-        (lcq.KMeans(4), "KMeans(4)"),
-        (lcq.Levels((-1, 1), scale=True), "Binary()"),
-        (lcq.Levels((-1, 1), scale=True, exact=True), "Levels((-1, 1), scale=True, exact=True)"),
-        (lcq.Ternary(scale=False), "Ternary(scale=False)"),
-        (lcq.PowersOfTwo(1), "PowersOfTwo(1)"),
-        (lcq.Levels((0.5,)), "Levels((0.5,))"),
-        (lcq.Cast("bfloat16"), "Cast()"),
-        (lcq.Uniform(4, per=64), "Uniform(4, per=64)"),
-    ],
-)
-def test_text_is_what_one_would_write(scheme, text):
-    assert format_scheme(scheme) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("Kmeens(4)", "known schemes: KMeans(k"),
-        ("", "known schemes"),
-        ("KMeans(", "does not parse"),
-        ("KMeans(4); import os", "does not parse"),
-        ("4", "wanted a scheme"),
-        ("None", "wanted a scheme"),
-        ("os.system('true')", "wanted a scheme"),
-        ("KMeans.mro()", "wanted a scheme"),
-        ("KMeans(4)(4)", "wanted a scheme"),
-        ("KMeans(__import__('os').getpid())", "plain numbers"),
-        ("KMeans(2**3)", "plain numbers"),
-        ("KMeans(*(4,))", "plain numbers"),
-        ("KMeans(**{'k': 4})", "plain numbers"),
-        ("KMeans()", "'k'; wanted KMeans(k"),
-        ("KMeans(4, levels=3)", "'levels'; wanted KMeans(k"),
-        ("KMeans(4, 4, 4, 4, 4, 4, 4)", "wanted KMeans(k"),
-        ("KMeans('4')", "wanted k: int; got '4'"),
-        ("KMeans(True)", "wanted k: int; got True"),
-        ("Binary(scale='no')", "wanted scale: bool; got 'no'"),
-        ("Levels(('a', 'b'))", "wanted values"),
-        ("Uniform(4, per=1.5)", "wanted per"),
-        ("Uniform(99)", "16 bits"),
-        ("PowersOfTwo(-1)", "0 <= c <= 126"),
-        ("Cast('int8')", "floating-point"),
-        ("KMeans(" + "(" * 5000 + ")" * 5000 + ")", "wanted"),
-    ],
-)
-def test_errors_say_what_is_known(text, complaint):
-    with pytest.raises(ValueError, match=r"(?s).*") as caught:
-        parse_scheme(text)
-    assert complaint in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "rule"),
-    [
-        ("(.*/)?kernel=KMeans(4)", lcq.Rule("(.*/)?kernel", lcq.KMeans(4))),
-        ("kernel = kmeans(k=4)", lcq.Rule("kernel", lcq.KMeans(4))),
-        ("a(?=b)b=KMeans(4, per=None)", lcq.Rule("a(?=b)b", lcq.KMeans(4))),
-        ("x=Binary=Binary()", lcq.Rule("x=Binary", lcq.Binary())),
-        ("head/.*=None", lcq.Rule("head/.*", None)),
-        ("a|b=KMeans(4); joint", lcq.Rule("a|b", lcq.KMeans(4), joint=True)),
-        ("w=lcq.Ternary;stacked=2;joint", lcq.Rule("w", lcq.Ternary(), joint=True, stacked=2)),
-        ("w=Levels((1, 2), scale=True)", lcq.Rule("w", lcq.Levels((1, 2), scale=True))),
-    ],
-)
-def test_rules(text, rule):
-    assert parse_rule(text) == rule
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("kernel", "wanted PATTERN=SCHEME"),
-        ("kernel:KMeans(4)", "wanted PATTERN=SCHEME"),
-        ("kernel=Kmeens(4)", "known schemes"),
-        ("kernel=KMeans(4", "wanted PATTERN=SCHEME"),
-        ("kernel=KMeans(4); jiont", "got 'jiont'"),
-        ("kernel=KMeans(4); stacked=-1", "got 'stacked=-1'"),
-        ("(kernel=KMeans(4)", "regular expression"),
-        ("kernel=KMeans('4')", "wanted k: int"),
-    ],
-)
-def test_rule_errors(text, complaint):
-    with pytest.raises(ValueError, match=r"(?s).*") as caught:
-        parse_rule(text)
-    assert complaint in str(caught.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +30,6 @@ class Own(Scheme):
 
     def solve(self, xs, previous, mu):
         return lcq.Cast().solve(xs, previous, mu)
-
-
-def test_schemes_without_a_text_are_refused():
-    with pytest.raises(ValueError, match="known schemes"):
-        format_scheme(Own())
-    with pytest.raises(ValueError, match="known schemes"):
-        format_rule(lcq.Rule("w", Own()))
 
 
 RULES = [
@@ -255,3 +82,180 @@ def test_dry_run_of_exact_schemes_and_shape_structs():
 def test_dry_run_checks_the_rules():
     with pytest.raises(ValueError, match="nearest of"):
         dry_run(params(), [lcq.Rule("kernle", lcq.KMeans(2))])
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Total(Own):
+    """A scheme of schemes, solved on the host if one of them is."""
+
+    parts: tuple[Scheme, ...]
+
+    def __init__(self, *parts):
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def host(self):
+        return any(part.host for part in self.parts)
+
+    def solve(self, xs, previous, mu):
+        return self.parts[0].solve(xs, previous, mu)
+
+
+def test_dry_run_of_exact_schemes_inside_others():
+    scheme = Total(lcq.KMeans(4, exact=True), lcq.Binary())
+    (row,) = dry_run({"w": jax.ShapeDtypeStruct((64,), jnp.float32)}, [lcq.Rule("w", scheme)]).rows
+    assert row.bits == 2 * 64 + 4 * 32
+
+
+# Plans
+
+PLAN = lcq.Plan(RULES[:4])
+
+
+def compiles(pattern):
+    try:
+        lcq.Rule(pattern, None)
+    except ValueError:
+        return False
+    return True
+
+
+odd = st.text(
+    st.one_of(st.sampled_from("'\"\\\n\r\t\x00\x1f\x7f\x85\u2028\ufeff#[]=é😀"), st.characters(codec="utf-8"))
+)
+patterns = st.one_of(odd.filter(compiles), odd.map(lambda s: s.replace("\\", "/")).filter(compiles))
+rules = st.builds(
+    lcq.Rule,
+    patterns,
+    st.sampled_from([None, lcq.KMeans(4, per="channel"), lcq.Levels((-0.5, 1e-30)), lcq.Cast("float16")]),
+    joint=st.booleans(),
+    stacked=st.integers(0, 10**6),
+)
+
+
+@given(st.lists(rules, max_size=5))
+@example([lcq.Rule("'", None), lcq.Rule('"', None), lcq.Rule("'''\"\"\"\\\\", None), lcq.Rule("\r\n", None)])
+def test_text_of_a_plan_reads_back(some):
+    plan = lcq.Plan(some)
+    text = str(plan)
+    assert parse_plan(text) == plan and hash(parse_plan(text)) == hash(plan)
+    assert all(c == "\n" or c.isprintable() for c in text)
+    tables = tomllib.loads(text)["rule"]
+    assert [t["pattern"] for t in tables] == [rule.pattern for rule in some]
+
+
+def test_a_plan_is_a_sequence_of_rules_and_a_value():
+    assert list(PLAN) == RULES[:4] == [*PLAN[:2], PLAN[2], PLAN[-1]]
+    assert isinstance(PLAN[1:], lcq.Plan) and len(PLAN[1:]) == 3 and RULES[0] in PLAN
+    assert lcq.Plan(tuple(RULES[:4])) == PLAN == lcq.Plan(PLAN) and len({PLAN, lcq.Plan(PLAN)}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PLAN.rules = ()
+
+
+def test_what_is_no_rule_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="wanted rules such as"):
+        lcq.Plan(["w=Binary"])
+
+
+@pytest.mark.filterwarnings("ignore:the weights are:UserWarning")
+def test_a_plan_goes_wherever_rules_go():
+    tree = {k: v for k, v in params().items() if k != "d"}
+    same = [lcq.compress(tree, each) for each in (PLAN, list(PLAN))]
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    assert dry_run(tree, PLAN) == dry_run(tree, list(PLAN))
+    state = lcq.lc(optax.sgd(0.1), PLAN, mu=1.0, every=1).init(tree)
+    jax.tree.map(np.testing.assert_array_equal, lcq.decompress(lcq.extract(state, tree)), lcq.decompress(same[0]))
+    w, plan = {"w": jnp.ones((4, 2))}, lcq.Plan([lcq.Rule("w", lcq.Binary())])
+    assert lcq.quantize(lambda p, x: x @ p["w"], w, [jnp.ones((3, 4))], plan).forms["w"].size_of_table == 2
+
+
+def test_the_text_is_what_one_would_write():
+    plan = lcq.Plan([lcq.Rule(r"(.*/)?\d+", lcq.Levels((1, 2)), joint=True), lcq.Rule("it's\t", None, stacked=2)])
+    assert str(plan) == (
+        "[[rule]]\npattern = '(.*/)?\\d+'\nscheme = \"Levels((1, 2))\"\njoint = true\n\n"
+        '[[rule]]\npattern = "it\'s\\U00000009"\nscheme = "None"\nstacked = 2'
+    )
+    assert parse_plan(str(lcq.Plan([]))) == lcq.Plan([])
+
+
+def test_a_plan_without_a_text():
+    with pytest.raises(ValueError, match="known schemes"):
+        str(lcq.Plan([lcq.Rule("w", Own())]))
+    with pytest.raises(ValueError, match="surrogate"):
+        str(lcq.Plan([lcq.Rule("\ud800", None)]))
+
+
+def test_hand_written_toml(tmp_path):
+    path = tmp_path / "plan.TOML"
+    path.write_text(
+        "# by hand\n[[rule]]\nscheme = \"kmeans(k=4)\" # four\npattern = '''a'''\njoint = false\n"
+        '[[rule]]\npattern="b\\u00e9"\nscheme=" none "\n',
+        encoding="utf-8",
+    )
+    assert read_plan(path) == lcq.Plan([lcq.Rule("a", lcq.KMeans(4)), lcq.Rule("bé", None)]) == read_plan(str(path))
+
+
+GOOD = "[[rule]]\npattern = 'a'\nscheme = 'Binary'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "wanted [[rule]] tables with a pattern and a scheme, and nothing else; got nothing"),
+        ("rules = []", "got 'rules'"),
+        ("rule = 3", "got 'rule'"),
+        (GOOD + "[more]", "got 'rule', 'more'"),
+        ("[[rule]\n", "wanted TOML; "),
+        ("[[rule]]\npattern = 'a'\npattern = 'b'\n", "wanted TOML; "),
+        ("a = " + "[" * 100_000, "wanted TOML; "),
+        (b"\xff", "utf-8"),
+        ("rule = [3]", "rule 1: wanted a table; got 3"),
+        (GOOD + "[[rule]]\nscheme = 'Binary'", "rule 2: wanted pattern: str; got none"),
+        (GOOD + "[[rule]]\npattern = 'a'", "rule 2: wanted scheme: str; got none"),
+        ("[[rule]]\npattern = 3\nscheme = 'Binary'", "rule 1: wanted pattern: str; got 3"),
+        ("[[rule]]\npattern = 'a'\nscheme = ['Binary']", "rule 1: wanted scheme: str; got ['Binary']"),
+        (GOOD + "joint = 1", "rule 1: wanted joint: bool; got 1"),
+        (GOOD + "stacked = true", "rule 1: wanted stacked: int; got True"),
+        (GOOD + "stacked = 1.0", "rule 1: wanted stacked: int; got 1.0"),
+        (GOOD + "stacked = -1", "rule 1: rule 'a': wanted stacked >= 0; got -1"),
+        (GOOD + "stakced = 1", "rule 1: wanted only pattern, scheme, joint, stacked; got 'stakced'"),
+        (GOOD + GOOD.replace("Binary", "Bniary"), "rule 2: wanted a scheme; got 'Bniary'; known schemes: KMeans(k"),
+        (GOOD + GOOD.replace("Binary", "Binary(per=0)").replace("'a'", "'('"), "rule 2: wanted a regular expression"),
+        (GOOD.replace("'a'", "'a{99999999999}'"), "rule 1: "),
+        (GOOD.replace("'a'", "'" + "(" * 50_000 + "a" + ")" * 50_000 + "'"), "rule 1: "),
+        (GOOD.replace("Binary", '__import__("os").getpid()'), "rule 1: wanted a scheme"),
+    ],
+)
+def test_a_plan_that_is_none(tmp_path, text, complaint):
+    path = tmp_path / "plan.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r"(?s).*") as caught:
+        read_plan(path)
+    assert str(caught.value).startswith(f"{path}: ") and complaint in str(caught.value)
+
+
+def test_a_plan_in_a_file(tmp_path):
+    path, tree = tmp_path / "net.LCQ", {k: v for k, v in params().items() if k != "d"}
+    lcq.save(path, lcq.compress(tree, PLAN), plan=PLAN)
+    assert read_plan(path) == PLAN
+    again = tmp_path / "again.lcq"
+    lcq.save(again, lcq.compress(tree, read_plan(path)), plan=read_plan(path))
+    assert again.read_bytes() == path.read_bytes()
+    lcq.save(path, tree)
+    with pytest.raises(ValueError, match=r"net.LCQ: wanted a plan in the file; it has none"):
+        read_plan(path)
+    lcq.save(path, tree, plan="[[rule]]\npattern='w'\nscheme='Newer(3)'")
+    with pytest.raises(ValueError, match=r"net.LCQ: rule 1: wanted a scheme; got 'Newer\(3\)'"):
+        read_plan(path)
+    path.write_bytes(b"no such thing")
+    with pytest.raises(lcq.ArtifactError, match=r"net.LCQ: not an lcq file"):
+        read_plan(path)
+    with pytest.raises(FileNotFoundError):
+        read_plan(tmp_path / "gone.toml")
+
+
+def test_nested_schemes_in_a_plan(monkeypatch):
+    monkeypatch.setitem(notation.SCHEMES, "Total", Total)
+    plan = lcq.Plan([lcq.Rule("w", Total(lcq.KMeans(2, per="channel"), Total(lcq.Binary())))])
+    assert parse_plan(str(plan)) == plan and "Total(KMeans(2, per='channel'), Total(Binary()))" in str(plan)

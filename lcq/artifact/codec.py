@@ -13,7 +13,7 @@ null, [] or {}. Of a form's fields,
     an array is the name of a stream, or [name, shape] if another leaf stored it in another shape;
     a tuple is {"tuple": [..]}, a form in a form a record without path, and None is left out.
 
-Leaves of a joint task name the same streams, except for their leafwise fields.
+Leaves of a joint task name the same streams, except for fields of their own.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ class Encoder:
                 if value is not None:
                     static[field.name] = _to_json(value)
                 continue
-            own = field.metadata.get("leafwise") or not isinstance(value, np.ndarray | None)
+            own = field.metadata.get("own") or not isinstance(value, np.ndarray | None)
             if shared is None or own:
                 written = self._value(path, name, value)
             else:

@@ -10,7 +10,8 @@ with this metadata:
 
     format    "lcq"
     version   "1"
-    index     JSON {"leaves": [record, ..], "digests": {name: digest of the stream}}, records as in `codec`
+    index     JSON {"leaves": [record, ..], "digests": {name: digest of the stream}, "plan": TOML}, records as in
+              `codec`; the plan, if there is one, is only text here
     digest    of the header, with 32 zeros in the place of this digest
 
 Digests are BLAKE2b of 16 bytes in hexadecimal. They find damage, not forgery: whoever writes a file can write its
@@ -25,6 +26,7 @@ import os
 import reprlib
 import secrets
 import struct
+import tomllib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
@@ -55,6 +57,7 @@ DTYPES = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # as in other readers of safetensors
+_LONGEST_PLAN = 1 << 22
 _NO_DIGEST = b"0" * 32
 
 
@@ -62,7 +65,7 @@ class ArtifactError(ValueError):
     """A file is not what it should be: damaged, of another kind or version, too large, or of another tree."""
 
 
-def save(path: str | os.PathLike[str], tree: Any) -> int:
+def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None) -> int:
     """Writes a tree of forms and arrays to an `.lcq` file; working forms are packed.
 
     The file appears whole or not at all: it is written beside its place, synced, and renamed. Equal trees give equal
@@ -72,19 +75,21 @@ def save(path: str | os.PathLike[str], tree: Any) -> int:
         path: of the file, replaced if it exists.
         tree: forms, arrays, Python numbers (stored as arrays without axes), None; in dicts, lists, tuples, dataclasses,
             flax states, and other pytrees.
+        plan: an `lcq.Plan`, or its text, to be kept in the file: how the tree was made, for `lcq.read_plan`.
 
     Returns:
         Bytes of the file.
 
     Raises:
         ValueError: a leaf that is no number or not on this host, a NaN or an infinity in a form, or keys that a file
-            cannot hold; names the leaf.
+            cannot hold; names the leaf. A plan that is no TOML, or longer than 4 MiB.
     """
+    text = None if plan is None else _plan_text(plan)
     encoder = Encoder()
     leaves, _ = flatten(tree)
     records = [encoder.encode(_to_host(leaf)) for leaf in leaves]
     streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
-    header = _header(records, streams)
+    header = _header(records, streams, text)
     size = 8 + len(header) + sum(array.nbytes for array in streams.values())
     if jax.process_index() == 0:
         with replacing(path) as file:
@@ -123,6 +128,21 @@ def load(path: str | os.PathLike[str], like: Any = None, limit: int = LIMIT) -> 
         try:
             leaves = _read(file, os.fstat(file.fileno()).st_size, limit)
             return nest(leaves) if like is None else _restore(leaves, like)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{os.fspath(path)}: {error}") from error
+
+
+def read_plan_text(path: str | os.PathLike[str]) -> str | None:
+    """The text of the plan in a file, None if there is none; of the file only the header is read, and checked.
+
+    Raises:
+        ArtifactError: as `load`, for the header.
+        OSError: the file cannot be opened or read.
+    """
+    with open(path, "rb") as file:
+        try:
+            metadata, _, _ = _read_header(file, os.fstat(file.fileno()).st_size)
+            return _read_index(metadata["index"])[2]
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
@@ -188,9 +208,30 @@ def host_array(path: str, leaf: Any, look: bool = True) -> np.ndarray:
     return np.asarray(leaf, dtype.newbyteorder("="), order="C") if look else np.empty(0)
 
 
-def _header(records: list[dict[str, Any]], streams: dict[str, np.ndarray]) -> bytes:
-    digests = {name: _digest(_bytes_of(array)) for name, array in streams.items()}
-    metadata = {"format": "lcq", "version": "1", "index": _json({"leaves": records, "digests": digests})}
+def _plan_text(plan: Any) -> str:
+    """The text of a plan, looked at as far as this floor can: it is TOML and not too long."""
+    text = str(plan)
+    try:
+        tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"wanted plan= an lcq.Plan(rules), or its text; got {reprlib.repr(plan)} ({error})") from error
+    _check_plan(text)
+    return text
+
+
+def _check_plan(text: str) -> None:
+    if (size := len(text.encode())) > _LONGEST_PLAN:
+        raise ValueError(f"wanted a plan of at most {_LONGEST_PLAN} bytes; got {size}; patterns can say more in fewer")
+
+
+def _header(records: list[dict[str, Any]], streams: dict[str, np.ndarray], plan: str | None) -> bytes:
+    index: dict[str, Any] = {
+        "leaves": records,
+        "digests": {name: _digest(_bytes_of(array)) for name, array in streams.items()},
+    }
+    if plan is not None:
+        index["plan"] = plan
+    metadata = {"format": "lcq", "version": "1", "index": _json(index)}
     header: dict[str, Any] = {"__metadata__": metadata | {"digest": _NO_DIGEST.decode()}}
     begin = 0
     for name, array in streams.items():
@@ -230,11 +271,7 @@ class _Tensor(NamedTuple):
 
 def _read(file: BufferedReader, size: int, limit: int) -> list[Leaf]:
     metadata, tensors, start = _read_header(file, size)
-    match _parse(metadata["index"]):
-        case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if not rest:
-            pass
-        case _:
-            raise ValueError("wanted an index of leaves and digests; got another")
+    records, digests, _ = _read_index(metadata["index"])
     if odd := digests.keys() ^ tensors.keys():
         raise ValueError(f"{min(odd)}: wanted as many digests as tensors; this has only one of them")
     used: set[str] = set()
@@ -260,6 +297,17 @@ def _read(file: BufferedReader, size: int, limit: int) -> list[Leaf]:
     nest(leaves)
     arrays = {name: _read_tensor(file, start, name, tensors[name], digests[name]) for name in tensors}
     return [decode(record, arrays.__getitem__) for record in records]
+
+
+def _read_index(text: str) -> tuple[list[Any], dict[str, Any], str | None]:
+    """Records, digests, and the plan's text."""
+    match _parse(text):
+        case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if not rest:
+            return records, digests, None
+        case {"leaves": [_, *_] as records, "digests": dict(digests), "plan": str(plan), **rest} if not rest:
+            _check_plan(plan)
+            return records, digests, plan
+    raise ValueError("wanted an index of leaves and digests; got another")
 
 
 def _read_header(file: BufferedReader, size: int) -> tuple[dict[str, str], dict[str, _Tensor], int]:

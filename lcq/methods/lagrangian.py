@@ -33,7 +33,7 @@ _INFINITE = 1e30
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Problem:
     """What is fixed when the state is initialised: the C steps and the penalty weights. A pytree without leaves."""
 
     tasks: tuple[Task, ...] = dataclasses.field(metadata={"static": True})
@@ -54,15 +54,15 @@ class Lagrangian(NamedTuple):
     """Theta, lambda and mu.
 
     Attributes:
-        plan: tasks and penalty weights, static.
-        c_steps: C steps made, int32; mu = plan.mu.at(c_steps).
+        problem: tasks and penalty weights, static.
+        c_steps: C steps made, int32; mu = problem.mu.at(c_steps).
         multipliers: lambda, shaped like the parameters; `optax.MaskedNode()` at leaves under no rule.
         codes: leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise.
         tables: what else the forms hold (codebooks, scales), per task and leaf.
         info: scalars of the last C step.
     """
 
-    plan: Any
+    problem: Any
     c_steps: Any
     multipliers: Any
     codes: tuple[Any, ...]
@@ -70,26 +70,26 @@ class Lagrangian(NamedTuple):
     info: Any
 
 
-def start(params: Any, plan: Plan, multipliers: bool) -> Lagrangian:
+def start(params: Any, problem: Problem, multipliers: bool) -> Lagrangian:
     """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost), and lambda = 0.
 
     Every array is a fresh one, so that parameters and state can be donated together.
     """
     leaves, _ = flatten(params)
-    for task in plan.tasks:
+    for task in problem.tasks:
         for path in task.paths:
             check_finite(path, leaves[path])
-    all_ws = [_wide(leaves, task) for task in plan.tasks]
-    forms = [task.project(ws, mu=_INFINITE) for task, ws in zip(plan.tasks, all_ws, strict=True)]
-    codes, tables = _split(plan, forms)
+    all_ws = [_wide(leaves, task) for task in problem.tasks]
+    forms = [task.project(ws, mu=_INFINITE) for task, ws in zip(problem.tasks, all_ws, strict=True)]
+    codes, tables = _split(problem, forms)
     lagrange = {
         path: jnp.zeros_like(w)
-        for task, ws in zip(plan.tasks, all_ws, strict=True)
+        for task, ws in zip(problem.tasks, all_ws, strict=True)
         for path, w in zip(task.paths, ws, strict=True)
     }
     away, zero = sum(map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
     state = Lagrangian(
-        plan=plan,
+        problem=problem,
         c_steps=zero,
         multipliers=_like(params, lagrange if multipliers else {}),
         codes=tuple(_like(params, chosen) for chosen in codes),
@@ -104,20 +104,20 @@ def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagra
 
     If weights are not finite nothing changes but `skipped`, one higher.
     """
-    mu, leaves, lagrange = state.plan.mu.at(state.c_steps), flatten(params)[0], flatten(state.multipliers)[0]
-    all_ws = [_wide(leaves, task) for task in state.plan.tasks]
+    mu, leaves, lagrange = state.problem.mu.at(state.c_steps), flatten(params)[0], flatten(state.multipliers)[0]
+    all_ws = [_wide(leaves, task) for task in state.problem.tasks]
     size = sum(map(_square, all_ws))
     finite = jnp.isfinite(size)
     nothing = _Sums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
     all_forms, all_sums = [], []
-    for task, ws, previous in zip(state.plan.tasks, all_ws, theta(state), strict=True):
+    for task, ws, previous in zip(state.problem.tasks, all_ws, theta(state), strict=True):
         of_task = {path: lagrange[path] for path in task.paths if path in lagrange}
         before = (previous, of_task, nothing)
         forms, of_task, sums = _when(finite, functools.partial(_solve_task, task, ws, mu), before)
         lagrange.update(of_task)
         all_forms.append(forms)
         all_sums.append(sums)
-    codes, tables = _split(state.plan, all_forms)
+    codes, tables = _split(state.problem, all_forms)
     sums = jax.tree.map(lambda *parts: sum(parts), *all_sums)
     info = _info(sums, size, state.info.kept_back + sums.kept_back, state.info.skipped)
     skipped = state.info._replace(skipped=state.info.skipped + 1)
@@ -172,7 +172,7 @@ def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
             join_leafwise(rest, [tree[path] for tree in codes if path in tree])
             for path, rest in zip(task.paths, tables, strict=True)
         )
-        for task, tables in zip(state.plan.tasks, state.tables, strict=True)
+        for task, tables in zip(state.problem.tasks, state.tables, strict=True)
     ]
 
 
@@ -201,7 +201,7 @@ def _coupled(state: Lagrangian, params: Any) -> dict[str, tuple[Any, Any, Any]]:
     leaves, lagrange = flatten(params)[0], flatten(state.multipliers)[0]
     return {
         path: (w, form.dense(), lagrange.get(path))
-        for task, forms in zip(state.plan.tasks, theta(state), strict=True)
+        for task, forms in zip(state.problem.tasks, theta(state), strict=True)
         for path, w, form in zip(task.paths, _wide(leaves, task), forms, strict=True)
     }
 
@@ -211,11 +211,11 @@ def _wide(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
     return tuple(jnp.asarray(w, compute_dtype(w.dtype)) for w in take(leaves, task))
 
 
-def _split(plan: Plan, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Any]], Any]:
+def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Any]], Any]:
     """The leaf-shaped arrays of all forms by path, and the rest by task; inverse of `theta`."""
-    codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leafwise for task in plan.tasks))]
+    codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leafwise for task in problem.tasks))]
     tables = []
-    for task, of_task in zip(plan.tasks, forms, strict=True):
+    for task, of_task in zip(problem.tasks, forms, strict=True):
         parts = [split_leafwise(form) for form in of_task]
         tables.append(tuple(rest for _, rest in parts))
         for path, (arrays, _) in zip(task.paths, parts, strict=True):

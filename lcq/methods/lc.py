@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from lcq.methods.coupling import Geometric, geometric, linear_step
-from lcq.methods.lagrangian import Info, Lagrangian, Plan, add_gradient, pull, solve, start
+from lcq.methods.lagrangian import Info, Lagrangian, Problem, add_gradient, pull, solve, start
 from lcq.rules import Rule, flatten, resolve
 from lcq.tree import check_finite, replace
 
@@ -123,7 +123,7 @@ def lc(
             return LCState(inner_state, 0, _placeholder(params, rules))
         if learning_rate is not None:
             _check_rate_is_not_kept(inner_state)
-        return LCState(inner_state, steps, start(params, Plan(resolve(rules, params), schedule), multipliers))
+        return LCState(inner_state, steps, start(params, Problem(resolve(rules, params), schedule), multipliers))
 
     def update(grads: Any, state: LCState, params: Any = None, **extra: Any) -> tuple[Any, LCState]:
         if params is None:
@@ -188,7 +188,7 @@ def extract(opt_state: Any, params: Any) -> Any:
     """
     state = _find(opt_state)
     leaves, structure = flatten(params)
-    for task in state.plan.tasks:
+    for task in state.problem.tasks:
         for path in task.paths:
             check_finite(path, leaves[path])
     if skipped := int(state.info.skipped):
@@ -206,9 +206,9 @@ def extract(opt_state: Any, params: Any) -> Any:
             dataclasses.replace(form, dtype=str(leaves[path].dtype)).pack()
             for path, form in zip(task.paths, of_task, strict=True)
         )
-        for task, of_task in zip(state.plan.tasks, forms, strict=True)
+        for task, of_task in zip(state.problem.tasks, forms, strict=True)
     ]
-    return replace(structure, leaves, state.plan.tasks, stored)
+    return replace(structure, leaves, state.problem.tasks, stored)
 
 
 def metrics(opt_state: Any) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def metrics(opt_state: Any) -> dict[str, Any]:
         c_steps: C steps made.
     """
     state = _find(opt_state)
-    weight = state.plan.mu.at(state.c_steps)
+    weight = state.problem.mu.at(state.c_steps)
     return {**state.info._asdict(), "penalty_weight": weight, "c_steps": state.c_steps}
 
 

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcq.artifact import file as file_module
-from lcq.artifact.file import ArtifactError, load, save
+from lcq.artifact.file import ArtifactError, load, read_plan_text, save
 from lcq.base import is_form
 from lcq.forms import Cast, Codes
 
@@ -181,6 +181,89 @@ def test_equal_trees_give_equal_bytes(path):
     assert path.read_bytes() == first
     save(path, flax.core.freeze(arrays()))
     assert path.read_bytes() == first
+
+
+# A plan in the file, which is only text on this floor
+
+PLAN = "[[rule]]\npattern = '(.*/)?kérnel\\d'\nscheme = \"KMeans(4)\"\n"
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"])))
+def test_a_plan_comes_back(tmp_path_factory, words):
+    path, plan = tmp_path_factory.mktemp("plan") / "net.lcq", f"# {words}\n{PLAN}"
+    assert save(path, arrays(), plan=plan) == path.stat().st_size
+    assert read_plan_text(path) == plan
+    tree = load(path)
+    save(path, arrays())
+    same(load(path), tree)
+    assert read_plan_text(path) is None
+
+
+def test_a_plan_changes_nothing_but_the_index(path):
+    save(path, arrays())
+    without = path.read_bytes()
+    save(path, arrays(), plan="")
+    assert read_plan_text(path) == ""
+    header, index, streams = parts_of(path.read_bytes())
+    assert index.pop("plan") == "" and parts_of(without) == (
+        header | {"__metadata__": parts_of(without)[0]["__metadata__"]},
+        index,
+        streams,
+    )
+    with safetensors.safe_open(path, "numpy") as reader:
+        assert set(reader.keys()) == header.keys() - {"__metadata__"}
+
+
+@pytest.mark.parametrize("plan", [[("kernel", "Binary")], "[[rule]", 3.5, "a" * 10, "x = '\ud800'"])
+def test_what_is_no_plan_is_not_saved(path, plan):
+    with pytest.raises(ValueError, match=r"wanted plan= an lcq.Plan\(rules\), or its text|surrogates"):
+        save(path, arrays(), plan=plan)
+    assert not path.exists()
+
+
+def test_a_plan_has_a_size(path):
+    longest = "#" + "é" * (file_module._LONGEST_PLAN // 2 - 1) + "!"
+    assert len(longest.encode()) == file_module._LONGEST_PLAN
+    save(path, {"w": 1}, plan=longest)
+    assert read_plan_text(path) == longest and load(path)["w"] == 1
+    with pytest.raises(ValueError, match="wanted a plan of at most 4194304 bytes; got 4194305"):
+        save(path, {"w": 1}, plan=longest + "!")
+    header, index, streams = parts_of(path.read_bytes())
+    refuse(path, forge(header, index | {"plan": longest + "!"}, streams), "wanted a plan of at most")
+
+
+@pytest.mark.parametrize("plan", [None, 3, True, [PLAN], {"rule": []}, {}, "\ud800"])
+def test_a_hostile_plan(path, plan):
+    save(path, arrays(), plan=PLAN)
+    header, index, streams = parts_of(path.read_bytes())
+    data = forge(header, index | {"plan": plan}, streams)
+    refuse(path, data, r"wanted an index of leaves and digests|surrogates")
+    with pytest.raises(ArtifactError, match=r"net.lcq: "):
+        read_plan_text(path)
+    refuse(path, forge(header, index | {"plans": PLAN}, streams), "wanted an index of leaves")
+    for text in ("", "no TOML = ", "\0\x1b[2J", "[[rule]]\npattern = 3"):  # is for who reads the plan to refuse
+        path.write_bytes(forge(header, index | {"plan": text}, streams))
+        assert read_plan_text(path) == text
+        same(load(path)["step"], np.array(7, np.int32))
+
+
+def test_a_damaged_plan_is_refused(path):
+    save(path, arrays(), plan=PLAN)
+    whole = path.read_bytes()
+    start = whole.index(b"KMeans(4)") - 60
+    for at in range(start, start + 80):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        for reader in (load, read_plan_text):
+            with pytest.raises(ArtifactError, match=r"net.lcq: "):
+                reader(path)
+
+
+def test_a_plan_is_read_without_the_streams(path):
+    save(path, {"w": np.ones(10_000_000, np.uint8)}, plan=PLAN)
+    tracemalloc.start()
+    assert read_plan_text(path) == PLAN
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
 
 
 # like=
@@ -419,7 +502,7 @@ def test_every_tensor_is_aligned(path):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "net.lcq"
-    save(path, arrays())
+    save(path, arrays(), plan=PLAN)
     return path.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""What is stored in place of an array."""
+"""Codes: indices into a short table."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ from jaxtyping import Array
 from lcq import packing
 from lcq.base import Form, leafwise, register_form, static
 from lcq.blocks import blocks, compute_dtype, explicit_sharding
+from lcq.forms.checks import check_blocks, check_float, check_shape
 
 _SELECT = 8
 """Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
-_FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
 @register_form
@@ -95,7 +95,7 @@ class Codes(Form):
         check_float("dtype", self.dtype)
         if (self.levels is None) == (self.values is None):
             raise ValueError("wanted either learned levels or fixed values")
-        _check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": self.zero})
+        check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": self.zero})
         if not 1 <= self.size_of_table <= 65536:
             raise ValueError(f"wanted 1 to 65,536 levels; got {self.size_of_table}")
         if self.values is not None and max(map(abs, self.values)) > float(np.finfo(np.float32).max):
@@ -107,7 +107,7 @@ class Codes(Form):
                 f"codes: wanted uint32[{words}] for {size} codes of {width} bits; "
                 f"got {self.codes.dtype}{list(self.codes.shape)}"
             )
-        if isinstance(self.codes, np.ndarray) and _largest(self.codes, width, size) >= self.size_of_table:
+        if isinstance(self.codes, np.ndarray) and packing.largest(self.codes, width, size) >= self.size_of_table:
             raise ValueError(f"codes: wanted codes below {self.size_of_table}; got a larger one")
 
 
@@ -128,82 +128,3 @@ def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None
     for k in range(1, table.shape[-1]):
         value = jnp.where(codes == k, table[..., k], value)
     return value
-
-
-def _check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
-    """Of what has one entry per block: floats, the same blocks in all, and these divide the leaf's axes."""
-    seen = None
-    for name, array in arrays.items():
-        if array is None:
-            continue
-        check_float(name, str(array.dtype))
-        counts = array.shape[:-1] if name == "levels" else array.shape
-        rank = len(shape) + (name == "levels")
-        if len(array.shape) != rank or any(c < 1 or n % c for c, n in zip(counts, shape, strict=True)):
-            raise ValueError(f"{name}: wanted block counts that divide {list(shape)}; got {list(array.shape)}")
-        if seen not in (None, counts):
-            raise ValueError(f"{name}: wanted the same blocks in all of {', '.join(arrays)}; got {counts} and {seen}")
-        seen = counts
-
-
-def _largest(words: np.ndarray, width: int, size: int) -> int:
-    """The largest of packed codes, without unpacking them all at once. Host only."""
-    if width == 0 or size == 0:
-        return 0
-    rows = -(-size // 32)
-    grid = np.zeros((rows, width), np.uint32)
-    grid.reshape(-1)[: words.size] = words
-    largest = 0
-    for i in range(32):
-        word, shift = divmod(i * width, 32)
-        code = grid[:, word] >> np.uint32(shift)
-        if shift + width > 32:
-            code |= grid[:, word + 1] << np.uint32(32 - shift)
-        largest = max(largest, int((code & np.uint32((1 << width) - 1)).max()))
-    return largest
-
-
-def check_shape(shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless an array could have this shape."""
-    fits = len(shape) <= 64 and all(0 <= n < 1 << 63 for n in shape) and math.prod(n or 1 for n in shape) < 1 << 63
-    if not fits:
-        raise ValueError(f"wanted a shape of at most 64 axes and 2^63 elements; got {str(shape)[:200]}")
-
-
-def check_float(name: str, dtype: str) -> None:
-    """Raises ValueError unless `dtype` is the name of a floating-point dtype."""
-    if dtype not in _FLOATS:
-        raise ValueError(f"{name}: wanted one of {', '.join(_FLOATS)}; got {dtype[:40]!r}")
-
-
-@register_form
-class Cast(Form):
-    """The same numbers in a shorter floating-point format: Delta = values as `dtype`.
-
-    Attributes:
-        values: the leaf, rounded to the stored dtype.
-    """
-
-    values: Any = leafwise()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def bits(self) -> int:
-        return self.values.size * self.values.dtype.itemsize * 8
-
-    def pack(self) -> Self:
-        return self if isinstance(self.values, np.ndarray) else jax.device_get(self)
-
-    def unpack(self) -> Self:
-        return self
-
-    def dense(self) -> Array:
-        return jnp.asarray(self.values).astype(self.dtype)
-
-    def check_stored(self) -> None:
-        check_shape(self.values.shape)
-        check_float("values", str(self.values.dtype))
-        check_float("dtype", self.dtype)

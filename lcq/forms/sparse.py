@@ -1,0 +1,148 @@
+"""Sparse: few values among zeros."""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lcq import packing
+from lcq.base import Form, leafwise, register_form, static
+from lcq.forms.checks import check_blocks, check_float, check_shape
+from lcq.forms.codes import Codes
+
+
+@register_form
+class Sparse(Form):
+    """Few values among zeros: Delta = values where the mask is true, else 0.
+
+    The stored layout holds the values of the chosen weights alone, in row-major order, and where they are: a bit for
+    each group of weights, or the gaps between chosen groups, whichever is smaller.
+
+    Attributes:
+        mask: bool of the leaf's shape; in the stored layout uint32 words, see `packing.pack_positions`.
+        values: floats of the leaf's shape, or codes if there are `levels`; stored: those chosen, codes packed.
+        levels: the values' codebook, [*blocks, K] as in `Codes`; None if they are floats.
+        group: lengths along the trailing axes of what is chosen together; () for single weights.
+        share: the part of the weights that is chosen, as far as the scheme knows; for sizes of what is not computed.
+        packed: the leaf's shape if the layout is stored, None if it is working.
+        kept: how many weights are chosen, in the stored layout.
+        gap: bits of a gap code in the stored layout; None for a bit mask.
+    """
+
+    mask: Any = leafwise()
+    values: Any = leafwise()
+    levels: Any = None
+    group: tuple[int, ...] = static(default=())
+    share: float = static(default=1.0)
+    packed: tuple[int, ...] | None = static(default=None)
+    kept: int = static(default=0)
+    gap: int | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.mask.shape if self.packed is None else self.packed
+
+    @property
+    def bits(self) -> int:
+        """In the working layout of what is traced or a shape struct an estimate, from `share` and a bit mask."""
+        if self.packed is None:
+            if all(isinstance(a, np.ndarray | jax.Array) and not isinstance(a, jax.core.Tracer) for a in self._arrays):
+                return self.pack().bits
+            size = math.prod(self.shape)
+            return size // math.prod(self.group) + round(self.share * size) * self._width + self.shared_bits
+        if self.levels is None:
+            return 32 * self.mask.size + 8 * self.values.size * self.values.dtype.itemsize
+        return 32 * (self.mask.size + self.values.size) + self.shared_bits
+
+    @property
+    def shared_bits(self) -> int:
+        return 0 if self.levels is None else 8 * self.levels.size * self.levels.dtype.itemsize
+
+    @property
+    def _arrays(self) -> tuple[Any, ...]:
+        return (self.mask, self.values) if self.levels is None else (self.mask, self.values, self.levels)
+
+    @property
+    def _width(self) -> int:
+        """Bits of one value."""
+        return 8 * self.values.dtype.itemsize if self.levels is None else packing.width(self.levels.shape[-1])
+
+    def _lengths(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Lengths of a group along all axes."""
+        return (1,) * (len(shape) - len(self.group)) + self.group
+
+    def pack(self) -> Self:
+        if self.packed is not None:
+            return self
+        host = jax.device_get(self)
+        shape = tuple(self.mask.shape)
+        firsts = np.asarray(host.mask[tuple(slice(None, None, n) for n in self._lengths(shape))])
+        words, gap = packing.pack_positions(firsts)
+        values = host.values[host.mask]
+        kept = values.size
+        if self.levels is not None:
+            values = packing.pack(values, self._width)
+        return dataclasses.replace(host, mask=words, values=values, packed=shape, kept=kept, gap=gap)
+
+    def unpack(self) -> Self:
+        if self.packed is None:
+            return self
+        lengths = self._lengths(self.packed)
+        counts = tuple(n // g for n, g in zip(self.packed, lengths, strict=True))
+        groups = self.kept // math.prod(lengths)
+        mask = packing.unpack_positions(jnp.asarray(self.mask), self.gap, groups, math.prod(counts)).reshape(counts)
+        for axis, length in enumerate(lengths):
+            mask = jnp.repeat(mask, length, axis) if length > 1 else mask
+        values = jnp.asarray(self.values)
+        if self.levels is not None:
+            values = packing.unpack(values, self._width, (self.kept,))
+        spread = jnp.zeros(self.packed, values.dtype)
+        if self.kept:
+            order = jnp.cumsum(mask.reshape(-1), dtype=jnp.uint32).reshape(self.packed) - 1
+            spread = jnp.where(mask, values[jnp.where(mask, order, 0)], spread)
+        return dataclasses.replace(self, mask=mask, values=spread, packed=None, kept=0, gap=None)
+
+    def dense(self) -> Array:
+        form = self.unpack()
+        values = form.values
+        if form.levels is not None:
+            values = Codes(values, levels=form.levels, dtype=str(form.levels.dtype)).dense()
+        return jnp.where(form.mask, values, 0).astype(self.dtype)
+
+    def check_stored(self) -> None:
+        if self.packed is None:
+            raise ValueError("wanted packed values with the leaf's shape; got the working layout")
+        check_shape(self.packed)
+        check_float("dtype", self.dtype)
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share: wanted a part of the weights; got {self.share}")
+        if len(self.group) > len(self.packed) or any(
+            g < 1 or n % g for g, n in zip(self.group[::-1], self.packed[::-1], strict=False)
+        ):
+            raise ValueError(f"group: wanted lengths that divide {list(self.packed)}; got {list(self.group)}")
+        size, together = math.prod(self.packed), math.prod(self.group)
+        if not 0 <= self.kept <= size or self.kept % together:
+            raise ValueError(f"kept: wanted at most {size} weights in groups of {together}; got {self.kept}")
+        if self.levels is None:
+            check_float("values", str(self.values.dtype))
+            wanted = (self.values.dtype, self.kept)
+        else:
+            check_blocks(self.packed, {"levels": self.levels})
+            if not 1 <= self.levels.shape[-1] <= 65536:
+                raise ValueError(f"wanted 1 to 65,536 levels; got {self.levels.shape[-1]}")
+            wanted = (np.dtype(np.uint32), packing.word_count(self.kept, self._width))
+        if (self.values.dtype, self.values.shape) != (wanted[0], wanted[1:]):
+            got = f"{self.values.dtype}{list(self.values.shape)}"
+            raise ValueError(f"values: wanted {wanted[0]}[{wanted[1]}] for {self.kept} weights; got {got}")
+        if self.gap is not None and not 2 <= self.gap <= 16:
+            raise ValueError(f"gap: wanted 2 to 16 bits; got {self.gap}")
+        if self.mask.dtype != np.uint32 or len(self.mask.shape) != 1:
+            raise ValueError(f"mask: wanted words; got {self.mask.dtype}{list(self.mask.shape)}")
+        if isinstance(self.mask, np.ndarray):
+            packing.check_positions(self.mask, self.gap, self.kept // together, size // together)
+            if self.levels is not None and packing.largest(self.values, self._width, self.kept) >= self.levels.shape[-1]:
+                raise ValueError(f"values: wanted codes below {self.levels.shape[-1]}; got a larger one")

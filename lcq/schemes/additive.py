@@ -1,0 +1,121 @@
+"""Sums of forms: quantized and a few corrections, low rank and sparse, quantized and low rank.
+
+    Pi(x) = argmin ||x - sum_j Delta_j(Theta_j)||^2 + (2/mu) sum_j C_j(Theta_j)
+
+by block coordinate descent: each scheme in turn projects what the others leave of x, from its own last form. No step
+raises the objective; it ends in a local minimum, so this is the one constraint whose projection is not idempotent.
+
+Source: Idelbayev & Carreira-Perpinan, "More general and effective model compression via an additive combination of
+compressions", arXiv 2107.04380.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcq.base import Form, Scheme, share
+from lcq.blocks import compute_dtype
+from lcq.forms import Sum
+
+_COLD, _WARM = 30, 4
+"""Sweeps at most, over all schemes; a C step has a warm start."""
+_ENOUGH = 1e-3
+"""A sweep that lowers the objective by less than this part of it is the last."""
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Additive(Scheme):
+    """Projection on sums: Delta = sum_j Delta_j, a form of each scheme added together.
+
+    The first sweep fits the schemes in their order, each to what those before leave. Leaves of a joint task share what
+    each scheme lets them share.
+
+    Attributes:
+        parts: the schemes, at least two.
+
+    Raises:
+        ValueError: fewer than two schemes.
+
+    Example:
+        >>> import lcq
+        >>> x = jnp.array([1.0, 1.0, -1.0, 7.0, -1.0])
+        >>> Additive(lcq.Binary(), lcq.Prune(kept=1)).project(x).dense()
+        Array([ 1.,  1., -1.,  7., -1.], dtype=float32)
+    """
+
+    parts: tuple[Scheme, ...]
+
+    def __init__(self, *parts: Scheme) -> None:
+        if len(parts) < 2 or not all(isinstance(part, Scheme) for part in parts):
+            raise ValueError(f"wanted two or more schemes, such as KMeans(2), Prune(kept=0.01); got {parts!r}")
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def leafwise(self) -> int:
+        return sum(part.leafwise for part in self.parts)
+
+    @property
+    def host(self) -> bool:
+        return any(part.host for part in self.parts)
+
+    @property
+    def costly(self) -> bool:
+        return any(part.costly for part in self.parts)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        for part in self.parts:
+            part.check(shape)
+
+    def cost(self, forms: tuple[Form, ...]) -> Any:
+        """The sum of the schemes' costs."""
+        return sum(part.cost(of_part) for part, of_part in zip(self.parts, _by_part(forms), strict=True))
+
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+        wide = tuple(x.astype(compute_dtype(x.dtype)) for x in xs)
+
+        def objective(each: Any) -> Array:
+            costs = sum(part.cost(forms) for part, forms in zip(self.parts, each, strict=True))
+            total = jnp.zeros([], wide[0].dtype) + (2 * costs / mu if self.costly else 0)
+            for i, left in enumerate(_left(wide, each)):
+                total += jnp.sum(left**2 if weights is None else jnp.where(weights[i] > 0, weights[i] * left**2, 0))
+            return total
+
+        def sweep(each: Any) -> tuple[Any, ...]:
+            for j, part in enumerate(self.parts):
+                others = (*each[:j], *each[j + 1 :])
+                forms = part.project(_left(wide, others), each[j], mu=mu, weights=weights)
+                each = (*each[:j], forms, *each[j + 1 :])
+            return each
+
+        def goes_on(state: Any) -> Any:
+            sweeps, before, now, _ = state
+            return (sweeps < (_COLD if previous is None else _WARM)) & (now < (1 - _ENOUGH) * before)
+
+        def step(state: Any) -> Any:
+            sweeps, _, before, each = state
+            each = sweep(each)
+            return sweeps + 1, before, objective(each), each
+
+        each = sweep((None,) * len(self.parts)) if previous is None else _by_part(share(f, None) for f in previous)
+        now = objective(each)
+        state = (jnp.int32(0), jnp.full_like(now, jnp.inf), now, each)
+        if self.host:
+            while goes_on(state):
+                state = step(state)
+        else:
+            state = jax.lax.while_loop(goes_on, step, state)
+        return tuple(Sum(parts, dtype=str(x.dtype)) for x, parts in zip(xs, zip(*state[3], strict=True), strict=True))
+
+
+def _by_part(sums: Iterable[Form]) -> tuple[tuple[Form, ...], ...]:
+    """The forms of every scheme, one for each leaf, from the sums of every leaf."""
+    return tuple(zip(*(form.parts for form in sums if isinstance(form, Sum)), strict=True))
+
+
+def _left(xs: tuple[Array, ...], each: Sequence[tuple[Form, ...] | None]) -> tuple[Array, ...]:
+    """What forms leave of every leaf."""
+    return tuple(x - sum(forms[i].dense() for forms in each if forms is not None) for i, x in enumerate(xs))

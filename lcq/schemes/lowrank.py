@@ -1,0 +1,130 @@
+"""Low rank: a matrix of a given rank, or of the rank that is worth its cost.
+
+    rank      Pi(X) = argmin ||X - L R||_F^2   s.t.  L R has rank r:  the first r terms of the SVD, L = U S^1/2, R = S^1/2 V'
+    penalty   r = argmin_r alpha C(r) + mu/2 sum_{i > r} s_i^2,   C(r) = unit min(r (m + n), m n)
+
+The second is exact: all ranks are looked at. A rank so high that factors would be no smaller than the matrix costs what
+the matrix does, and is stored as the matrix.
+
+Source: Eckart & Young 1936; Idelbayev & Carreira-Perpinan, "Low-rank compression of neural nets: learning the rank of
+each layer", CVPR 2020.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lcq.base import Form, Scheme
+from lcq.blocks import compute_dtype, explicit_sharding
+from lcq.forms import Factors
+from lcq.forms.factors import as_matrix, check_matrix_shape, matrix_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Scheme):
+    """Projection on matrices of low rank, by the singular value decomposition.
+
+    A leaf is seen as a matrix: its last axis are the columns, all others the rows; so a convolution's kernel
+    (kh, kw, cin, cout) of rank r is one to r channels and one of 1 x 1. If `separable`, rows are (kh, cin) and columns
+    (kw, cout): a column of kh x 1 and a row of 1 x kw. Leaves of a joint task are projected one by one.
+
+    Weights h may differ from row to row, as those of a layer's inputs do, and no more: others have no closed form.
+
+    Attributes:
+        rank: of the result, at most that of the matrix.
+        penalty: alpha, instead of a rank; then `mu` is needed, and of equally good ranks the smallest is taken.
+        unit: what one stored number costs in C(r): 32 bits; or, for the cost in floating-point operations, those of the
+            layer (see `lcq.flops`) over its number of weights, in a rule for each layer.
+        separable: the other matrix of a convolution's kernel.
+
+    Raises:
+        ValueError: neither or both of rank and penalty, or one out of range.
+
+    Example:
+        >>> x = jnp.array([[2.0, 0.0], [0.0, 1.0]])
+        >>> LowRank(1).project(x).dense()
+        Array([[2., 0.],
+               [0., 0.]], dtype=float32)
+    """
+
+    rank: int | None = None
+    penalty: float | None = None
+    unit: float = 32.0
+    separable: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.penalty is None):
+            raise ValueError(f"wanted either rank= or penalty=; got {self.rank!r} and {self.penalty!r}")
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0):
+            raise ValueError(f"wanted rank= an int >= 0; got {self.rank!r}")
+        for name in ("penalty", "unit"):
+            if (amount := getattr(self, name)) is not None and not 0 <= amount < math.inf:
+                raise ValueError(f"wanted {name} >= 0 and finite; got {amount!r}")
+
+    @property
+    def leafwise(self) -> int:
+        return 0
+
+    @property
+    def costly(self) -> bool:
+        return self.penalty is not None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        check_matrix_shape(shape, self.separable)
+
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+        del previous
+        hs = (None,) * len(xs) if weights is None else weights
+        return tuple(self._factors(x, h, mu) for x, h in zip(xs, hs, strict=True))
+
+    def cost(self, forms: tuple[Form, ...]) -> Any:
+        """alpha C(r), summed over the leaves."""
+        total: Any = 0.0
+        for form in forms:
+            assert isinstance(form, Factors)
+            if self.penalty is not None:
+                total = total + self.penalty * self._numbers(form.tail, form.rank)
+        return total
+
+    def _numbers(self, shape: tuple[int, ...], rank: Any) -> Any:
+        """C(r) = unit min(r (m + n), m n)."""
+        m, n = matrix_shape(shape, self.separable)
+        return self.unit * jnp.minimum(jnp.asarray(rank, jnp.float32) * (m + n), float(m) * n)
+
+    def _factors(self, x: Array, h: Array | None, mu: Any) -> Factors:
+        if explicit_sharding(x) is not None:
+            x = jax.sharding.reshard(x, jax.P(*(None,) * x.ndim))  # every device does the whole decomposition
+        matrix = as_matrix(x.astype(compute_dtype(x.dtype)), self.separable)
+        row = None if h is None else self._row_roots(h, x.shape)
+        u, s, v = jnp.linalg.svd(matrix if row is None else matrix * row, full_matrices=False)
+        if row is not None:
+            u = jnp.where(row > 0, u / jnp.where(row > 0, row, 1), 0)
+        room = s.shape[0] if self.rank is None else min(self.rank, s.shape[0])
+        rank = jnp.int32(room) if self.penalty is None else self._best_rank(s, x.shape, mu)
+        roots = jnp.sqrt(jnp.where(jnp.arange(room) < rank, s[:room], 0))
+        left, right = u[:, :room] * roots, roots[:, None] * v[:room]
+        return Factors(left, x.shape, right, rank, separable=self.separable, dtype=str(x.dtype))
+
+    def _best_rank(self, s: Float[Array, " r"], shape: tuple[int, ...], mu: Any) -> Array:
+        """argmin_r (2/mu) alpha C(r) + sum_{i > r} s_i^2; the smallest of equally good ones."""
+        assert self.penalty is not None
+        unit = jnp.where(s[0] > 0, s[0], 1)  # squares neither overflow nor vanish
+        tails = jnp.concatenate([jnp.cumsum((s[::-1] / unit) ** 2)[::-1], jnp.zeros_like(s[:1])])
+        ranks = jnp.arange(s.shape[0] + 1)
+        price = 2 * self.penalty * self._numbers(shape, ranks) / mu / unit / unit
+        return jnp.argmin(tails + price).astype(jnp.int32)
+
+    def _row_roots(self, h: Array, shape: tuple[int, ...]) -> Float[Array, "m 1"]:
+        """sqrt(h) of every row of the matrix."""
+        inside = (1, 3) if self.separable else (len(shape) - 1,)
+        if any(h.shape[axis] != 1 for axis in inside):
+            raise ValueError(
+                f"low rank wants weights that are equal along a row of its matrix; got {list(h.shape)} for "
+                f"{list(shape)}; pass one for each input, of shape (..., inputs, 1)"
+            )
+        whole = tuple(1 if axis in inside else n for axis, n in enumerate(shape))
+        return jnp.sqrt(jnp.broadcast_to(h, whole).reshape(-1, 1))
