@@ -2,13 +2,13 @@
 
     LCQ_DATA=folder python benchmarks/lenet300.py            every recipe, 3 seeds: results/lenet300_*.json, artifacts/
     ... lc_k2 lc_ternary      some recipes
-    ... --seeds 0 idc_k4      one seed: the points of the rate-distortion picture
-    ... --plot                results/lenet300.png again
+    ... idc_k4 --seeds 0      one seed: the points of the rate-distortion picture
+    ... --plot                results/lenet300.png and lenet300_rates.png again
     LCQ_DATA=folder python benchmarks/lenet300.py --tune     schedules judged on 5,000 held-back training images
 
 Data: real MNIST, no augmentation, no teacher; weights: the trained tanh net of the LC toolkit (test error 2.13 %).
-Biases stay float32; of the kernels each is compressed for itself unless the rule is joint. The test set is read once per
-recipe and seed, after training; curves are of the training set.
+Biases stay float32; kernels are compressed each for itself unless the rule is joint. The test set is read once per recipe
+and seed, after training; curves are of the training set.
 """
 
 import argparse
@@ -114,7 +114,8 @@ RECIPES = {
     "lc_l0_5_slow": Recipe(PLANS["l0_5"], **SLOW),
     "lc_k2_l0_1_slow": Recipe(PLANS["k2_l0_1"], rate=0.2, **SLOW),
     "lc_mixed_slow": Recipe(MIXED, **SLOW),
-    "lc_rank_slow": Recipe(each(lcq.LowRank(penalty=1e-7)), **SLOW),
+    "lc_rank_slow": Recipe(each(lcq.LowRank(penalty=1e-6, unit=1.0)), **SLOW),
+    "lc_rank_slow_3e-6": Recipe(each(lcq.LowRank(penalty=3e-6, unit=1.0)), **SLOW),
 }
 CANDIDATES = {
     f"{name}_{factor}x{l_steps}x{epochs}_{rate}": Recipe(
@@ -290,15 +291,42 @@ def plot() -> None:
     figure.savefig(RESULTS / "lenet300.png", dpi=110)
 
 
+def plot_rates() -> None:
+    """Test error against bytes on disk, for every scheme and method, one seed or the median."""
+    families = {
+        "codebooks": "k2 ternary k4 k16",
+        "pruning": "l0_1 l0_2 l0_3 l0_5 l0_10",
+        "low rank": "rank_5 rank_10 rank_20",
+    }
+    families |= {"pruning, 16 values": "l0_2_k16 l0_5_k16", "sums": "k2_l0_1 rank_2_l0_3"}
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots()
+    methods = {"dc": ("direct compression", ":"), "idc": ("iterated direct", "--"), "lc": ("LC", "-")}
+    for i, (family, names) in enumerate(families.items()):
+        for method, (label, line) in methods.items():
+            found = [row["median"] for name in names.split() for row in stored(f"lenet300_{method}_{name}")]
+            points = sorted((median["bytes"] / 1e3, median["test_error"]) for median in found)
+            if points:
+                across, up = zip(*points, strict=True)
+                axes.plot(across, up, line, marker="osD^v"[i], color=f"C{i}", markersize=5, label=f"{family}, {label}")
+    (given,) = stored("lenet300_reference")
+    axes.axhline(given["median"]["test_error"], color="gray", linewidth=1, label="float32 (given), 1068 kB")
+    axes.set(xscale="log", yscale="log", xlabel="kB on disk", ylabel="test error, %", title="LeNet300, MNIST")
+    axes.legend(fontsize=6.5, ncols=2, loc="upper right")
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    figure.savefig(RESULTS / "lenet300_rates.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--plot", action="store_true", help="only draw results/lenet300.png")
+    parser.add_argument("--plot", action="store_true", help="only draw results/lenet300.png and lenet300_rates.png")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     if args.plot:
-        return plot()
+        plot()
+        return plot_rates()
     sets = load()
     ARTIFACTS.mkdir(exist_ok=True)
     if args.tune:
@@ -309,6 +337,7 @@ def main() -> None:
     for name in args.recipes or RECIPES:
         record(f"lenet300_{name}", [run(name, RECIPES[name], args.seeds, sets)], seeds=args.seeds)
     plot()
+    plot_rates()
 
 
 if __name__ == "__main__":
