@@ -25,7 +25,6 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,11 @@ NET = models.ResNet20()
 class Recipe:
     """Rules and a schedule. SGD with Nesterov's momentum 0.9; the learning rate falls from `rate` as a cosine to 0.
 
+    Codes change while rate/mu, a temperature, is high: at 1 bit between 10 and 2. Below, LC only polishes.
+
     Attributes:
-        rules: what is compressed, and how.
+        rules: what is compressed, and how; or bits, the budget for each number of the given parameters of which
+            `lcq.pareto` makes a plan, a codebook of 2, 4, 8 or 16 values for each kernel.
         method: "lc", or "ste", straight-through training.
         mu: penalty weight at first and at last, geometric in between.
         hold: share of all C steps, the last, with mu as at last.
@@ -66,11 +68,11 @@ class Recipe:
         coupling: of `lcq.lc`.
     """
 
-    rules: tuple[lcq.Rule, ...]
+    rules: tuple[lcq.Rule, ...] | float
     method: str = "lc"
     epochs: int = 20
     rate: float = 0.1
-    mu: tuple[float, float] = (5e-3, 1.0)
+    mu: tuple[float, float] = (8e-3, 4e-2)
     hold: float = 0.1
     every: int = 50
     coupling: str = "gradient"
@@ -78,13 +80,31 @@ class Recipe:
 
 
 K2, K4, TERNARY = ((lcq.Rule(KERNELS, scheme),) for scheme in (lcq.KMeans(2), lcq.KMeans(4), lcq.Ternary()))
+PRUNED = (lcq.Rule(KERNELS, lcq.Prune(kept=0.1), joint=True),)
 RECIPES = {
     "lc_k2": Recipe(K2),
-    "ste_k2": Recipe(K2, "ste"),
-    "lc_k4": Recipe(K4, epochs=8, rate=0.05, mu=(1e-2, 2.0)),
-    "ste_k4": Recipe(K4, "ste", epochs=8, rate=0.05),
-    "lc_ternary": Recipe(TERNARY, epochs=8),
+    "ste_k2": Recipe(K2, "ste", rate=0.01),
+    "lc_k4": Recipe(K4, rate=0.05, mu=(2e-2, 0.2)),
+    "ste_k4": Recipe(K4, "ste", rate=0.01),
+    "lc_prune10": Recipe(PRUNED, rate=0.05, mu=(8e-3, 0.2)),
+    "ste_prune10": Recipe(PRUNED, "ste", rate=0.01),
+    "lc_ternary": Recipe(TERNARY, rate=0.05, mu=(1e-2, 0.2)),
+    "lc_mixed": Recipe(1.3, rate=0.05, mu=(1e-2, 0.2)),
 }
+
+
+def given() -> dict[str, Any]:
+    """The trained variables all rows start from."""
+    return jax.tree.map(jnp.array, models.resnet20_from_torch(data.pretrained("resnet20_cifar10")))
+
+
+@functools.cache
+def rules_of(recipe: Recipe) -> tuple[lcq.Rule, ...]:
+    """The recipe's, or those of the plan within its budget."""
+    if not isinstance(recipe.rules, float):
+        return recipe.rules
+    candidates = {KERNELS: [lcq.KMeans(k) for k in (2, 4, 8, 16)]}
+    return tuple(lcq.pareto(given()["params"], candidates, bits_per_weight=recipe.rules).plan.rules)
 
 
 def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
@@ -95,10 +115,10 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
         return optax.sgd(eta, 0.9, nesterov=True)
 
     if recipe.method == "ste":
-        return lcq.straight_through_training(inner(rate), recipe.rules)
+        return lcq.straight_through_training(inner(rate), rules_of(recipe))
     (first, last), growing = recipe.mu, max(1, int((1 - recipe.hold) * steps / recipe.every))
     mu = lcq.geometric(first, (last / first) ** (1 / growing), steps=growing)
-    return lcq.lc(inner, recipe.rules, mu=mu, every=recipe.every, learning_rate=rate, coupling=recipe.coupling)
+    return lcq.lc(inner, rules_of(recipe), mu=mu, every=recipe.every, learning_rate=rate, coupling=recipe.coupling)
 
 
 def apply(variables: Any, x: Any) -> Any:
@@ -127,7 +147,7 @@ def recalibrated(forms: Any, statistics: Any, x: np.ndarray, seed: int) -> dict[
 def forms_of(recipe: Recipe, params: Any, state: Any) -> Any:
     """Theta; silent about a gap, which is in the curve."""
     if recipe.method == "ste":
-        return jax.jit(functools.partial(lcq.compress, rules=recipe.rules))(params)
+        return jax.jit(functools.partial(lcq.compress, rules=rules_of(recipe)))(params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return lcq.extract(state, params)
@@ -135,7 +155,7 @@ def forms_of(recipe: Recipe, params: Any, state: Any) -> Any:
 
 def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str, Any]:
     """Trains from the given weights, or goes on from `path`; returns the compressed variables and the log."""
-    variables = jax.tree.map(jnp.array, models.resnet20_from_torch(data.pretrained("resnet20_cifar10")))
+    variables = given()
     tx = optimizer_of(recipe, recipe.epochs * (len(x) // BATCH))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -152,7 +172,7 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
 
     state = tx.init(variables["params"])
     if recipe.method == "ste":
-        variables["params"] = lcq.decompress(lcq.compress(variables["params"], recipe.rules))
+        variables["params"] = lcq.decompress(lcq.compress(variables["params"], rules_of(recipe)))
     made_by = f"{recipe!r} and code {_code()}"
     log: dict[str, Any] = {"made_by": made_by, "seconds": 0.0, "curve": [], "resumed_after": []}
     if path.exists():
@@ -164,7 +184,7 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         variables, state = jax.tree.unflatten(jax.tree.structure((variables, state)), leaves)
         log["resumed_after"].append(len(log["curve"]))
         print("goes on after epoch", len(log["curve"]), flush=True)
-    order = dict(batch=BATCH, augment=True, seed=recipe.seed)
+    order: dict[str, Any] = {"batch": BATCH, "augment": True, "seed": recipe.seed}
     for epoch in range(len(log["curve"]), recipe.epochs):
         start, losses = time.time(), []
         for xs, ys in gpfq_train.batches(x, y, gpfq_train.Recipe(recipe.epochs, recipe.rate, **order), epoch):
@@ -184,8 +204,8 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         log["seconds"] += time.time() - start
         print(point, f"{time.time() - start:.1f} s", flush=True)
         temporary = path.with_suffix(".tmp")
-        leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((variables, state)))}
-        temporary.write_bytes(serialization.msgpack_serialize({"leaves": leaves, "log": json.dumps(log)}))
+        kept = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((variables, state)))}
+        temporary.write_bytes(serialization.msgpack_serialize({"leaves": kept, "log": json.dumps(log)}))
         os.replace(temporary, path)
     forms = forms_of(recipe, variables["params"], state)
     return {"variables": recalibrated(forms, variables["batch_stats"], x, recipe.seed), **log}
@@ -215,14 +235,15 @@ def main() -> None:
     parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
-    kinds: dict[str, Callable[[str], Any]] = {"epochs": int, "rate": float, "hold": float, "every": int, "seed": int}
-    for field, kind in {**kinds, "coupling": str}.items():
+    kinds: dict[str, Any] = {"epochs": int, "rate": float, "hold": float, "every": int, "seed": int}
+    kinds["coupling"] = str
+    for field, kind in kinds.items():
         parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")
     parser.add_argument("--mu", type=float, nargs=2, help="in place of the recipe's")
     args = parser.parse_args()
-    given = {k: v for k in (*kinds, "coupling") if (v := getattr(args, k)) is not None}
-    given |= {"mu": tuple(args.mu)} if args.mu else {}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **given)
+    settings = {k: v for k in kinds if (v := getattr(args, k)) is not None}
+    settings |= {"mu": tuple(args.mu)} if args.mu else {}
+    recipe = dataclasses.replace(RECIPES[args.recipe], **settings)
     args.out.mkdir(parents=True, exist_ok=True)
     x, y = data.cifar10("train")
     if args.trial:
@@ -254,7 +275,7 @@ def main() -> None:
         "hours": round(trained["seconds"] / 3600, 2),
         "augmentation": f"horizontal flips, random crops of images padded by {gpfq_train.PAD} black pixels",
         "optimizer": "SGD, Nesterov momentum 0.9, cosine to 0",
-        "settings": {**dataclasses.asdict(recipe), "rules": repr(recipe.rules), "batch": BATCH},
+        "settings": {**dataclasses.asdict(recipe), "rules": repr(rules_of(recipe)), "batch": BATCH},
         "resumed_after": trained["resumed_after"],
         "curve": trained["curve"],
     }

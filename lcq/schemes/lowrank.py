@@ -112,11 +112,11 @@ class LowRank(Scheme):
     def _best_rank(self, s: Float[Array, " r"], shape: tuple[int, ...], mu: Any) -> Array:
         """argmin_r (2/mu) alpha C(r) + sum_{i > r} s_i^2; the smallest of equally good ones."""
         assert self.penalty is not None
-        unit = jnp.where(s[0] > 0, s[0], 1)  # squares neither overflow nor vanish
+        unit = jnp.clip(s[0], (tiny := jnp.finfo(s.dtype).tiny), 1 / tiny)  # squares neither overflow nor vanish
         tails = jnp.concatenate([jnp.cumsum((s[::-1] / unit) ** 2)[::-1], jnp.zeros_like(s[:1])])
         ranks = jnp.arange(s.shape[0] + 1)
-        price = 2 * self.penalty * self._numbers(shape, ranks) / mu / unit / unit
-        return jnp.argmin(tails + price).astype(jnp.int32)
+        price = 2 * self.penalty * self._numbers(shape, ranks) / mu * (1 / unit) * (1 / unit)
+        return jnp.argmin(tails + jnp.where(ranks > 0, price, 0)).astype(jnp.int32)
 
     def _row_roots(self, h: Array, shape: tuple[int, ...]) -> Float[Array, "m 1"]:
         """sqrt(h) of every row of the matrix."""

@@ -276,6 +276,18 @@ def test_stored_and_working_trees_one_compilation_and_nothing_else_changes():
     assert jnp.array_equal(tuned(forms, rates)["a"]["kernel"].levels, forms["a"]["kernel"].levels)
 
 
+def test_steps_and_what_is_told_after_each():
+    told = []
+    batches = [(X, k * Y) for k in range(9)]
+    few = lcq.tune(
+        affine_loss, net(FORMS["levels"]), optax.sgd(0.1), iter(batches), steps=3, on_step=lambda *a: told.append(a)
+    )
+    chex.assert_trees_all_equal(few, lcq.tune(affine_loss, net(FORMS["levels"]), optax.sgd(0.1), batches[:3]))
+    assert [number for number, _ in told] == [1, 2, 3]
+    start = affine_loss(lcq.decompress(net(FORMS["levels"])), batches[0])
+    np.testing.assert_allclose(told[0][1], start, rtol=1e-6)
+
+
 def test_tune_says_what_is_wrong():
     fixed_table = {"w": lcq.Levels((-1.0, 0.0, 1.0)).project(W)}
     loss = lambda params, batch: jnp.sum(params["w"] * batch)  # noqa: E731
