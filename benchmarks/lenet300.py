@@ -7,8 +7,8 @@
     LCQ_DATA=folder python benchmarks/lenet300.py --tune     schedules judged on 5,000 held-back training images
 
 Data: real MNIST, no augmentation, no teacher; weights: the trained tanh net of the LC toolkit (test error 2.13 %).
-Biases stay float32; kernels are compressed each for itself unless the rule is joint. The test set is read once per recipe
-and seed, after training; curves are of the training set.
+Biases stay float32; kernels are compressed each for itself unless the rule is joint. The test set is read once per
+recipe and seed, after training; curves are of the training set.
 """
 
 import argparse
@@ -114,6 +114,8 @@ RECIPES = {
     "lc_l0_5_slow": Recipe(PLANS["l0_5"], **SLOW),
     "lc_k2_l0_1_slow": Recipe(PLANS["k2_l0_1"], rate=0.2, **SLOW),
     "lc_mixed_slow": Recipe(MIXED, **SLOW),
+    "lc_mixed_slow_0.2": Recipe(MIXED, rate=0.2, **SLOW),
+    "lc_mixed_teacher": Recipe(MIXED, teacher=3.0, **SLOW),
     "lc_rank_slow": Recipe(each(lcq.LowRank(penalty=1e-6, unit=1.0)), **SLOW),
     "lc_rank_slow_3e-6": Recipe(each(lcq.LowRank(penalty=3e-6, unit=1.0)), **SLOW),
 }
