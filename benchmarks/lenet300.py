@@ -118,6 +118,8 @@ RECIPES = {
     "lc_mixed_teacher": Recipe(MIXED, teacher=3.0, **SLOW),
     "lc_rank_slow": Recipe(each(lcq.LowRank(penalty=1e-6, unit=1.0)), **SLOW),
     "lc_rank_slow_3e-6": Recipe(each(lcq.LowRank(penalty=3e-6, unit=1.0)), **SLOW),
+    "lc_rank_slow_3e-7": Recipe(each(lcq.LowRank(penalty=3e-7, unit=1.0)), **SLOW),
+    "lc_rank_teacher": Recipe(each(lcq.LowRank(penalty=1e-6, unit=1.0)), teacher=3.0, **SLOW),
 }
 CANDIDATES = {
     f"{name}_{factor}x{l_steps}x{epochs}_{rate}": Recipe(
@@ -295,28 +297,30 @@ def plot() -> None:
 
 def plot_rates() -> None:
     """Test error against bytes on disk, for every scheme and method, one seed or the median."""
-    families = {
-        "codebooks": "k2 ternary k4 k16",
-        "pruning": "l0_1 l0_2 l0_3 l0_5 l0_10",
-        "low rank": "rank_5 rank_10 rank_20",
-    }
-    families |= {"pruning, 16 values": "l0_2_k16 l0_5_k16", "sums": "k2_l0_1 rank_2_l0_3"}
+    families = {"codebooks": "k2 k4 k16", "ternary": "ternary", "pruning": "l0_1 l0_2 l0_3 l0_5 l0_10"}
+    families |= {"pruning, 16 values": "l0_2_k16 l0_5_k16", "low rank": "rank_5 rank_10 rank_20"}
+    families |= {"1 bit + 1 % corrections": "k2_l0_1", "rank 2 + 3 % corrections": "rank_2_l0_3"}
+    methods = {"dc": ("direct compression", ":", 0.5), "idc": ("iterated direct", "--", 0.7), "lc": ("LC", "-", 1.0)}
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    methods = {"dc": ("direct compression", ":"), "idc": ("iterated direct", "--"), "lc": ("LC", "-")}
     for i, (family, names) in enumerate(families.items()):
-        for method, (label, line) in methods.items():
+        axes.plot([], [], "osD^vP*"[i], color=f"C{i}", label=family)
+        for method, (_, line, strength) in methods.items():
             found = [row["median"] for name in names.split() for row in stored(f"lenet300_{method}_{name}")]
             points = sorted((median["bytes"] / 1e3, median["test_error"]) for median in found)
-            if points:
-                across, up = zip(*points, strict=True)
-                axes.plot(across, up, line, marker="osD^v"[i], color=f"C{i}", markersize=5, label=f"{family}, {label}")
+            across, up = zip(*points, strict=True) if points else ((), ())
+            axes.plot(across, up, line, marker="osD^vP*"[i], color=f"C{i}", markersize=5, alpha=strength)
+    for label, line, strength in methods.values():
+        axes.plot([], [], line, color="black", alpha=strength, label=label)
     (given,) = stored("lenet300_reference")
     axes.axhline(given["median"]["test_error"], color="gray", linewidth=1, label="float32 (given), 1068 kB")
     axes.set(xscale="log", yscale="log", xlabel="kB on disk", ylabel="test error, %", title="LeNet300, MNIST")
-    axes.legend(fontsize=6.5, ncols=2, loc="upper right")
-    axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    figure.savefig(RESULTS / "lenet300_rates.png", dpi=120)
+    axes.set_xticks(kilobytes := [10, 20, 40, 80, 160], map(str, kilobytes))
+    axes.set_yticks(percent := [2, 3, 5, 10, 20, 50, 100], map(str, percent))
+    axes.minorticks_off()
+    figure.legend(fontsize=8, loc="outside right center", frameon=False)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    figure.savefig(RESULTS / "lenet300_rates.png", dpi=110)
 
 
 def main() -> None:

@@ -123,16 +123,16 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
 
 def apply(variables: Any, x: Any) -> Any:
     """Logits of uint8 images, by running statistics."""
-    return NET.apply(variables, _normalized(x))
+    return NET.apply(variables, normalized(x))
 
 
 @jax.jit
 def _gather(statistics: Any, params: Any, x: Any) -> Any:
     variables = {"params": params, "batch_stats": statistics}
-    return NET.apply(variables, _normalized(x), train=True, mutable=["batch_stats"])[1]["batch_stats"]
+    return NET.apply(variables, normalized(x), train=True, mutable=["batch_stats"])[1]["batch_stats"]
 
 
-def _normalized(x: Any) -> Any:
+def normalized(x: Any) -> Any:
     return (x.astype(jnp.float32) / 255 - jnp.array(data.CIFAR10_MEAN)) / jnp.array(data.CIFAR10_STD)
 
 
@@ -162,7 +162,7 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
     def step(variables: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
         def loss(params: Any) -> tuple[Any, Any]:
             now = {**variables, "params": params}
-            logits, moved = NET.apply(now, _normalized(x), train=True, mutable=["batch_stats"])
+            logits, moved = NET.apply(now, normalized(x), train=True, mutable=["batch_stats"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), moved
 
         params = variables["params"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import FOLDER, stored
+from record import FOLDER, RESULTS, stored
 
 README = FOLDER.parent / "README.md"
 BLOCK = r"(<!-- table: {} -->\n).*?(<!-- end -->)"
@@ -66,6 +66,88 @@ def lenet300() -> str:
     return grid(
         ["LeNet300, MNIST", "epochs", "train loss", "test error %", "gap", "bytes", "ratio", "accept / aim"], rows
     )
+
+
+TOOLKIT = {
+    "K = 2 for each kernel": ("lc_k2_slowest", 2.56),
+    "K = 2 for the first and the last": ("lc_k2_first_last_slow", 2.26),
+    "5 % kept of all": ("lc_l0_5_slow", 2.18),
+    "one codebook, K = 2, and 1 % corrections": ("lc_k2_l0_1_slow", 2.17),
+    "5,000 kept; rank 10; K = 2": ("lc_mixed_slow", 2.13),
+    "the same, rate .2": ("lc_mixed_slow_0.2", 2.13),
+    "the same, teacher": ("lc_mixed_teacher", 2.13),
+    "rank selection, 1e-6 a number": ("lc_rank_slow", 1.90),
+    "rank selection, 3e-6": ("lc_rank_slow_3e-6", 1.90),
+    "rank selection, 3e-7": ("lc_rank_slow_3e-7", 1.90),
+    "rank selection, 1e-6, teacher": ("lc_rank_teacher", 1.90),
+}
+
+
+def lenet300_toolkit() -> str:
+    """LC beside what the LC toolkit states, medians over the seeds."""
+    rows = []
+    for title, (name, stated) in TOOLKIT.items():
+        for recipe in stored(f"lenet300_{name}"):
+            median, seeds = recipe["median"], len(recipe["runs"])
+            numbers = [f"{median['train_loss']:.4f}", f"{median['test_error']:.2f}", f"{stated:.2f}"]
+            rows.append([title, *numbers, f"{median['bytes']:,}", f"{median['ratio']:.2f}", str(seeds)])
+    return grid(["LeNet300, LC", "train loss", "test error %", "toolkit", "bytes", "ratio", "seeds"], rows)
+
+
+def lenet300_kept() -> str:
+    """Pruning of all kernels together, by method."""
+    methods = {"dc": "direct", "idc": "iterated direct", "ste": "straight-through", "lc": "**LC**"}
+    rows = []
+    for percent in (10, 5, 3, 2, 1):
+        found = {m: row["median"] for m in methods for row in stored(f"lenet300_{m}_l0_{percent}")}
+        errors = [f"{found[m]['test_error']:.2f}" if m in found else "" for m in methods]
+        last = found.get("lc", {})
+        loss, gap = (f"{last['train_loss']:.4f}", f"{last['gap']:.0e}") if last else ("", "")
+        target = "loss .00304 / .0025, error 2.1 / 1.9" if percent == 5 else ""
+        rows.append([f"{percent} %", *errors, loss, gap, f"{last['ratio']:.1f}" if last else "", target])
+    head = ["kept", *(f"{name}, error %" for name in methods.values()), "LC's loss", "gap", "ratio", "accept / aim"]
+    return grid(head, rows)
+
+
+RESNET = {
+    "k2": ("1 bit, K = 2", "88.0 / 90.7"),
+    "k4": ("2 bits, K = 4", "91.2 / 91.6"),
+    "ternary": ("scaled ternary", ""),
+    "mixed": ("mixed, 1.3 bits", ""),
+    "prune10": ("10 % kept of all", "90.8 / 91.4"),
+}
+
+
+def resnet20() -> str:
+    """LC and straight-through training at the same epochs."""
+    rows = []
+    for name, (title, target) in RESNET.items():
+        found = {method: row for method in ("lc", "ste") for row in stored(f"resnet20_{method}_{name}")}
+        if found:
+            any_row = next(iter(found.values()))
+            scores = [f"{found[m]['accuracy']:.2f}" if m in found else "" for m in ("lc", "ste")]
+            size = [str(any_row["epochs"]), f"{any_row['bytes']:,}", f"{any_row['ratio']:.1f}"]
+            rows.append([title, *scores, *size, target])
+    head = ["ResNet-20, CIFAR-10", "LC, %", "straight-through, %", "epochs", "bytes", "ratio", "accept / aim"]
+    return grid(head, rows)
+
+
+def tune() -> str:
+    """What recalibrating batch norm and tuning add."""
+    rows = []
+    for path in sorted(RESULTS.glob("tune_lenet300_*.json")):
+        (row,) = stored(path.stem)
+        name = row["name"].removeprefix("lenet300_")
+        numbers = [f"{row['train_loss_before']:.4f}", f"{row['train_loss']:.4f}"]
+        rows.append(
+            [f"LeNet300, `{name}`", *numbers, f"{row['test_error_before']:.2f}", "", f"{row['test_error']:.2f}"]
+        )
+    for path in sorted(RESULTS.glob("tune_resnet20_*.json")):
+        (row,) = stored(path.stem)
+        errors = [f"{100 - row[k]:.2f}" for k in ("accuracy_as_it_is", "accuracy_recalibrated", "accuracy")]
+        rows.append([f"ResNet-20, `{row['name'].removeprefix('resnet20_')}`", "", "", *errors])
+    head = ["", "train loss before", "tuned", "test error % before", "batch norm recalibrated", "tuned"]
+    return grid(head, rows)
 
 
 def cstep() -> str:
@@ -212,7 +294,19 @@ def gpfq_speed() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
-    for table in (lenet300, cstep, lc_overhead, brute_force, gpfq_images, gpfq_transformers, gpfq_speed)
+    for table in (
+        lenet300,
+        lenet300_toolkit,
+        lenet300_kept,
+        resnet20,
+        tune,
+        cstep,
+        lc_overhead,
+        brute_force,
+        gpfq_images,
+        gpfq_transformers,
+        gpfq_speed,
+    )
 }
 
 

@@ -15,6 +15,7 @@ import gpfq_images
 import gpfq_transformers
 import lenet300
 import resnet20
+import tune
 from record import ARTIFACTS, stored
 
 import lcq
@@ -37,6 +38,9 @@ def rows() -> Iterator[Check]:
             yield row, functools.partial(accuracy, name, "accuracy")
     for name in resnet20.RECIPES:
         yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in stored(f"resnet20_{name}"))
+    for name in tune.RUNS:
+        measure = lenet_error if name.startswith("lenet300") else functools.partial(accuracy, "resnet20", "accuracy")
+        yield from ((row, measure) for row in stored(f"tune_{name}"))
     for name in ("stories", "minilm"):
         yield from ((row, functools.partial(text, name)) for row in stored(f"gpfq_{name}") if "artifact" in row)
 

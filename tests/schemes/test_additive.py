@@ -139,7 +139,7 @@ def test_parts_solved_on_the_host():
     form = exact.project(Y)
     kept = np.ravel(form.parts[1].mask)
     best = two_means(rest[~kept], None)
-    assert distortion(form, Y) == pytest.approx(best, rel=1e-5) and best < two_means(rest, None)
+    assert distortion(form, Y) == pytest.approx(best, rel=1e-3) and best < two_means(rest, None)
     assert distortion(exact.project(Y + 0.1, form), Y + 0.1) <= distortion(form, Y + 0.1)
     stacked = lcq.compress({"w": jnp.stack([Y, 2 * Y])}, [lcq.Rule("w", exact, stacked=1)])["w"]
     np.testing.assert_allclose(stacked.dense()[0], form.dense(), rtol=1e-6)
