@@ -114,9 +114,7 @@ def pack_positions(chosen: Bool[np.ndarray, "..."]) -> tuple[UInt32[np.ndarray, 
     return pack(codes, gap), gap
 
 
-def unpack_positions(
-    words: UInt32[Array, " words"], gap: int | None, count: int, size: int
-) -> Bool[Array, " size"]:
+def unpack_positions(words: UInt32[Array, " words"], gap: int | None, count: int, size: int) -> Bool[Array, " size"]:
     """The mask of `size` places from the words of `pack_positions`; jit-able.
 
     Args:

@@ -17,8 +17,8 @@ from lcq.forms.checks import check_float, check_shape
 class Factors(Form):
     """A product of two thin matrices: Delta = left @ right, the leaf seen as a matrix.
 
-    A dense kernel is a matrix as it is. Of a convolution's kernel (kh, kw, cin, cout) the rows are (kh, kw, cin) and the
-    columns (cout,); if it is `separable`, the rows are (kh, cin) and the columns (kw, cout).
+    A dense kernel is a matrix as it is. Of a convolution's kernel (kh, kw, cin, cout) the rows are (kh, kw, cin) and
+    the columns (cout,); if it is `separable`, the rows are (kh, cin) and the columns (kw, cout).
 
     The working layout has room for the largest rank, and zeros beyond `rank`. The stored layout is as narrow as the
     rank; a rank so high that the factors would be no smaller is stored as the matrix itself.
@@ -59,7 +59,8 @@ class Factors(Form):
         if r * (rows + columns) >= rows * columns:
             matrix = jax.device_get(self._matrix())
             return dataclasses.replace(host, left=matrix, right=None, rank=None)
-        return dataclasses.replace(host, left=_row_major(host.left[..., :r]), right=_row_major(host.right[..., :r, :]), rank=None)
+        left, right = (np.array(a, order="C") for a in (host.left[..., :r], host.right[..., :r, :]))
+        return dataclasses.replace(host, left=left, right=right, rank=None)
 
     def unpack(self) -> Self:
         if self.rank is not None:
@@ -81,8 +82,7 @@ class Factors(Form):
         return from_matrix(self._matrix(), self.tail, self.separable).astype(self.dtype)
 
     def layers(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Kernels of the two layers that do what the one did, for fine-tuning: the second after the first, no activation
-        between them, the bias with the second.
+        """Kernels of the two layers that do what the one did, for fine-tuning: no activation between, the bias second.
 
         Dense: (m, r) and (r, n). Convolution: (kh, kw, cin, r), with the strides and padding of the one, and (1, 1, r,
         cout); if `separable`, (kh, 1, cin, r) with its strides and padding along the height, and (1, kw, r, cout)
@@ -120,7 +120,7 @@ class Factors(Form):
         check_matrix_shape(self.tail, self.separable)
         rows, columns = matrix_shape(self.tail, self.separable)
         check_float("left", str(self.left.dtype))
-        *stacked, height, width = self.left.shape if len(self.left.shape) >= 2 else (0, 0)
+        *stacked, _, width = self.left.shape if len(self.left.shape) >= 2 else (0, 0)
         check_shape((*stacked, *self.tail))
         if self.right is None:
             wanted: tuple[Any, ...] = ((*stacked, rows, columns), None)
@@ -159,7 +159,3 @@ def from_matrix(x: Float[Array, "*stacked rows columns"], tail: tuple[int, ...],
         return x.reshape(*stacked, *tail)
     kh, kw, cin, cout = tail
     return jnp.swapaxes(x.reshape(*stacked, kh, cin, kw, cout), -3, -2)
-
-
-def _row_major(a: np.ndarray) -> np.ndarray:
-    return np.array(a, order="C")

@@ -144,5 +144,6 @@ class Sparse(Form):
             raise ValueError(f"mask: wanted words; got {self.mask.dtype}{list(self.mask.shape)}")
         if isinstance(self.mask, np.ndarray):
             packing.check_positions(self.mask, self.gap, self.kept // together, size // together)
-            if self.levels is not None and packing.largest(self.values, self._width, self.kept) >= self.levels.shape[-1]:
-                raise ValueError(f"values: wanted codes below {self.levels.shape[-1]}; got a larger one")
+            k = 0 if self.levels is None else self.levels.shape[-1]
+            if k and packing.largest(self.values, self._width, self.kept) >= k:
+                raise ValueError(f"values: wanted codes below {k}; got a larger one")

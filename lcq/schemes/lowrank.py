@@ -1,6 +1,7 @@
 """Low rank: a matrix of a given rank, or of the rank that is worth its cost.
 
-    rank      Pi(X) = argmin ||X - L R||_F^2   s.t.  L R has rank r:  the first r terms of the SVD, L = U S^1/2, R = S^1/2 V'
+    rank      Pi(X) = argmin ||X - L R||_F^2  s.t.  L R has rank r: the first r terms U S V' of the SVD, split as
+              L = U S^1/2, R = S^1/2 V'
     penalty   r = argmin_r alpha C(r) + mu/2 sum_{i > r} s_i^2,   C(r) = unit min(r (m + n), m n)
 
 The second is exact: all ranks are looked at. A rank so high that factors would be no smaller than the matrix costs what

@@ -188,7 +188,8 @@ class Prune(Scheme):
         if roots is not None:
             if self.group is not None:
                 raise ValueError(f"{self}: groups shrink by one factor: wanted no weights; got some; drop one of them")
-            slack = [jnp.where(r > 0, 1 / jnp.where(r > 0, r, 1) ** 2, 0) * one for r, one in zip(roots, slack, strict=True)]
+            inverse = [jnp.where(r > 0, 1 / jnp.where(r > 0, r, 1) ** 2, 0) for r in roots]
+            slack = [one * i for one, i in zip(slack, inverse, strict=True)]
             norms = [jnp.where(s > 0, n, 0) for n, s in zip(norms, slack, strict=True)]
         tau = shrinkage(norms, self.radius, slack) if self.penalty is None else self.penalty / mu
         factors = [

@@ -81,7 +81,7 @@ def settings_of(scheme):
 
 
 def weights_of(scheme):
-    """Weights that a scheme takes: the second for those that take one for each row only; none for groups that shrink."""
+    """Weights that a scheme takes: of low rank those of rows; none for groups that shrink."""
     if any(isinstance(s, lcq.LowRank) for s in settings_of(scheme)):
         return [H[:, :1]]
     return [] if getattr(scheme, "norm", "") == "l1" and scheme.group else [H, H[:, :1]]
