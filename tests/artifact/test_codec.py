@@ -310,7 +310,7 @@ WRONG_RECORDS = [
     (changed(path=["w"], kinds="s"), "keys of the kinds"),
     (changed(path=[1], kinds="a"), "keys of the kinds"),
     (changed(kinds="?"), "keys of the kinds"),
-    (changed(form="Code"), "w: wanted one of the forms Codes, Cast.*; got 'Code'"),
+    (changed(form="Code"), "w: wanted one of the forms Cast, Codes.*; got 'Code'"),
     (changed(form=["Codes"]), "wanted a form with"),
     (changed(more=1), "wanted a form with"),
     (changed(static=[]), "wanted a form with"),

@@ -58,6 +58,7 @@ def test_layouts_are_equal_and_as_small_as_they_can_be(tmp_path, case):
         for matrix, one in zip(matrices.reshape(-1, *matrices.shape[-2:]), dense, strict=True):
             np.testing.assert_allclose(as_matrix(one, form.separable), matrix, atol=1e-5)
         assert layout.shape == form.shape and layout.bits == bits
+    assert (stored.right is None) == (case in ("as large", "full", "stacked, one full"))
     stored.check_stored()
     lcq.save(tmp_path / "net.lcq", {"w": form})
     back = lcq.load(tmp_path / "net.lcq")["w"]

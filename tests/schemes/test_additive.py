@@ -1,11 +1,14 @@
 """Sums of schemes against all choices on tiny problems, and against the same sweeps made by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lcq
+from lcq.rules import Task
 
 X = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 H = np.random.default_rng(1).lognormal(size=(50, 8)).astype(np.float32)
@@ -119,6 +122,23 @@ def test_a_warm_start_has_the_structure_of_the_first_and_never_raises_the_distor
         warm = scheme.project(x, first)
         assert jax.tree.structure(warm) == jax.tree.structure(first)
         assert distortion(warm, x) <= distortion(first, x) * (1 + 1e-6)
+
+
+def test_a_warm_start_stays_in_a_better_minimum():
+    better, scheme = lcq.Additive(BINARY, ONE), lcq.Additive(ONE, BINARY)
+    first = jax.vmap(better.project)(jnp.asarray(X))
+    start = dataclasses.replace(first, parts=first.parts[::-1])
+    warm = jax.vmap(scheme.project)(jnp.asarray(X), start).dense()
+    before, after = (((np.asarray(a, np.float64) - X) ** 2).sum(1) for a in (start.dense(), warm))
+    assert (after <= before * (1 + 1e-5)).all() and (before < errors(scheme) * 0.999).any()
+
+
+def test_a_joint_task_starts_from_its_forms():
+    task = Task(("a", "b"), lcq.Additive(BINARY, lcq.Prune(kept=4)))
+    first = task.project((Y[:3], Y[3:]))
+    again = task.project((Y[:3], Y[3:]), first)
+    assert jax.tree.structure(first) == jax.tree.structure(again) and first[1].parts[0].shared == "a"
+    assert sum(map(distortion, again, (Y[:3], Y[3:]))) <= sum(map(distortion, first, (Y[:3], Y[3:]))) * (1 + 1e-6)
 
 
 def test_joint_leaves_share_the_scale_and_the_budget():

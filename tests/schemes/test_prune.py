@@ -79,6 +79,14 @@ def test_exactly_as_many_are_kept_ties_by_position(kept, chosen):
     assert lcq.Prune(kept=1) != lcq.Prune(kept=1.0)  # one, and all; equal schemes share a program
 
 
+def test_runs_go_along_the_input_axis():
+    x = problems(2, (12, 3))[0].reshape(2, 12, 3)
+    mask = np.asarray(lcq.Prune(kept="2:4").project(jnp.asarray(x)).mask)
+    for i, first, j in itertools.product(range(2), (0, 4, 8), range(3)):
+        run = (i, slice(first, first + 4), j)
+        assert sorted(np.flatnonzero(mask[run])) == sorted(np.argsort(-abs(x[run]), kind="stable")[:2])
+
+
 def test_joint_leaves_have_one_budget():
     rng = np.random.default_rng(1)
     xs = [rng.normal(size=(3, 4)), 3 * rng.normal(size=5), np.array(0.3), rng.normal(size=(2, 1, 2)) / 9]
