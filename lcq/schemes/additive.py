@@ -31,8 +31,9 @@ _ENOUGH = 1e-3
 class Additive(Scheme):
     """Projection on sums: Delta = sum_j Delta_j, a form of each scheme added together.
 
-    The first sweep fits the schemes in their order, each to what those before leave. Leaves of a joint task share what
-    each scheme lets them share.
+    The first sweep fits the schemes in their order, each to what those before leave, and where it ends depends on it:
+    name the one that carries most first, a codebook before its corrections. Leaves of a joint task share what each
+    scheme lets them share.
 
     Attributes:
         parts: the schemes, at least two.

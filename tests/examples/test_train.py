@@ -65,12 +65,18 @@ def test_rates_start_again_with_every_l_step(every):
 def test_an_optimizer_runs_at_these_rates_between_these_c_steps():
     """Against the same in numpy."""
     every, mu, factor = (3, 2), 0.5, 1.5
-    schedule = lambda t: 0.2 / (1 + t)  # noqa: E731
+
+    def schedule(t):
+        return 0.2 / (1 + t)
+
     tx = lcq.lc(
         optax.sgd, [lcq.Rule("w", lcq.KMeans(1))], mu=lcq.geometric(mu, factor, steps=9), every=None,
         learning_rate=per_l_step(schedule, every),
     )  # fmt: skip
-    loss = lambda params, batch: jnp.sum((params["w"] - jnp.array([1.0, 4.0])) ** 2) / 2  # noqa: E731
+
+    def loss(params, batch):
+        return jnp.sum((params["w"] - jnp.array([1.0, 4.0])) ** 2) / 2
+
     result = train_lc(loss, {"w": jnp.array([0.0, 1.0])}, tx, [0] * 9, evaluate=lambda forms: 0, l_steps=4, every=every)
     w, multiplier, gaps = np.array([0.0, 1.0]), np.zeros(2), []
     level = w.mean()
@@ -95,7 +101,10 @@ def test_train_lc_is_the_plain_loop_with_c_steps_in_update():
         warnings.simplefilter("error")  # early forms are far away, which is no news
         result = run(evaluate=lambda forms: seen.append(arrays(forms)) or -len(seen), loss=loss)
     states = []
-    keep = lambda number, now: number % 4 or states.append(arrays(lcq.extract(now.opt_state, now.params)))  # noqa: E731
+
+    def keep(number, now):
+        return number % 4 or states.append(arrays(lcq.extract(now.opt_state, now.params)))
+
     with pytest.warns(UserWarning, match="away from the compressed"):
         plain = train(LOSS, PARAMS, lc(every=4), batches(), 20, on_step=keep)
     chex.assert_trees_all_close(result.last.params, plain.params, rtol=1e-5, atol=1e-6)

@@ -192,7 +192,9 @@ def test_low_precision_is_trained_in_float32_and_seen_rounded(dtype):
         assert params["v"].dtype == jnp.bfloat16 and params["n"].dtype == jnp.int32
         return 1e-3 * (jnp.sum((params["w"] - batch) ** 2) + jnp.sum((params["v"].astype(jnp.float32) - 0.5) ** 2))
 
-    seen = lambda number, value: losses.append(float(value))  # noqa: E731
+    def seen(number, value):
+        return losses.append(float(value))
+
     settings = {"tx": optax.sgd(1.0), "loss": loss, "batch": target, "on_step": seen}  # steps far below a rounding
     result, after = tuned(forms, steps=3000, **settings), losses.clear()
     assert after is None and result["w"].values.dtype == dtype and result["v"].dtype == jnp.bfloat16
@@ -215,7 +217,10 @@ def test_levels_stay_in_order_and_codes_follow():
         (Sum((Codes(codes, levels=levels),)), target),
         (Codes(jnp.stack([codes, codes[::-1]]), levels=jnp.stack([levels] * 2)), jnp.stack([target, target[::-1]])),
     ):
-        loss = lambda params, batch: jnp.sum((params["w"] - batch) ** 2)  # noqa: E731
+
+        def loss(params, batch):
+            return jnp.sum((params["w"] - batch) ** 2)
+
         form = tuned({"w": form}, optax.sgd(0.1), 100, loss, wanted)["w"]
         np.testing.assert_allclose(form.dense(), wanted, atol=1e-4)
         found = (form.parts[0] if isinstance(form, Sum) else form).levels
@@ -290,7 +295,10 @@ def test_steps_and_what_is_told_after_each():
 
 def test_tune_says_what_is_wrong():
     fixed_table = {"w": lcq.Levels((-1.0, 0.0, 1.0)).project(W)}
-    loss = lambda params, batch: jnp.sum(params["w"] * batch)  # noqa: E731
+
+    def loss(params, batch):
+        return jnp.sum(params["w"] * batch)
+
     for forms, settings, message in (
         ({"w": W}, {}, "wanted a tree with forms; got 1 arrays"),
         (fixed_table, {}, "wanted floating-point numbers"),
