@@ -21,8 +21,8 @@ class Factors(Form):
     the columns (cout,); if it is `separable`, the rows are (kh, cin) and the columns (kw, cout).
 
     The working layout has room for the largest rank, and zeros beyond `rank`. The stored layout is as narrow as the
-    rank; a rank so high that the factors would be no smaller is stored as the matrix itself. Products of other widths add
-    up in another order, so `dense()` of the two layouts is equal up to rounding.
+    rank; a rank so high that the factors would be no smaller is stored as the matrix itself. Products of other widths
+    add up in another order, so `dense()` of the two layouts is equal up to rounding.
 
     Attributes:
         left: [*stacked, rows, room].
