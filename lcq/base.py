@@ -201,8 +201,8 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
     weights that are all zero.
 
     Raises:
-        ValueError: not one real array each that broadcasts against its leaf; negative or not finite in float32, which
-            is seen of concrete arrays only.
+        ValueError: not one real array each that broadcasts against its leaf; negative, not finite, or above 2^126,
+            which is seen of concrete arrays only.
     """
     if not isinstance(weights, tuple) or len(weights) != len(xs):
         got = f"{len(weights)} of them" if isinstance(weights, tuple) else type(weights).__name__
@@ -219,9 +219,9 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
         if not isinstance(h, jax.core.Tracer):
             with jax.ensure_compile_time_eval():
                 low, high = float(h.min()), float(h.max())
-            if not (low >= 0 and high <= float(jnp.finfo(jnp.float32).max)):
+            if not (low >= 0 and high <= 2.0**126):  # of more, XLA flushes the reciprocal to zero
                 raise ValueError(
-                    f"weights: wanted finite numbers >= 0; got some from {low} to {high} in {h.dtype}{list(h.shape)}; "
+                    f"weights: wanted finite numbers >= 0, at most 8.5e37; got some from {low} to {high} in {h.dtype}{list(h.shape)}; "
                     "clip them, or look where they come from"
                 )
     some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in weights])

@@ -315,10 +315,11 @@ def test_weights_on_a_mesh_with_explicit_axes(scheme):
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        (-H, r"wanted finite numbers >= 0; got some from -.* in float32\[8, 6\]; clip"),
-        (H.at[0, 0].set(jnp.nan), "wanted finite numbers >= 0; got some from nan"),
-        (H.at[0, 0].set(jnp.inf), "wanted finite numbers >= 0; .* to inf"),
-        (np.full((8, 6), 1e300), r"wanted finite numbers >= 0; .* in float64"),
+        (-H, r"wanted finite numbers >= 0, at most .*; got some from -.* in float32\[8, 6\]; clip"),
+        (H.at[0, 0].set(jnp.nan), "wanted finite numbers >= 0, .*; got some from nan"),
+        (H.at[0, 0].set(jnp.inf), "wanted finite numbers >= 0, .* to inf"),
+        (np.full((8, 6), 1e38), r"wanted finite numbers >= 0, at most 8.5e37; got some from 1e\+38"),
+        (np.full((8, 6), 1e300), r"wanted finite numbers >= 0, .* in float64"),
         (H[:, 0], r"wanted a shape that broadcasts to \[8, 6\]; got \[8\]; .*\(rows, 1\)"),
         (H[None], r"wanted a shape that broadcasts to \[8, 6\]; got \[1, 8, 6\]"),
         (H * 1j, "wanted an array of real numbers; got complex64; convert"),
