@@ -96,7 +96,7 @@ def pack_positions(chosen: Bool[np.ndarray, "..."]) -> tuple[UInt32[np.ndarray, 
 
     Example:
         >>> pack_positions(np.isin(np.arange(64), (2, 40)))
-        (array([4082], dtype=uint32), 6)
+        (array([134217726], dtype=uint32), 2)
     """
     flat = np.asarray(chosen).reshape(-1)
     skipped = np.diff(np.flatnonzero(flat), prepend=-1) - 1

@@ -2,6 +2,7 @@
 
 import os
 import typing
+from pathlib import Path
 
 # Eight simulated CPU devices, so that sharding is tested on every machine.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -35,3 +36,12 @@ def x64_stays_off():
     """Oracles in float64 are plain numpy; no test, and nothing in lcq, switches jax to 64 bits."""
     yield
     assert not jax.config.jax_enable_x64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_few():
+    """Programs that XLA compiles map memory; Linux allows a process 65,530 maps, and without more XLA crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()

@@ -47,7 +47,7 @@ class LowRank(Scheme):
 
     Example:
         >>> x = jnp.array([[2.0, 0.0], [0.0, 1.0]])
-        >>> LowRank(1).project(x).dense()
+        >>> LowRank(1).project(x).dense().round(3)
         Array([[2., 0.],
                [0., 0.]], dtype=float32)
     """

@@ -52,7 +52,7 @@ class Prune(Scheme):
     Example:
         >>> Prune(kept=2).project(jnp.array([0.5, -3.0, 1.0, 2.0])).dense()
         Array([ 0., -3.,  0.,  2.], dtype=float32)
-        >>> Prune(radius=3.0).project(jnp.array([0.5, -3.0, 1.0, 2.0])).dense()
+        >>> Prune(radius=3.0).project(jnp.array([0.5, -3.0, 1.0, 2.0])).dense().round(3)
         Array([ 0., -2.,  0.,  1.], dtype=float32)
         >>> Prune(penalty=1.0).project(jnp.array([0.5, -3.0, 1.0, 2.0]), mu=1.0).dense()
         Array([ 0., -3.,  0.,  2.], dtype=float32)
