@@ -221,8 +221,8 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
                 low, high = float(h.min()), float(h.max())
             if not (low >= 0 and high <= 2.0**126):  # of more, XLA flushes the reciprocal to zero
                 raise ValueError(
-                    f"weights: wanted finite numbers >= 0, at most 8.5e37; got some from {low} to {high} in {h.dtype}{list(h.shape)}; "
-                    "clip them, or look where they come from"
+                    f"weights: wanted finite numbers >= 0, at most 8.5e37; got some from {low} to {high} "
+                    f"in {h.dtype}{list(h.shape)}; clip them, or look where they come from"
                 )
     some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in weights])
     return tuple(
