@@ -56,8 +56,6 @@ NET = models.ResNet20()
 class Recipe:
     """Rules and a schedule. SGD with Nesterov's momentum 0.9; the learning rate falls from `rate` as a cosine to 0.
 
-    Codes change while rate/mu, a temperature, is high: at 1 bit between 10 and 2. Below, LC only polishes.
-
     Attributes:
         rules: what is compressed, and how; or bits, the budget for each number of the given parameters of which
             `lcq.pareto` makes a plan, a codebook of 2, 4, 8 or 16 values for each kernel.

@@ -197,7 +197,7 @@ def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> di
             raise ValueError(f"{pattern!r}: wanted a list of schemes to choose from; got {schemes!r}")
         tasks: list[tuple[Task, ...] | None] = []
         for scheme in schemes:
-            if scheme is not None and getattr(scheme, "costly", False):
+            if scheme is not None and scheme.costly:
                 raise ValueError(
                     f"{pattern!r}: {scheme} has a cost, and no direct compression; take its constrained kin"
                 )

@@ -81,7 +81,7 @@ class Prune(Scheme):
         if isinstance(self.values, str):
             name = jnp.dtype(self.values).name
             if not jnp.issubdtype(jnp.dtype(name), jnp.floating):
-                raise ValueError(f"values: wanted a floating-point dtype or a quantizer; got {self.values!r}")
+                raise ValueError(f"values: wanted a floating-point dtype or KMeans(...); got {self.values!r}")
             object.__setattr__(self, "values", name)
         elif self.values is not None and not (isinstance(self.values, KMeans) and self.values.per is None):
             raise ValueError(f"values: wanted a dtype's name, or KMeans(...) without per=; got {self.values!r}")
