@@ -75,21 +75,27 @@ class Recipe:
     method: str = "lc"
     epochs: int = 20
     rate: float = 0.1
-    mu: tuple[float, float] = (2e-3, 0.3)
-    hold: float = 0.1
-    every: int = 50
+    mu: tuple[float, float] = (2e-3, 3.0)
+    hold: float = 0.05
+    every: int = 100
     coupling: str = "gradient"
     seed: int = 0
 
 
 K2, K4, TERNARY = ((lcq.Rule(KERNELS, scheme),) for scheme in (lcq.KMeans(2), lcq.KMeans(4), lcq.Ternary()))
 PRUNED = (lcq.Rule(KERNELS, lcq.Prune(kept=0.1), joint=True),)
+FIRST = {"hold": 0.1, "every": 50}
+"""Of the first attempts: with codebooks w swings about Delta(Theta), as multipliers that are updated every 50 steps are
+faster than a w whose learning rate times mu falls; their gaps stay above 4e-3."""
+
 RECIPES = {
-    "lc_k2": Recipe(K2),
+    "lc_k2": Recipe(K2, mu=(2e-3, 0.3), **FIRST),
+    "lc_k2_steep": Recipe(K2),
     "ste_k2": Recipe(K2, "ste", rate=0.01),
-    "lc_k4": Recipe(K4, rate=0.05, mu=(5e-3, 0.5)),
+    "lc_k4": Recipe(K4, rate=0.05, mu=(5e-3, 0.5), **FIRST),
+    "lc_k4_steep": Recipe(K4, rate=0.05, mu=(5e-3, 5.0)),
     "ste_k4": Recipe(K4, "ste", rate=0.01),
-    "lc_prune10": Recipe(PRUNED),
+    "lc_prune10": Recipe(PRUNED, mu=(2e-3, 0.3), **FIRST),
     "ste_prune10": Recipe(PRUNED, "ste", rate=0.01),
     "lc_ternary": Recipe(TERNARY),
     "ste_ternary": Recipe(TERNARY, "ste", rate=0.01),
