@@ -78,19 +78,21 @@ class Additive(Scheme):
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         wide = tuple(x.astype(compute_dtype(x.dtype)) for x in xs)
 
-        def objective(each: Any) -> Array:
+        def objective(each: Any, lefts: tuple[Array, ...]) -> Array:
+            """Of all forms; `lefts` is what those before the last leave. x - Delta would be made beside it."""
             costs = sum(part.cost(forms) for part, forms in zip(self.parts, each, strict=True))
             total = jnp.zeros([], wide[0].dtype) + (2 * costs / mu if self.costly else 0)
-            for i, left in enumerate(_left(wide, each)):
-                total += jnp.sum(left**2 if weights is None else jnp.where(weights[i] > 0, weights[i] * left**2, 0))
+            for i, (left, form) in enumerate(zip(lefts, each[-1], strict=True)):
+                squares = (left - form.dense()) ** 2
+                total += jnp.sum(squares if weights is None else jnp.where(weights[i] > 0, weights[i] * squares, 0))
             return total
 
-        def sweep(each: Any) -> tuple[Any, ...]:
+        def sweep(each: Any) -> tuple[Any, tuple[Array, ...]]:
+            lefts = wide
             for j, part in enumerate(self.parts):
-                others = (*each[:j], *each[j + 1 :])
-                forms = part.project(_left(wide, others), each[j], mu=mu, weights=weights)
-                each = (*each[:j], forms, *each[j + 1 :])
-            return each
+                lefts = _left(wide, (*each[:j], *each[j + 1 :]))
+                each = (*each[:j], part.project(lefts, each[j], mu=mu, weights=weights), *each[j + 1 :])
+            return each, lefts
 
         def goes_on(state: Any) -> Any:
             sweeps, before, now, _ = state
@@ -98,11 +100,15 @@ class Additive(Scheme):
 
         def step(state: Any) -> Any:
             sweeps, _, before, each = state
-            each = sweep(each)
-            return sweeps + 1, before, objective(each), each
+            each, lefts = sweep(each)
+            return sweeps + 1, before, objective(each, lefts), each
 
-        each = sweep((None,) * len(self.parts)) if previous is None else _by_part(share(f, None) for f in previous)
-        now = objective(each)
+        if previous is None:
+            each, lefts = sweep((None,) * len(self.parts))
+        else:
+            each = _by_part(share(form, None) for form in previous)
+            lefts = _left(wide, each[:-1])
+        now = objective(each, lefts)
         state = (jnp.int32(0), jnp.full_like(now, jnp.inf), now, each)
         if self.host:
             while goes_on(state):

@@ -40,18 +40,22 @@ def summarise(cut: Cut, k: int) -> tuple[Cut, Float[Array, "*stat k"]]:
     size = sum(b.size for b in cut.blocks)
     fine = max(_BINS, 16 * k)
     bins = fine if size > 2 * fine else min(_COARSE, 1 << (size // 8).bit_length())
-    mean = cut.sum([x / size for x in cut.leaves])
-    scale = _SPREAD * cut.sum([jnp.abs(x - m) / size for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
+    ones = [jnp.ones(x.shape, jnp.int32) for x in cut.leaves]
+    whole: Any = [size] * len(ones)
+    if cut.weights is not None and not jnp.issubdtype(cut.weights[0].dtype, jnp.floating):
+        whole = cut.spread(cut.sum(ones))  # floats have a mean of one
+    mean = cut.sum([x / n for x, n in zip(cut.leaves, whole, strict=True)])
+    pairs = zip(cut.leaves, cut.spread(mean), whole, strict=True)
+    scale = _SPREAD * cut.sum([jnp.abs(x - m) / n for x, m, n in pairs])
     safe = jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
     largest = cut.max([jnp.abs(x - m) for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
     reach = jnp.log1p(largest / safe)
     count: Any = 0
     places = map(cut.spread, (mean, safe, jnp.where(reach > 0, reach, 1)))
-    members = cut.weighted([jnp.ones(x.shape, jnp.int32) for x in cut.leaves])
-    for x, m, s, r, ones, block in zip(cut.leaves, *places, members, cut.blocks, strict=True):
+    for x, m, s, r, member, block in zip(cut.leaves, *places, cut.weighted(ones), cut.blocks, strict=True):
         y = jnp.sign(x - m) * jnp.log1p(jnp.abs(x - m) / s) / r
         place = jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16)
-        count += cell_sum(ones, place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
+        count += cell_sum(member, place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
     mean, scale, reach = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach))
     levels = mean + scale * _quantiles(count, k, reach)
     if bins < fine:

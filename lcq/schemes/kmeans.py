@@ -77,15 +77,16 @@ class KMeans(Quantizer):
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         del mu
         whole = cut(xs, self.per, weights)
-        if self.exact:
-            codes, levels = _solve_exactly(self, whole)
-        else:
-            codes, levels = _fit(self, whole, None if previous is None else previous[0].levels)
+        codes, levels = self.fit(whole, None if previous is None else previous[0].levels)
         leaves = zip(xs, codes, whole.counts, strict=True)
         return tuple(
             Codes(c.reshape(x.shape), levels=levels.reshape(*count, self.k), dtype=str(x.dtype))
             for x, c, count in leaves
         )
+
+    def fit(self, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
+        """Codes of every leaf, cut into blocks, and the levels they share; `warm` are those of an earlier fit."""
+        return _solve_exactly(self, whole) if self.exact else _fit(self, whole, warm)
 
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:

@@ -78,8 +78,10 @@ def lloyd_pass(
     """
     levels, free = centres
     codes = tuple(assign(x, levels.reshape(*b.stat, -1)) for x, b in zip(points.leaves, points.blocks, strict=True))
-    count = _cell_sums(points, [jnp.ones(x.shape, jnp.int32) for x in points.leaves], codes, levels)
-    total = _cell_sums(points, _residuals(points, levels, codes), codes, levels)
+    count = _cell_sums(points, _ones(codes, levels.shape[-1]), codes, levels)
+    # No other level is looked up: so the second sums wait for the counts, and take their room.
+    used = jnp.where(count > 0, levels, 0)
+    total = _cell_sums(points, _residuals(points, used, codes), codes, levels)
     mean = levels + total / jnp.where(count > 0, count, 1).astype(total.dtype)
     middle = midpoints(levels)
     mean = mean.at[..., 1:].max(middle).at[..., :-1].min(middle)  # rounding must not swap two levels
@@ -104,15 +106,16 @@ def move_level(
         The centres, whether any level moved, and the squared error of every block before that.
     """
     levels, free = centres
-    rest = _residuals(points, levels, codes)
-    largest = points.max([jnp.abs(r) for r in rest])
+    largest = points.max([jnp.abs(r) for r in _residuals(points, levels, codes)])
     unit = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
+    rest = _residuals(points, *lax.optimization_barrier((levels, codes)))  # made twice, or they would be kept
     squares = [(r / u) ** 2 for r, u in zip(rest, points.spread(unit), strict=True)]
     error, unit = _cell_sums(points, squares, codes, levels), unit[..., None]
     worst = jnp.argmax(error, -1, keepdims=True)
     inside = [c == k for c, k in zip(codes, points.spread(worst[..., 0]), strict=True)]
-    above = points.max([jnp.where(i, r, -jnp.inf) for i, r in zip(inside, rest, strict=True)]) > 0
     level = jnp.take_along_axis(levels, worst, -1)
+    top = points.max([jnp.where(i, x, -jnp.inf) for i, x in zip(inside, points.leaves, strict=True)])
+    above = top > level[..., 0]
     kind = jnp.finfo(level.dtype)
     below = level - jnp.maximum(jnp.abs(level) * kind.eps, kind.tiny)
     place = jnp.arange(levels.shape[-1])
@@ -189,6 +192,11 @@ def _index(codes: Array, size: int, stat: Stat) -> Array:
         return codes
     kind = jnp.uint16 if blocks * size <= 1 << 16 else jnp.int32  # short, because it is as long as the leaf
     return jnp.arange(blocks, dtype=kind).reshape(stat) * size + codes.astype(kind)
+
+
+def _ones(codes: Sequence[Array], size: int) -> list[Array]:
+    """A one for each code. Compared, though all are below `size`: a constant XLA would keep throughout a loop."""
+    return [(c <= size - 1).astype(jnp.int32) for c in codes]
 
 
 def _cell_sums(points: Cut, arrays: Sequence[Array], codes: Sequence[Array], like: Array) -> Array:

@@ -101,7 +101,7 @@ class LowRank(Scheme):
             x = jax.sharding.reshard(x, jax.P(*(None,) * x.ndim))  # every device does the whole decomposition
         matrix = as_matrix(x.astype(compute_dtype(x.dtype)), self.separable)
         row = None if h is None else self._row_roots(h, x.shape)
-        u, s, v = jnp.linalg.svd(matrix if row is None else matrix * row, full_matrices=False)
+        u, s, v = _svd(matrix if row is None else matrix * row)
         if row is not None:
             u = jnp.where(row > 0, u / jnp.where(row > 0, row, 1), 0)
         room = s.shape[0] if self.rank is None else min(self.rank, s.shape[0])
@@ -129,3 +129,12 @@ class LowRank(Scheme):
             )
         whole = tuple(1 if axis in inside else n for axis, n in enumerate(shape))
         return jnp.sqrt(jnp.broadcast_to(h, whole).reshape(-1, 1))
+
+
+def _svd(x: Float[Array, "m n"]) -> tuple[Float[Array, "m r"], Float[Array, " r"], Float[Array, "r n"]]:
+    """x = u diag(s) v. LAPACK reads columns and is faster with many rows: x' lies as it wants, x would be copied."""
+    if x.shape[0] > x.shape[1]:
+        u, s, v = jnp.linalg.svd(x, full_matrices=False)
+        return u, s, v
+    v, s, u = jnp.linalg.svd(x.T, full_matrices=False)
+    return u.T, s, v.T

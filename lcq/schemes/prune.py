@@ -11,6 +11,7 @@ Yuan & Lin, J. R. Statist. Soc. B 68, 2006.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from lcq.base import Form, Scheme
-from lcq.blocks import Per, block_counts, blocks, compute_dtype, cut_axes, explicit_sharding, join_axes
-from lcq.forms import Codes, Sparse
+from lcq.blocks import Per, block_counts, blocks, compute_dtype, cut, cut_axes, explicit_sharding, join_axes
+from lcq.forms import Sparse
 from lcq.schemes.kmeans import KMeans
 from lcq.schemes.selection import largest, largest_in_runs, shrinkage
 
@@ -163,13 +164,13 @@ class Prune(Scheme):
 
     def _select(self, scaled: Sequence[Array], mu: Any) -> list[Bool[Array, "..."]]:
         """Masks of the groups with the largest norms, or with norms above the penalty's threshold."""
-        norms = [self._norms(s) for s in scaled]
+        sizes = scaled if self.group is None else [self._norms(s) for s in scaled]
         if self.penalty is not None:
-            chosen = [n > jnp.sqrt(2 * self.penalty / mu) for n in norms]
+            chosen = [abs(s) > jnp.sqrt(2 * self.penalty / mu) for s in sizes]
         else:
-            groups = sum(n.size for n in norms)
+            groups = sum(s.size for s in sizes)
             count = round(self.kept * groups) if isinstance(self.kept, float) else min(int(self.kept or 0), groups)
-            chosen = largest(norms, count)
+            chosen = largest(sizes, count)
         return [self._each(s, c) for s, c in zip(scaled, chosen, strict=True)]
 
     def _select_in_runs(self, sizes: Array) -> Bool[Array, "..."]:
@@ -203,12 +204,12 @@ class Prune(Scheme):
     def _norms(self, x: Array) -> Array:
         """||x_g|| of every group, one number for each block."""
         counts = self._counts(x.shape)
-        cut, parts = blocks(x.shape, counts), abs(cut_axes(x, counts))
-        if cut.size == 1:
+        each, parts = blocks(x.shape, counts), abs(cut_axes(x, counts))
+        if each.size == 1:
             return parts
-        top = jnp.max(parts, cut.axes, keepdims=True)
+        top = jnp.max(parts, each.axes, keepdims=True)
         safe = jnp.clip(top, (tiny := jnp.finfo(x.dtype).tiny), 1 / tiny)  # squares neither overflow nor vanish
-        return safe * jnp.sqrt(jnp.sum((parts / safe) ** 2, cut.axes, keepdims=True))
+        return safe * jnp.sqrt(jnp.sum((parts / safe) ** 2, each.axes, keepdims=True))
 
     def _each(self, x: Array, numbers: Array) -> Array:
         """One number for each group, for each of its weights; laid out as x is."""
@@ -235,12 +236,16 @@ class Prune(Scheme):
         self, xs: tuple[Array, ...], masks: Sequence[Array], previous: Any, weights: Any
     ) -> list[tuple[Array, Array | None]]:
         """Kept values, or their codes and the codebook; zero where nothing is kept."""
-        kept = tuple(jnp.where(mask, x, 0) for x, mask in zip(xs, masks, strict=True))
         if not isinstance(self.values, KMeans):
+            kept = (jnp.where(mask, x, 0) for x, mask in zip(xs, masks, strict=True))
             return [(k.astype(self.values or k.dtype), None) for k in kept]
-        counts = tuple(mask.astype(x.dtype) for x, mask in zip(xs, masks, strict=True))
-        if weights is not None:
-            counts = tuple(mask * h for mask, h in zip(counts, weights, strict=True))
-        warm = None if previous is None else tuple(Codes(p.values, levels=p.levels) for p in previous)
-        forms = self.values.project(kept, warm, weights=counts)
-        return [(jnp.where(m, f.codes, 0).astype(f.codes.dtype), f.levels) for f, m in zip(forms, masks, strict=True)]
+        if weights is None:
+            some = functools.reduce(jnp.logical_or, map(jnp.any, masks))
+            whole = cut(xs, None)._replace(weights=tuple(mask | ~some for mask in masks))  # a bool takes a byte
+        else:
+            whole = cut(xs, None, [jnp.where(mask, h, 0) for mask, h in zip(masks, weights, strict=True)])
+        codes, levels = self.values.fit(whole, None if previous is None else previous[0].levels)
+        return [
+            (jnp.where(mask, c, 0).astype(c.dtype), levels.reshape(*(1,) * c.ndim, -1))
+            for mask, c in zip(masks, codes, strict=True)
+        ]

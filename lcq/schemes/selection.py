@@ -18,43 +18,49 @@ from lcq.blocks import explicit_sharding
 
 
 def largest(scores: Sequence[Float[Array, "..."]], count: Any) -> list[Bool[Array, "..."]]:
-    """Marks the `count` largest of all scores >= 0; of equal ones those that come first, in row-major order.
+    """Marks the `count` largest of all scores, by their magnitude; of equal ones those that come first, in row-major
+    order.
 
     Args:
-        scores: arrays of one dtype that compete.
+        scores: arrays of one dtype that compete, of either sign, so that nobody has to keep |x| beside x.
         count: how many, at most as many as there are.
     """
     width = 8 * scores[0].dtype.itemsize
     unsigned = jnp.dtype(f"uint{width}")
-    keys = [jax.lax.bitcast_convert_type(jnp.maximum(s, 0), unsigned) for s in scores]
     count = jnp.asarray(count, jnp.uint32)
+    starts = list(itertools.accumulate((s.size for s in scores[:-1]), initial=0))
 
-    def number(marks: Sequence[Array]) -> Array:
-        return sum((jnp.sum(mark, dtype=jnp.uint32) for mark in marks), jnp.uint32(0))
+    def keys(threshold: Array) -> tuple[list[Array], Array]:
+        """Scores as unsigned numbers; made again for every threshold, or they would be kept beside the scores."""
+        here, threshold = jax.lax.optimization_barrier((list(scores), threshold))
+        return [jax.lax.bitcast_convert_type(jnp.abs(s), unsigned) for s in here], threshold
+
+    def above(threshold: Array) -> list[Array]:
+        many, threshold = keys(threshold)
+        return [key > threshold for key in many]
+
+    def equal_before(threshold: Array, end: Array) -> list[Array]:
+        """Marks what equals the threshold among the first `end` scores."""
+        many, threshold = keys(threshold)
+        return [(key == threshold) & _before(key, end, start) for key, start in zip(many, starts, strict=True)]
 
     def bit(i: Any, threshold: Array) -> Array:
         raised = threshold | (jnp.ones([], unsigned) << (width - 1 - i).astype(unsigned))
-        return jnp.where(number([key >= raised for key in keys]) >= count, raised, threshold)
+        return jnp.where(_number(above(raised - 1)) >= count, raised, threshold)
 
     threshold = jax.lax.fori_loop(0, width, bit, jnp.zeros([], unsigned))
-    above = [key > threshold for key in keys]
-    equal = [key == threshold for key in keys]
-    wanted = count - number(above)
-
-    def equal_before(end: Array) -> list[Array]:
-        starts = itertools.accumulate((key.size for key in keys[:-1]), initial=0)
-        return [e & (_places(e) + jnp.uint32(start) < end) for e, start in zip(equal, starts, strict=True)]
+    whole = jnp.uint32(sum(s.size for s in scores))
+    wanted = count - _number(above(threshold))
 
     def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
-        enough = number(equal_before(middle)) >= wanted
+        enough = _number(equal_before(threshold, middle)) >= wanted
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    whole = jnp.uint32(sum(key.size for key in keys))
-    low = jnp.where(number(equal) > wanted, jnp.uint32(0), whole)
+    low = jnp.where(_number(equal_before(threshold, whole)) > wanted, jnp.uint32(0), whole)
     _, end = jax.lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (low, whole))
-    return [a | e for a, e in zip(above, equal_before(end), strict=True)]
+    return [a | e for a, e in zip(above(threshold), equal_before(threshold, end), strict=True)]
 
 
 def largest_in_runs(scores: Float[Array, "... run n"], count: int) -> Bool[Array, "... run n"]:
@@ -101,11 +107,28 @@ def shrinkage(
     return jax.lax.while_loop(lambda s: s[0] < s[1], step, (start - 1, newton(start)))[1]
 
 
-def _places(x: Array) -> Array:
-    """The row-major position of every element of x, laid out as x is."""
-    places = jnp.uint32(0)
-    for axis in range(x.ndim):
+def _number(marks: Sequence[Bool[Array, "..."]]) -> Array:
+    """How many marks are set. Along the longest axis that allows it they are counted in 16 bits: counts start as
+    numbers of the marks' shape, and of 32 bits those would be as large as the scores."""
+    total = jnp.uint32(0)
+    for mark in marks:
+        short = [axis for axis, length in enumerate(mark.shape) if length < 1 << 16]
+        axis = max(short, key=lambda axis: mark.shape[axis], default=None)
+        part = mark if axis is None else jnp.sum(mark, axis, dtype=jnp.uint16)
+        total += jnp.sum(part, dtype=jnp.uint32)
+    return total
+
+
+def _before(x: Array, end: Array, start: int) -> Bool[Array, "..."]:
+    """Marks what comes before the place `end`, in row-major order, x[0] being at `start`; laid out as x is.
+
+    Axis by axis, because the places themselves would be as large as the scores.
+    """
+    end = jnp.minimum(end - jnp.minimum(end, jnp.uint32(start)), jnp.uint32(x.size))
+    before = jnp.zeros([], bool)
+    for axis in reversed(range(x.ndim)):
         stride = jnp.uint32(math.prod(x.shape[axis + 1 :]))
-        iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=explicit_sharding(x))
-        places = places + iota * stride
-    return places
+        last = end // stride if axis == 0 else end // stride % jnp.uint32(x.shape[axis])
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=explicit_sharding(x))
+        before = (place < last) | ((place == last) & before)
+    return before if x.ndim else end > 0

@@ -51,6 +51,15 @@ def test_the_largest_of_several_leaves_are_the_first_of_a_stable_sort(law, dtype
         np.testing.assert_array_equal(flat(found), marks(flat(scores).astype(np.float64), count))
 
 
+def test_magnitudes_compete_also_along_axes_longer_than_16_bits_count():
+    rng = np.random.default_rng(4)
+    scores = [rng.choice(np.float32([-2, -1, 1, 2]), shape) for shape in ((65_536,), (2, 65_535), (65_536, 2))]
+    whole = np.concatenate([np.ravel(s) for s in scores])
+    for count in (1, 100_000, whole.size - 1):
+        found = flat(largest([jnp.asarray(s) for s in scores], jnp.uint32(count)))
+        np.testing.assert_array_equal(found, marks(abs(whole), count))
+
+
 def test_numbers_below_the_smallest_normal_are_counted_exactly():
     """Compilers may take them for zero; their number has to be right all the same, and what is larger comes first."""
     tiny = RNG.integers(0, 9, N) * np.float32(1e-45)
