@@ -238,10 +238,15 @@ FORMS: dict[str, type[Form]] = {}
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))
+def tree_form(cls: type[_F]) -> type[_F]:
+    """Makes a class a frozen dataclass and a pytree."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))
 def register_form(cls: type[_F]) -> type[_F]:
-    """Makes a class a frozen dataclass, a pytree, and a name that files may contain."""
-    cls = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
-    FORMS[cls.__name__] = cls
+    """`tree_form`, and a name that files may contain."""
+    FORMS[cls.__name__] = cls = tree_form(cls)
     return cls
 
 

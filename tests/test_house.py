@@ -29,7 +29,8 @@ ROOMS = {
     "forms": Room(2, "base blocks packing", "checks codes cast sparse factors sums"),
     "rules": Room(2, "base unfold"),
     "products": Room(2, "unfold"),
-    "trace": Room(3, "products rules"),
+    "jaxprs": Room(0),
+    "trace": Room(3, "jaxprs products rules"),
     "tree": Room(3, "base forms rules unfold"),
     "schemes": Room(
         3,
@@ -39,7 +40,7 @@ ROOMS = {
     "kernels": Room(
         3,
         "base packing unfold forms",
-        "reference xnor_xla xnor_pallas_tpu xnor_pallas_gpu lookup matmul",
+        "reference columns xnor_xla codes_xla xnor_pallas_tpu xnor_pallas_gpu signs matmul",
     ),
     "methods": Room(
         4,
@@ -48,7 +49,9 @@ ROOMS = {
         "layerwise assembly quantize smooth_binary hemp refit",
     ),
     "artifact": Room(4, "base forms rules tree packing", "paths rans codec file checkpoint"),
-    "run": Room(4, "base forms trace kernels unfold"),
+    "moving": Room(4, "base forms kernels"),
+    "leaf": Room(5, "base jaxprs moving products"),
+    "run": Room(6, "base jaxprs kernels leaf moving products rules"),
     "notation": Room(4, "base rules schemes"),
     "report": Room(4, "base forms rules tree"),
     "chart": Room(5),
@@ -75,7 +78,11 @@ listed before it. `__init__` is the face; a folder's own `__init__` is its roof.
 """
 
 BENCHMARKS = ("__init__", "examples")
-PARTS = [("trace",), *(("methods", name) for name in ("moments", "rounding", "resolving", "following", "walk"))]
+PARTS = [
+    ("trace",),
+    *(("methods", name) for name in ("moments", "rounding", "resolving", "following", "walk")),
+    *(("kernels", name) for name in ("xnor_pallas_tpu", "xnor_pallas_gpu")),
+]
 VAGUE = {"utils", "util", "misc", "common", "helpers", "helper", "core", "tools"}
 ENVIRONMENT = {"XLA_FLAGS", "JAX_ENABLE_X64", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION"}
 
@@ -208,12 +215,12 @@ def check_sets_nothing_global(path, tree):
 
 def check_internal_jax_only_in_trace(path, tree):
     internal = ("jax._src", "jax.extend.core")
-    if parts_of(path) == ("trace",):
+    if parts_of(path) in (("jaxprs",), ("trace",)):
         return []
     used = [(line, f"{module}.{name}" if name else module) for line, module, name in imported_modules(path, tree)]
     used += [(node.lineno, dotted(node)) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     return [
-        f"{path}:{line}: {name}; internal jax names live in trace.py only"
+        f"{path}:{line}: {name}; internal jax names live in jaxprs.py and trace.py only"
         for line, name in used
         if any(name == prefix or name.startswith(f"{prefix}.") for prefix in internal)
     ]
@@ -375,6 +382,7 @@ GOOD = [
     ("lcq/run.py", "try:\n    f()\nexcept ValueError:\n    pass\ntry:\n    import re\nfinally:\n    pass"),
     ("lcq/run.py", '"""XLA_FLAGS is the user\'s."""\nwide = jax.config.jax_enable_x64\njnp.update(x)'),
     ("lcq/trace.py", "from jax.extend import core"),
+    ("lcq/jaxprs.py", "from jax.extend import core"),
     ("lcq/plot.py", "import matplotlib.pyplot as plt\nfrom lcq import report"),
     ("lcq/demo.py", "import lcq\nfrom lcq import plot\nfrom lcq.examples import data"),
     ("lcq/__main__.py", "from lcq.cli import main"),

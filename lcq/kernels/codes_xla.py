@@ -1,0 +1,102 @@
+"""Products of activations with codes, in XLA for any backend; made for CPUs.
+
+Few rows: a loop over words. A code is shifted into the mantissa of 1.0, so that two instructions make a float of it,
+and all columns are summed up side by side:
+
+    v = 1 + code / 2^width        x.code = 2^width (x.v - sum(x))
+
+Many rows: a loop over tiles of columns, each made dense and multiplied. A tile stays in the cache, so that making it
+costs little beside its product, and no more than one is ever there.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt32
+
+from lcq.kernels.columns import Columns
+from lcq.kernels.reference import fields
+
+FEW = 8
+"""Rows up to which codes are summed word by word."""
+
+_TILE = 128
+"""Columns that are made dense at once."""
+
+_CHAINS = 4
+"""Sums of a word that do not wait for each other."""
+
+
+def word_by_word(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int) -> Float[Array, "m n"]:
+    """y[m, n] = sum_k x[m, k] code[k, n] in float32, where code k of a column is in word k // (32/width).
+
+    Relative to sum_k |x[m, k]| 2^width the error is a few units of rounding.
+    """
+    each, count = 32 // width, words.shape[0]
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, each * count - x.shape[1])))
+    rows = x.reshape(x.shape[0], count, each)
+
+    def add(i: Any, sums: Any) -> Any:
+        word = jax.lax.dynamic_index_in_dim(words, i, 0, keepdims=False)
+        row = jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
+        terms = [_in_mantissa(word, j, width) * row[:, j, None] for j in range(each)]
+        return sums + sum(sum(terms[chain::_CHAINS]) for chain in range(min(_CHAINS, each)))
+
+    sums = jax.lax.fori_loop(0, count, add, jnp.zeros((x.shape[0], words.shape[1]), jnp.float32))
+    return (sums - x.sum(1, keepdims=True)) * 2.0**width
+
+
+def _in_mantissa(word: UInt32[Array, " n"], j: int, width: int) -> Float[Array, " n"]:
+    """1 + code/2^width of the codes at place j."""
+    up = 23 - width * (j + 1)
+    moved = word << jnp.uint32(up) if up >= 0 else word >> jnp.uint32(-up)
+    bits = moved & jnp.uint32(((1 << width) - 1) << (23 - width)) | jnp.uint32(0x3F800000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def in_tiles(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int) -> Float[Array, "m n"]:
+    """The same a tile at a time; a function of x that JAX can transpose."""
+
+    def dense(part: dict[str, Any]) -> Any:
+        return fields(part["words"], width)[: x.shape[1]].astype(jnp.int32).astype(jnp.float32)
+
+    return _tile_by_tile(x.astype(jnp.float32), {"words": words}, dense)
+
+
+def matrix_product(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]:
+    """y = x Delta(form) in float32, one tile of columns after another."""
+
+    def dense(part: dict[str, Any]) -> Any:
+        tail = (x.shape[1], part["words"].shape[-1])
+        return Columns(**part, width=form.width, tail=tail, axes=(0, 1)).matrix()
+
+    named = {name: getattr(form, name) for name in ("words", "first", "step", "levels")}
+    return _tile_by_tile(x.astype(jnp.float32), {name: a for name, a in named.items() if a is not None}, dense)
+
+
+def _tile_by_tile(x: Float[Array, "m k"], parts: dict[str, Any], dense: Any) -> Float[Array, "m n"]:
+    """x times the columns that `dense` makes of a tile of the parts; made again, not kept, for a gradient."""
+    n = parts["words"].shape[-1]
+    tiles = -(-n // _TILE)
+    axes = {name: a.ndim - 1 - (name == "levels") for name, a in parts.items()}
+    cut = {name: axis for name, axis in axes.items() if parts[name].shape[axis] == n}
+    filled = {name: _filled(a, cut[name], tiles * _TILE) if name in cut else a for name, a in parts.items()}
+
+    @jax.checkpoint
+    def one(x: Any, filled: Any, tile: Any) -> Any:
+        part = {
+            name: jax.lax.dynamic_slice_in_dim(a, tile * _TILE, _TILE, cut[name]) if name in cut else a
+            for name, a in filled.items()
+        }
+        return x @ dense(part)
+
+    if tiles == 1:
+        return one(x, filled, 0)[:, :n]
+    found = jax.lax.map(lambda tile: one(x, filled, tile), jnp.arange(tiles))
+    return found.swapaxes(0, 1).reshape(x.shape[0], -1)[:, :n]
+
+
+def _filled(a: Array, axis: int, length: int) -> Array:
+    """With zeros up to a length."""
+    return jnp.pad(a, [(0, length - size if i == axis else 0) for i, size in enumerate(a.shape)])

@@ -1,0 +1,160 @@
+"""Columns: a matrix of codes as kernels read it, packed down its columns."""
+
+import dataclasses
+import math
+from typing import Any, Never
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped, UInt, UInt32
+
+from lcq import packing
+from lcq.base import Form, own, static, tree_form
+from lcq.forms import Codes
+from lcq.kernels.reference import fields
+
+_SELECT = 16
+"""Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
+
+
+@tree_form
+class Columns(Form):
+    """A leaf of codes laid out for products: as a matrix, packed down its columns. Made by `columns`; not for files.
+
+        Delta[k, n] = first[n] + step[n] code[k, n]  if levels are equally far apart,  else levels[n, code[k, n]]
+
+    The rows of the matrix are cut into b equal blocks, each with words and numbers of its own.
+
+    Attributes:
+        words: uint32 [*stacked, b, w, n], see `reference.fields`; a block's last word is filled with zeros.
+        first: [*stacked, b, 1 or n]; None if there are `levels`.
+        step: like `first`.
+        levels: [*stacked, b, 1 or n, K]; None if they are equally far apart.
+        width: bits of a code, 1, 2, 4, 8 or 16.
+        tail: shape of the leaf, without stacked axes.
+        axes: the order of the leaf's axes in which it is the matrix [K, n], reshaped.
+    """
+
+    words: Any = own()
+    first: Any = own(default=None)
+    step: Any = own(default=None)
+    levels: Any = own(default=None)
+    width: int = static(default=1)
+    tail: tuple[int, ...] = static(default=())
+    axes: tuple[int, ...] = static(default=())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.words.shape[:-3], *self.tail)
+
+    @property
+    def bits(self) -> int:
+        """As it lies in memory."""
+        return sum(
+            8 * a.size * a.dtype.itemsize for a in (self.words, self.first, self.step, self.levels) if a is not None
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block, K / b."""
+        return math.prod(self.tail) // (self.words.shape[-3] * self.words.shape[-1])
+
+    def matrix(self) -> Float[Array, "*stacked k n"]:
+        """Delta as the matrix [K, n], in float32."""
+        codes = fields(self.words, self.width)[..., : self.rows, :]
+        if self.levels is None:
+            values = self.first[..., None, :] + self.step[..., None, :] * codes.astype(jnp.int32).astype(jnp.float32)
+        else:
+            values = _lookup(codes, self.levels[..., None, :, :])
+        return values.reshape(*self.words.shape[:-3], -1, self.words.shape[-1])
+
+    def dense(self) -> Array:
+        stacked = len(self.words.shape) - 3
+        moved = self.matrix().reshape(*self.words.shape[:-3], *(self.tail[axis] for axis in self.axes))
+        back = [*range(stacked), *(stacked + int(i) for i in np.argsort(self.axes))]
+        return moved.transpose(back).astype(self.dtype)
+
+    def pack(self) -> Never:
+        raise ValueError("wanted forms; got codes laid out for products; save the forms that these were made of")
+
+    def unpack(self) -> "Columns":
+        return self
+
+    def check_stored(self) -> Never:
+        self.pack()
+
+
+def columns(form: Codes) -> Columns:
+    """Lays out codes [K, n], or stacked ones [G, K, n], for products. Works under jit; once, when a net is loaded, is
+    enough.
+
+    Example:
+        >>> import lcq
+        >>> w = jnp.array([[-1.0, -3.0], [1.0, 3.0]])
+        >>> columns(lcq.KMeans(2).project(w)).words.tolist()
+        [[[2, 2]]]
+    """
+    form = form.unpack()
+    *stacked, rows, n = form.codes.shape
+    tables = [a for a in (form.levels, form.scale, form.zero) if a is not None]
+    *_, b, across = tables[0].shape[: form.codes.ndim] if tables else (1, 1)
+
+    def each(numbers: Any) -> Any:
+        """Numbers for each block of the matrix, and for each column if columns differ."""
+        numbers = jnp.broadcast_to(numbers.astype(jnp.float32), (*stacked, b, across, numbers.shape[-1]))
+        return numbers if across in (1, n) else jnp.repeat(numbers, n // across, axis=-2)
+
+    table = jnp.asarray(form.values) if form.levels is None else form.levels
+    zero, scale = (jnp.asarray(n if a is None else a)[..., None] for n, a in ((0.0, form.zero), (1.0, form.scale)))
+    width = next(bits for bits in (1, 2, 4, 8, 16) if bits >= packing.width(table.shape[-1]))
+    words = pack_columns(form.codes.reshape(*stacked, b, rows // b, n), width)
+    laid = Columns(words=words, width=width, tail=(rows, n), axes=(0, 1), dtype=form.dtype, shared=form.shared)
+    if not _equal_step(form):
+        return dataclasses.replace(laid, levels=each((table - zero) * scale))
+    second = table[..., 1:2] if table.shape[-1] > 1 else table
+    first, step = (table[..., :1] - zero) * scale, (second - table[..., :1]) * scale
+    return dataclasses.replace(laid, first=each(first)[..., 0], step=each(step)[..., 0])
+
+
+def _equal_step(form: Codes) -> bool:
+    """Whether the levels are known to be equally far apart, from nothing but the form's structure."""
+    if form.values is None:
+        return form.size_of_table <= 2
+    gaps = np.diff(form.values)
+    return bool((gaps == gaps[:1]).all())
+
+
+def pack_columns(codes: UInt[Array, "*g k n"], width: int) -> UInt32[Array, "*g w n"]:
+    """Words of codes that run down the columns, see `reference.fields`; zeros fill the last.
+
+    Example:
+        >>> pack_columns(jnp.array([[1, 0], [1, 1], [0, 1]], jnp.uint8), 1)
+        Array([[3, 6]], dtype=uint32)
+    """
+    each = 32 // width
+    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % each), (0, 0)])
+    codes = codes.reshape(*codes.shape[:-2], -1, each, codes.shape[-1]).astype(jnp.uint32)
+    return (codes << jnp.arange(0, 32, width, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
+
+
+def pack_signs(x: Shaped[Array, "*g k"]) -> UInt32[Array, "*g w"]:
+    """Signs packed along the last axis: bit j of word i is set if x[32 i + j] >= 0, for +1; zeros fill the last word.
+
+    Example:
+        >>> pack_signs(jnp.array([0.5, -2.0, 0.0, 3.0]))
+        Array([13], dtype=uint32)
+    """
+    return pack_columns((x >= 0)[..., None].astype(jnp.uint8), 1)[..., 0]
+
+
+def _lookup(codes: UInt32[Array, "*g k n"], levels: Float[Array, "*g 1 across levels"]) -> Float[Array, "*g k n"]:
+    """levels[code]; codes beyond the table, of columns that only fill a tile, stand for its last entry."""
+    count = levels.shape[-1]
+    if count > _SELECT and math.prod(levels.shape[:-1]) == 1:
+        return levels.reshape(-1)[codes]
+    if count > _SELECT:
+        return jnp.take_along_axis(levels, codes[..., None].astype(jnp.int32), axis=-1)[..., 0]
+    value = jnp.broadcast_to(levels[..., -1], codes.shape)
+    for k in range(count - 1):
+        value = jnp.where(codes == k, levels[..., k], value)
+    return value

@@ -1,0 +1,187 @@
+"""The one door to products with forms: chooses how by the form, the shape and the platform."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+from lcq.base import Form
+from lcq.forms import Codes, Factors, Sum
+from lcq.kernels import codes_xla, xnor_pallas_gpu, xnor_pallas_tpu, xnor_xla
+from lcq.kernels.columns import Columns, columns
+from lcq.kernels.signs import Signs
+
+KERNELS = ("words", "tiles", "pallas_tpu", "pallas_gpu", "dense")
+"""How codes are multiplied, and when the door does so:
+
+words        at most 8 rows and equal steps: to read the weights is most of the work, and packed ones are fewer bytes
+tiles        all else: dense for one tile of columns after another, which costs little beside a product of many rows
+pallas_tpu   one bit, on TPU: bits are unpacked beside the matrix unit, which waits for fewer bytes
+pallas_gpu   one bit, on GPU: likewise
+dense        never: dense at once, as a measure of the others
+"""
+
+
+def matmul(x: Float[Array, "*rows k"], form: Form, *, kernel: str | None = None) -> Float[Array, "*rows n"]:
+    """y = x Delta(form), with no dense array of the form where there is a better way.
+
+    Codes are laid out for products first, see `columns`: as much work as reading a dense matrix, so weights that are
+    used again and again are laid out once. Factors are multiplied one after the other, a sum part by part. Any other
+    form is made dense. Products with codes are exact up to the rounding of float32 sums.
+
+    Args:
+        x: activations [.., k]; for stacked forms [G, .., k].
+        form: of shape (k, n) or (G, k, n).
+        kernel: one of `KERNELS` for codes; None chooses.
+
+    Returns:
+        [.., n] in the dtype that a product of x with the dense array has.
+
+    Raises:
+        ValueError: shapes that do not fit, a kernel that cannot multiply this form, or not on this platform.
+
+    Example:
+        >>> import lcq
+        >>> form = lcq.Binary().project(jnp.array([[-1.0, -3.0], [1.0, 3.0]]))
+        >>> matmul(jnp.array([2.0, 5.0]), form)
+        Array([6., 6.], dtype=float32)
+    """
+    stacked = len(form.shape) - 2
+    if (stacked, x.shape[:stacked], x.shape[-1:]) not in ((n, form.shape[:n], form.shape[-2:-1]) for n in (0, 1)):
+        raise ValueError(
+            f"wanted x [.., k] and a form (k, n), or x [G, .., k] and a form (G, k, n); got {list(x.shape)} and "
+            f"{list(form.shape)}"
+        )
+    if isinstance(form, Codes):
+        form = columns(form)
+    if kernel is not None:
+        _check(kernel, form)
+    dtype = jnp.promote_types(x.dtype, form.dtype)
+    if isinstance(form, Sum):
+        return functools.reduce(jnp.add, [matmul(x, part) for part in form.parts]).astype(dtype)
+    if isinstance(form, Factors) and form.right is not None and not form.separable:
+        return jnp.matmul(jnp.matmul(x, form.left), form.right).astype(dtype)
+    if isinstance(form, Columns) and kernel != "dense":
+        product = functools.partial(_codes, kernel=kernel)
+        return (jax.vmap(product) if stacked else product)(x, form).astype(dtype)
+    return jnp.matmul(x, form.dense())
+
+
+def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "*rows n"]:
+    """y = sum_k s_k t_k, the product of two matrices of signs +-1, both packed.
+
+    By XNOR and popcount everywhere, but for many rows on TPU and GPU, where their matrix units multiply int8.
+
+    Args:
+        a: signs of the activations, see `pack_signs`.
+        weights: laid out by `signs`.
+
+    Raises:
+        ValueError: words of another number of signs.
+
+    Example:
+        >>> from lcq.kernels.columns import pack_signs
+        >>> from lcq.kernels.signs import signs
+        >>> w = jnp.array([[1.0, -1.0], [-1.0, -1.0], [1.0, 1.0]])
+        >>> binary_matmul(pack_signs(jnp.array([0.5, -2.0, 3.0])), signs(w))
+        Array([3, 1], dtype=int32)
+
+    Source: Rastegari et al., arXiv 1603.05279.
+    """
+    if a.shape[-1] != -(-weights.size // 32):
+        raise ValueError(f"wanted {-(-weights.size // 32)} words of {weights.size} signs; got {list(a.shape)}")
+    y = _signs(weights.size, weights.layout)(a.reshape(-1, a.shape[-1]), weights.words)
+    return y[:, : weights.count].reshape(*a.shape[:-1], weights.count)
+
+
+def _check(kernel: str, form: Form) -> None:
+    if kernel not in KERNELS:
+        raise ValueError(f"wanted a kernel of {', '.join(KERNELS)}; got {kernel!r}")
+    if not isinstance(form, Columns):
+        raise ValueError(f"the kernel {kernel!r} multiplies codes; got {type(form).__name__}; leave kernel= out")
+    if kernel not in ("tiles", "dense") and form.levels is not None:
+        raise ValueError(
+            f"the kernel {kernel!r} wants levels with equal steps; got a codebook of {form.levels.shape[-1]}; "
+            "leave kernel= out"
+        )
+    if kernel.startswith("pallas") and form.width != 1:
+        raise ValueError(f"the kernel {kernel!r} wants codes of 1 bit; got {form.width} bits; leave kernel= out")
+
+
+def _codes(x: Float[Array, "*rows k"], form: Columns, kernel: str | None) -> Float[Array, "*rows n"]:
+    rows = x.reshape(-1, x.shape[-1])
+    equal = form.levels is None and (form.width == 1 or rows.shape[0] <= codes_xla.FEW)
+    by_code = equal if kernel is None else kernel not in ("tiles", "dense")
+    y = _by_codes(rows, form, kernel) if by_code else codes_xla.matrix_product(rows, form)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _by_codes(x: Float[Array, "m k"], form: Columns, kernel: str | None) -> Float[Array, "m n"]:
+    """sum over blocks b of first[b] sum(x[b]) + step[b] (x[b].code[b])."""
+
+    def block(y: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        x, words, first, step = part
+        total = x.sum(1, keepdims=True, dtype=jnp.float32)
+        return y + first * total + step * code_product(x, words, form.width, kernel), None
+
+    cut = x.reshape(x.shape[0], -1, form.rows).swapaxes(0, 1)
+    nothing = jnp.zeros((x.shape[0], form.words.shape[-1]), jnp.float32)
+    return jax.lax.scan(block, nothing, (cut, form.words, form.first, form.step))[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def code_product(
+    x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int, kernel: str | None = None
+) -> Float[Array, "m n"]:
+    """y[m, n] = sum_k x[m, k] code[k, n] in float32; under vmap over x alone, the rows of all are one product."""
+    return _mapped(functools.partial(_code_product, width=width, kernel=kernel))(x, words)
+
+
+@code_product.defjvp
+def _code_product_jvp(width: int, kernel: str | None, primals: Any, tangents: Any) -> Any:
+    x, words = primals
+    return code_product(x, words, width, kernel), codes_xla.in_tiles(tangents[0], words, width)
+
+
+def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> Array:
+    by_name: dict[str, Callable[..., Array]] = {
+        "words": functools.partial(codes_xla.word_by_word, width=width),
+        "tiles": functools.partial(codes_xla.in_tiles, width=width),
+        "pallas_tpu": xnor_pallas_tpu.bit_product,
+        "pallas_gpu": xnor_pallas_gpu.bit_product,
+    }
+    anywhere = by_name["words" if x.shape[0] <= codes_xla.FEW else "tiles"]
+    if kernel is not None:
+        return by_name[kernel](x, words)
+    if width != 1 or x.dtype == jnp.float16:
+        return anywhere(x, words)
+    gpu = by_name["pallas_gpu"]
+    return jax.lax.platform_dependent(x, words, tpu=by_name["pallas_tpu"], cuda=gpu, default=anywhere)
+
+
+@functools.cache
+def _signs(size: int, layout: str) -> Any:
+    kernels: dict[str, Callable[..., Array]] = {
+        "xla": xnor_xla.xnor,
+        "tpu": xnor_pallas_tpu.xnor,
+        "gpu": xnor_pallas_gpu.xnor,
+    }
+    return _mapped(lambda a, words: kernels[layout](a, words, size))
+
+
+def _mapped(product: Any) -> Any:
+    """A product of rows and words; mapped over rows alone it has more rows."""
+    mapped = jax.custom_batching.custom_vmap(product)
+
+    @mapped.def_vmap
+    def _(size: int, batched: Any, rows: Any, words: Any) -> Any:
+        if batched[1]:
+            rows = rows if batched[0] else jnp.broadcast_to(rows, (size, *rows.shape))
+            return jax.lax.map(lambda one: mapped(*one), (rows, words)), True
+        y = mapped(rows.reshape(-1, rows.shape[-1]), words)
+        return y.reshape(size, -1, y.shape[-1]), True
+
+    return mapped

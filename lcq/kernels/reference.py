@@ -1,0 +1,29 @@
+"""What the kernels mean, in plain jax.numpy: slow, and as short as the definition."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt32
+
+
+def fields(words: UInt32[Array, "*g w n"], bits: int) -> UInt32[Array, "*g k n"]:
+    """Codes of `bits` bits that run down the columns: code k is in word k // (32/bits), the first in the lowest bits.
+
+    `bits` is 1, 2, 4, 8 or 16, so that no code lies across two words; k = w 32/bits.
+    """
+    shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32)[:, None]
+    codes = (words[..., None, :] >> shifts) & jnp.uint32((1 << bits) - 1)
+    return codes.reshape(*words.shape[:-2], -1, words.shape[-1])
+
+
+def code_product(x: Float[Array, "m k"], words: UInt32[Array, "w n"], bits: int) -> Float[Array, "m n"]:
+    """y[m, n] = sum_k x[m, k] code[k, n]; codes beyond the last column of x are left out."""
+    codes = fields(words, bits)[: x.shape[1]].astype(jnp.float32)
+    return jnp.matmul(x.astype(jnp.float32), codes, precision="highest")
+
+
+def xnor(a: UInt32[Array, "m w"], b: UInt32[Array, "n w"], size: int) -> Int32[Array, "m n"]:
+    """y[m, n] = sum_k s_k t_k over `size` signs, +1 for a bit that is set and -1 for one that is not.
+
+    Bit j of word i is sign 32 i + j; bits behind the last sign are left out.
+    """
+    signs = [2 * fields(words.T, 1)[:size].astype(jnp.int32) - 1 for words in (a, b)]
+    return jnp.matmul(signs[0].T, signs[1])

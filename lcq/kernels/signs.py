@@ -1,0 +1,49 @@
+"""Signs: weights of +1 and -1, laid out for products with packed signs."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+from lcq.kernels import xnor_xla
+from lcq.kernels.columns import pack_columns, pack_signs
+
+Layout = Literal["xla", "tpu", "gpu"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["size", "count", "layout"])
+@dataclasses.dataclass(frozen=True)
+class Signs:
+    """A matrix of signs as one platform reads it. Made by `signs`.
+
+    Attributes:
+        words: tiles of `xnor_xla` for "xla", else words that run down the columns.
+        size: rows of the matrix, K.
+        count: its columns.
+        layout: the platform.
+    """
+
+    words: Any
+    size: int
+    count: int
+    layout: Layout
+
+
+def signs(w: Shaped[Array, "k n"], layout: Layout | None = None) -> Signs:
+    """Lays out the signs of a matrix, +1 where w >= 0, once when a net is loaded.
+
+    Args:
+        w: weights.
+        layout: the platform they are for; None is the one that JAX runs on.
+
+    Example:
+        >>> signs(jnp.array([[1.0, -1.0], [-1.0, -1.0], [1.0, 1.0]]), "gpu").words
+        Array([[5, 4]], dtype=uint32)
+    """
+    here: dict[str, Layout] = {"tpu": "tpu", "gpu": "gpu"}
+    layout = layout or here.get(jax.default_backend(), "xla")
+    words = xnor_xla.tile(pack_signs(w.T)) if layout == "xla" else pack_columns((w >= 0).astype(jnp.uint8), 1)
+    return Signs(words, w.shape[0], w.shape[1], layout)

@@ -1,0 +1,206 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lcq
+from lcq.forms import Codes
+from lcq.kernels import codes_xla, reference
+from lcq.kernels.columns import columns, pack_columns
+from lcq.kernels.matmul import code_product, matmul
+
+RNG = np.random.default_rng(0)
+MANTISSA = str(0x3F800000)
+"""Bits of 1.0, which are in the program of the loop over words alone."""
+
+SCHEMES = [
+    lcq.Binary(scale=True),
+    lcq.KMeans(1),
+    lcq.KMeans(2),
+    lcq.KMeans(2, per="channel"),
+    lcq.KMeans(4),
+    lcq.KMeans(4, per=(10, 1)),
+    lcq.KMeans(20, per="channel"),
+    lcq.KMeans(300),
+    lcq.Ternary(),
+    lcq.PowersOfTwo(2),
+    lcq.Uniform(3, per=(35, 1), zero_point=True),
+    lcq.Uniform(8, per=(70, 5)),
+    lcq.Cast("bfloat16"),
+    lcq.LowRank(3),
+    lcq.Prune(kept=0.2),
+    lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=0.1)),
+]
+
+
+def near(y, x, dense, ulps=16):
+    """Errors are at most so many units of rounding of sum |x| max |Delta|."""
+    x, dense = np.asarray(x, np.float64), np.asarray(dense, np.float64)
+    scale = np.abs(x).sum(-1, keepdims=True) * max(np.abs(dense).max(), 1e-30)
+    assert (np.abs(np.asarray(y, np.float64) - x @ dense) <= ulps * 2.0**-24 * scale).all()
+
+
+product = jax.jit(matmul, static_argnames="kernel")
+
+
+@functools.cache
+def form_of(scheme, shape=(70, 130)):
+    w = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    project = jax.vmap(scheme.project) if len(shape) == 3 else scheme.project
+    return jax.jit(project)(w)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
+def test_the_product_is_that_with_the_dense_array(scheme):
+    form = form_of(scheme)
+    for rows, layout in (((1,), form), ((3, 4), form.pack())):
+        x = RNG.normal(size=(*rows, 70)).astype(np.float32)
+        y = product(jnp.asarray(x), layout)
+        assert y.shape == (*rows, 130) and y.dtype == jnp.float32
+        near(y, x, form.dense())
+
+
+def test_a_vector_times_a_form_is_a_vector():
+    form, x = form_of(lcq.KMeans(2)), RNG.normal(size=70).astype(np.float32)
+    y = product(jnp.asarray(x), form)
+    assert y.shape == (130,)
+    near(y[None], x[None], form.dense())
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if type(form_of(s)) is Codes], ids=repr)
+def test_columns_hold_the_same_matrix(scheme):
+    form = form_of(scheme)
+    laid = columns(form)
+    assert laid.shape == form.shape and laid.dtype == form.dtype
+    scale = float(jnp.abs(form.dense()).max())
+    np.testing.assert_allclose(laid.dense(), form.dense(), rtol=3e-7, atol=3e-7 * scale)
+    with pytest.raises(ValueError, match="save the forms that these were made of"):
+        laid.pack()
+
+
+@pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.KMeans(4, per="channel"), lcq.LowRank(2)], ids=repr)
+def test_stacked_forms_multiply_one_by_one(scheme):
+    form = form_of(scheme, (3, 20, 9))
+    for rows in (2, 12):
+        x = RNG.normal(size=(3, rows, 20)).astype(np.float32)
+        y = product(jnp.asarray(x), form)
+        for g in range(3):
+            near(y[g], x[g], form.dense()[g])
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (2, 70, 3), (8, 64, 130), (9, 70, 129), (30, 33, 256)])
+def test_products_with_codes_of_every_width(width, rows, k, n):
+    codes = RNG.integers(0, 2**width, (k, n))
+    x = RNG.normal(size=(rows, k)).astype(np.float32)
+    words = pack_columns(jnp.asarray(codes, jnp.uint16), width)
+    near(code_product(jnp.asarray(x), words, width), x, codes)
+    near(reference.code_product(jnp.asarray(x), words, width), x, codes)
+
+
+def test_words_run_down_the_columns_from_the_lowest_bits():
+    codes = RNG.integers(0, 16, (19, 3))
+    words = np.asarray(pack_columns(jnp.asarray(codes, jnp.uint8), 4))
+    for k in range(19):
+        np.testing.assert_array_equal(words[k // 8] >> (4 * (k % 8)) & 15, codes[k])
+    assert (words[2] >> 12 == 0).all()
+
+
+@pytest.mark.parametrize("kernel", ["words", "tiles", "dense"])
+def test_every_kernel_gives_the_same(kernel):
+    form = form_of(lcq.KMeans(2))
+    for rows in (1, 20):
+        x = RNG.normal(size=(rows, 70)).astype(np.float32)
+        near(product(jnp.asarray(x), form, kernel=kernel), x, form.dense())
+
+
+def test_few_rows_go_word_by_word_and_many_in_tiles():
+    words, x = jnp.zeros((3, 130), jnp.uint32), jnp.zeros((codes_xla.FEW + 1, 96))
+    few, many = (jax.jit(code_product, static_argnums=2).lower(x, words, 1) for x in (x[1:], x))
+    assert MANTISSA in few.as_text() and MANTISSA not in many.as_text()
+
+
+@pytest.mark.parametrize(
+    "scheme", [lcq.KMeans(2), lcq.Uniform(4, per=(35, 1)), lcq.KMeans(4), lcq.LowRank(3)], ids=repr
+)
+@pytest.mark.parametrize("rows", [2, 12])
+def test_gradients_with_respect_to_activations(scheme, rows):
+    form = form_of(scheme)
+    x, g = (RNG.normal(size=(rows, n)).astype(np.float32) for n in (70, 130))
+    y, pull = jax.vjp(lambda x: product(x, form), jnp.asarray(x))
+    near(pull(jnp.asarray(g))[0], g, np.asarray(form.dense()).T)
+    y, along = jax.jvp(lambda x: product(x, form), (jnp.asarray(x),), (jnp.asarray(x),))
+    np.testing.assert_allclose(along, y, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_with_respect_to_the_numbers_of_a_form():
+    form = columns(form_of(lcq.Uniform(4, per="channel")))
+    x, g = (jnp.asarray(RNG.normal(size=(2, n)), jnp.float32) for n in (70, 130))
+
+    def gradient(multiply):
+        return jax.jit(jax.grad(lambda form: jnp.sum(multiply(x, form) * g), allow_int=True))(form)
+
+    got, wanted = gradient(matmul), gradient(lambda x, form: jnp.matmul(x, form.dense(), precision="highest"))
+    for name in ("first", "step"):
+        np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.KMeans(4)], ids=repr)
+def test_mapped_over_activations_it_is_one_product_of_more_rows(scheme):
+    form = form_of(scheme)
+    x = RNG.normal(size=(6, 2, 70)).astype(np.float32)
+    mapped = jax.jit(jax.vmap(lambda x: matmul(x, form)))
+    near(mapped(jnp.asarray(x)), x, form.dense())
+    assert MANTISSA not in mapped.lower(x).as_text()
+    pulled = jax.jit(jax.vmap(jax.grad(lambda x: matmul(x, form).sum())))(jnp.asarray(x))
+    near(pulled, np.ones((6, 2, 130)), np.asarray(form.dense()).T)
+
+
+def test_short_activations_give_the_dtype_of_a_dense_product():
+    w = jnp.asarray(RNG.normal(size=(70, 30)), jnp.bfloat16)
+    x = jnp.asarray(RNG.normal(size=(3, 70)), jnp.bfloat16)
+    for scheme in (lcq.KMeans(2), lcq.LowRank(2)):
+        form = scheme.project(w)
+        y = product(x, form)
+        assert y.dtype == (x @ form.dense()).dtype
+        wanted = np.asarray(x, np.float64) @ np.asarray(form.dense(), np.float64)
+        np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=0.02, atol=0.06)
+
+
+def test_a_tile_and_no_dense_array_is_in_memory():
+    codes = jnp.asarray(RNG.integers(0, 4, (1024, 1024)), jnp.uint8)
+    form = columns(Codes(codes, levels=jnp.arange(4.0).reshape(1, 1, 4)))
+    for rows in (1, 64):
+        x = jnp.zeros((rows, 1024))
+        memory = jax.jit(matmul).lower(x, form).compile().memory_analysis()
+        assert memory.temp_size_in_bytes <= 4 * 1024 * 1024 / 4 + 3 * 4 * rows * 1024
+
+
+def test_it_is_compiled_once():
+    form = columns(form_of(lcq.KMeans(2)))
+    once = jax.jit(chex.assert_max_traces(matmul, 1))
+    for i in range(3):
+        once(jnp.full((2, 70), i, jnp.float32), form)
+
+
+def test_what_does_not_fit_is_refused():
+    form = form_of(lcq.KMeans(4))
+    with pytest.raises(ValueError, match=r"wanted x \[.., k\] and a form \(k, n\).*got \[2, 71\] and \[70, 130\]"):
+        matmul(jnp.zeros((2, 71)), form)
+    with pytest.raises(ValueError, match=r"wanted a kernel of words, tiles, .*; got 'fast'"):
+        matmul(jnp.zeros((2, 70)), form, kernel="fast")
+    with pytest.raises(ValueError, match="'words' wants levels with equal steps; got a codebook of 4"):
+        matmul(jnp.zeros((2, 70)), form, kernel="words")
+    with pytest.raises(ValueError, match="'pallas_tpu' wants codes of 1 bit; got 4 bits"):
+        matmul(jnp.zeros((2, 70)), form_of(lcq.Uniform(3, per=(35, 1), zero_point=True)), kernel="pallas_tpu")
+    with pytest.raises(ValueError, match="'tiles' multiplies codes; got Factors"):
+        matmul(jnp.zeros((2, 70)), form_of(lcq.LowRank(3)), kernel="tiles")
+
+
+@pytest.mark.parametrize("kernel", ["pallas_tpu", "pallas_gpu"])
+def test_a_kernel_that_this_platform_has_not_raises(kernel):
+    with pytest.raises((ValueError, NotImplementedError), match=r"(?i)interpret|gpu|tpu"):
+        matmul(jnp.zeros((2, 70)), form_of(lcq.KMeans(2)), kernel=kernel).block_until_ready()
