@@ -9,6 +9,7 @@ from lcq.base import Scheme as Scheme
 from lcq.base import straight_through as straight_through
 from lcq.budget import Pareto as Pareto
 from lcq.budget import pareto as pareto
+from lcq.kernels.matmul import matmul as matmul
 from lcq.methods.baselines import iterated_direct as iterated_direct
 from lcq.methods.baselines import straight_through_training as straight_through_training
 from lcq.methods.coupling import adam_step as adam_step
@@ -36,6 +37,7 @@ from lcq.plan import dry_run as dry_run
 from lcq.plan import read_plan as read_plan
 from lcq.report import table as table
 from lcq.rules import Rule as Rule
+from lcq.run import packed as packed
 from lcq.schemes.additive import Additive as Additive
 from lcq.schemes.cast import Cast as Cast
 from lcq.schemes.kmeans import KMeans as KMeans

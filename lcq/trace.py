@@ -4,7 +4,7 @@
 changes of layout to the dots and convolutions that use it. In the flat list of equations that results each such product
 is one equation, whose meaning (gather statistics, use other weights) is the caller's.
 
-The only file that uses jax's internal names.
+With `jaxprs` the only file that uses jax's internal names.
 """
 
 import dataclasses
@@ -16,26 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core, source_info_util
+from jax.extend import core
 
+from lcq.jaxprs import CALLS, LAYOUT, OPAQUE, PRODUCTS, bind, evaluate, inner, opened, scan_of, struct, weighs, where
 from lcq.products import IN_PLACE, Placed, Product, Shift, Step
 from lcq.rules import flatten
-
-_CALLS = {
-    *("jit", "pjit", "closed_call", "call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"),
-    *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "eval_jaxpr", "xla_metadata_call"),
-}
-"""Primitives that only run the one jaxpr in their parameters."""
-
-_LAYOUT = {
-    *("convert_element_type", "transpose", "reshape", "rev", "slice", "squeeze", "split", "unstack", "expand_dims"),
-    *("stop_gradient", "name", "sharding_constraint", "copy", "copy_p", "optimization_barrier", "dynamic_slice"),
-    *("broadcast_in_dim", "reduce_precision"),
-}
-"""Primitives that move the elements of their first operand."""
-
-_PRODUCTS = {"dot_general", "conv_general_dilated"}
-_OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan", "ragged_dot", "ragged_dot_general"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,9 +79,10 @@ def trace(
     whole = jax.make_jaxpr(functools.partial(follower.run_whole, closed))(values, jax.tree.leaves(batch))
     if strict:
         follower.check_coverage()
+    jaxpr, consts = opened(whole)
     return Program(
-        getattr(whole, "jaxpr", whole),
-        tuple(getattr(whole, "consts", ())),
+        jaxpr,
+        tuple(consts),
         tuple(leaves),
         tuple(follower.products),
         frozenset(follower.fresh),
@@ -195,34 +181,24 @@ class _Follower:
             for path, value in zip(self.leaves, values, strict=True)
         ]
         args = [*params, *(_Value(leaf, data=True) for leaf in batch)]
-        results = self.run(getattr(closed, "jaxpr", closed), closed.consts, args)
+        results = self.run(closed, args)
         for result in results:
             self._end(result, None)
         return [result.array for result in results]
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[_Value]) -> list[_Value]:
+    def run(self, closed: Any, args: Sequence[_Value]) -> list[_Value]:
         """Evaluates equations, all calls inlined."""
-        env: dict[Any, _Value] = dict(zip(jaxpr.constvars, map(_Value, consts), strict=True))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        def read(var: Any) -> _Value:
-            return _Value(var.val) if isinstance(var, core.Literal) else env[var]
-
-        for eqn in jaxpr.eqns:
-            with eqn.ctx.manager:
-                results = self._equation(eqn, [read(var) for var in eqn.invars])
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(var) for var in jaxpr.outvars]
+        return evaluate(closed, args, self._equation, _Value)
 
     def _equation(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         name = eqn.primitive.name
-        if name in _CALLS and (inner := _inner(eqn)) is not None:
-            return self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins)
+        if name in CALLS and (closed := inner(eqn)) is not None:
+            return self.run(closed, ins)
         if name == "scan" and any(self._followed(value) for value in ins):
             return self._unroll(eqn, ins)
-        if name in _PRODUCTS and (side := self._side(eqn, ins)) is not None:
+        if name in PRODUCTS and (side := self._side(eqn, ins)) is not None:
             return [self._product(eqn, ins, side)]
-        if name in _LAYOUT and all(not isinstance(value.array, jax.core.Tracer) for value in ins[1:]):
+        if name in LAYOUT and all(not isinstance(value.array, jax.core.Tracer) for value in ins[1:]):
             if (moved := self._move(eqn, ins)) is not None:
                 return moved
         return self._plain(eqn, ins)
@@ -240,9 +216,9 @@ class _Follower:
         )
         if fold and not eqn.effects:
             with jax.ensure_compile_time_eval():
-                outs = _bind(eqn, arrays)
+                outs = bind(eqn, arrays)
         else:
-            outs = _bind(eqn, arrays)
+            outs = bind(eqn, arrays)
         data, param = any(v.data for v in ins), any(v.param for v in ins)
         return [_Value(out, data, param) for out in outs]
 
@@ -251,7 +227,7 @@ class _Follower:
         value.reads += 1
         if value.placed is None:
             return
-        opaque = eqn is not None and eqn.primitive.name in _OPAQUE
+        opaque = eqn is not None and eqn.primitive.name in OPAQUE
         if self._followed(value) and (self.strict or opaque):
             raise ValueError(_cannot_follow(value.placed, eqn))
         self.uses[value.placed.path].append(_Use(value.placed, added))
@@ -278,7 +254,7 @@ class _Follower:
             return None
         params = eqn.primitive.get_bind_params(eqn.params)
         rest = tuple(np.asarray(other.array) for other in ins[1:])
-        outs = _bind(eqn, [other.array for other in ins])
+        outs = bind(eqn, [other.array for other in ins])
         moved = []
         for i, out in enumerate(outs):
             step = Step(eqn.primitive, params, rest, i)
@@ -298,12 +274,7 @@ class _Follower:
         if not sides:
             return None
         other = ins[1 - sides[0]]
-        contracts = eqn.primitive.name != "dot_general" or len(eqn.params["dimension_numbers"][0][0]) > 0
-        image = eqn.primitive.name != "dot_general" and (sides[0] == 0 or eqn.params["batch_group_count"] > 1)
-        if other.data or not other.param:
-            if contracts and not image:
-                return sides[0]
-        return None
+        return sides[0] if (other.data or not other.param) and weighs(eqn, sides[0]) else None
 
     def _product(self, eqn: Any, ins: list[_Value], side: int) -> _Value:
         x, w = ins[1 - side], ins[side]
@@ -316,10 +287,10 @@ class _Follower:
             eqn.primitive,
             eqn.primitive.get_bind_params(eqn.params),
             side,
-            _struct(jax.typeof(x.array)),
-            _struct(jax.typeof(w.array)),
-            _struct(aval),
-            _where(eqn),
+            struct(jax.typeof(x.array)),
+            struct(jax.typeof(w.array)),
+            struct(aval),
+            where(eqn),
         )
         self.products.append(product)
         if self.strict:
@@ -357,19 +328,15 @@ class _Follower:
                 )
 
     def _unroll(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
-        """A scan, round by round. Carries have the rank of the body's, xs and ys one axis more."""
-        inner = _inner(eqn)
-        body, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-        scanned = [len(v.aval.shape) > len(b.aval.shape) for v, b in zip(eqn.invars, body.invars, strict=True)]
-        stacked = [len(v.aval.shape) > len(b.aval.shape) for v, b in zip(eqn.outvars, body.outvars, strict=True)]
-        carries, fixed = stacked.count(False), scanned.count(False) - stacked.count(False)
+        """A scan, round by round."""
+        body, fixed, carries = scan_of(eqn)
         length = eqn.params["length"]
         constants, carry = ins[:fixed], ins[fixed : fixed + carries]
         slices = [self._rounds(value, length) for value in ins[fixed + carries :]]
         order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
-        ys: list[list[_Value]] = [[_Value(None)] * length for _ in range(stacked.count(True))]
+        ys: list[list[_Value]] = [[_Value(None)] * length for _ in eqn.outvars[carries:]]
         for i in order:
-            results = self.run(body, consts, [*constants, *carry, *(each[i] for each in slices)])
+            results = self.run(body, [*constants, *carry, *(each[i] for each in slices)])
             carry = results[:carries]
             for column, value in zip(ys, results[carries:], strict=True):
                 self._end(value, eqn)
@@ -446,25 +413,6 @@ def _sliced(placed: Placed, array: Any, i: int) -> Placed:
     return placed.then(cut).then(Step(jax.lax.squeeze_p, {"dimensions": (0,)}, (), 0))
 
 
-def _inner(eqn: Any) -> Any:
-    """The one jaxpr among an equation's parameters."""
-    found = [value for value in eqn.params.values() if hasattr(value, "eqns")]
-    return found[0] if len(found) == 1 else None
-
-
-def _bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
-    outs = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
-    return list(outs) if eqn.primitive.multiple_results else [outs]
-
-
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
-def _where(eqn: Any) -> str:
-    return source_info_util.summarize(eqn.source_info)
-
-
 def _cannot_follow(placed: Placed, eqn: Any) -> str:
     """What the leaf met, and what to do about it."""
     exclude = f"exclude it with lcq.Rule({placed.path!r}, None)"
@@ -473,11 +421,11 @@ def _cannot_follow(placed: Placed, eqn: Any) -> str:
     name = eqn.primitive.name
     if name == "gather":
         remedy = f"a lookup can only be rounded to nearest: quantize(..., nearest=[lcq.Rule(...)]), or {exclude}"
-    elif name in _OPAQUE:
+    elif name in OPAQUE:
         remedy = f"write it as a lax.scan or without control flow, or {exclude}"
-    elif name in _PRODUCTS:
+    elif name in PRODUCTS:
         remedy = f"it is multiplied with a parameter, or not contracted: fold the two before, or {exclude}"
     else:
         remedy = f"fold this into the parameter before, or {exclude}"
-    got = f"{placed.chain()} -> {name} at {_where(eqn)}"
+    got = f"{placed.chain()} -> {name} at {where(eqn)}"
     return f"{placed.path}: wanted a leaf that only products use; got {got}; {remedy}"

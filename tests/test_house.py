@@ -51,7 +51,7 @@ ROOMS = {
     "artifact": Room(4, "base forms rules tree packing", "paths rans codec file checkpoint"),
     "moving": Room(4, "base forms kernels"),
     "leaf": Room(5, "base jaxprs moving products"),
-    "run": Room(6, "base jaxprs kernels leaf moving products rules"),
+    "run": Room(6, "base forms jaxprs kernels leaf moving products rules"),
     "notation": Room(4, "base rules schemes"),
     "report": Room(4, "base forms rules tree"),
     "chart": Room(5),

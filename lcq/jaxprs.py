@@ -1,0 +1,123 @@
+"""Reading jaxprs and running their equations again, one by one: what following and running parameters have in common.
+
+With `trace` the only file that uses jax's internal names.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core, source_info_util
+
+CALLS = {
+    *("jit", "pjit", "closed_call", "call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"),
+    *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "eval_jaxpr", "xla_metadata_call"),
+}
+"""Primitives that only run the one jaxpr in their parameters."""
+
+REMAT = {"remat", "remat2", "checkpoint"}
+"""Calls that say what a gradient may keep."""
+
+CUSTOM_GRADIENT = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+"""Calls with a gradient rule of their own."""
+
+LAYOUT = {
+    *("convert_element_type", "transpose", "reshape", "rev", "slice", "squeeze", "split", "unstack", "expand_dims"),
+    *("stop_gradient", "name", "sharding_constraint", "copy", "copy_p", "optimization_barrier", "dynamic_slice"),
+    *("broadcast_in_dim", "reduce_precision"),
+}
+"""Primitives that move the elements of their first operand."""
+
+PRODUCTS = {"dot_general", "conv_general_dilated"}
+OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan", "ragged_dot", "ragged_dot_general"}
+
+
+def opened(closed: Any) -> tuple[Any, Sequence[Any]]:
+    """(jaxpr, constants) of a jaxpr that is closed or has none."""
+    return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+
+
+def inner(eqn: Any) -> Any:
+    """The one jaxpr among an equation's parameters, or None."""
+    found = [value for value in eqn.params.values() if hasattr(value, "eqns")]
+    return found[0] if len(found) == 1 else None
+
+
+def evaluate(
+    closed: Any,
+    args: Sequence[Any],
+    equation: Callable[[Any, list[Any]], Sequence[Any]],
+    constant: Callable[[Any], Any] = lambda value: value,
+) -> list[Any]:
+    """Runs a jaxpr; a value is dropped after its last use.
+
+    Args:
+        closed: a jaxpr.
+        args: its inputs, anything that `equation` understands.
+        equation: (equation, inputs) -> outputs.
+        constant: makes an input of a constant or a literal.
+    """
+    jaxpr, consts = opened(closed)
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+
+    def read(var: Any) -> Any:
+        return constant(var.val) if isinstance(var, core.Literal) else env[var]
+
+    uses = [[var for var in eqn.invars if not isinstance(var, core.Literal)] for eqn in jaxpr.eqns]
+    last = {var: i for i, used in enumerate(uses) for var in used}
+    last.update({var: len(uses) for var in jaxpr.outvars if not isinstance(var, core.Literal)})
+    for i, (eqn, used) in enumerate(zip(jaxpr.eqns, uses, strict=True)):
+        with eqn.ctx.manager:
+            results = equation(eqn, [read(var) for var in eqn.invars])
+        env.update(zip(eqn.outvars, results, strict=True))
+        for var in {var for var in used if last[var] == i}:
+            del env[var]
+    return [read(var) for var in jaxpr.outvars]
+
+
+def bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+    """The equation's outputs for these inputs."""
+    outs = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+class Scan(NamedTuple):
+    """The parts of a scan: its inputs are constants, carries, and what is taken slice by slice.
+
+    Attributes:
+        body: a jaxpr.
+        fixed: number of constants.
+        carries: number of carries.
+    """
+
+    body: Any
+    fixed: int
+    carries: int
+
+
+def scan_of(eqn: Any) -> Scan:
+    """Read off the ranks: carries have the rank of the body's, what is sliced or stacked one axis more."""
+    body = inner(eqn)
+    jaxpr, _ = opened(body)
+    sliced = [len(v.aval.shape) > len(b.aval.shape) for v, b in zip(eqn.invars, jaxpr.invars, strict=True)]
+    stacked = [len(v.aval.shape) > len(b.aval.shape) for v, b in zip(eqn.outvars, jaxpr.outvars, strict=True)]
+    carries = stacked.count(False)
+    return Scan(body, sliced.count(False) - carries, carries)
+
+
+def weighs(eqn: Any, side: int) -> bool:
+    """Whether operand `side` of a product is contracted like a weight: not without contraction, and no image."""
+    if eqn.primitive.name == "dot_general":
+        return len(eqn.params["dimension_numbers"][0][0]) > 0
+    return side == 1 and eqn.params["batch_group_count"] == 1
+
+
+def struct(aval: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def where(eqn: Any) -> str:
+    """File and line an equation comes from."""
+    return source_info_util.summarize(eqn.source_info)
