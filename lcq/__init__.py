@@ -9,7 +9,6 @@ from lcq.base import Scheme as Scheme
 from lcq.base import straight_through as straight_through
 from lcq.budget import Pareto as Pareto
 from lcq.budget import pareto as pareto
-from lcq.kernels.matmul import matmul as matmul
 from lcq.methods.baselines import iterated_direct as iterated_direct
 from lcq.methods.baselines import straight_through_training as straight_through_training
 from lcq.methods.coupling import adam_step as adam_step

@@ -514,7 +514,7 @@ LAID_OUT = {  # how many leaves: slices of one are products of their own, and gr
 
 @pytest.mark.parametrize("case", LAID_OUT)
 def test_codes_are_laid_out_once(case):
-    fn, params, args, stacked, expected = CASES[case]
+    fn, params, args, stacked, _ = CASES[case]
     forms, net = coded(params, stacked), packed(fn)
     ready = net.lay_out(stored(forms), *args)
     assert net.report(ready, *args) == net.report(forms, *args)

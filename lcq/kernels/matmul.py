@@ -58,7 +58,7 @@ def matmul(x: Float[Array, "*rows k"], form: Form, *, kernel: str | None = None)
     if isinstance(form, Codes):
         form = columns(form)
     if isinstance(form, Columns) and form.axes != (0, 1):
-        raise ValueError(f"wanted codes laid out as the matrix they are; got the axes {form.axes} of {list(form.shape)}")
+        raise ValueError(f"wanted codes laid out as the matrix they are; got axes {form.axes} of {list(form.shape)}")
     if kernel is not None:
         _check(kernel, form)
     dtype = jnp.promote_types(x.dtype, form.dtype)

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused():
         matmul(jnp.zeros((2, 71)), form)
     with pytest.raises(ValueError, match=r"wanted a kernel of words, tiles, .*; got 'fast'"):
         matmul(jnp.zeros((2, 70)), form, kernel="fast")
-    with pytest.raises(ValueError, match=r"wanted codes laid out as the matrix they are; got the axes \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"wanted codes laid out as the matrix they are; got axes \(1, 0\)"):
         matmul(jnp.zeros((2, 70)), dataclasses.replace(columns(form), axes=(1, 0)))
     with pytest.raises(ValueError, match="'words' wants levels with equal steps; got a codebook of 4"):
         matmul(jnp.zeros((2, 70)), form, kernel="words")
