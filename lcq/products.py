@@ -124,6 +124,13 @@ class Product:
         return g, m, math.prod(self.w.shape) // (g * n_out), n_out
 
     @property
+    def window(self) -> int:
+        """Pixels of a convolution's window; 1 of a dot."""
+        if self.kind == "dot":
+            return 1
+        return math.prod(self.w.shape[axis] for axis in self.params["dimension_numbers"].rhs_spec[2:])
+
+    @property
     def flops(self) -> int:
         """2 G M N n."""
         return 2 * math.prod(self.shape)

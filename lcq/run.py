@@ -24,13 +24,17 @@ from lcq.moving import move, order_of
 from lcq.products import Placed, Product
 from lcq.rules import flatten
 
+_PLACES = 2
+"""At more places a convolution's kernel is decoded for it: patches of its images cost more than words save."""
+
 
 class Use(NamedTuple):
     """One use of a form.
 
     Attributes:
         path: of the form.
-        how: "product" through the door of the kernels; "rows" of a lookup decoded; "dense".
+        how: "product" through the door of the kernels; "decoded", the kernel of a convolution; "rows" of a lookup,
+            decoded; "dense".
         shape: (G, M, K, n) of a product, see `lcq.unfold`; of the array that is made.
         source: file and line.
     """
@@ -102,9 +106,10 @@ def packed(fn: Callable[..., Any]) -> Packed:
         packed(fn)(forms, x) = fn(decompress(forms), x)
 
     up to rounding: a product of x [M, K] with a form of W [K, n] is `matmul(x, form)` of the kernels, which reads the
-    codes and makes no dense W; so is a convolution, on patches of its images. Weights may be transposed, reshaped,
-    sliced, reversed and cast on their way. A lookup of rows, as of an embedding, decodes these rows. Any other use
-    makes the dense array where it is used. `packed(fn).report(forms, x)` tells which is which.
+    codes and makes no dense W; so is a convolution by a window of one pixel. Of a wider one the kernel is decoded where
+    it is used. Weights may be transposed, reshaped, sliced, reversed and cast on their way. A lookup of rows, as of an
+    embedding, decodes these rows. Any other use makes the dense array where it is used. `packed(fn).report(forms, x)`
+    tells which is which.
 
     The equations of fn are run one by one: compile the result with jax.jit, as any function. It can be mapped,
     differentiated with respect to its inputs, and scanned; forms under a scan over stacked layers are taken apart
@@ -280,6 +285,9 @@ class _Runner:
         )
         g, m, k, n = product.shape
         lead = (g,) if g > 1 else ()
+        if m > _PLACES and product.window > 1:
+            self._note((*frame, side), leaf, "decoded", product.w.shape)
+            return jaxprs.bind(eqn, [self._dense(ins[0], (*frame, 0)), leaf.dense(self.latest)])
 
         def matrix(w: Any) -> Any:
             return product.weights(leaf.way(w)).reshape(*lead, k, n)

@@ -46,6 +46,12 @@ def coded(params, stacked=0):
     return jax.tree.unflatten(structure, new)
 
 
+@pytest.fixture(autouse=True)
+def patches(monkeypatch):
+    """Convolutions of any size on patches of their images, so that small ones show that they are right."""
+    monkeypatch.setattr(lcq.run, "_PLACES", 1 << 30)
+
+
 @pytest.fixture
 def door(monkeypatch):
     """Stands in for the door: (x's shape, x's dtype) of every product."""
@@ -498,6 +504,17 @@ def test_stored_forms_through_the_door_as_it_is(case):
     assert [use[:3] for use in packed(fn).report(words, *args)] == EXPECTED.get(case, expected)
     got, wanted = jax.jit(lambda *args: (packed(fn)(*args), fn(lcq.decompress(forms), *args[1:])))(words, *args)
     close(got, wanted)
+
+
+@pytest.mark.parametrize("case", ["convolution", "grouped", "pointwise"])
+def test_the_kernel_of_a_convolution_at_many_places_is_decoded(case, monkeypatch):
+    monkeypatch.setattr(lcq.run, "_PLACES", 2)
+    fn, params, args, stacked, expected = CASES[case]
+    forms = coded(params, stacked)
+    report = packed(fn).report(forms, *args)
+    decoded = [("kernel", "decoded", params["kernel"].shape)]
+    assert [use[:3] for use in report] == (expected if case == "pointwise" else decoded)
+    close(jax.jit(packed(fn))(forms, *args), fn(lcq.decompress(forms), *args))
 
 
 LAID_OUT = {  # how many leaves: slices of one are products of their own, and groups are no columns of the leaf

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt32
 from lcq.kernels.columns import Columns
 from lcq.kernels.reference import fields
 
-FEW = 8
+FEW = 2
 """Rows up to which codes are summed word by word."""
 
 _TILE = 128

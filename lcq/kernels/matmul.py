@@ -17,7 +17,7 @@ from lcq.kernels.signs import Signs
 KERNELS = ("words", "tiles", "pallas_tpu", "pallas_gpu", "dense")
 """How codes are multiplied, and when the door does so:
 
-words        at most 8 rows and equal steps: to read the weights is most of the work, and packed ones are fewer bytes
+words        at most 2 rows and equal steps: to read the weights is most of the work, and packed ones are fewer bytes
 tiles        all else: dense for one tile of columns after another, which costs little beside a product of many rows
 pallas_tpu   one bit, on TPU: bits are unpacked beside the matrix unit, which waits for fewer bytes
 pallas_gpu   one bit, on GPU: likewise
