@@ -116,20 +116,20 @@ RESNET = {
     "mixed": ("mixed, 1.3 bits", ""),
     "prune10": ("10 % kept of all", "90.8 / 91.4"),
 }
+ATTEMPTS = {"lc_{}": "**LC**", "lc_{}_steep": "**LC**, steeper", "ste_{}": "straight-through"}
 
 
 def resnet20() -> str:
     """LC and straight-through training at the same epochs."""
     rows = []
     for name, (title, target) in RESNET.items():
-        found = {method: row for method in ("lc", "ste") for row in stored(f"resnet20_{method}_{name}")}
-        if found:
-            any_row = next(iter(found.values()))
-            scores = [f"{found[m]['accuracy']:.2f}" if m in found else "" for m in ("lc", "ste")]
-            size = [str(any_row["epochs"]), f"{any_row['bytes']:,}", f"{any_row['ratio']:.1f}"]
-            rows.append([title, *scores, *size, target])
-    head = ["ResNet-20, CIFAR-10", "LC, %", "straight-through, %", "epochs", "bytes", "ratio", "accept / aim"]
-    return grid(head, rows)
+        for recipe, method in ATTEMPTS.items():
+            for row in stored(f"resnet20_{recipe.format(name)}"):
+                size = [str(row["epochs"]), f"{row['bytes']:,}", f"{row['ratio']:.1f}"]
+                gap = f"{row['gap']:.0e}" if row["gap"] is not None else ""
+                scores = [f"{row['train_accuracy']:.2f}", f"{row['accuracy']:.2f}", gap]
+                rows.append([f"{title}: {method}", *scores, *size, target if "LC" in method else ""])
+    return grid(["ResNet-20, CIFAR-10", "train %", "test %", "gap", "epochs", "bytes", "ratio", "accept / aim"], rows)
 
 
 def tune() -> str:

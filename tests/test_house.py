@@ -58,7 +58,7 @@ ROOMS = {
     "plan": Room(5, "base rules tree artifact notation report"),
     "hull": Room(0),
     "budget": Room(6, "hull base rules tree notation report plan"),
-    "layers": Room(5, "base forms unfold kernels", "binary linen nnx"),
+    "layers": Room(5, "base forms unfold kernels", "binary frozen linen nnx"),
     "plot": Room(6, "base rules report"),
     "page": Room(6, "base chart rules artifact report"),
     "terminal": Room(6, "report"),
@@ -81,7 +81,7 @@ BENCHMARKS = ("__init__", "examples")
 PARTS = [
     ("trace",),
     *(("methods", name) for name in ("moments", "rounding", "resolving", "following", "walk")),
-    *(("kernels", name) for name in ("xnor_pallas_tpu", "xnor_pallas_gpu")),
+    *(("kernels", name) for name in ("columns", "signs", "matmul", "xnor_pallas_tpu", "xnor_pallas_gpu")),
 ]
 VAGUE = {"utils", "util", "misc", "common", "helpers", "helper", "core", "tools"}
 ENVIRONMENT = {"XLA_FLAGS", "JAX_ENABLE_X64", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION"}

@@ -69,7 +69,10 @@ def lc(
         rules: which leaves are compressed, and how.
         mu: penalty weights, `lcq.geometric(...)`; a number is constant.
         every: updates per L step, or (first, rest); None leaves C steps to `lcq.c_step`, as an ensemble under vmap
-            wants: there a C step would be computed at every update.
+            wants: there a C step would be computed at every update. With s the step per unit of gradient (for SGD
+            with momentum beta the learning rate over 1 - beta), s mu `every` should stay above 3: in fewer updates
+            w cannot follow its multipliers, which then drive it to and fro, codes flip back and forth, and the gap
+            stays. So mu grows faster than the learning rate falls.
         learning_rate: number, or schedule of the number of updates. With coupling="gradient" the inner optimizer
             runs at min(learning_rate, 1/mu), which keeps SGD stable as mu grows.
         coupling: "gradient", or "proximal": the inner optimizer sees the loss gradient alone, and its result v is
