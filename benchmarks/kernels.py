@@ -92,6 +92,23 @@ def signs_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def convolution_rows() -> list[dict[str, Any]]:
+    """A convolution of signs with signs, packing included."""
+    import jax
+    from flax import nnx
+
+    from lcq.layers.nnx import BinaryConv, freeze
+
+    layer = BinaryConv(256, 256, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(freeze(layer))
+    kernel, x = layer.kernel.get_value(), jax.random.normal(jax.random.key(0), (8, 28, 28, 256))
+    layout = ("NHWC", "HWIO", "NHWC")
+    dense = jax.jit(lambda w, x: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layout))
+    packed = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+    contestants = {"float32": lambda: dense(kernel, x), "signs, packing included": lambda: packed(state, x)}
+    return [row("signs, 3 x 3 convolution", (8, 28, 28, 256, 256), times(contestants, 15, False), cold=False)]
+
+
 def weight_rows() -> list[dict[str, Any]]:
     """Float32 activations and codes of 4096 x 4096, laid out once."""
     import jax
@@ -178,7 +195,7 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a process of its own: rows to stdout
     args = parser.parse_args()
     if args.one:
-        print(json.dumps([*signs_rows(), *weight_rows(), *net_rows()]))
+        print(json.dumps([*signs_rows(), *convolution_rows(), *weight_rows(), *net_rows()]))
         return
     from record import record
 

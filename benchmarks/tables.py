@@ -292,6 +292,38 @@ def gpfq_speed() -> str:
     return grid(["GPFQ", "measured", "accept / aim"], rows)
 
 
+SIGNS = {
+    (1, 4096, 4096): "15 / 25",
+    (256, 1024, 1024): "8 / 10; 14 / 18",
+    (256, 4096, 4096): "8 / 10; 14 / 18",
+}
+WEIGHTS = {"1 bit, learned": "4 / 15", "ternary": "4 / 8", "uniform 4 bits": "4 / 8", "codebook of 16": ""}
+
+
+def kernels() -> str:
+    """How many times faster than float32: one and two cores, both vector widths."""
+    rows = stored("kernels")
+    runs = list(dict.fromkeys((row["cores"], row["vector_bits"]) for row in rows))
+    lines: dict[tuple[str, str], dict[Any, str]] = {}
+    for row in rows:
+        m, *rest = row["shape"]
+        for name, times in row["times"].items():
+            if row["kind"] == "signs":
+                label = f"{name}: {m} x {rest[0]} x {rest[1]}", SIGNS.get(tuple(row["shape"]), "1")
+            elif row["kind"] == "weights":
+                if m not in (1, 64):
+                    continue
+                label = f"{name}: {m} x {rest[0]} x {rest[1]}", WEIGHTS.get(name, "") if m == 1 else ".9"
+            elif row["kind"].endswith("convolution"):
+                label = f"{row['kind']} 256 to 256, 28 x 28, batch of {m}, packing included", "6 / 8"
+            else:
+                label = f"{row['kind']}, batch of {m}: {name}", ""
+            lines.setdefault(label, {})[row["cores"], row["vector_bits"]] = f"{times:.1f}"
+    head = ["times faster than float32", *(f"{c} core{'s' * (c > 1)}, {v} bits" for c, v in runs), "accept / aim"]
+    cells = [[name, *(found.get(run, "") for run in runs), target] for (name, target), found in lines.items()]
+    return grid(head, cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -306,6 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
         gpfq_images,
         gpfq_transformers,
         gpfq_speed,
+        kernels,
     )
 }
 

@@ -82,6 +82,7 @@ PARTS = [
     ("trace",),
     *(("methods", name) for name in ("moments", "rounding", "resolving", "following", "walk")),
     *(("kernels", name) for name in ("columns", "signs", "matmul", "xnor_pallas_tpu", "xnor_pallas_gpu")),
+    ("layers", "nnx"),
 ]
 VAGUE = {"utils", "util", "misc", "common", "helpers", "helper", "core", "tools"}
 ENVIRONMENT = {"XLA_FLAGS", "JAX_ENABLE_X64", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION"}

@@ -6,10 +6,13 @@ by comparing the report and the count with what is expected of each case.
 """
 
 import functools
+import subprocess
+import sys
 
 import chex
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -696,3 +699,37 @@ def test_report_of_shapes():
     forms = {"w": code(normal(4, 6)), "v": code(normal(3))}
     (use,) = packed(lambda p, x: x @ p["w"]).report(*jax.eval_shape(lambda *a: a, forms, X))
     assert use[:3] == ("w", "product", (1, 5, 4, 6)) and "test_run.py" in use.source
+
+
+# Exported
+
+
+WITHOUT_LCQ = """
+import sys
+import jax, numpy as np
+from jax import export
+net = export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+np.save(sys.argv[2], net.call(np.load(sys.argv[3])))
+assert "lcq" not in sys.modules
+"""
+
+
+def test_an_exported_net_runs_in_a_process_without_lcq(tmp_path):
+    fn, params, (x, *_), stacked, _ = CASES["net"]
+    net, forms = packed(fn), coded(params, stacked)
+    ready = net.lay_out(forms, x)
+    exported = jax.export.export(jax.jit(lambda x: net(ready, x)))(x)
+    (tmp_path / "net").write_bytes(exported.serialize())
+    np.save(tmp_path / "x.npy", x)
+    files = [tmp_path / "net", tmp_path / "y.npy", tmp_path / "x.npy"]
+    subprocess.run([sys.executable, "-c", WITHOUT_LCQ, *files], check=True, cwd=tmp_path)
+    close(np.load(tmp_path / "y.npy"), np.asarray(net(ready, x)))
+
+
+def test_a_product_of_one_bit_is_exported_for_tpu_with_its_kernel():
+    product, x = packed(lambda p, x: x @ p["w"]), jnp.ones((2, 64))
+    ready = product.lay_out({"w": lcq.KMeans(2).project(normal(64, 128))}, x)
+    net = jax.jit(lambda x: product(ready, x))
+    for platform, there in (("tpu", True), ("cpu", False)):
+        module = jax.export.export(net, platforms=[platform])(x).mlir_module()
+        assert ("tpu_custom_call" in module) == there

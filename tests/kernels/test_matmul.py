@@ -93,12 +93,12 @@ def test_stacked_forms_multiply_one_by_one(scheme):
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (2, 70, 3), (8, 64, 130), (9, 70, 129), (30, 33, 256)])
+@pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (2, 70, 130), (9, 33, 129)])
 def test_products_with_codes_of_every_width(width, rows, k, n):
     codes = RNG.integers(0, 2**width, (k, n))
     x = RNG.normal(size=(rows, k)).astype(np.float32)
     words = pack_columns(jnp.asarray(codes, jnp.uint16), width)
-    near(code_product(jnp.asarray(x), words, width), x, codes)
+    near(jax.jit(code_product, static_argnums=2)(jnp.asarray(x), words, width), x, codes)
     near(reference.code_product(jnp.asarray(x), words, width), x, codes)
 
 

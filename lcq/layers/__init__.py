@@ -1,0 +1,1 @@
+"""Layers whose activations and weights are binary, for flax linen and nnx."""

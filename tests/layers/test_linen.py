@@ -1,0 +1,112 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import lcq
+from lcq.layers import binary
+from lcq.layers.frozen import Frozen
+from lcq.layers.linen import BinaryConv, BinaryDense, freeze
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train, name="bn1")(nn.Conv(20, (3, 3), name="conv1")(x))
+        x = BinaryConv(12, (2, 3), strides=(1, 2), pad_value=1, name="conv2")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="bn2")(x)
+        x = BinaryConv(12, (3, 3), padding="VALID", kernel_dilation=2, use_bias=False, name="conv3")(x)
+        return BinaryDense(3, scale=False, name="dense")(x.reshape(x.shape[0], -1))
+
+
+def drawn(net, x):
+    """Variables from numpy: what `init` compiles takes longer than the tests."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+    return jax.tree.map(lambda a: jnp.asarray(rng.uniform(-1, 1, a.shape) + (a.ndim == 1), a.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, 10, 2)), jnp.float32)
+    variables = drawn(Net(), x)
+    assert set(variables) == {"params", "batch_stats"}
+    return Net(), variables, x
+
+
+def test_a_frozen_net_is_the_net(trained):
+    net, variables, x = trained
+    packed = freeze(net, variables, x, train=False)
+    assert set(packed["params"]) == {"conv1", "bn1", "bn2"} and set(packed["frozen"]) == {"conv2", "conv3", "dense"}
+    assert isinstance(packed["frozen"]["conv2"]["layer"], Frozen)
+    chex.assert_trees_all_equal(packed["batch_stats"], variables["batch_stats"])
+    apply = jax.jit(net.apply)
+    np.testing.assert_allclose(apply(packed, x), apply(variables, x), rtol=1e-6)
+
+
+SETTING = {"strides": (1, 2), "padding": [(2, 0), (0, 1)], "pad_value": 1}
+
+
+def test_a_layer_alone_is_the_function_on_arrays():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6, 40)), jnp.float32)
+    window = binary.window((3, 2), dilation=(2, 1), **SETTING)
+    layers = BinaryDense(5, scale=False), BinaryConv(5, (3, 2), kernel_dilation=(2, 1), scale=False, **SETTING)
+    for layer, function in zip(layers, (binary.dense, functools.partial(binary.conv, window=window)), strict=True):
+        variables = drawn(layer, x)
+        packed = freeze(layer, variables, x)
+        assert packed["params"] == {} and list(packed["frozen"]) == ["layer"]
+        y = jax.jit(functools.partial(function, scale=False))(x, **variables["params"])
+        apply = jax.jit(layer.apply)
+        np.testing.assert_allclose(apply(variables, x), y, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(apply(packed, x), y, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_compressed_by_lcq_run_frozen(trained):
+    net, variables, x = trained
+    rules = [lcq.Rule("(conv2|conv3)/kernel", lcq.Binary(scale=True, per="channel"))]
+    params = lcq.decompress(lcq.compress(variables["params"], rules))
+    given = {**variables, "params": params}
+    packed = freeze(net, given, x)
+    apply = jax.jit(net.apply)
+    np.testing.assert_allclose(apply(packed, x), apply(given, x), rtol=1e-6)
+    alpha = packed["frozen"]["conv3"]["layer"].alpha
+    np.testing.assert_array_equal(alpha, jnp.abs(params["conv3"]["kernel"][0, 0, 0]))
+
+
+def test_training_lowers_the_loss():
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    labels = (x[:, :8].sum(1) > x[:, 8:].sum(1)).astype(jnp.int32)
+    net = nn.Sequential([BinaryDense(48), nn.LayerNorm(), BinaryDense(2)])
+    variables = jax.jit(net.init)(jax.random.key(1), x)
+    tx = optax.adam(0.01)
+
+    def loss(params):
+        return optax.softmax_cross_entropy_with_integer_labels(net.apply({"params": params}, x), labels).mean()
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    carry = (variables["params"], tx.init(variables["params"]))
+    _, values = jax.jit(lambda carry: jax.lax.scan(step, carry, length=150))(carry)
+    assert values[-1] < 0.3 * values[0]
+
+
+def test_a_net_without_binary_layers_is_refused():
+    net, x = nn.Dense(3), jnp.ones((1, 2))
+    with pytest.raises(ValueError, match="wanted a net that calls BinaryDense or BinaryConv; got Dense"):
+        freeze(net, drawn(net, x), x)
+
+
+def test_settings_and_shapes_are_checked():
+    with pytest.raises(ValueError, match="padding: wanted 'SAME'"):
+        BinaryConv(3, (3, 3), padding="CIRCULAR").init(jax.random.key(0), jnp.ones((1, 5, 5, 2)))
+    with pytest.raises(ValueError, match=r"wanted floating-point x.*got int32\[1, 5\]"):
+        BinaryDense(3).init(jax.random.key(0), jnp.ones((1, 5), jnp.int32))

@@ -1,0 +1,103 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lcq.layers import binary
+from lcq.layers.nnx import BinaryConv, BinaryDense, Packed, freeze
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 20, (3, 3), rngs=rngs)
+        self.binary = nnx.List(
+            [
+                BinaryConv(20, 12, (2, 3), strides=(1, 2), pad_value=1, rngs=rngs),
+                BinaryConv(12, 12, (3, 3), padding="VALID", kernel_dilation=2, use_bias=False, rngs=rngs),
+            ]
+        )
+        self.dense = BinaryDense(24, 3, scale=False, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.conv(x)
+        for layer in self.binary:
+            x = layer(x)
+        return self.dense(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def net():
+    """Parameters from numpy: what initializers compile takes longer than the tests."""
+    rng = np.random.default_rng(0)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+    return nnx.merge(graph, jax.tree.map(lambda a: jnp.asarray(rng.uniform(-1, 1, a.shape), a.dtype), shapes))
+
+
+X = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, 10, 2)), jnp.float32)
+
+
+def test_a_frozen_net_is_the_net(net):
+    packed = freeze(net)
+    assert net.dense.packed is None and packed.dense.kernel is None and packed.dense.bias is None
+    paths = {path[:-1] for path, _ in nnx.to_flat_state(nnx.state(packed, Packed))}
+    assert paths == {("binary", 0), ("binary", 1), ("dense",)}
+    assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(packed, nnx.Param))} == {"conv"}
+    call = nnx.jit(lambda net, x: net(x))
+    y = call(net, X)
+    np.testing.assert_allclose(call(packed, X), y, rtol=1e-6)
+    graph, state = nnx.split(freeze(packed))
+    np.testing.assert_allclose(jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, X), y, rtol=1e-6)
+
+
+def uniform(key, shape, dtype):
+    return jnp.asarray(np.random.default_rng(2).uniform(-1, 1, shape), dtype)
+
+
+SETTING = {"strides": (1, 2), "padding": [(2, 0), (0, 1)], "pad_value": 1}
+
+
+def test_a_layer_alone_is_the_function_on_arrays():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6, 40)), jnp.float32)
+    window = binary.window((3, 2), dilation=(2, 1), **SETTING)
+    given = {"scale": False, "kernel_init": uniform, "bias_init": uniform, "rngs": nnx.Rngs(0)}
+    layers = BinaryDense(40, 5, **given), BinaryConv(40, 5, (3, 2), kernel_dilation=(2, 1), **SETTING, **given)
+    for layer, function in zip(layers, (binary.dense, functools.partial(binary.conv, window=window)), strict=True):
+        y = jax.jit(functools.partial(function, scale=False))(x, layer.kernel[...], layer.bias[...])
+        call = nnx.jit(lambda layer, x: layer(x))
+        np.testing.assert_allclose(call(layer, x), y, rtol=1e-6, atol=1e-6)
+        layer.freeze()
+        assert layer.kernel is None and layer.bias is None
+        np.testing.assert_allclose(call(layer, x), y, rtol=1e-6, atol=1e-6)
+
+
+def test_training_lowers_the_loss():
+    x = jax.random.normal(jax.random.key(0), (64, 16))
+    labels = (x[:, :8].sum(1) > x[:, 8:].sum(1)).astype(jnp.int32)
+    rngs = nnx.Rngs(1)
+    net = nnx.Sequential(BinaryDense(16, 48, rngs=rngs), nnx.LayerNorm(48, rngs=rngs), BinaryDense(48, 2, rngs=rngs))
+    optimizer = nnx.Optimizer(net, optax.adam(0.01), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(net, optimizer):
+        def loss(net):
+            return optax.softmax_cross_entropy_with_integer_labels(net(x), labels).mean()
+
+        value, grads = nnx.value_and_grad(loss)(net)
+        optimizer.update(net, grads)
+        return value
+
+    values = [float(step(net, optimizer)) for _ in range(150)]
+    assert values[-1] < 0.3 * values[0]
+
+
+def test_settings_and_nets_are_checked():
+    with pytest.raises(ValueError, match="strides: wanted 2 whole numbers"):
+        BinaryConv(3, 4, (3, 3), strides=(2,), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"wanted floating-point x \[.., 5\]"):
+        BinaryDense(5, 3, rngs=nnx.Rngs(0))(jnp.ones((1, 4)))
+    with pytest.raises(ValueError, match="BinaryDense or BinaryConv in it; got Linear"):
+        freeze(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
