@@ -66,9 +66,10 @@ class Recipe:
             `lcq.pareto` makes a plan, a codebook of 2, 4, 8 or 16 values for each kernel.
         method: "lc", or "ste", straight-through training.
         mu: penalty weight at first and at last, geometric in between.
+        wait: share of all C steps, the first, with mu as at first.
         hold: share of all C steps, the last, with mu as at last.
         every: updates of an L step.
-        coupling: of `lcq.lc`.
+        coupling, multipliers: of `lcq.lc`.
     """
 
     rules: tuple[lcq.Rule, ...] | float
@@ -76,9 +77,11 @@ class Recipe:
     epochs: int = 20
     rate: float = 0.1
     mu: tuple[float, float] = (2e-3, 3.0)
+    wait: float = 0.0
     hold: float = 0.05
     every: int = 100
     coupling: str = "gradient"
+    multipliers: bool = True
     seed: int = 0
 
 
@@ -91,9 +94,11 @@ faster than a w whose learning rate times mu falls; their gaps stay above 4e-3."
 RECIPES = {
     "lc_k2": Recipe(K2, mu=(2e-3, 0.3), **FIRST),
     "lc_k2_steep": Recipe(K2),
+    "lc_k2_patient": Recipe(K2, mu=(6e-3, 5.0), wait=0.5, every=50, multipliers=False),
     "ste_k2": Recipe(K2, "ste", rate=0.01),
     "lc_k4": Recipe(K4, rate=0.05, mu=(5e-3, 0.5), **FIRST),
     "lc_k4_steep": Recipe(K4, rate=0.05, mu=(5e-3, 5.0)),
+    "lc_k4_gentle": Recipe(K4, rate=0.02, mu=(1e-2, 12.0)),
     "ste_k4": Recipe(K4, "ste", rate=0.01),
     "lc_prune10": Recipe(PRUNED, mu=(2e-3, 0.3), **FIRST),
     "ste_prune10": Recipe(PRUNED, "ste", rate=0.01),
@@ -127,9 +132,11 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
 
     if recipe.method == "ste":
         return lcq.straight_through_training(inner(rate), rules_of(recipe))
-    (first, last), growing = recipe.mu, max(1, int((1 - recipe.hold) * steps / recipe.every))
-    mu = lcq.geometric(first, (last / first) ** (1 / growing), steps=growing)
-    return lcq.lc(inner, rules_of(recipe), mu=mu, every=recipe.every, learning_rate=rate, coupling=recipe.coupling)
+    (first, last), count = recipe.mu, steps / recipe.every
+    growing = max(1, int((1 - recipe.wait - recipe.hold) * count))
+    mu = lcq.geometric(first, (last / first) ** (1 / growing), steps=growing, wait=int(recipe.wait * count))
+    how: dict[str, Any] = {"coupling": recipe.coupling, "multipliers": recipe.multipliers}
+    return lcq.lc(inner, rules_of(recipe), mu=mu, every=recipe.every, learning_rate=rate, **how)
 
 
 def apply(variables: Any, x: Any) -> Any:
@@ -247,7 +254,7 @@ def main() -> None:
     parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
-    kinds: dict[str, Any] = {"epochs": int, "rate": float, "hold": float, "every": int, "seed": int}
+    kinds: dict[str, Any] = {"epochs": int, "rate": float, "wait": float, "hold": float, "every": int, "seed": int}
     kinds["coupling"] = str
     for field, kind in kinds.items():
         parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")

@@ -116,7 +116,13 @@ RESNET = {
     "mixed": ("mixed, 1.3 bits", ""),
     "prune10": ("10 % kept of all", "90.8 / 91.4"),
 }
-ATTEMPTS = {"lc_{}": "**LC**", "lc_{}_steep": "**LC**, steeper", "ste_{}": "straight-through"}
+ATTEMPTS = {
+    "lc_{}": "**LC**",
+    "lc_{}_steep": "**LC**, steeper",
+    "lc_{}_patient": "**LC**, patient",
+    "lc_{}_gentle": "**LC**, gentle",
+    "ste_{}": "straight-through",
+}
 
 
 def resnet20() -> str:

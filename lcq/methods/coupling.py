@@ -21,20 +21,21 @@ _SETTLE = 1 << 13
 
 @dataclasses.dataclass(frozen=True)
 class Geometric:
-    """The penalty weights mu_k = start * factor^min(k, steps). See `geometric`."""
+    """The penalty weights mu_k = start * factor^min(max(k - wait, 0), steps). See `geometric`."""
 
     start: float
     factor: float
     steps: int
+    wait: int = 0
 
     def at(self, k: Any) -> Array:
         """mu_k as float32; k counts the C steps made."""
-        k = jnp.minimum(k, self.steps).astype(jnp.float32)
+        k = jnp.clip(k - self.wait, 0, self.steps).astype(jnp.float32)
         return jnp.float32(self.start) * jnp.exp(k * jnp.float32(math.log(self.factor)))
 
 
-def geometric(start: float, factor: float, *, steps: int) -> Geometric:
-    """A penalty schedule mu_k = start * factor^min(k, steps), k counting C steps.
+def geometric(start: float, factor: float, *, steps: int, wait: int = 0) -> Geometric:
+    """A penalty schedule mu_k = start * factor^min(max(k - wait, 0), steps), k counting C steps.
 
     A value, not a function, so that wrappers which trace callables (`optax.inject_hyperparams`) leave it
     alone; constant after `steps`, because a factor above 1 overflows float32 in the end.
@@ -42,7 +43,8 @@ def geometric(start: float, factor: float, *, steps: int) -> Geometric:
     Args:
         start: mu of the first L step, > 0; 1e-4 to 1e-3 is usual. Too large and w sticks at direct compression.
         factor: > 0; 1.1 to 1.4 is usual.
-        steps: C steps until mu stays as it is.
+        steps: C steps in which mu grows; then it stays as it is.
+        wait: C steps before it begins to.
 
     Raises:
         ValueError: not positive and finite, or a mu outside of 1e-30 .. 1e30.
@@ -51,15 +53,15 @@ def geometric(start: float, factor: float, *, steps: int) -> Geometric:
         >>> float(geometric(0.5, 2.0, steps=3).at(10))
         4.0
     """
-    if not (0 < start < math.inf and 0 < factor < math.inf and steps >= 0):
-        raise ValueError(f"wanted start > 0, factor > 0, steps >= 0; got {start}, {factor}, {steps}")
+    if not (0 < start < math.inf and 0 < factor < math.inf and steps >= 0 and wait >= 0):
+        raise ValueError(f"wanted start > 0, factor > 0, steps >= 0, wait >= 0; got {start}, {factor}, {steps}, {wait}")
     for exponent in (math.log10(start), math.log10(start) + steps * math.log10(factor)):
         if abs(exponent) > 30:
             raise ValueError(
                 f"mu = {start} * {factor}^{steps} leaves 1e-30 .. 1e30, where float32 is safe; "
                 "take fewer steps or a factor nearer to 1"
             )
-    return Geometric(float(start), float(factor), int(steps))
+    return Geometric(float(start), float(factor), int(steps), int(wait))
 
 
 def gradient(

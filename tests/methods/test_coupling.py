@@ -16,6 +16,8 @@ def test_geometric_is_the_formula_and_stops():
         np.testing.assert_allclose(mu.at(jnp.int32(k)), 9e-5 * 1.35**k, rtol=2e-6)
     assert mu.at(jnp.int32(1000)) == mu.at(jnp.int32(24)) == mu.at(24)
     assert hash(mu) == hash(lcq.geometric(9e-5, 1.35, steps=24)) and not callable(mu)
+    waiting = lcq.geometric(0.5, 2.0, steps=2, wait=3)
+    assert [float(waiting.at(k)) for k in range(7)] == [0.5, 0.5, 0.5, 0.5, 1.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("start, factor, steps", [(0.0, 1.1, 3), (1.0, -1.0, 3), (1.0, np.inf, 3), (1.0, 1.1, -1)])
