@@ -315,6 +315,8 @@ def kernels() -> str:
         m, *rest = row["shape"]
         for name, times in row["times"].items():
             if row["kind"] == "signs":
+                if "packing" in name:
+                    continue
                 label = f"{name}: {m} x {rest[0]} x {rest[1]}", SIGNS.get(tuple(row["shape"]), "1")
             elif row["kind"] == "weights":
                 if m not in (1, 64):
