@@ -133,7 +133,8 @@ def pack_columns(codes: UInt[Array, "*g k n"], width: int) -> UInt32[Array, "*g 
     """
     each = 32 // width
     codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % each), (0, 0)])
-    codes = codes.reshape(*codes.shape[:-2], -1, each, codes.shape[-1]).astype(jnp.uint32)
+    *lead, rows, n = codes.shape
+    codes = codes.reshape(*lead, rows // each, each, n).astype(jnp.uint32)
     return (codes << jnp.arange(0, 32, width, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
 
 

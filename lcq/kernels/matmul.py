@@ -95,6 +95,8 @@ def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "
     """
     if a.shape[-1] != -(-weights.size // 32):
         raise ValueError(f"wanted {-(-weights.size // 32)} words of {weights.size} signs; got {list(a.shape)}")
+    if not a.size:
+        return jnp.zeros((*a.shape[:-1], weights.count), jnp.int32)
     y = _signs(weights.size, weights.layout)(a.reshape(-1, a.shape[-1]), weights.words)
     return y[:, : weights.count].reshape(*a.shape[:-1], weights.count)
 
@@ -114,6 +116,8 @@ def _check(kernel: str, form: Form) -> None:
 
 
 def _codes(x: Float[Array, "*rows k"], form: Columns, kernel: str | None) -> Float[Array, "*rows n"]:
+    if not x.size:
+        return jnp.zeros((*x.shape[:-1], form.words.shape[-1]), x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     equal = form.levels is None and (form.width == 1 or rows.shape[0] <= codes_xla.FEW)
     by_code = equal if kernel is None else kernel not in ("tiles", "dense")
@@ -158,8 +162,8 @@ def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> 
     anywhere = by_name["words" if x.shape[0] <= codes_xla.FEW else "tiles"]
     if kernel is not None:
         return by_name[kernel](x, words)
-    if width != 1 or x.dtype == jnp.float16:
-        return anywhere(x, words)
+    if width != 1 or x.dtype not in (jnp.float32, jnp.bfloat16):
+        return anywhere(x, words)  # what the Pallas kernels do not take
     gpu = by_name["pallas_gpu"]
     return jax.lax.platform_dependent(x, words, tpu=by_name["pallas_tpu"], cuda=gpu, default=anywhere)
 

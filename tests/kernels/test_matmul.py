@@ -187,6 +187,17 @@ def test_it_is_compiled_once():
         once(jnp.full((2, 70), i, jnp.float32), form)
 
 
+@pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.KMeans(4)], ids=repr)
+def test_no_rows_and_float64_are_fine(scheme):
+    form = form_of(scheme)
+    assert product(jnp.zeros((0, 70)), form).shape == (0, 130)
+    with jax.enable_x64(True):
+        x = RNG.normal(size=(2, 70))
+        y = product(jnp.asarray(x), form)
+    assert y.dtype == np.float64
+    near(y, x, form.dense())
+
+
 def test_what_does_not_fit_is_refused():
     form = form_of(lcq.KMeans(4))
     with pytest.raises(ValueError, match=r"wanted x \[.., k\] and a form \(k, n\).*got \[2, 71\] and \[70, 130\]"):

@@ -62,7 +62,7 @@ def test_a_tile_of_columns_stays_innermost_in_the_compiled_program():
     assert re.search(r"s32\[8,16,64\]\{2,1,0\} fusion\(", text), text
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (3, 4), (20,)], ids=str)
+@pytest.mark.parametrize("rows", [(), (1,), (3, 4), (20,), (0,)], ids=str)
 def test_the_door_multiplies_packed_signs(rows):
     rng = np.random.default_rng(5)
     x, w = rng.normal(size=(*rows, 70)), rng.normal(size=(70, 9))
