@@ -27,6 +27,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class Recipe:
         hold: share of all C steps, the last, with mu as at last.
         every: updates of an L step.
         coupling, multipliers: of `lcq.lc`.
+        tuned: epochs at the end, of all, that train what forms hold and what is not compressed, masks and codes fixed.
+        tuned_rate: the learning rate falls from this as a cosine to 0 again in these.
     """
 
     rules: tuple[lcq.Rule, ...] | float
@@ -82,6 +85,8 @@ class Recipe:
     every: int = 100
     coupling: str = "gradient"
     multipliers: bool = True
+    tuned: int = 0
+    tuned_rate: float = 0.02
     seed: int = 0
 
 
@@ -101,6 +106,7 @@ RECIPES = {
     "lc_k4_gentle": Recipe(K4, rate=0.02, mu=(1e-2, 12.0)),
     "ste_k4": Recipe(K4, "ste", rate=0.01),
     "lc_prune10": Recipe(PRUNED, mu=(2e-3, 0.3), **FIRST),
+    "lc_prune10_tuned": Recipe(PRUNED, rate=0.05, mu=(5e-4, 1.0), tuned=6),
     "ste_prune10": Recipe(PRUNED, "ste", rate=0.01),
     "lc_ternary": Recipe(TERNARY),
     "ste_ternary": Recipe(TERNARY, "ste", rate=0.01),
@@ -175,7 +181,8 @@ def forms_of(recipe: Recipe, params: Any, state: Any) -> Any:
 def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str, Any]:
     """Trains from the given weights, or goes on from `path`; returns the compressed variables and the log."""
     variables = given()
-    tx = optimizer_of(recipe, recipe.epochs * (len(x) // BATCH))
+    epochs = recipe.epochs - recipe.tuned
+    tx = optimizer_of(recipe, epochs * (len(x) // BATCH))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(variables: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
@@ -204,7 +211,7 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         log["resumed_after"].append(len(log["curve"]))
         print("goes on after epoch", len(log["curve"]), flush=True)
     order: dict[str, Any] = {"batch": BATCH, "augment": True, "seed": recipe.seed}
-    for epoch in range(len(log["curve"]), recipe.epochs):
+    for epoch in range(len(log["curve"]), epochs):
         start, losses = time.time(), []
         for xs, ys in gpfq_train.batches(x, y, gpfq_train.Recipe(recipe.epochs, recipe.rate, **order), epoch):
             variables, state, value = step(variables, state, xs, ys)
@@ -227,7 +234,40 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         temporary.write_bytes(serialization.msgpack_serialize({"leaves": kept, "log": json.dumps(log)}))
         os.replace(temporary, path)
     forms = forms_of(recipe, variables["params"], state)
+    if recipe.tuned:
+        start = time.time()
+        forms = tune(recipe, forms, variables["batch_stats"], x, y)
+        log["seconds"] += time.time() - start
     return {"variables": recalibrated(forms, variables["batch_stats"], x, recipe.seed), **log}
+
+
+def loss_of(statistics: Any) -> Callable[[Any, Any], Any]:
+    """The loss of what is tuned: of params and a batch, batch norm by the statistics of the batch."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        images, labels = batch
+        variables = {"params": params, "batch_stats": statistics}
+        logits, _ = NET.apply(variables, normalized(images), train=True, mutable=["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss
+
+
+def tune(recipe: Recipe, forms: Any, statistics: Any, x: np.ndarray, y: np.ndarray) -> Any:
+    """The last epochs of a recipe, masks and codes fixed."""
+    steps = len(x) // BATCH
+
+    def batches() -> Iterator[Any]:
+        how = gpfq_train.Recipe(recipe.epochs, recipe.rate, batch=BATCH, augment=True, seed=recipe.seed)
+        for epoch in range(recipe.epochs - recipe.tuned, recipe.epochs):
+            yield from gpfq_train.batches(x, y, how, epoch)
+
+    def show(step: int, value: Any) -> None:
+        if step % steps == 0:
+            print({"tuned": step // steps, "batch_loss": float(value)}, flush=True)
+
+    rate = optax.cosine_decay_schedule(recipe.tuned_rate, recipe.tuned * steps)
+    return lcq.tune(loss_of(statistics), forms, optax.sgd(rate, 0.9, nesterov=True), batches(), on_step=show)
 
 
 def _tension(recipe: Recipe, params: Any, forms: Any, state: Any) -> dict[str, float]:
@@ -255,7 +295,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
     kinds: dict[str, Any] = {"epochs": int, "rate": float, "wait": float, "hold": float, "every": int, "seed": int}
-    kinds["coupling"] = str
+    kinds |= {"coupling": str, "tuned": int, "tuned_rate": float}
     for field, kind in kinds.items():
         parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")
     parser.add_argument("--mu", type=float, nargs=2, help="in place of the recipe's")

@@ -121,6 +121,7 @@ ATTEMPTS = {
     "lc_{}_steep": "**LC**, steeper",
     "lc_{}_patient": "**LC**, patient",
     "lc_{}_gentle": "**LC**, gentle",
+    "lc_{}_tuned": "**LC**, mask fixed for the last 6 epochs",
     "ste_{}": "straight-through",
 }
 

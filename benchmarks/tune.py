@@ -60,15 +60,9 @@ def resnet(k: int) -> dict[str, Any]:
     x, y = data.cifar10("train")
     given = resnet20.given()
     forms, statistics = lcq.compress(given["params"], [lcq.Rule(resnet20.KERNELS, lcq.KMeans(k))]), given["batch_stats"]
-
-    def loss(params: Any, batch: Any) -> Any:
-        images, labels = batch
-        variables = {"params": params, "batch_stats": statistics}
-        logits, _ = resnet20.NET.apply(variables, resnet20.normalized(images), train=True, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
     how, steps = gpfq_train.Recipe(1, RATE, batch=resnet20.BATCH, augment=True), len(x) // resnet20.BATCH
-    tuned = lcq.tune(loss, forms, optimizer(steps), gpfq_train.batches(x, y, how, 0), steps=steps)
+    loss, batches = resnet20.loss_of(statistics), gpfq_train.batches(x, y, how, 0)
+    tuned = lcq.tune(loss, forms, optimizer(steps), batches, steps=steps)
     test = data.cifar10("test")
 
     def accuracy(variables: Any) -> float:
