@@ -71,6 +71,9 @@ class Packed:
         Without, every call has to bring codes into that layout first, which takes as long as reading the dense weights.
         Codes that are used in several ways, or not in a product, and other forms stay as they are.
 
+        Raises:
+            ValueError: a leaf that is no array, form or number.
+
         Example:
             >>> import lcq
             >>> forms = {"w": lcq.Binary().project(jnp.ones((64, 8)))}
@@ -270,19 +273,8 @@ class _Runner:
         sides = [side for side in (1, 0) if isinstance(ins[side], Leaf) and jaxprs.weighs(eqn, side)]
         if not sides:
             return None
-        side, leaf = sides[0], ins[sides[0]]
-        variables, aval = eqn.invars, eqn.outvars[0].aval
-        product = Product(
-            0,
-            Placed(leaf.way.path),
-            eqn.primitive,
-            eqn.primitive.get_bind_params(eqn.params),
-            side,
-            jaxprs.struct(variables[1 - side].aval),
-            jaxprs.struct(variables[side].aval),
-            jaxprs.struct(aval),
-            jaxprs.where(eqn),
-        )
+        side, leaf, dtype = sides[0], ins[sides[0]], eqn.outvars[0].aval.dtype
+        product = _product_of(eqn, side, leaf.way.path)
         g, m, k, n = product.shape
         lead = (g,) if g > 1 else ()
         if m > _PLACES and product.window > 1:
@@ -299,12 +291,12 @@ class _Runner:
         axes = None if isinstance(leaf.form, Columns) else order_of(matrix, leaf.form.shape, len(lead))
         self.views[(*frame, side)] = None if axes is None else _View(axes, n)
         x = product.inputs(self._dense(ins[1 - side], (*frame, 1 - side)))
-        if jnp.promote_types(x.dtype, form.dtype) != aval.dtype:
-            x = x.astype(aval.dtype)  # an accumulator wider than the operands
+        if jnp.promote_types(x.dtype, form.dtype) != dtype:
+            x = x.astype(dtype)  # an accumulator wider than the operands
         with _precision(eqn.params["precision"]):
             y = matmul(x.reshape(*lead, m, k), form)
         back = jax.linear_transpose(product.outputs, product.y)  # of a permutation it is the inverse
-        return list(back(y.astype(aval.dtype).reshape(g, m, n)))
+        return list(back(y.astype(dtype).reshape(g, m, n)))
 
     def _gather(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
         """A lookup of whole rows decodes these; rows that do not exist are filled as the lookup would."""
@@ -382,6 +374,13 @@ class _Runner:
 
 
 _CONTROL = {"scan": _Runner._scan, "while": _Runner._while, "cond": _Runner._cond}
+
+
+def _product_of(eqn: Any, side: int, path: str) -> Product:
+    """An equation as the product of X and a weight, which is on one of its sides."""
+    y, x, w = (jaxprs.struct(v.aval) for v in (eqn.outvars[0], eqn.invars[1 - side], eqn.invars[side]))
+    params = eqn.primitive.get_bind_params(eqn.params)
+    return Product(0, Placed(path), eqn.primitive, params, side, x, w, y, jaxprs.where(eqn))
 
 
 def _precision(chosen: Any) -> contextlib.AbstractContextManager[Any]:

@@ -88,6 +88,9 @@ def columns(form: Codes) -> Columns:
     """Lays out codes [K, n], or stacked ones [G, K, n], for products. Works under jit; once, when a net is loaded, is
     enough.
 
+    Raises:
+        ValueError: codes of a vector.
+
     Example:
         >>> import lcq
         >>> w = jnp.array([[-1.0, -3.0], [1.0, 3.0]])
@@ -95,6 +98,8 @@ def columns(form: Codes) -> Columns:
         [[[2, 2]]]
     """
     form = form.unpack()
+    if form.codes.ndim < 2:
+        raise ValueError(f"wanted codes of a matrix [K, n], or stacked ones; got {list(form.shape)}")
     *stacked, rows, n = form.codes.shape
     tables = [a for a in (form.levels, form.scale, form.zero) if a is not None]
     *_, b, across = tables[0].shape[: form.codes.ndim] if tables else (1, 1)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from lcq.base import Form
 from lcq.forms import Codes, Factors, Sum
-from lcq.kernels import codes_xla, xnor_pallas_gpu, xnor_pallas_tpu, xnor_xla
+from lcq.kernels import codes_xla, xnor_xla
 from lcq.kernels.columns import Columns, columns
 from lcq.kernels.signs import Signs
 
@@ -30,7 +30,8 @@ def matmul(x: Float[Array, "*rows k"], form: Form, *, kernel: str | None = None)
 
     Codes are laid out for products first, see `columns`: as much work as reading a dense matrix, so weights that are
     used again and again are laid out once. Factors are multiplied one after the other, a sum part by part. Any other
-    form is made dense. Products with codes are exact up to the rounding of float32 sums.
+    form is made dense. Products with codes are exact up to the rounding of float32 sums, of finite activations: with an
+    infinite one a row is not finite, but may be NaN where the dense product is infinite. NaN stays NaN.
 
     Args:
         x: activations [.., k]; for stacked forms [G, .., k].
@@ -153,29 +154,34 @@ def _code_product_jvp(width: int, kernel: str | None, primals: Any, tangents: An
 
 
 def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> Array:
-    by_name: dict[str, Callable[..., Array]] = {
+    by_name: dict[str | None, Callable[..., Array]] = {
         "words": functools.partial(codes_xla.word_by_word, width=width),
         "tiles": functools.partial(codes_xla.in_tiles, width=width),
-        "pallas_tpu": xnor_pallas_tpu.bit_product,
-        "pallas_gpu": xnor_pallas_gpu.bit_product,
     }
     anywhere = by_name["words" if x.shape[0] <= codes_xla.FEW else "tiles"]
-    if kernel is not None:
+    if kernel in by_name:
         return by_name[kernel](x, words)
-    if width != 1 or x.dtype not in (jnp.float32, jnp.bfloat16):
+    if kernel is None and (width != 1 or x.dtype not in (jnp.float32, jnp.bfloat16)):
         return anywhere(x, words)  # what the Pallas kernels do not take
-    gpu = by_name["pallas_gpu"]
-    return jax.lax.platform_dependent(x, words, tpu=by_name["pallas_tpu"], cuda=gpu, default=anywhere)
+    tpu, gpu = (pallas.bit_product for pallas in _pallas())
+    if kernel is not None:
+        return (tpu if kernel == "pallas_tpu" else gpu)(x, words)
+    return jax.lax.platform_dependent(x, words, tpu=tpu, cuda=gpu, default=anywhere)
 
 
 @functools.cache
 def _signs(size: int, layout: str) -> Any:
-    kernels: dict[str, Callable[..., Array]] = {
-        "xla": xnor_xla.xnor,
-        "tpu": xnor_pallas_tpu.xnor,
-        "gpu": xnor_pallas_gpu.xnor,
-    }
-    return _mapped(lambda a, words: kernels[layout](a, words, size))
+    if layout == "xla":
+        return _mapped(lambda a, words: xnor_xla.xnor(a, words, size))
+    tpu, gpu = (pallas.xnor for pallas in _pallas())
+    return _mapped(lambda a, words: (tpu if layout == "tpu" else gpu)(a, words, size))
+
+
+def _pallas() -> tuple[Any, Any]:
+    """The kernels for TPU and GPU."""
+    from lcq.kernels import xnor_pallas_gpu, xnor_pallas_tpu  # here, as they take a sixth of the time of `import lcq`
+
+    return xnor_pallas_tpu, xnor_pallas_gpu
 
 
 def _mapped(product: Any) -> Any:

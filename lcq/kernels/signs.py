@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +39,19 @@ def signs(w: Shaped[Array, "k n"], layout: Layout | None = None) -> Signs:
         w: weights.
         layout: the platform they are for; None is the one that JAX runs on.
 
+    Raises:
+        ValueError: w that are no matrix, another layout.
+
     Example:
         >>> signs(jnp.array([[1.0, -1.0], [-1.0, -1.0], [1.0, 1.0]]), "gpu").words
         Array([[5, 4]], dtype=uint32)
     """
     here: dict[str, Layout] = {"tpu": "tpu", "gpu": "gpu"}
-    layout = layout or here.get(jax.default_backend(), "xla")
+    layout = here.get(jax.default_backend(), "xla") if layout is None else layout
+    if w.ndim != 2 or layout not in get_args(Layout):
+        raise ValueError(
+            f"wanted a matrix [K, n], and a layout of {', '.join(get_args(Layout))} or None; "
+            f"got {list(w.shape)} and {layout!r}"
+        )
     words = xnor_xla.tile(pack_signs(w.T)) if layout == "xla" else pack_columns((w >= 0).astype(jnp.uint8), 1)
     return Signs(words, w.shape[0], w.shape[1], layout)

@@ -26,6 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 
+from lcq.kernels.reference import check_bits, check_signs
+
 _GROUP = 8
 """Words in a group: the rows of a register."""
 
@@ -41,9 +43,7 @@ def xnor(
     unit: Literal["matrix", "popcount"] | None = None,
     interpret: bool = False,
 ) -> Int32[Array, "m n"]:
-    """Product of two matrices of signs, packed along K; a bit is 1 for +1 and 0 for -1.
-
-        y[m, n] = sum_k (2 a[m, k] - 1) (2 b[n, k] - 1) = k - 2 popcount(a[m] ^ b[n])
+    """`reference.xnor`, the product of two matrices of signs, with the words of one down its columns.
 
     Args:
         a: words along rows, zero bits beyond k.
@@ -61,13 +61,7 @@ def xnor(
         >>> xnor(a, b.T, 3, interpret=True)
         Array([[ 1, -3]], dtype=int32)
     """
-    if unit not in (None, "matrix", "popcount"):
-        raise ValueError(f"wanted unit='matrix', 'popcount' or None; got {unit!r}")
-    if a.shape[1] != -(-k // 32) or words.shape[0] != a.shape[1]:
-        raise ValueError(
-            f"wanted {-(-k // 32)} words a row, and as many rows of words, for k={k}; "
-            f"got a {list(a.shape)}, words {list(words.shape)}"
-        )
+    check_signs(a, words, k, unit)
     if unit is None:
         unit = "popcount" if a.shape[0] <= _GROUP else "matrix"
     words = _filled(words)
@@ -130,12 +124,9 @@ def bit_product(
     *,
     interpret: bool = False,
 ) -> Float32[Array, "m n"]:
-    """Product of activations with a matrix of bits, summed in float32.
+    """`reference.code_product` of one bit, summed in float32.
 
-        y[m, n] = sum_k x[m, k] b[n, k],  b in {0, 1}
-
-    With two levels c0 and c1, the product with the weights is c0 sum(x) + (c1 - c0) y. A float32 x is cut into three
-    bfloat16 numbers that add up to it exactly; their products with bits are exact too.
+    A float32 x is cut into three bfloat16 numbers that add up to it exactly; their products with bits are exact too.
 
     Args:
         x: activations.
@@ -150,11 +141,7 @@ def bit_product(
         >>> bit_product(jnp.array([[1.0, 2.0, 4.0]]), words, interpret=True)
         Array([[5., 2.]], dtype=float32)
     """
-    if words.shape[0] != -(-x.shape[1] // 32) or x.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(
-            f"wanted float32 or bfloat16 x, and {-(-x.shape[1] // 32)} rows of words for {x.shape[1]} bits; "
-            f"got x {x.dtype}{list(x.shape)}, words {list(words.shape)}"
-        )
+    check_bits(x, words)
     tiles = _filled(words)
     rows, length = min(x.shape[0], _ROWS), _block(tiles.shape[0], _WORDS)
 

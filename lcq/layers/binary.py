@@ -236,6 +236,13 @@ def conv(
     return affine(y.reshape(*x.shape[: -rank - 1], *y.shape[1:]), weights.alpha, bias, x.dtype)
 
 
+def forward(x: Any, kernel: Array, bias: Array | None, window: Window | None, scale: bool) -> Array:
+    """`conv`, or `dense` without a window."""
+    if window is None:
+        return dense(x, kernel, bias, scale=scale)
+    return conv(x, kernel, bias, window=window, scale=scale)
+
+
 def affine(
     y: Num[Array, "*batch n"], alpha: Float[Array, " n"] | None, bias: Float[Array, " n"] | None, dtype: DTypeLike
 ) -> Float[Array, "*batch n"]:

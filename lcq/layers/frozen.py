@@ -3,12 +3,13 @@
     y = alpha (sign(x) * sign(W)) + bias
 
 The sums are the same whole numbers as in `binary`, so what follows them gives the same results. No gradient passes
-to x.
+to x. Batch norm and a sign behind the sums are a comparison of whole numbers, and nothing but bits leaves the layer.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
-from lcq.kernels.columns import pack_signs
+from lcq.kernels.columns import pack_columns, pack_signs
 from lcq.kernels.matmul import binary_matmul
+from lcq.kernels.reference import fields
 from lcq.kernels.signs import Layout, Signs, signs
 from lcq.layers.binary import Window, affine, binarize, check_window
 from lcq.unfold import patches
@@ -25,7 +27,7 @@ from lcq.unfold import patches
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["weights", "taps", "alpha", "bias"],
+    data_fields=["weights", "taps", "alpha", "bias", "threshold"],
     meta_fields=["inputs", "window"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Frozen:
         bias: [n], None is 0.
         inputs: c, channels of x.
         window: None for a dense layer.
+        threshold: of the sums, where their signs leave the layer; then alpha and bias are in it, and None.
     """
 
     weights: Signs
@@ -47,6 +50,41 @@ class Frozen:
     bias: Any
     inputs: int
     window: Window | None
+    threshold: "Threshold | None" = None
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["channels"])
+@dataclasses.dataclass(frozen=True)
+class Bits:
+    """Signs of activations on their way from one frozen layer to the next.
+
+    Attributes:
+        words: uint32 [.., w], see `pack_signs`.
+        channels: c, how many signs there are.
+    """
+
+    words: Any
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of the activations."""
+        return (*self.words.shape[:-1], self.channels)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what is held."""
+        return np.dtype(bool)
+
+    def reshape(self, *shape: int) -> "Bits":
+        """The same signs in another shape, as where images become vectors.
+
+        Example:
+            >>> Bits(pack_signs(jnp.array([[[1.0, -1.0], [-1.0, 1.0]]])), 2).reshape(1, -1)
+            Bits(words=Array([[9]], dtype=uint32), channels=4)
+        """
+        bits = fields(self.words[..., None], 1)[..., : self.channels, 0].reshape(*shape)
+        return Bits(pack_columns(bits[..., None], 1)[..., 0], bits.shape[-1])
 
 
 def freeze(
@@ -55,6 +93,7 @@ def freeze(
     *,
     window: Window | None = None,
     scale: bool = True,
+    norm: Mapping[str, Any] | None = None,
     layout: Layout | None = None,
 ) -> Frozen:
     """Packs the signs of a layer's weights, once.
@@ -64,29 +103,37 @@ def freeze(
         bias: [n].
         window: of a convolution.
         scale: whether there is an alpha.
+        norm: numbers of a batch norm behind the layer, as `fold_threshold` names them; then the layer gives `Bits`, the
+            signs of what batch norm would give, to the next one.
         layout: the platform the signs are for; None is the one that JAX runs on.
 
     Raises:
-        ValueError: a kernel that is not of the window's size.
+        ValueError: a kernel that is not of the window's size; a batch norm of another number of channels.
 
     Example:
-        >>> layer = freeze(jnp.array([[3.0, -0.5], [-1.0, 0.5]]))
-        >>> apply(layer, jnp.array([[0.3, -2.0]]))
+        >>> kernel, x = jnp.array([[3.0, -0.5], [-1.0, 0.5]]), jnp.array([[0.3, -2.0]])
+        >>> apply(freeze(kernel), x)
         Array([[ 4., -1.]], dtype=float32)
+        >>> apply(freeze(kernel, norm={"mean": jnp.array([5.0, -2.0]), "var": jnp.ones(2)}), x)
+        Bits(words=Array([[2]], dtype=uint32), channels=2)
     """
     if window is None and kernel.ndim != 2:
         raise ValueError(f"wanted a kernel [c, n], or a window; got {list(kernel.shape)}")
     weights = binarize(kernel, scale)
     *_, c, n = kernel.shape
-    if window is None:
-        return Frozen(signs(weights.signs, layout), None, weights.alpha, bias, c, None)
-    check_window(kernel, window)
-    filled = jnp.pad(weights.signs.reshape(-1, c, n), ((0, 0), (0, -c % 32), (0, 0)), constant_values=-1)
-    taps = weights.signs.sum(-2).astype(jnp.int32) if window.pads else None
-    return Frozen(signs(filled.reshape(-1, n), layout), taps, weights.alpha, bias, c, window)
+    rows, taps = weights.signs, None
+    if window is not None:
+        check_window(kernel, window)
+        filled = jnp.pad(rows.reshape(-1, c, n), ((0, 0), (0, -c % 32), (0, 0)), constant_values=-1)
+        taps = rows.sum(-2).astype(jnp.int32) if window.pads else None
+        rows = filled.reshape(-1, n)
+    layer = Frozen(signs(rows, layout), taps, weights.alpha, bias, c, window)
+    if norm is None:
+        return layer
+    return dataclasses.replace(layer, threshold=fold_threshold(layer, **norm), alpha=None, bias=None)
 
 
-def apply(layer: Frozen, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+def apply(layer: Frozen, x: Shaped[Array, "..."] | Bits) -> Float[Array, "..."] | Bits:
     """y = alpha (sign(x) * sign(W)) + bias, as `binary.dense` and `binary.conv` have it.
 
     The sums are equal, and from there on it is the same computation: float32 results differ by one rounding at most,
@@ -94,10 +141,13 @@ def apply(layer: Frozen, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
 
     Args:
         layer: the weights.
-        x: [*batch, c], or [*batch, *spatial, c].
+        x: [*batch, c], or [*batch, *spatial, c]; or its signs, of the layer before.
+
+    Returns:
+        y in x's dtype, in float32 of signs; of a layer with a threshold the signs of y behind its batch norm.
 
     Raises:
-        ValueError: x that do not fit or are not floating-point.
+        ValueError: x that do not fit or are neither floating-point nor `Bits`.
 
     Example:
         >>> from lcq.layers.binary import window
@@ -105,11 +155,15 @@ def apply(layer: Frozen, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
         >>> apply(layer, jnp.ones((1, 4, 1)))[0, :, 0]
         Array([1. , 1.5, 1.5, 1. ], dtype=float32)
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.shape[-1:] != (layer.inputs,):
+    if not (isinstance(x, Bits) or jnp.issubdtype(x.dtype, jnp.floating)) or x.shape[-1:] != (layer.inputs,):
         raise ValueError(
             f"wanted floating-point x [.., {layer.inputs}]; got {x.dtype}{list(x.shape)}; channels are last"
         )
-    return affine(product(layer, pack_signs(x)), layer.alpha, layer.bias, x.dtype)
+    words, dtype = (x.words, "float32") if isinstance(x, Bits) else (pack_signs(x), x.dtype)
+    y = product(layer, words)
+    if layer.threshold is not None:
+        return Bits(threshold_signs(layer.threshold, y), layer.weights.count)
+    return affine(y, layer.alpha, layer.bias, dtype)
 
 
 def product(layer: Frozen, words: UInt32[Array, "..."]) -> Int32[Array, "..."]:

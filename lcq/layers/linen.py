@@ -1,4 +1,8 @@
-"""Binary layers for flax linen. They train on the collection "params", and run packed where there is one "frozen"."""
+"""Binary layers for flax linen. They train on the collection "params", and run packed where there is one "frozen".
+
+A batch norm between two of them is best given to the first, as its `norm`. It trains as ever; frozen, its running
+averages and the sign of the next layer are one threshold, and nothing but bits passes between the layers.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +13,7 @@ from jaxtyping import Array, Shaped
 
 from lcq.layers import binary, frozen
 from lcq.layers.binary import Padding, Window
+from lcq.layers.frozen import Bits
 
 _NAME = "layer"
 """Of a layer's variable in the collection "frozen"."""
@@ -26,6 +31,7 @@ class BinaryDense(nn.Module):
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
+        norm: a batch norm of y, if the layer behind it is binary too: frozen, its signs are all that is left of it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,9 +48,10 @@ class BinaryDense(nn.Module):
     param_dtype: Any = "float32"
     kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
+    norm: nn.BatchNorm | None = None
 
     @nn.compact
-    def __call__(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    def __call__(self, x: Shaped[Array, "..."] | Bits) -> Shaped[Array, "..."] | Bits:
         return _layer(self, x, None)
 
 
@@ -66,6 +73,7 @@ class BinaryConv(nn.Module):
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
+        norm: a batch norm of y, if the layer behind it is binary too: frozen, its signs are all that is left of it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,9 +96,10 @@ class BinaryConv(nn.Module):
     param_dtype: Any = "float32"
     kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
+    norm: nn.BatchNorm | None = None
 
     @nn.compact
-    def __call__(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    def __call__(self, x: Shaped[Array, "..."] | Bits) -> Shaped[Array, "..."] | Bits:
         window = binary.window(
             self.kernel_size,
             strides=self.strides,
@@ -101,18 +110,28 @@ class BinaryConv(nn.Module):
         return _layer(self, x, window)
 
 
-def _layer(module: Any, x: Array, window: Window | None) -> Array:
+def _layer(module: Any, x: Any, window: Window | None) -> Any:
     """Both layers; a dense one has no window."""
     if module.has_variable("frozen", _NAME):
         return frozen.apply(module.get_variable("frozen", _NAME), x)
     shape = (*(window.size if window else ()), x.shape[-1], module.features)
     kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
     bias = module.param("bias", module.bias_init, shape[-1:], module.param_dtype) if module.use_bias else None
+    y = binary.forward(x, kernel, bias, window, module.scale)
+    y = y if module.norm is None else module.norm(y)
     if module.is_mutable_collection("frozen") and not module.is_initializing():
-        module.put_variable("frozen", _NAME, frozen.freeze(kernel, bias, window=window, scale=module.scale))
-    if window is None:
-        return binary.dense(x, kernel, bias, scale=module.scale)
-    return binary.conv(x, kernel, bias, window=window, scale=module.scale)
+        numbers = None if module.norm is None else _numbers(module.norm)
+        packed = frozen.freeze(kernel, bias, window=window, scale=module.scale, norm=numbers)
+        module.put_variable("frozen", _NAME, packed)
+    return y
+
+
+def _numbers(norm: Any) -> dict[str, Any]:
+    """Of a batch norm that was called, for its threshold."""
+    if not isinstance(norm, nn.BatchNorm) or norm.axis != -1:
+        raise ValueError(f"norm: wanted a BatchNorm of the last axis; got {norm!r}; call others behind the layer")
+    params = norm.variables.get("params", {})
+    return {**norm.variables["batch_stats"], **params, "epsilon": norm.epsilon}
 
 
 def freeze(net: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -130,7 +149,7 @@ def freeze(net: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
         Variables for `net.apply`, with one `lcq.layers.frozen.Frozen` for each layer.
 
     Raises:
-        ValueError: a net in which the call meets no binary layer.
+        ValueError: a net in which the call meets no binary layer; a `norm` that is no batch norm of the last axis.
 
     Example:
         >>> import jax.numpy as jnp
@@ -141,6 +160,21 @@ def freeze(net: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
         >>> {name: list(tree) for name, tree in packed.items()}
         {'batch_stats': ['layers_1'], 'params': ['layers_1'], 'frozen': ['layers_0', 'layers_2']}
         >>> bool(jnp.allclose(net.apply(packed, x), net.apply(variables, x)))
+        True
+
+        All of a net in whole numbers and bits, until the last layer gives floats:
+
+        >>> class Net(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train=False):
+        ...         norm = lambda: nn.BatchNorm(use_running_average=not train)
+        ...         x = BinaryConv(40, (3, 3), norm=norm())(x)
+        ...         x = BinaryConv(20, (3, 3), strides=2, norm=norm())(x)
+        ...         return BinaryDense(3)(x.reshape(x.shape[0], -1))
+        >>> x = jnp.sin(jnp.arange(64.0)).reshape(1, 4, 4, 4)
+        >>> variables = jax.jit(Net().init)(jax.random.key(1), x)
+        >>> packed = freeze(Net(), variables, x)
+        >>> bool(jnp.allclose(Net().apply(packed, x), Net().apply(variables, x)))
         True
     """
 

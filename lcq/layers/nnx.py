@@ -1,4 +1,8 @@
-"""Binary layers for flax nnx. They train on their parameters; `freeze` packs those of a net, or of one layer."""
+"""Binary layers for flax nnx. They train on their parameters; `freeze` packs those of a net, or of one layer.
+
+A batch norm between two of them is best given to the first, as its `norm`. It trains as ever; frozen, its running
+averages and the sign of the next layer are one threshold, and nothing but bits passes between the layers.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -10,6 +14,7 @@ from jaxtyping import Array, Shaped
 
 from lcq.layers import binary, frozen
 from lcq.layers.binary import Padding, Window
+from lcq.layers.frozen import Bits
 
 _KERNEL, _BIAS = nnx.initializers.lecun_normal(), nnx.initializers.zeros_init()
 
@@ -27,6 +32,7 @@ class BinaryLayer(nnx.Module):
         packed: `Packed` if frozen, else None.
         window: of a convolution, None for a dense layer.
         scale: whether there is an alpha, the mean of |W| for each output.
+        norm: `nnx.BatchNorm` behind it, or None; None if frozen.
     """
 
     def __init__(
@@ -35,31 +41,43 @@ class BinaryLayer(nnx.Module):
         bias: Shaped[Array, " n"] | None,
         window: Window | None,
         scale: bool,
+        norm: nnx.BatchNorm | None,
     ) -> None:
+        if norm is not None and not (isinstance(norm, nnx.BatchNorm) and norm.axis == -1):
+            raise ValueError(
+                f"norm: wanted a BatchNorm of the last axis; got {type(norm).__name__}; call others behind the layer"
+            )
         self.kernel: nnx.Param | None = nnx.data(nnx.Param(kernel))
         self.bias: nnx.Param | None = nnx.data(None if bias is None else nnx.Param(bias))
         self.packed: Packed | None = nnx.data(None)
+        self.norm: nnx.BatchNorm | None = nnx.data(norm)
         self.window = window
         self.scale = scale
 
-    def __call__(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    def __call__(self, x: Shaped[Array, "..."] | Bits) -> Shaped[Array, "..."] | Bits:
         if self.packed is not None:
             return frozen.apply(self.packed.get_value(), x)
-        kernel, bias = self._parameters()
-        if self.window is None:
-            return binary.dense(x, kernel, bias, scale=self.scale)
-        return binary.conv(x, kernel, bias, window=self.window, scale=self.scale)
+        y = binary.forward(x, *self._parameters(), self.window, self.scale)
+        return y if self.norm is None else self.norm(y)
 
     def freeze(self) -> None:
         """Packs the parameters of this layer, in place; `lcq.layers.nnx.freeze` leaves a net as it is."""
         if self.packed is None:
             kernel, bias = self._parameters()
-            self.packed = Packed(frozen.freeze(kernel, bias, window=self.window, scale=self.scale))
-            self.kernel = self.bias = None
+            norm = None if self.norm is None else _numbers(self.norm)
+            self.packed = Packed(frozen.freeze(kernel, bias, window=self.window, scale=self.scale, norm=norm))
+            self.kernel = self.bias = self.norm = None
 
     def _parameters(self) -> tuple[Array, Array | None]:
         assert self.kernel is not None
         return self.kernel.get_value(), None if self.bias is None else self.bias.get_value()
+
+
+def _numbers(norm: nnx.BatchNorm) -> dict[str, Any]:
+    """Of a batch norm, for its threshold."""
+    variables = {"mean": norm.mean, "var": norm.var, "scale": norm.scale, "bias": norm.bias}
+    given = {name: variable.get_value() for name, variable in variables.items() if variable is not None}
+    return {**given, "epsilon": norm.epsilon}
 
 
 class BinaryDense(BinaryLayer):
@@ -73,7 +91,11 @@ class BinaryDense(BinaryLayer):
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
+        norm: a batch norm of y, if the layer behind it is binary too: frozen, its signs are all that is left of it.
         rngs: keys.
+
+    Raises:
+        ValueError: a `norm` that is no batch norm of the last axis.
 
     Example:
         >>> layer = BinaryDense(40, 3, rngs=nnx.Rngs(0))
@@ -93,11 +115,12 @@ class BinaryDense(BinaryLayer):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Callable[..., Any] = _KERNEL,
         bias_init: Callable[..., Any] = _BIAS,
+        norm: nnx.BatchNorm | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        super().__init__(kernel, bias, None, scale)
+        super().__init__(kernel, bias, None, scale, norm)
 
 
 class BinaryConv(BinaryLayer):
@@ -118,7 +141,11 @@ class BinaryConv(BinaryLayer):
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
+        norm: a batch norm of y, if the layer behind it is binary too: frozen, its signs are all that is left of it.
         rngs: keys.
+
+    Raises:
+        ValueError: a `norm` that is no batch norm of the last axis.
 
     Example:
         >>> layer = BinaryConv(4, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))
@@ -143,6 +170,7 @@ class BinaryConv(BinaryLayer):
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Callable[..., Any] = _KERNEL,
         bias_init: Callable[..., Any] = _BIAS,
+        norm: nnx.BatchNorm | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         window = binary.window(
@@ -150,7 +178,7 @@ class BinaryConv(BinaryLayer):
         )
         kernel = kernel_init(rngs.params(), (*window.size, in_features, out_features), param_dtype)
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        super().__init__(kernel, bias, window, scale)
+        super().__init__(kernel, bias, window, scale, norm)
 
 
 _Net = TypeVar("_Net", bound=nnx.Module)
@@ -172,6 +200,19 @@ def freeze(net: _Net) -> _Net:
         >>> x = rngs.normal((2, 40))
         >>> bool(jnp.allclose(packed(x), net(x))), len(nnx.to_flat_state(nnx.state(packed, Packed)))
         (True, 1)
+
+        All of a net in whole numbers and bits, until the last layer gives floats:
+
+        >>> net = nnx.Sequential(
+        ...     BinaryConv(4, 40, (3, 3), norm=nnx.BatchNorm(40, rngs=rngs), rngs=rngs),
+        ...     BinaryConv(40, 20, (3, 3), strides=2, norm=nnx.BatchNorm(20, rngs=rngs), rngs=rngs),
+        ...     lambda x: x.reshape(x.shape[0], -1),
+        ...     BinaryDense(80, 3, rngs=rngs),
+        ... )
+        >>> net.eval()
+        >>> x = rngs.normal((2, 4, 4, 4))
+        >>> bool(jnp.allclose(freeze(net)(x), net(x)))
+        True
     """
     copy = nnx.clone(net)
     layers = [node for _, node in nnx.iter_modules(copy) if isinstance(node, BinaryLayer)]

@@ -198,6 +198,18 @@ def test_no_rows_and_float64_are_fine(scheme):
     near(y, x, form.dense())
 
 
+@pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.Ternary(), lcq.KMeans(4)], ids=repr)
+@pytest.mark.parametrize("rows", [2, 12])
+def test_a_row_with_an_infinity_is_not_finite_and_one_with_nan_is_nan(scheme, rows):
+    form, x = form_of(scheme), RNG.normal(size=(rows, 70)).astype(np.float32)
+    for at, value in ((5, np.inf), (40, -np.inf)):
+        bad = x.copy()
+        bad[0, at], bad[1, at] = value, np.nan
+        y = product(jnp.asarray(bad), form)
+        assert not np.isfinite(y[0]).any() and np.isnan(y[1]).all()
+        near(y[2:], x[2:], form.dense())
+
+
 def test_what_does_not_fit_is_refused():
     form = form_of(lcq.KMeans(4))
     with pytest.raises(ValueError, match=r"wanted x \[.., k\] and a form \(k, n\).*got \[2, 71\] and \[70, 130\]"):
@@ -210,6 +222,8 @@ def test_what_does_not_fit_is_refused():
         matmul(jnp.zeros((2, 70)), form, kernel="words")
     with pytest.raises(ValueError, match="'pallas_tpu' wants codes of 1 bit; got 4 bits"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.Uniform(3, per=(35, 1), zero_point=True)), kernel="pallas_tpu")
+    with pytest.raises(ValueError, match=r"wanted codes of a matrix \[K, n\], or stacked ones; got \[6\]"):
+        columns(lcq.KMeans(2).project(jnp.arange(6.0)))
     with pytest.raises(ValueError, match="'tiles' multiplies codes; got Factors"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.LowRank(3)), kernel="tiles")
 

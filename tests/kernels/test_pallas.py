@@ -4,6 +4,8 @@ Emulation proves what a kernel means, not that it compiles: tests/aot does that.
 """
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +71,16 @@ def test_no_bit_of_a_float32_is_lost(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_makes_its_row_nan(backend, value):
+    x, b = np.ones((3, 70), np.float32), random_bits(5, 70, seed=0)
+    x[1, 40] = value
+    y = np.asarray(bit_product(jnp.asarray(x), words_of(b), backend))
+    assert np.isnan(y[1]).all()
+    np.testing.assert_array_equal(y[::2], np.stack([b.sum(1)] * 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("m", "counts"), [(1, True), (8, True), (9, False)])
 def test_bits_are_counted_up_to_eight_rows(backend, m, counts):
     a, b = np.zeros((m, 8), np.uint32), np.zeros((8, 8), np.uint32)
@@ -105,3 +117,10 @@ def test_operands_of_bit_product_that_do_not_fit_are_refused(backend, dtype):
         ValueError, match="wanted float32 or bfloat16 x, and 2 rows of words for 40 bits; got x " + dtype
     ):
         jax.eval_shape(call, np.zeros((2, 40), dtype), np.zeros((rows, 5), np.uint32))
+
+
+def test_lcq_is_imported_without_pallas():
+    code = (
+        "import lcq, sys; assert not {f'jax.experimental.pallas.{name}' for name in ('tpu', 'triton')} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,16 @@ from lcq.kernels.columns import pack_signs
 from lcq.kernels.matmul import binary_matmul
 from lcq.kernels.signs import signs
 
-SHAPES = [(1, 1, 1), (1, 31, 5), (2, 32, 64), (3, 33, 65), (5, 200, 100), (17, 4096, 3), (4, 4128, 70), (2, 8300, 64)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 31, 5),
+    (2, 32, 64),
+    (3, 33, 65),
+    (5, 200, 250),
+    (17, 4096, 3),
+    (4, 4128, 70),
+    (2, 8300, 64),
+]
 
 
 def drawn(m, k, n):
@@ -55,11 +64,28 @@ def test_mapped_over_rows_and_over_weights():
     np.testing.assert_array_equal(each[0], s[:2] @ t.T)
 
 
-def test_a_tile_of_columns_stays_innermost_in_the_compiled_program():
+@pytest.mark.parametrize("columns", [64, 256])
+def test_a_tile_of_columns_stays_innermost_in_the_compiled_program(columns):
     """Lost, the loops are turned round and the product is slower by 5 to 30."""
-    a, tiles = jax.ShapeDtypeStruct((16, 32), jnp.uint32), jax.ShapeDtypeStruct((8, 32, 64), jnp.uint32)
+    a, tiles = jax.ShapeDtypeStruct((16, 32), jnp.uint32), jax.ShapeDtypeStruct((8, 32, columns), jnp.uint32)
     text = jax.jit(xnor_xla.xnor, static_argnums=2).lower(a, tiles, 1024).compile().as_text()
-    assert re.search(r"s32\[8,16,64\]\{2,1,0\} fusion\(", text), text
+    assert re.search(rf"s32\[8,16,{columns}\]\{{2,1,0\}} fusion\(", text), text
+
+
+@pytest.mark.parametrize(
+    ("n", "words", "tiles"),
+    [
+        (1024, 32, (4, 256)),
+        (1024, 64, (8, 128)),
+        (1024, 65, (16, 64)),
+        (64, 2, (1, 64)),
+        (192, 2, (3, 64)),
+        (250, 2, (1, 256)),
+    ],
+)
+def test_tiles_are_wide_if_they_fit_a_cache_and_hold_no_more(n, words, tiles):
+    t, c = tiles
+    assert jax.eval_shape(xnor_xla.tile, jax.ShapeDtypeStruct((n, words), jnp.uint32)).shape == (t, words, c)
 
 
 @pytest.mark.parametrize("rows", [(), (1,), (3, 4), (20,), (0,)], ids=str)
@@ -69,6 +95,12 @@ def test_the_door_multiplies_packed_signs(rows):
     y = jax.jit(binary_matmul)(pack_signs(jnp.asarray(x)), signs(jnp.asarray(w)))
     assert y.shape == (*rows, 9) and y.dtype == jnp.int32
     np.testing.assert_array_equal(y, np.where(x >= 0, 1, -1) @ np.where(w >= 0, 1, -1))
+
+
+def test_signs_of_what_is_no_matrix_and_for_no_platform_are_refused():
+    for w, layout in ((jnp.ones(3), None), (jnp.ones((3, 2)), "cuda")):
+        with pytest.raises(ValueError, match=r"wanted a matrix .* and a layout of xla, tpu, gpu or None; got .3"):
+            signs.__wrapped__(w, layout)
 
 
 def test_the_door_wants_as_many_signs_as_there_are_weights():

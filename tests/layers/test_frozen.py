@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -72,30 +73,85 @@ def test_thresholds_are_those_of_the_float32_layers_to_the_last_rounding(given):
     np.testing.assert_array_equal(bits(frozen.threshold_signs(threshold, y)), np.asarray(z) >= 0)
 
 
-def test_nothing_but_bits_between_two_layers():
-    window = binary.window((3, 3))
+def short(*values, size):
+    """Numbers of few digits, of which float32 computes without rounding, so that ties are ties."""
+    return RNG.choice(np.array(values, np.float32), size)
+
+
+def norm_of(n):
+    return {
+        "mean": short(-3, 0, 0.5, 2, size=n),
+        "var": short(0.25, 1, 4, 16, size=n),
+        "scale": short(-2, -0.5, 0, 0.5, 1, size=n),
+        "bias": short(-1, -0.5, 0, 1, 2, size=n),
+    }
+
+
+def signs_of(x):
+    return np.where(np.asarray(x, np.float64) >= 0, 1, -1)
+
+
+def convolve(s, t):
+    """A window of 3 x 3, zeros around the image."""
+    _, h, w, _ = s.shape
+    s = np.pad(s, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return sum(s[:, i : i + h, j : j + w] @ t[i, j] for i in range(3) for j in range(3))
+
+
+def normed(y, norm):
+    norm = {name: np.asarray(a, np.float64) for name, a in norm.items()}
+    return norm["scale"] * (y - norm["mean"]) / np.sqrt(norm["var"]) + norm["bias"]
+
+
+def test_a_net_of_layers_with_batch_norm_is_bits_until_its_end():
     x = jnp.asarray(RNG.normal(size=(2, 5, 6, 40)), jnp.float32)
-    w1, w2 = (RNG.normal(size=shape).astype(np.float32) for shape in ((3, 3, 40, 35), (3, 3, 35, 4)))
-    b, mean, beta = (jnp.asarray(RNG.normal(size=35), jnp.float32) for _ in range(3))
-    gamma = jnp.asarray(RNG.choice([-2, -0.3, 0, 0.7, 1.1], 35), jnp.float32)
-    norm = {"mean": mean, "var": jnp.full(35, 9.0), "scale": gamma, "bias": beta}
+    shapes = (3, 3, 40, 35), (3, 3, 35, 20), (600, 4)
+    kernels = [short(-0.5, 0.5, size=shape) for shape in shapes]
+    biases = [short(0, 0.5, -1, 2, size=shape[-1]) for shape in shapes]
+    norms = [norm_of(35), norm_of(20), None]
+    window = binary.window((3, 3))
 
     @jax.jit
-    def prepared(w1, w2, b, norm):
-        one = frozen.freeze(w1, b, window=window)
-        return one, frozen.freeze(w2, window=window), frozen.fold_threshold(one, **norm)
+    def prepared(kernels, biases, norms):
+        given = zip(kernels, biases, (window, window, None), norms, strict=True)
+        return [
+            frozen.freeze(w, b, window=window, norm=None if norm is None else {**norm, "epsilon": 0.0})
+            for w, b, window, norm in given
+        ]
 
-    one, two, threshold = prepared(jnp.asarray(w1), jnp.asarray(w2), b, norm)
+    layers = prepared(*jax.tree.map(jnp.asarray, (kernels, biases, norms)))
+    assert all(layer.alpha is layer.bias is None for layer in layers[:2])
 
-    def rest(words):
-        return frozen.product(two, frozen.threshold_signs(threshold, frozen.product(one, words)))
+    def net(layers, x):
+        h = frozen.apply(layers[1], frozen.apply(layers[0], x))
+        assert h.shape == (2, 5, 6, 20) and h.dtype == bool
+        return frozen.apply(layers[2], h.reshape(2, -1))
 
-    h = np.asarray(jax.jit(functools.partial(binary.conv, window=window))(x, jnp.asarray(w1), b), np.float64)
-    h = np.asarray(gamma) * (h - np.asarray(mean)) / np.sqrt(9.0 + 1e-5) + np.asarray(beta)
-    second = jax.jit(functools.partial(binary.conv, window=window, scale=False))
-    y = second(jnp.asarray(h, jnp.float32), jnp.asarray(w2))
-    np.testing.assert_array_equal(jax.jit(rest)(pack_signs(x)), y)
-    assert "f32" not in str(jax.make_jaxpr(rest)(pack_signs(x)))
+    s, ties = signs_of(x), []
+    for t, b, norm in zip(kernels[:2], biases[:2], norms[:2], strict=True):
+        z = normed(0.5 * convolve(s, signs_of(t)) + b, norm)
+        ties += [(z[..., np.sign(norm["scale"]) == side] == 0).any() for side in (-1, 0, 1)]
+        s = signs_of(z)
+    assert all(ties)
+    y = jax.jit(net)(layers, x)
+    np.testing.assert_array_equal(y, 0.5 * (s.reshape(2, -1) @ signs_of(kernels[2])) + biases[2])
+    floats = set(re.findall(r"f32\[([\d,]*)\]", str(jax.make_jaxpr(net)(layers, x))))
+    assert floats <= {"", "2,5,6,40", "2,4", "4", "1,4"}, floats
+
+
+def test_bits_keep_their_places_in_another_shape():
+    x = RNG.normal(size=(2, 3, 37))
+    packed = frozen.Bits(pack_signs(jnp.asarray(x)), 37)
+    for shape in ((6, 37), (2, -1), (3, 2, 37), (222,)):
+        moved = packed.reshape(*shape)
+        assert moved.shape == x.reshape(shape).shape
+        np.testing.assert_array_equal(bits(moved.words, moved.channels), x.reshape(shape) >= 0)
+
+
+def test_bits_of_another_layer_are_refused():
+    layer = frozen.freeze(jnp.ones((5, 3)))
+    with pytest.raises(ValueError, match=r"wanted floating-point x \[.., 5\]; got bool\[2, 4\]"):
+        frozen.apply(layer, frozen.Bits(jnp.zeros((2, 1), jnp.uint32), 4))
 
 
 def test_numbers_of_batch_norm_are_one_for_each_channel():

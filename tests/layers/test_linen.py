@@ -78,6 +78,62 @@ def test_weights_compressed_by_lcq_run_frozen(trained):
     np.testing.assert_array_equal(alpha, jnp.abs(params["conv3"]["kernel"][0, 0, 0]))
 
 
+class Folded(nn.Module):
+    """Two convolutions and a dense layer, with a batch norm behind the first two; in them, or between."""
+
+    inside: bool
+
+    @nn.compact
+    def __call__(self, x):
+        for i, (n, size, strides) in enumerate([(33, (3, 3), 1), (7, (2, 3), 2)]):
+            norm = nn.BatchNorm(use_running_average=True, epsilon=0.0, name=f"norm{i}")
+            layer = BinaryConv(n, size, strides, norm=norm if self.inside else None, name=f"conv{i}")
+            x = layer(x) if self.inside else norm(layer(x))
+        return BinaryDense(5, use_bias=False, name="dense")(x.reshape(*x.shape[:-3], -1))
+
+
+def test_batch_norm_and_sign_are_folded_where_the_layer_has_the_norm():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 5, 6, 9)), jnp.float32)
+
+    def short(path, a):
+        """Few digits, so that nothing is rounded and ties are ties."""
+        of = {"kernel": (-0.5, 0.5), "scale": (-2, -0.5, 0, 1), "var": (0.25, 1, 4), "mean": (-2, 0.5, 1)}
+        return jnp.asarray(rng.choice(of.get(path[-1].key, (-1, 0, 0.5, 2)), a.shape), a.dtype)
+
+    shapes = jax.eval_shape(Folded(False).init, jax.random.key(0), x)
+    variables = jax.tree_util.tree_map_with_path(short, shapes)
+    chex.assert_trees_all_equal_shapes(jax.eval_shape(Folded(True).init, jax.random.key(0), x), variables)
+    net = Folded(True)
+    packed = freeze(net, variables, x)
+    assert packed["frozen"]["conv0"]["layer"].threshold is not None
+
+    @jax.jit
+    def all_of_it(variables, packed, x):
+        return Folded(False).apply(variables, x), net.apply(variables, x), net.apply(packed, x)
+
+    plain, trained, frozen = all_of_it(variables, packed, x)
+    np.testing.assert_array_equal(trained, plain)
+    np.testing.assert_array_equal(frozen, plain)
+
+
+def test_a_norm_that_belongs_to_its_layer_moves_with_it():
+    norm = nn.BatchNorm(use_running_average=True, use_scale=False)
+    net, x = nn.Sequential([BinaryDense(40, norm=norm), BinaryDense(3)]), jnp.ones((2, 9))
+    variables = drawn(net, x)
+    assert set(variables["params"]["layers_0"]) == {"kernel", "bias", "norm"}
+    packed = freeze(net, variables, x)
+    assert packed["params"] == {}
+    apply = jax.jit(net.apply)
+    np.testing.assert_allclose(apply(packed, x), apply(variables, x), rtol=1e-6)
+
+
+def test_another_norm_is_refused():
+    net, x = BinaryDense(3, norm=nn.BatchNorm(use_running_average=True, axis=0)), jnp.ones((3, 3))
+    with pytest.raises(ValueError, match="norm: wanted a BatchNorm of the last axis; got BatchNorm"):
+        freeze(net, drawn(net, x), x)
+
+
 def test_training_lowers_the_loss():
     x = jax.random.normal(jax.random.key(0), (64, 16))
     labels = (x[:, :8].sum(1) > x[:, 8:].sum(1)).astype(jnp.int32)

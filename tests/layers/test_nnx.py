@@ -74,6 +74,50 @@ def test_a_layer_alone_is_the_function_on_arrays():
         np.testing.assert_allclose(call(layer, x), y, rtol=1e-6, atol=1e-6)
 
 
+def test_batch_norm_and_sign_are_folded_where_the_layer_has_the_norm():
+    rng, rngs = np.random.default_rng(0), nnx.Rngs(0)
+    of = {"kernel": (-0.5, 0.5), "scale": (-2, -0.5, 0, 1), "var": (0.25, 1, 4), "mean": (-2, 0.5, 1)}
+
+    def short(name):
+        """Few digits, so that nothing is rounded and ties are ties."""
+        return lambda key, shape, dtype: jnp.asarray(rng.choice(of.get(name, (-1, 0, 0.5, 2)), shape), dtype)
+
+    def norm_of(n):
+        norm = nnx.BatchNorm(n, epsilon=0.0, scale_init=short("scale"), bias_init=short("bias"), rngs=rngs)
+        norm.mean[...], norm.var[...] = (short(name)(None, (n,), jnp.float32) for name in ("mean", "var"))
+        return norm
+
+    given = {"kernel_init": short("kernel"), "bias_init": short("bias"), "rngs": rngs}
+    net = nnx.Sequential(
+        BinaryConv(9, 33, (3, 3), norm=norm_of(33), **given),
+        BinaryConv(33, 7, (2, 3), strides=2, norm=norm_of(7), **given),
+        lambda x: x.reshape(x.shape[0], -1),
+        BinaryDense(63, 5, use_bias=False, **given),
+    )
+    net.eval()
+    x = jnp.asarray(rng.normal(size=(3, 5, 6, 9)), jnp.float32)
+
+    packed = freeze(net)
+    assert not list(nnx.to_flat_state(nnx.state(packed, (nnx.Param, nnx.BatchStat))))
+
+    @nnx.jit
+    def all_of_it(net, packed, x):
+        h = x
+        for layer in net.layers[:2]:
+            h = layer.norm(binary.conv(h, layer.kernel[...], layer.bias[...], window=layer.window))
+        return binary.dense(h.reshape(3, -1), net.layers[3].kernel[...]), net(x), packed(x)
+
+    plain, trained, frozen = all_of_it(net, packed, x)
+    np.testing.assert_array_equal(trained, plain)
+    np.testing.assert_array_equal(frozen, plain)
+
+
+def test_another_norm_is_refused():
+    norm, rngs = nnx.BatchNorm(3, axis=0, use_scale=False, use_bias=False, rngs=nnx.Rngs(0)), nnx.Rngs(0)
+    with pytest.raises(ValueError, match="norm: wanted a BatchNorm of the last axis; got BatchNorm"):
+        BinaryDense(3, 3, norm=norm, kernel_init=uniform, bias_init=uniform, rngs=rngs)
+
+
 def test_training_lowers_the_loss():
     x = jax.random.normal(jax.random.key(0), (64, 16))
     labels = (x[:, :8].sum(1) > x[:, 8:].sum(1)).astype(jnp.int32)
