@@ -102,6 +102,8 @@ def test_spellings(text, scheme):
     ("scheme", "text"),
     [
         (lcq.KMeans(4), "KMeans(4)"),
+        (lcq.KMeans(4, rate=0), "KMeans(4)"),
+        (lcq.KMeans(16, rate=1), "KMeans(16, rate=1.0)"),
         (lcq.Levels((-1, 1), scale=True), "Binary()"),
         (lcq.Levels((-1, 1), scale=True, exact=True), "Levels((-1, 1), scale=True, exact=True)"),
         (lcq.Ternary(scale=False), "Ternary(scale=False)"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 from jaxtyping import Array
 
 from lcq.base import Form, Quantizer
-from lcq.blocks import Cut, Per, cut
+from lcq.blocks import Cut, Per, cut, explicit_sharding
 from lcq.forms import Codes
+from lcq.schemes.entropy import Coded, Price, coded_pass, conclude, descend_coded, even_levels, objective
 from lcq.schemes.exact_kmeans import best_levels
 from lcq.schemes.histogram import explore, summarise
-from lcq.schemes.lloyd import Centres, assign, descend, lloyd_pass
+from lcq.schemes.lloyd import Centres, assign, cell_counts, descend, lloyd_pass
 
 _COLD = 150
 """Passes over a histogram, or over data that are no longer than one; a fifth of them over many short blocks."""
@@ -35,28 +37,42 @@ class KMeans(Quantizer):
     data; warm, from the previous codebook: a few passes over the data, none of which raises the error. Sums of |x| must
     be finite in float32.
 
+    With a `rate` the codes are made to be entropy-coded, at most K of them:
+
+        Pi(x) = argmin_{c, z} sum_i h_i (x_i - c_{z_i})^2 + rate sum_i len(z_i),    len(k) = -log2 p_k,
+
+    p_k the share of the numbers under the codebook that have code k. No pass raises this sum. A level that loses all of
+    its numbers stays unused. Cold, the better of two starts: the codebook without a rate, and one of equal steps.
+
     Attributes:
         k: how many levels, 1 to 65,536.
         fixed: levels among the k that are given and do not move: (0.0,) prunes and quantizes at once.
         exact: the global minimum in float64 by dynamic programming, on the host; any warm start is ignored.
         per: what shares one codebook, see `lcq.blocks.block_counts`.
+        rate: the squared distance that one bit is worth, times a weight where there are some, so not only their ratios
+            matter. One rate for several leaves shares out the bits between them at the least distance.
 
     Raises:
-        ValueError: k out of range; fixed levels that are not finite and distinct, or more than k.
+        ValueError: k out of range; fixed levels that are not finite and distinct, or more than k; a rate that is
+            negative, not finite, or together with `exact`.
 
     Example:
         >>> KMeans(2).project(jnp.array([1.0, 2.0, 3.0, 9.0])).dense()
         Array([2., 2., 2., 9.], dtype=float32)
         >>> KMeans(2, fixed=(0,)).project(jnp.array([1.0, 2.0, 3.0, 9.0])).dense()
         Array([0., 0., 0., 9.], dtype=float32)
+        >>> KMeans(3, rate=0.5).project(jnp.array([1.0, 1.0, 1.0, 1.0, 2.0, 9.0, 9.0, 9.0])).dense()
+        Array([1.2, 1.2, 1.2, 1.2, 1.2, 9. , 9. , 9. ], dtype=float32)
 
-    Source: Lloyd 1982; Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.1; exact: Wu & Rokne 1989.
+    Source: Lloyd 1982; Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.1; exact: Wu & Rokne 1989;
+    rate: Chou, Lookabaugh & Gray 1989.
     """
 
     k: int
     fixed: tuple[float, ...] = ()
     exact: bool = False
     per: Per = None
+    rate: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or not 1 <= self.k <= 65536:
@@ -69,6 +85,13 @@ class KMeans(Quantizer):
         object.__setattr__(self, "fixed", fixed)
         if isinstance(self.per, list):
             object.__setattr__(self, "per", tuple(self.per))
+        if not 0 <= self.rate <= np.finfo(np.float32).max:
+            raise ValueError(f"wanted a rate >= 0, finite in float32; got {self.rate!r}")
+        object.__setattr__(self, "rate", float(self.rate))
+        if self.exact and self.rate:
+            raise ValueError(
+                f"wanted exact=True or a rate; got both, rate={self.rate!r}: with one there is no exact solver"
+            )
 
     @property
     def host(self) -> bool:
@@ -77,7 +100,11 @@ class KMeans(Quantizer):
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         del mu
         whole = cut(xs, self.per, weights)
-        codes, levels = self.fit(whole, None if previous is None else previous[0].levels)
+        if self.rate:
+            price = Price(_rate(self.rate, whole, xs, weights), each=weights is not None)
+            codes, levels = _fit_coded(self, whole, price, previous)
+        else:
+            codes, levels = self.fit(whole, None if previous is None else previous[0].levels)
         leaves = zip(xs, codes, whole.counts, strict=True)
         return tuple(
             Codes(c.reshape(x.shape), levels=levels.reshape(*count, self.k), dtype=str(x.dtype))
@@ -86,27 +113,34 @@ class KMeans(Quantizer):
 
     def fit(self, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
         """Codes of every leaf, cut into blocks, and the levels they share; `warm` are those of an earlier fit."""
+        if self.rate:
+            raise ValueError(f"{self}: wanted no rate where a codebook is for a part of the weights; drop rate=")
         return _solve_exactly(self, whole) if self.exact else _fit(self, whole, warm)
 
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
     """Codes of every leaf in blocks, and the levels they share."""
-    stat, passes = whole.blocks[0].stat, _WARM
-    learned = scheme.k - len(scheme.fixed)
+    passes, learned = _WARM, scheme.k - len(scheme.fixed)
     if warm is not None:
-        centres = _freeze(warm.reshape(*stat, scheme.k), scheme.fixed)
-    elif learned == 0:
-        centres = _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed)
+        centres = Centres(*_freeze(warm.reshape(*whole.blocks[0].stat, scheme.k), scheme.fixed))
     else:
-        short, levels = summarise(whole, learned)
-        many = _COLD if sum(x.size for x in short.leaves) <= _SHORT else _COLD // 5
-        centres = explore(short, _merge(levels, scheme.fixed), many)
-        centres = Centres(*(a.reshape(*stat, scheme.k) for a in centres))
+        short, centres, many = _explore(scheme, whole)
         passes = many if short is whole else _WARM
     if learned:
         centres = descend(whole, centres, passes)
     codes, centres, _ = lloyd_pass(whole, centres)
     return codes, centres.levels
+
+
+def _explore(scheme: KMeans, whole: Cut) -> tuple[Cut, Centres, int]:
+    """What stands in for the data at a cold start, the best levels found there, and how many passes it may take."""
+    stat, learned = whole.blocks[0].stat, scheme.k - len(scheme.fixed)
+    if learned == 0:
+        return whole, _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed), _WARM
+    short, levels = summarise(whole, learned)
+    many = _COLD if sum(x.size for x in short.leaves) <= _SHORT else _COLD // 5
+    centres = explore(short, _merge(levels, scheme.fixed), many)
+    return short, Centres(*(a.reshape(*stat, scheme.k) for a in centres)), many
 
 
 def _solve_exactly(scheme: KMeans, whole: Cut) -> tuple[tuple[Array, ...], Array]:
@@ -126,11 +160,58 @@ def _merge(levels: Array, fixed: tuple[float, ...]) -> Centres:
     return Centres(*jax.lax.sort((jnp.concatenate([levels, frozen], -1), free), num_keys=2))
 
 
-def _freeze(levels: Array, fixed: tuple[float, ...]) -> Centres:
-    """Levels of an earlier solution, the nearest one to each fixed level being frozen there."""
+def _freeze(levels: Array, fixed: tuple[float, ...], *others: Array) -> Sequence[Array]:
+    """Levels of an earlier solution, the nearest one to each fixed level being frozen there; which are free; `others`
+    in the same order."""
     free = jnp.ones_like(levels, bool)
     for value in fixed:
         distance = jnp.where(free, jnp.abs(levels - value), jnp.inf)
         here = jnp.arange(levels.shape[-1]) == jnp.argmin(distance, -1)[..., None]
         levels, free = jnp.where(here, value, levels), free & ~here
-    return Centres(*jax.lax.sort((levels, free), num_keys=2)) if fixed else Centres(levels, free)
+    return jax.lax.sort((levels, free, *others), num_keys=2) if fixed else (levels, free, *others)
+
+
+def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], weights: Any) -> Array:
+    """What a bit is worth in every block, in units of the weights of the cut: their mean is one there."""
+    stat, kind = whole.blocks[0].stat, whole.leaves[0].dtype
+    if weights is None:
+        return jnp.full((*stat, 1), rate, kind)
+    plain, size = whole._replace(weights=None), sum(b.size for b in whole.blocks)
+    same = [jnp.broadcast_to(h, x.shape, out_sharding=explicit_sharding(x)) for h, x in zip(weights, xs, strict=True)]
+    same = [h.reshape(b.split) for h, b in zip(same, whole.blocks, strict=True)]
+    mean = plain.sum([h / size for h in same])
+    return (rate / jnp.where(plain.max(same) >= jnp.finfo(kind).tiny, mean, 1))[..., None]
+
+
+def _fit_coded(scheme: KMeans, whole: Cut, price: Price, previous: Any) -> tuple[tuple[Array, ...], Array]:
+    """Codes of every leaf in blocks, and the levels they share, for a rate."""
+    if previous is None:
+        start, passes = _begin(scheme, whole, price)
+    else:
+        levels, passes = previous[0].levels.reshape(*whole.blocks[0].stat, scheme.k), _WARM
+        codes = [form.unpack().codes.reshape(b.split) for form, b in zip(previous, whole.blocks, strict=True)]
+        number = cell_counts(whole._replace(weights=None), codes, levels).astype(levels.dtype)
+        start = Coded(*_freeze(levels, scheme.fixed, number))
+    return conclude(whole, descend_coded(whole, start, price, passes), price)
+
+
+def _begin(scheme: KMeans, whole: Cut, price: Price) -> tuple[Coded, int]:
+    """The better of two cold starts in every block, and how many passes over the data it needs."""
+    short, centres, many = _explore(scheme, whole)
+    stat = short.blocks[0].stat
+    price = Price(price.rate.reshape(*stat, 1), price.each and short is whole)
+    starts = [Centres(*(a.reshape(*stat, scheme.k) for a in centres))]
+    if learned := scheme.k - len(scheme.fixed):
+        starts.append(_merge(even_levels(short, learned, price.rate), scheme.fixed))
+
+    def settle(start: Centres) -> tuple[Coded, Array]:
+        number = lloyd_pass(short, start)[2].astype(start.levels.dtype)
+        codes, end = coded_pass(short, descend_coded(short, Coded(*start, number), price, many), price)
+        return Coded(*jax.lax.sort(tuple(end), num_keys=2)), objective(short, codes, end, price)
+
+    ends, costs = jax.lax.map(settle, jax.tree.map(lambda *each: jnp.stack(each), *starts))
+    better = (costs[-1] < costs[0])[..., None]
+    best = [jnp.where(better, a[-1], a[0]).reshape(*whole.blocks[0].stat, scheme.k) for a in ends]
+    if short is whole:
+        return Coded(*best), 0
+    return Coded(*best), many if whole.weights is not None else _WARM

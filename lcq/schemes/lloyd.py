@@ -78,14 +78,26 @@ def lloyd_pass(
     """
     levels, free = centres
     codes = tuple(assign(x, levels.reshape(*b.stat, -1)) for x, b in zip(points.leaves, points.blocks, strict=True))
-    count = _cell_sums(points, _ones(codes, levels.shape[-1]), codes, levels)
-    # No other level is looked up: so the second sums wait for the counts, and take their room.
-    used = jnp.where(count > 0, levels, 0)
-    total = _cell_sums(points, _residuals(points, used, codes), codes, levels)
-    mean = levels + total / jnp.where(count > 0, count, 1).astype(total.dtype)
+    mean, count = means(points, codes, levels)
     middle = midpoints(levels)
     mean = mean.at[..., 1:].max(middle).at[..., :-1].min(middle)  # rounding must not swap two levels
     return codes, Centres(jnp.where(free & (count > 0), mean, levels), free), count
+
+
+def means(
+    points: Cut, codes: Sequence[Array], levels: Float[Array, "*stat k"]
+) -> tuple[Float[Array, "*stat k"], Shaped[Array, "*stat k"]]:
+    """The mean of every cell, and how much it weighs; the level where it weighs nothing."""
+    count = cell_counts(points, codes, levels)
+    # No other level is looked up: so the second sums wait for the counts, and take their room.
+    used = jnp.where(count > 0, levels, 0)
+    total = _cell_sums(points, residuals(points, used, codes), codes, levels)
+    return levels + total / jnp.where(count > 0, count, 1).astype(total.dtype), count
+
+
+def cell_counts(points: Cut, codes: Sequence[Array], like: Float[Array, "*stat k"]) -> Shaped[Array, "*stat k"]:
+    """How much each cell weighs, in the shape of the levels `like`."""
+    return _cell_sums(points, _ones(codes, like.shape[-1]), codes, like)
 
 
 def move_level(
@@ -106,9 +118,9 @@ def move_level(
         The centres, whether any level moved, and the squared error of every block before that.
     """
     levels, free = centres
-    largest = points.max([jnp.abs(r) for r in _residuals(points, levels, codes)])
+    largest = points.max([jnp.abs(r) for r in residuals(points, levels, codes)])
     unit = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
-    rest = _residuals(points, *lax.optimization_barrier((levels, codes)))  # made twice, or they would be kept
+    rest = residuals(points, *lax.optimization_barrier((levels, codes)))  # made twice, or they would be kept
     squares = [(r / u) ** 2 for r, u in zip(rest, points.spread(unit), strict=True)]
     error, unit = _cell_sums(points, squares, codes, levels), unit[..., None]
     worst = jnp.argmax(error, -1, keepdims=True)
@@ -137,15 +149,20 @@ def assign(x: Float[Array, "*split"], levels: Float[Array, "*stat k"]) -> UInt[A
     Returns:
         uint8, or uint16 above 256 levels.
     """
-    size = levels.shape[-1]
+    return count_below(midpoints(levels), x)
+
+
+def count_below(cuts: Float[Array, "*stat cuts"], x: Float[Array, "*split"]) -> UInt[Array, "*split"]:
+    """How many of the ascending cuts are below x."""
+    size = cuts.shape[-1] + 1
     steps = max(-(-(size - 1) // _UNROLL), 1)
-    middle = jnp.moveaxis(midpoints(levels), -1, 0)
-    middle = jnp.pad(middle, ((0, steps * _UNROLL - (size - 1)), *((0, 0),) * (x.ndim)), constant_values=jnp.inf)
-    middle = middle.reshape(steps, _UNROLL, *middle.shape[1:])
+    cuts = jnp.moveaxis(cuts, -1, 0)
+    cuts = jnp.pad(cuts, ((0, steps * _UNROLL - (size - 1)), *((0, 0),) * (x.ndim)), constant_values=jnp.inf)
+    cuts = cuts.reshape(steps, _UNROLL, *cuts.shape[1:])
 
     def compare(step: Array, codes: Array) -> Array:
         for i in range(_UNROLL):
-            codes += (x > middle[step, i]).astype(codes.dtype)
+            codes += (x > cuts[step, i]).astype(codes.dtype)
         return codes
 
     return lax.fori_loop(0, steps, compare, jnp.zeros_like(x, code_dtype(size)))
@@ -206,13 +223,13 @@ def _cell_sums(points: Cut, arrays: Sequence[Array], codes: Sequence[Array], lik
     return functools.reduce(jnp.add, parts)
 
 
-def _residuals(points: Cut, levels: Array, codes: Sequence[Array]) -> list[Array]:
+def residuals(points: Cut, levels: Array, codes: Sequence[Array]) -> list[Array]:
     """x - c of every element."""
     pieces = zip(codes, points.leaves, points.blocks, strict=True)
-    return [x - _level_of(levels.reshape(*b.stat, -1), c) for c, x, b in pieces]
+    return [x - level_of(levels.reshape(*b.stat, -1), c) for c, x, b in pieces]
 
 
-def _level_of(levels: Float[Array, "*stat k"], codes: UInt[Array, "*split"]) -> Float[Array, "*split"]:
+def level_of(levels: Shaped[Array, "*stat k"], codes: UInt[Array, "*split"]) -> Shaped[Array, "*split"]:
     """The level of every code: a gather, or a masked sum where explicit axes of a mesh forbid to flatten the levels."""
     size = levels.shape[-1]
     if explicit_sharding(codes) is None:

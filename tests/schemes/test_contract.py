@@ -18,6 +18,7 @@ CASES = [
     lcq.KMeans(4),
     lcq.KMeans(3, fixed=(0.0,)),
     lcq.KMeans(4, per="channel"),
+    lcq.KMeans(6, rate=0.1),
     lcq.KMeans(3, exact=True),
     lcq.KMeans(300),
     lcq.Levels((-1.0, 0.25, 2.0)),
@@ -88,7 +89,15 @@ def weights_of(scheme):
 
 
 def objective(scheme, form, x=X, h=1.0):
-    return distortion(form, x, h) + 2 / MU * float(scheme.cost((form,)))
+    return distortion(form, x, h) + 2 / MU * float(scheme.cost((form,))) + coded(scheme, form)
+
+
+def coded(scheme, form):
+    """The squared distance that entropy-coded codes are worth."""
+    if not getattr(scheme, "rate", 0):
+        return 0.0
+    number = np.unique(form.codes, return_counts=True)[1]
+    return float(scheme.rate * (number * np.log2(form.codes.size / number)).sum())
 
 
 def distortion(form, x=X, h=1.0):
@@ -130,8 +139,8 @@ def test_projection_is_idempotent(scheme, form):
     np.testing.assert_allclose(again.dense(), form.dense(), rtol=2e-6, atol=rounding)
 
 
-def test_no_move_of_one_code_is_nearer(form):
-    if not isinstance(getattr(form, "codes", None), jax.Array):
+def test_no_move_of_one_code_is_nearer(scheme, form):
+    if not isinstance(getattr(form, "codes", None), jax.Array) or coded(scheme, form):
         return
     best = distortion(form)
     for k in range(form.size_of_table):
@@ -179,6 +188,7 @@ def test_leafwise_arrays_are_as_declared_and_shaped_like_the_leaf(scheme, form):
 COPIES = 4
 LARGE = [
     lcq.KMeans(16),
+    lcq.KMeans(16, rate=0.01),
     lcq.Ternary(),
     lcq.Uniform(4),
     lcq.Prune(kept=0.05),
@@ -238,7 +248,7 @@ def test_weights_of_one_are_none(scheme, form):
 
 
 def test_whole_weights_are_repetitions(scheme):
-    if any(isinstance(s, lcq.Prune) for s in settings_of(scheme)) or scheme.costly:
+    if any(isinstance(s, lcq.Prune) for s in settings_of(scheme)) or scheme.costly or getattr(scheme, "rate", 0):
         return  # budgets and costs count weights: repeated ones would count again
     long = scheme
     if isinstance(getattr(scheme, "per", None), int):
@@ -263,7 +273,7 @@ def test_weights_lower_the_weighted_distortion(scheme, form):
 
 
 def test_only_ratios_of_weights_matter(scheme):
-    if scheme.costly:
+    if scheme.costly or getattr(scheme, "rate", 0):
         return  # a cost is traded against them
     for h in weights_of(scheme)[:1]:
         form = scheme.project(X, weights=h)
