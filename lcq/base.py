@@ -64,6 +64,14 @@ class Form(abc.ABC):
         """Bits of what the leaves of a joint task have in common, such as their codebook."""
         return 0
 
+    @property
+    def alphabets(self) -> dict[str, tuple[int, int]]:
+        """Of a stored form the fields that hold packed codes, by name: among how many levels, and how many codes.
+
+        An entropy coder takes these; codes lie in row-major order.
+        """
+        return {}
+
     @abc.abstractmethod
     def dense(self) -> Array:
         """Delta(Theta), an array of `shape` and `dtype`."""

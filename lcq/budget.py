@@ -12,6 +12,7 @@ import rich.table
 from rich import box
 from rich.text import Text
 
+from lcq.artifact.rates import rate
 from lcq.base import Form, Scheme
 from lcq.hull import Point, along, sweep
 from lcq.notation import right_side
@@ -28,7 +29,7 @@ class Choice(NamedTuple):
         path: of the leaf.
         shape: of the leaf.
         scheme: the candidate that was chosen; None leaves the leaf as it is.
-        bits: of its form, packed.
+        bits: of its form, in a coded file or packed.
         distortion: sum h (w - Delta(Theta))^2.
     """
 
@@ -68,7 +69,7 @@ class Pareto:
 
     @property
     def bits(self) -> int:
-        """What the compressed tree takes, as in `lcq.sizes`."""
+        """What the compressed tree takes."""
         return self.other + sum(choice.bits for choice in self.choices)
 
     @property
@@ -119,6 +120,7 @@ def pareto(
     bytes: int | None = None,
     bits_per_weight: float | None = None,
     weights: Mapping[str, Any] | None = None,
+    coded: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Pareto:
     """Chooses a scheme for every leaf so that the tree fits a budget and the sum of all distortions is least.
@@ -135,11 +137,12 @@ def pareto(
         candidates: by pattern, the schemes to choose from; the first pattern that matches a leaf decides, as with
             rules. None among the schemes leaves the leaf as it is. Leaves under no pattern stay arrays. Each leaf has a
             Theta of its own, neither joint nor stacked.
-        bytes: the budget for the whole tree: forms, packed, and arrays, as `lcq.sizes` counts; a file has some more for
-            names and digests.
+        bytes: the budget for the whole tree, forms and arrays; a file has some more for names and digests.
         bits_per_weight: the same, in bits for each number of the tree, those that are not compressed among them.
         weights: h by path, such as `lcq.curvature` gives, for the projections and for D; of all leaves with
             candidates, since their distortions are added. By default 1.
+        coded: whether forms cost what they take in an entropy-coded file, as `lcq.save` writes it, or packed at a fixed
+            width, as `lcq.sizes` counts.
         progress: called after each leaf with its number from 1, how many there are, and its path.
 
     Raises:
@@ -149,7 +152,7 @@ def pareto(
     Example:
         >>> import jax.numpy as jnp, lcq
         >>> w = {"a": jnp.array([0.0, 1.0, 2.0, 3.0]), "b": jnp.array([0.0, 0.1, 0.2, 0.3])}
-        >>> best = pareto(w, {".": [lcq.KMeans(2), lcq.KMeans(4)]}, bytes=30)
+        >>> best = pareto(w, {".": [lcq.KMeans(2), lcq.KMeans(4)]}, bytes=30, coded=False)
         >>> [(choice.path, choice.scheme.k, choice.bits) for choice in best.choices], best.bytes
         ([('a', 4, 136), ('b', 2, 68)], 26)
 
@@ -167,7 +170,7 @@ def pareto(
     for number, (path, given) in enumerate(tasks.items(), 1):
         check_finite(path, leaves[path])
         h = None if weights is None else weights[path]
-        points.append([_point(leaves[path], task, h) for task in given])
+        points.append([_point(leaves[path], task, h, coded) for task in given])
         if progress is not None:
             progress(number, len(tasks), path)
     place, steps = sweep(points)
@@ -225,7 +228,7 @@ def _dense(form: Form) -> jax.Array:
     return form.dense()
 
 
-def _point(leaf: Any, task: Task | None, h: Any) -> Point:
+def _point(leaf: Any, task: Task | None, h: Any, coded: bool) -> Point:
     """What a candidate costs, and sum h (w - Delta(Theta))^2 in float64."""
     if task is None:
         return Point(leaf.size * leaf.dtype.itemsize * 8, 0.0)
@@ -234,4 +237,4 @@ def _point(leaf: Any, task: Task | None, h: Any) -> Point:
     distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
     if not math.isfinite(distortion):
         raise ValueError(f"{task.name}: {task.scheme} cannot hold its largest numbers; drop this candidate")
-    return Point(form.pack().bits, distortion)
+    return Point(rate(form).coded if coded else form.pack().bits, distortion)

@@ -1,46 +1,40 @@
 """lcq inspect and lcq table: what an .lcq file is made of, and what its leaves cost."""
 
-import math
 from pathlib import Path
 
 import rich.table
 from rich import box
 from rich.text import Text
-from safetensors import safe_open
 
 import lcq
 from lcq.artifact import checkpoint
-from lcq.artifact.file import DTYPES, read_plan_text
+from lcq.artifact.container import NAMES, bytes_of
+from lcq.artifact.file import read_index
 from lcq.page import write_page
 from lcq.report import table
 from lcq.terminal import refuse, show
 
 
 def inspect_file(path: Path) -> None:
-    """Prints a file's make-up: format, header, tensors, and the plan if it holds one; every digest is checked.
+    """Prints a file's make-up: format, streams, and the plan if it holds one; every digest is checked.
 
     Raises:
         ArtifactError: not an lcq file, or a damaged one.
     """
     lcq.load(path)
+    held = read_index(path)
     grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("tensor", overflow="fold", style="bold")
-    for name in ("dtype", "shape", "bytes"):
+    grid.add_column("stream", overflow="fold", style="bold")
+    for name in ("dtype", "shape", "bytes", "in the file"):
         grid.add_column(name, justify="right", no_wrap=True)
-    held = 0
-    with safe_open(path, "numpy") as file:
-        metadata, names = file.metadata(), list(file.keys())
-        for name in names:
-            tensor = file.get_slice(name)
-            shape, dtype = tensor.get_shape(), tensor.get_dtype()
-            size = math.prod(shape) * DTYPES[dtype].itemsize
-            grid.add_row(*map(Text, (name, dtype, "x".join(map(str, shape)), f"{size:,}")))
-            held += size
-    size = path.stat().st_size
-    print(f"{path}: format {metadata['format']} {metadata['version']}, {len(names)} tensors")
-    print(f"{size:,} bytes: {held:,} of tensors, {size - held:,} of header")
+    for name, struct in held.structs.items():
+        words = (name, NAMES[struct.dtype], "x".join(map(str, struct.shape)))
+        grid.add_row(*map(Text, (*words, f"{bytes_of(struct):,}", f"{held.sizes[name]:,}")))
+    size, streams, raw = path.stat().st_size, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
+    print(f"{path}: format lcq {held.version}, {len(held.structs)} streams")
+    print(f"{size:,} bytes: {streams:,} of streams ({raw:,} before coding), {size - streams:,} of header and index")
     show(grid)
-    if read_plan_text(path) is not None:
+    if held.plan is not None:
         print(f"plan:\n\n{lcq.read_plan(path)}")
 
 

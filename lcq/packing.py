@@ -4,6 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt, UInt32
 
+_ROWS = 1 << 15
+"""Rows of 32 codes at a time on the host, where each code takes 8 bytes on its way."""
+
 
 def width(levels: int) -> int:
     """Bits of one code among `levels`: ceil(log2(levels)), and 0 if there is nothing to tell apart."""
@@ -33,15 +36,19 @@ def pack(codes: UInt[np.ndarray, "..."], bits: int) -> UInt32[np.ndarray, " word
     if flat.size and int(flat.max()) >> bits:
         raise ValueError(f"wanted codes below {1 << bits} ({bits} bits); got {int(flat.max())}")
     rows = -(-flat.size // 32)
-    padded = np.zeros((rows, 32), np.uint64)
-    padded.reshape(-1)[: flat.size] = flat
-    words = np.zeros((rows, bits + 1), np.uint64)  # 32 codes fill exactly `bits` words; one more takes the overhang
-    for i in range(32 if bits else 0):
-        word, shift = divmod(i * bits, 32)
-        spread = padded[:, i] << np.uint64(shift)
-        words[:, word] |= spread & np.uint64(0xFFFFFFFF)
-        words[:, word + 1] |= spread >> np.uint64(32)
-    return words[:, :bits].astype(np.uint32).reshape(-1)[: word_count(flat.size, bits)]
+    packed = np.empty((rows, bits), np.uint32)
+    for first in range(0, rows if bits else 0, _ROWS):
+        some = flat[32 * first : 32 * (first + _ROWS)]
+        padded = np.zeros((-(-some.size // 32), 32), np.uint64)
+        padded.reshape(-1)[: some.size] = some
+        words = np.zeros((len(padded), bits + 1), np.uint64)  # 32 codes fill `bits` words; one more takes the overhang
+        for i in range(32):
+            word, shift = divmod(i * bits, 32)
+            spread = padded[:, i] << np.uint64(shift)
+            words[:, word] |= spread & np.uint64(0xFFFFFFFF)
+            words[:, word + 1] |= spread >> np.uint64(32)
+        packed[first : first + _ROWS] = words[:, :bits]
+    return packed.reshape(-1)[: word_count(flat.size, bits)]
 
 
 def unpack(words: UInt32[Array, " words"], bits: int, shape: tuple[int, ...]) -> UInt[Array, "..."]:
@@ -69,21 +76,23 @@ def unpack(words: UInt32[Array, " words"], bits: int, shape: tuple[int, ...]) ->
     return jnp.stack(codes, axis=1).reshape(-1)[:size].reshape(shape)
 
 
-def largest(words: UInt32[np.ndarray, " words"], width: int, size: int) -> int:
-    """The largest of packed codes, without unpacking them all at once. Host only."""
-    if width == 0 or size == 0:
-        return 0
-    rows = -(-size // 32)
-    grid = np.zeros((rows, width), np.uint32)
+def unpack_host(words: UInt32[np.ndarray, " words"], bits: int, size: int) -> UInt[np.ndarray, " size"]:
+    """As `unpack`, in numpy.
+
+    Example:
+        >>> unpack_host(np.array([177], np.uint32), 2, 4)
+        array([1, 0, 3, 2], dtype=uint8)
+    """
+    codes = np.zeros((-(-size // 32), 32), np.uint8 if bits <= 8 else np.uint16)
+    grid = np.zeros((len(codes), bits), np.uint32)
     grid.reshape(-1)[: words.size] = words
-    largest = 0
-    for i in range(32):
-        word, shift = divmod(i * width, 32)
+    for i in range(32 if bits else 0):
+        word, shift = divmod(i * bits, 32)
         code = grid[:, word] >> np.uint32(shift)
-        if shift + width > 32:
+        if shift + bits > 32:
             code |= grid[:, word + 1] << np.uint32(32 - shift)
-        largest = max(largest, int((code & np.uint32((1 << width) - 1)).max()))
-    return largest
+        codes[:, i] = code & np.uint32((1 << bits) - 1)
+    return codes.reshape(-1)[:size]
 
 
 def pack_positions(chosen: Bool[np.ndarray, "..."]) -> tuple[UInt32[np.ndarray, " words"], int | None]:

@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import jax
 
-from lcq.artifact.file import read_plan_text
+from lcq.artifact.file import read_index
 from lcq.base import Scheme
 from lcq.notation import format_scheme, is_none, make, parse_scheme, right_side, settings_of
 from lcq.report import Row, Table, rows
@@ -113,7 +113,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         scheme = "Binary(per=64)"
     """
     name = os.fspath(path)
-    text = read_plan_text(path) if Path(path).suffix.lower() == ".lcq" else None
+    text = read_index(path).plan if Path(path).suffix.lower() == ".lcq" else None
     if text is None and Path(path).suffix.lower() == ".lcq":
         raise ValueError(f"{name}: wanted a plan in the file; it has none: save one with lcq.save(.., plan=plan)")
     try:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lcq import forms
+from lcq.artifact.rates import rate
 from lcq.base import Form, share
 from lcq.rules import flatten
 from lcq.tree import sizes
@@ -25,11 +27,13 @@ class Row(NamedTuple):
         shape: of the leaf; () in sums.
         form: what is stored, in words.
         dense: bits of the leaf as float32, the reference of every ratio.
-        bits: bits of what is stored; what joint leaves share counts at the first of them.
+        bits: bits of what is stored, codes at a fixed width; what joint leaves share counts at the first of them.
         error: ||w - Delta(Theta)||^2, if there was a reference.
         energy: ||w||^2 likewise.
         rule: the pattern that decides, in a dry run.
         scheme: what it asks for.
+        entropy: `bits` with codes at their entropy, None where there are no concrete arrays.
+        coded: bits that an entropy-coded file takes for it, names and digests aside; None likewise.
     """
 
     path: str
@@ -41,6 +45,8 @@ class Row(NamedTuple):
     energy: float | None = None
     rule: str | None = None
     scheme: str | None = None
+    entropy: float | None = None
+    coded: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -82,6 +88,8 @@ class Table:
             form=f"{sum(math.prod(row.shape) for row in self.rows):,} numbers",
             dense=sum(row.dense for row in self.rows),
             bits=sum(row.bits for row in self.rows),
+            entropy=_sum(row.entropy for row in self.rows),
+            coded=_sum(row.coded for row in self.rows),
             error=math.fsum(row.error or 0 for row in measured) if measured else None,
             energy=math.fsum(row.energy or 0 for row in measured) if measured else None,
         )
@@ -89,21 +97,25 @@ class Table:
     def __rich__(self) -> rich.table.Table:
         dry = any(row.rule is not None for row in self.rows)
         measured = any(row.error is not None for row in self.rows)
+        priced = self.total.coded is not None
         grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
         grid.add_column("leaf", overflow="fold", style="bold")
         grid.add_column("shape", overflow="fold")
         for name in ["rule", "scheme"] if dry else []:
             grid.add_column(name, overflow="fold")
         grid.add_column("form", overflow="fold")
-        for name in ["bits", "bytes", "ratio", *(["distortion"] if measured else [])]:
+        prices = ["entropy", "coded bytes"] if priced else []
+        for name in ["bits", "bytes", "ratio", *prices, *(["distortion"] if measured else [])]:
             grid.add_column(name, justify="right", no_wrap=True)
 
         def add(row: Row, **style: Any) -> None:
             shape = "x".join(map(str, row.shape)) if row is not total else ""
             words = [row.path, shape, *([row.rule or "", row.scheme or ""] if dry else []), row.form]
             far = "" if row.distortion is None else f"{row.distortion:.2e}"
-            numbers = [f"{row.bits:,}", f"{row.bytes:,}", f"{row.ratio:.2f}", *([far] if measured else [])]
-            grid.add_row(*map(Text, words + numbers), **style)
+            numbers = [f"{row.bits:,}", f"{row.bytes:,}", f"{row.ratio:.2f}"]
+            if row.entropy is not None and row.coded is not None:
+                numbers += [f"{row.entropy:,.0f}", f"{-(-row.coded // 8):,}"]
+            grid.add_row(*map(Text, words + numbers + ([far] if measured else [])), **style)
 
         total = self.total
         for row in self.rows:
@@ -112,7 +124,7 @@ class Table:
         if self.on_disk is not None:
             ratio = total.dense / 8 / self.on_disk if self.on_disk else math.inf
             words = ["on disk", *[""] * (4 if dry else 2), f"{8 * self.on_disk:,}", f"{self.on_disk:,}", f"{ratio:.2f}"]
-            grid.add_row(*words, *([""] if measured else []), style="bold")
+            grid.add_row(*words, *[""] * (len(prices) + measured), style="bold")
         return grid
 
     def __str__(self) -> str:
@@ -120,7 +132,7 @@ class Table:
 
 
 def table(tree: Any, reference: Any = None, *, on_disk: int | None = None) -> Table:
-    """Bits, bytes, ratio and distortion of every leaf of a compressed tree, and their totals.
+    """Bits, entropy, coded bytes and distortion of every leaf of a compressed tree, and their totals.
 
     Args:
         tree: as given by `compress`, `extract` or `load`.
@@ -140,13 +152,14 @@ def table(tree: Any, reference: Any = None, *, on_disk: int | None = None) -> Ta
         >>> total.bits, total.bytes, round(total.ratio, 2)
         (128, 16, 8.5)
     """
+    priced = _priced(tree, rows(tree))
     if reference is None:
-        return Table(rows(tree), on_disk)
+        return Table(priced, on_disk)
     leaves, originals = flatten(tree)[0], flatten(reference)[0]
     if leaves.keys() != originals.keys():
         odd = sorted(leaves.keys() ^ originals.keys())
         raise ValueError(f"wanted a reference with the same leaves; only in one of the two: {', '.join(odd[:4])}")
-    return Table(tuple(_measured(row, leaves[row.path], originals[row.path]) for row in rows(tree)), on_disk)
+    return Table(tuple(_measured(row, leaves[row.path], originals[row.path]) for row in priced), on_disk)
 
 
 def rows(tree: Any) -> tuple[Row, ...]:
@@ -204,6 +217,26 @@ def text(renderable: Any) -> str:
     with console.capture() as captured:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _priced(tree: Any, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The rows with entropies and coded sizes; what joint leaves share counts at the first of them."""
+    leaves, seen, priced = flatten(tree)[0], set[str](), []
+    for row in rows:
+        leaf = leaves[row.path]
+        price = rate(leaf)
+        shared = getattr(leaf, "shared", None)
+        again = leaf.shared_bits if shared in seen else 0
+        if shared is not None:
+            seen.add(shared)
+        priced.append(row._replace(entropy=price.entropy - again, coded=price.coded - again))
+    return tuple(priced)
+
+
+def _sum(numbers: Iterable[Any]) -> Any:
+    """The sum, or None if one is."""
+    numbers = list(numbers)
+    return None if None in numbers else sum(numbers)
 
 
 def _measured(row: Row, leaf: Any, original: Any) -> Row:

@@ -1,6 +1,7 @@
 """A budget of bytes over real projections, against every combination of the candidates."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -13,8 +14,12 @@ import optax
 import pytest
 
 import lcq
+from lcq.artifact.file import read_index
 from lcq.base import Scheme
-from lcq.budget import Choice, Pareto, pareto
+from lcq.budget import Choice, Pareto
+from lcq.budget import pareto as pareto_of_files
+
+pareto = functools.partial(pareto_of_files, coded=False)
 
 CANDIDATES = [lcq.KMeans(2), lcq.Ternary(per="channel"), lcq.KMeans(16), lcq.Cast("bfloat16"), None]
 
@@ -196,3 +201,18 @@ def test_progress_and_compilations(monkeypatch):
     best = pareto(tree, {".*": [Counted(), None]}, bytes=10**6, progress=lambda *where: seen.append(where))
     assert seen == [(i + 1, 30, f"layer{i:02}") for i in range(30)] and solved == [(64, 64)]
     assert best.bytes == 30 * 64 * 64 * 4 and best.distortion == 0
+
+
+def test_coded_prices_are_those_of_the_file(tmp_path):
+    rng = np.random.default_rng(3)
+    few = jnp.asarray(rng.normal(size=(60, 50)) * (rng.random((60, 50)) < 0.05), jnp.float32)
+    tree = {"few": few, "full": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32)}
+    candidates = {".*": [lcq.KMeans(4, fixed=(0.0,)), lcq.KMeans(16, fixed=(0.0,)), lcq.Prune(kept=50)]}
+    best = pareto_of_files(tree, candidates, bytes=900)
+    lcq.save(tmp_path / "net.lcq", lcq.compress(tree, best.plan.rules))
+    sizes = read_index(tmp_path / "net.lcq").sizes
+    for choice in best.choices:
+        assert choice.bits == 8 * sum(size for name, size in sizes.items() if name.startswith(f"{choice.path}."))
+    assert best.bits == 8 * sum(sizes.values()) <= 8 * 900
+    packed = pareto(tree, candidates, bytes=1100)
+    assert best.distortion < packed.distortion and best.bytes < packed.bytes

@@ -50,7 +50,7 @@ def test_there_and_back(tmp_path, kind, capsys):
     assert "codes K=4" in out and "distortion" in out and f"{packed.stat().st_size:,}" in out
     assert run("inspect", packed) == 0
     out = capsys.readouterr().out
-    assert "format lcq 1" in out and "dense0/kernel.codes" in out and "BF16" in out and "I64" in out
+    assert "format lcq 2" in out and "dense0/kernel.codes" in out and "BF16" in out and "I64" in out
     lines = [line.split() for line in out.splitlines()]
     assert ["dense0/kernel.levels", "F32", "1x1x4", "16"] in lines and ["count", "I64", "3", "24"] in lines
     tensors = sum(int(line[-1]) for line in lines if len(line) == 4 and line[1] in ("F32", "U32", "BF16", "I64"))

@@ -156,8 +156,9 @@ def test_words_that_do_not_choose_as_many_places_are_refused(given_words, gap, c
         packing.check_positions(given_words, gap, count, size)
 
 
-@pytest.mark.parametrize(("size", "bits"), [(0, 3), (1, 16), (33, 5), (1000, 11), (7, 0)])
-def test_the_largest_of_packed_codes(size, bits):
+@pytest.mark.parametrize(("size", "bits"), [(0, 3), (1, 16), (33, 5), (1000, 11), (7, 0), (40 << 15, 3)])
+def test_unpacking_on_the_host(size, bits):
     codes = random_codes(size, bits, seed=bits)
-    codes[: size // 3] = 0
-    assert packing.largest(packing.pack(codes, bits), bits, size) == (codes.max() if size else 0)
+    back = packing.unpack_host(packing.pack(codes, bits), bits, size)
+    assert back.dtype == (np.uint8 if bits <= 8 else np.uint16)
+    np.testing.assert_array_equal(back, codes)

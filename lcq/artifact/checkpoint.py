@@ -18,7 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lcq.artifact.file import DTYPES, host_array, replacing
+from lcq.artifact.container import DTYPES
+from lcq.artifact.file import host_array, replacing
 from lcq.artifact.paths import Leaf, flatten, is_empty, nest
 from lcq.base import is_form
 

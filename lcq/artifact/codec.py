@@ -42,10 +42,12 @@ class Encoder:
 
     Attributes:
         streams: arrays by name, in the order in which they came.
+        codes: of the streams that are packed codes: among how many levels, and how many codes.
     """
 
     def __init__(self) -> None:
         self.streams: dict[str, np.ndarray] = {}
+        self.codes: dict[str, tuple[int, int]] = {}
         self._shared: dict[tuple[str, ...], tuple[str, Any, np.ndarray | None]] = {}
 
     def encode(self, leaf: Leaf) -> dict[str, Any]:
@@ -83,6 +85,8 @@ class Encoder:
                 written = self._common(path, name, value, shared)
             if written is not None:
                 arrays[field.name] = written
+            if isinstance(written, str) and field.name in form.alphabets and form.alphabets[field.name][0] > 1:
+                self.codes[written] = form.alphabets[field.name]
         return {"form": type(form).__name__, "static": static, "arrays": arrays}
 
     def _value(self, path: str, name: str, value: Any) -> Any:

@@ -1,71 +1,38 @@
-"""The `.lcq` file: a safetensors file with one tensor per stream, an index, and digests.
+"""The `.lcq` file: a tree of forms and arrays in one file, checked from end to end.
 
-    u64 n, little-endian | header: n bytes of JSON, padded by spaces to a multiple of 8 | the streams, one after another
-
-The header is that of safetensors,
-
-    {"__metadata__": {..}, name: {"dtype": "U32", "shape": [3], "data_offsets": [0, 12]}, ..}
-
-with this metadata:
-
-    format    "lcq"
-    version   "1"
-    index     JSON {"leaves": [record, ..], "digests": {name: digest of the stream}, "plan": TOML}, records as in
-              `codec`; the plan, if there is one, is only text here
-    digest    of the header, with 32 zeros in the place of this digest
-
-Digests are BLAKE2b of 16 bytes in hexadecimal. They find damage, not forgery: whoever writes a file can write its
-digests, so `load` trusts nothing that it has not checked.
+It is a safetensors file (`container`), whose streams lie one to a tensor or entropy-coded in one block (`layouts`).
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import reprlib
 import secrets
-import struct
 import tomllib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lcq.artifact.codec import Encoder, decode
+from lcq.artifact.container import NAMES, open_container
+from lcq.artifact.layouts import Contents, check_plan, coded_layout, contents_of, plain_layout
 from lcq.artifact.paths import Leaf, check_paths, flatten, is_empty, nest
 from lcq.base import is_form
-from lcq.forms import check_shape
 
 LIMIT = 16 * 2**30
 """Bytes that a file may declare unless told otherwise: its streams, and its forms made dense."""
-
-DTYPES = {
-    "BOOL": np.dtype(bool),
-    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
-    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
-    "BF16": np.dtype(jnp.bfloat16),
-    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
-    "F8_E5M2": np.dtype(jnp.float8_e5m2),
-    "C64": np.dtype(np.complex64),
-}
-"""Dtypes by their names in a safetensors header."""
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # as in other readers of safetensors
-_LONGEST_PLAN = 1 << 22
-_NO_DIGEST = b"0" * 32
 
 
 class ArtifactError(ValueError):
     """A file is not what it should be: damaged, of another kind or version, too large, or of another tree."""
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None) -> int:
+def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None, coded: bool = True) -> int:
     """Writes a tree of forms and arrays to an `.lcq` file; working forms are packed.
 
     The file appears whole or not at all: it is written beside its place, synced, and renamed. Equal trees give equal
@@ -76,6 +43,8 @@ def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None) -> int:
         tree: forms, arrays, Python numbers (stored as arrays without axes), None; in dicts, lists, tuples, dataclasses,
             flax states, and other pytrees.
         plan: an `lcq.Plan`, or its text, to be kept in the file: how the tree was made, for `lcq.read_plan`.
+        coded: whether codes and masks are entropy-coded, which is smaller; without, every stream is a tensor that any
+            reader of safetensors opens.
 
     Returns:
         Bytes of the file.
@@ -88,15 +57,12 @@ def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None) -> int:
     encoder = Encoder()
     leaves, _ = flatten(tree)
     records = [encoder.encode(_to_host(leaf)) for leaf in leaves]
-    streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
-    header = _header(records, streams, text)
-    size = 8 + len(header) + sum(array.nbytes for array in streams.values())
+    pieces = (coded_layout if coded else plain_layout)(records, encoder, text)
     if jax.process_index() == 0:
         with replacing(path) as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            for array in streams.values():
-                file.write(_bytes_of(array).data)
-    return size
+            for piece in pieces:
+                file.write(piece)
+    return sum(map(len, pieces))
 
 
 def load(path: str | os.PathLike[str], like: Any = None, limit: int = LIMIT) -> Any:
@@ -126,23 +92,22 @@ def load(path: str | os.PathLike[str], like: Any = None, limit: int = LIMIT) -> 
     """
     with open(path, "rb") as file:
         try:
-            leaves = _read(file, os.fstat(file.fileno()).st_size, limit)
+            leaves = _read(file, limit)
             return nest(leaves) if like is None else _restore(leaves, like)
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
 
-def read_plan_text(path: str | os.PathLike[str]) -> str | None:
-    """The text of the plan in a file, None if there is none; of the file only the header is read, and checked.
+def read_index(path: str | os.PathLike[str]) -> Contents:
+    """What a file says it holds; of the file only the index is read, and checked, and no stream.
 
     Raises:
-        ArtifactError: as `load`, for the header.
+        ArtifactError: as `load`, for the index.
         OSError: the file cannot be opened or read.
     """
     with open(path, "rb") as file:
         try:
-            metadata, _, _ = _read_header(file, os.fstat(file.fileno()).st_size)
-            return _read_index(metadata["index"])[2]
+            return _contents(file, LIMIT)
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
@@ -203,8 +168,8 @@ def host_array(path: str, leaf: Any, look: bool = True) -> np.ndarray:
         case _:
             raise ValueError(f"{path}: wanted an array, a number or None; got {type(leaf).__name__}; leave it out")
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    if dtype.newbyteorder("=") not in _NAMES:
-        raise ValueError(f"{path}: wanted one of {', '.join(map(str, _NAMES))}; got {dtype}; convert it first")
+    if dtype.newbyteorder("=") not in NAMES:
+        raise ValueError(f"{path}: wanted one of {', '.join(map(str, NAMES))}; got {dtype}; convert it first")
     return np.asarray(leaf, dtype.newbyteorder("="), order="C") if look else np.empty(0)
 
 
@@ -215,167 +180,39 @@ def _plan_text(plan: Any) -> str:
         tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"wanted plan= an lcq.Plan(rules), or its text; got {reprlib.repr(plan)} ({error})") from error
-    _check_plan(text)
+    check_plan(text)
     return text
 
 
-def _check_plan(text: str) -> None:
-    if (size := len(text.encode())) > _LONGEST_PLAN:
-        raise ValueError(f"wanted a plan of at most {_LONGEST_PLAN} bytes; got {size}; patterns can say more in fewer")
+def _contents(file: BufferedReader, limit: int) -> Contents:
+    return contents_of(open_container(file, os.fstat(file.fileno()).st_size), limit)
 
 
-def _header(records: list[dict[str, Any]], streams: dict[str, np.ndarray], plan: str | None) -> bytes:
-    index: dict[str, Any] = {
-        "leaves": records,
-        "digests": {name: _digest(_bytes_of(array)) for name, array in streams.items()},
-    }
-    if plan is not None:
-        index["plan"] = plan
-    metadata = {"format": "lcq", "version": "1", "index": _json(index)}
-    header: dict[str, Any] = {"__metadata__": metadata | {"digest": _NO_DIGEST.decode()}}
-    begin = 0
-    for name, array in streams.items():
-        end = begin + array.nbytes
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
-        begin = end
-    raw = _json(header).encode()
-    raw += b" " * (-len(raw) % 8)
-    if len(raw) > _LONGEST_HEADER:
-        raise ValueError(
-            f"wanted a header of at most {_LONGEST_HEADER} bytes; got {len(raw)}; save fewer leaves per file"
-        )
-    metadata["digest"] = _digest(raw)
-    raw = _json(header | {"__metadata__": metadata}).encode()
-    return raw + b" " * (-len(raw) % 8)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
-
-
-def _digest(data: Any) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _bytes_of(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
-
-
-class _Tensor(NamedTuple):
-    """A tensor that a header declares: `begin` counts from the end of the header."""
-
-    struct: jax.ShapeDtypeStruct
-    begin: int
-    size: int
-
-
-def _read(file: BufferedReader, size: int, limit: int) -> list[Leaf]:
-    metadata, tensors, start = _read_header(file, size)
-    records, digests, _ = _read_index(metadata["index"])
-    if odd := digests.keys() ^ tensors.keys():
-        raise ValueError(f"{min(odd)}: wanted as many digests as tensors; this has only one of them")
+def _read(file: BufferedReader, limit: int) -> list[Leaf]:
+    held = _contents(file, limit)
     used: set[str] = set()
 
     def declared(name: str) -> jax.ShapeDtypeStruct:
-        if name not in tensors:
-            raise ValueError(f"{name[:200]}: the header has no such tensor")
+        if name not in held.structs:
+            raise ValueError(f"{name[:200]}: the file has no such tensor")
         used.add(name)
-        return tensors[name].struct
+        return held.structs[name]
 
-    leaves = [decode(record, declared) for record in records]
+    leaves = [decode(record, declared) for record in held.records]
     check_paths(leaves)
-    if unused := tensors.keys() - used:
+    if unused := held.structs.keys() - used:
         raise ValueError(f"{min(unused)}: no leaf has this tensor")
     forms = sum(
         math.prod(leaf.value.shape) * jnp.dtype(leaf.value.dtype).itemsize for leaf in leaves if is_form(leaf.value)
     )
-    if forms + size - start > limit:
+    if forms + held.bytes > limit:
         raise ValueError(
-            f"wanted at most {limit} bytes; the file declares {size - start} of streams and {forms} of forms made "
+            f"wanted at most {limit} bytes; the file declares {held.bytes} of streams and {forms} of forms made "
             "dense; raise limit= if you trust it"
         )
     nest(leaves)
-    arrays = {name: _read_tensor(file, start, name, tensors[name], digests[name]) for name in tensors}
-    return [decode(record, arrays.__getitem__) for record in records]
-
-
-def _read_index(text: str) -> tuple[list[Any], dict[str, Any], str | None]:
-    """Records, digests, and the plan's text."""
-    match _parse(text):
-        case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if not rest:
-            return records, digests, None
-        case {"leaves": [_, *_] as records, "digests": dict(digests), "plan": str(plan), **rest} if not rest:
-            _check_plan(plan)
-            return records, digests, plan
-    raise ValueError("wanted an index of leaves and digests; got another")
-
-
-def _read_header(file: BufferedReader, size: int) -> tuple[dict[str, str], dict[str, _Tensor], int]:
-    """Metadata, tensors, and where the header ends."""
-    first = file.read(8)
-    length = int.from_bytes(first, "little")
-    if len(first) < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-        raise ValueError(f"not an lcq file, or cut short: a header of {length} bytes in a file of {size}")
-    raw = file.read(length)
-    header = _parse(raw.decode("utf-8"))
-    match header:
-        case {
-            "__metadata__": {"format": "lcq", "version": "1", "index": str(index), "digest": str(digest), **rest}
-        } if not rest:
-            metadata = {"index": index}
-        case {"__metadata__": {"format": "lcq", "version": version}} if version != "1":
-            raise ValueError(
-                f"wanted format version 1; got {reprlib.repr(version)}; read it with the lcq that wrote it"
-            )
-        case _:
-            raise ValueError("not an lcq file: its header does not name the format")
-    if raw.count(digest.encode()) != 1 or _digest(raw.replace(digest.encode(), _NO_DIGEST)) != digest:
-        raise ValueError("the header is damaged: its digest differs")
-    tensors = {name: _tensor(name, entry) for name, entry in header.items() if name != "__metadata__"}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].size)):
-        if tensor.begin != end:
-            raise ValueError(f"{name}: wanted data at {end}; got {tensor.begin}")
-        end += tensor.size
-    if 8 + length + end != size:
-        raise ValueError(f"wanted {8 + length + end} bytes; the file has {size}")
-    return metadata, tensors, 8 + length
-
-
-def _tensor(name: str, entry: Any) -> _Tensor:
-    match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest} if (
-            not rest and dtype in DTYPES
-        ):
-            if all(type(n) is int for n in (*shape, begin, end)):
-                check_shape(tuple(shape))
-                if 0 <= begin and math.prod(shape) * DTYPES[dtype].itemsize == end - begin:
-                    return _Tensor(jax.ShapeDtypeStruct(tuple(shape), DTYPES[dtype]), begin, end - begin)
-    raise ValueError(
-        f"{name[:200]}: wanted a known dtype, a shape, and the offsets of as many bytes; got {reprlib.repr(entry)}"
-    )
-
-
-def _read_tensor(file: BufferedReader, start: int, name: str, tensor: _Tensor, digest: Any) -> np.ndarray:
-    data = np.empty(tensor.size, np.uint8)
-    file.seek(start + tensor.begin)
-    if file.readinto(data.data) != tensor.size or _digest(data) != digest:
-        raise ValueError(f"{name}: its data is damaged: the digest differs")
-    if tensor.struct.dtype == bool and data.max(initial=0) > 1:
-        raise ValueError(f"{name}: wanted truth values 0 and 1; got others")
-    return data.view(tensor.struct.dtype).reshape(tensor.struct.shape)
-
-
-def _parse(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice in its JSON")
-        return dict(pairs)
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} in its JSON")
-
-    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    arrays = {name: held.read(name) for name in held.structs}
+    return [decode(record, arrays.__getitem__) for record in held.records]
 
 
 def _restore(leaves: list[Leaf], like: Any) -> Any:

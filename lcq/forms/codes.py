@@ -73,6 +73,10 @@ class Codes(Form):
         codes = packing.unpack(jnp.asarray(self.codes), packing.width(self.size_of_table), self.packed)
         return dataclasses.replace(self, codes=codes, packed=None)
 
+    @property
+    def alphabets(self) -> dict[str, tuple[int, int]]:
+        return {"codes": (self.size_of_table, math.prod(self.shape))}
+
     def dense(self) -> Array:
         codes = self.unpack().codes
         per_block = next(
@@ -107,7 +111,8 @@ class Codes(Form):
                 f"codes: wanted uint32[{words}] for {size} codes of {width} bits; "
                 f"got {self.codes.dtype}{list(self.codes.shape)}"
             )
-        if isinstance(self.codes, np.ndarray) and packing.largest(self.codes, width, size) >= self.size_of_table:
+        codes = packing.unpack_host(self.codes, width, size) if isinstance(self.codes, np.ndarray) else np.empty(0)
+        if codes.max(initial=0) >= self.size_of_table:
             raise ValueError(f"codes: wanted codes below {self.size_of_table}; got a larger one")
 
 

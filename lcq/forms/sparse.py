@@ -71,6 +71,14 @@ class Sparse(Form):
         """Bits of one value."""
         return 8 * self.values.dtype.itemsize if self.levels is None else packing.width(self.levels.shape[-1])
 
+    @property
+    def alphabets(self) -> dict[str, tuple[int, int]]:
+        if self.gap is None:
+            places = {"mask": (2, math.prod(self.shape) // math.prod(self.group))}
+        else:
+            places = {"mask": (1 << self.gap, 32 * self.mask.size // self.gap)}
+        return places if self.levels is None else places | {"values": (self.levels.shape[-1], self.kept)}
+
     def _lengths(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Lengths of a group along all axes."""
         return (1,) * (len(shape) - len(self.group)) + self.group
@@ -145,5 +153,5 @@ class Sparse(Form):
         if isinstance(self.mask, np.ndarray):
             packing.check_positions(self.mask, self.gap, self.kept // together, size // together)
             k = 0 if self.levels is None else self.levels.shape[-1]
-            if k and packing.largest(self.values, self._width, self.kept) >= k:
+            if k and packing.unpack_host(self.values, self._width, self.kept).max(initial=0) >= k:
                 raise ValueError(f"values: wanted codes below {k}; got a larger one")

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lcq.artifact.checkpoint import read, write
-from lcq.artifact.file import DTYPES
+from lcq.artifact.container import DTYPES
 from lcq.forms import Cast
 
 
