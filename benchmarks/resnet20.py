@@ -37,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import serialization
+from flax.traverse_util import flatten_dict, unflatten_dict
 from record import ARTIFACTS, record
 
 import lcq
@@ -56,6 +57,8 @@ _NO_EPOCH = 1 << 20
 """The number of the epoch whose order and augmentation those have: none of training."""
 
 NET = models.ResNet20()
+EPSILON = 1e-5
+"""Of its batch norm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,9 @@ class Recipe:
         coupling, multipliers: of `lcq.lc`.
         tuned: epochs at the end, of all, that train what forms hold and what is not compressed, masks and codes fixed.
         tuned_rate: the learning rate falls from this as a cosine to 0 again in these.
+        l2: weight decay, added to the gradients.
+        teacher: temperature of the given net's probabilities, which are half of the loss then; 0 for none.
+        folded: whether batch norm is stored as a scale and a bias of each output, in bfloat16, as the last bias is.
     """
 
     rules: tuple[lcq.Rule, ...] | float
@@ -87,6 +93,9 @@ class Recipe:
     multipliers: bool = True
     tuned: int = 0
     tuned_rate: float = 0.02
+    l2: float = 0.0
+    teacher: float = 0.0
+    folded: bool = False
     seed: int = 0
 
 
@@ -96,6 +105,7 @@ FIRST = {"hold": 0.1, "every": 50}
 """Of the first attempts: with codebooks w swings about Delta(Theta), as multipliers that are updated every 50 steps are
 faster than a w whose learning rate times mu falls; their gaps stay above 4e-3."""
 
+SMALL = {"epochs": 14, "l2": 1e-4, "teacher": 2.0, "folded": True}
 RECIPES = {
     "lc_k2": Recipe(K2, mu=(2e-3, 0.3), **FIRST),
     "lc_k2_steep": Recipe(K2),
@@ -110,6 +120,8 @@ RECIPES = {
     "ste_prune10": Recipe(PRUNED, "ste", rate=0.01),
     "lc_ternary": Recipe(TERNARY),
     "ste_ternary": Recipe(TERNARY, "ste", rate=0.01),
+    "lc_k8_rate": Recipe((lcq.Rule(KERNELS, lcq.KMeans(8, rate=1.3e-3)),), rate=0.05, mu=(5e-3, 5.0), **SMALL),
+    "lc_k8_high_rate": Recipe((lcq.Rule(KERNELS, lcq.KMeans(8, rate=2.4e-3)),), rate=0.05, mu=(5e-3, 5.0), **SMALL),
     "lc_mixed": Recipe(1.3),
     "ste_mixed": Recipe(1.3, "ste", rate=0.01),
 }
@@ -126,7 +138,7 @@ def rules_of(recipe: Recipe) -> tuple[lcq.Rule, ...]:
     if not isinstance(recipe.rules, float):
         return recipe.rules
     candidates = {KERNELS: [lcq.KMeans(k) for k in (2, 4, 8, 16)]}
-    return tuple(lcq.pareto(given()["params"], candidates, bits_per_weight=recipe.rules).plan.rules)
+    return tuple(lcq.pareto(given()["params"], candidates, bits_per_weight=recipe.rules, coded=False).plan.rules)
 
 
 def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
@@ -134,7 +146,8 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     rate = optax.cosine_decay_schedule(recipe.rate, steps)
 
     def inner(eta: Any) -> optax.GradientTransformation:
-        return optax.sgd(eta, 0.9, nesterov=True)
+        sgd = optax.sgd(eta, 0.9, nesterov=True)
+        return optax.chain(optax.add_decayed_weights(recipe.l2), sgd) if recipe.l2 else sgd
 
     if recipe.method == "ste":
         return lcq.straight_through_training(inner(rate), rules_of(recipe))
@@ -146,8 +159,32 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
 
 
 def apply(variables: Any, x: Any) -> Any:
-    """Logits of uint8 images, by running statistics."""
-    return NET.apply(variables, normalized(x))
+    """Logits of uint8 images, by running statistics or folded ones."""
+    return NET.apply(whole(variables), normalized(x))
+
+
+def folded(variables: Any) -> Any:
+    """Variables without statistics: s conv(x) + b is gamma (conv(x) - mean) / std + beta; s and b in bfloat16."""
+    params, statistics = _flat(variables["params"]), _flat(variables["batch_stats"])
+    for *norm, kind in statistics:
+        if kind == "mean":
+            params[*norm, "scale"] /= jnp.sqrt(statistics[*norm, "var"] + EPSILON)
+            params[*norm, "bias"] -= statistics[*norm, "mean"] * params[*norm, "scale"]
+    short = {k: a if k[-1] == "kernel" else lcq.Cast("bfloat16").project(jnp.asarray(a)) for k, a in params.items()}
+    return {"params": unflatten_dict(short)}
+
+
+def whole(variables: Any) -> Any:
+    """The variables as the net takes them: those that are folded with statistics that change nothing."""
+    if "batch_stats" in variables:
+        return variables
+    shapes = jax.eval_shape(lambda: NET.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3))))["batch_stats"]
+    neutral = {path: jnp.full(a.shape, path[-1] == "var") * (1 - EPSILON) for path, a in _flat(shapes).items()}
+    return {**variables, "batch_stats": unflatten_dict(neutral)}
+
+
+def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    return flatten_dict(tree, is_leaf=lambda _, leaf: not isinstance(leaf, dict))
 
 
 @jax.jit
@@ -180,7 +217,7 @@ def forms_of(recipe: Recipe, params: Any, state: Any) -> Any:
 
 def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str, Any]:
     """Trains from the given weights, or goes on from `path`; returns the compressed variables and the log."""
-    variables = given()
+    variables, teacher = given(), given()
     epochs = recipe.epochs - recipe.tuned
     tx = optimizer_of(recipe, epochs * (len(x) // BATCH))
 
@@ -189,7 +226,11 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         def loss(params: Any) -> tuple[Any, Any]:
             now = {**variables, "params": params}
             logits, moved = NET.apply(now, normalized(x), train=True, mutable=["batch_stats"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), moved
+            value = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            if t := recipe.teacher:
+                soft = jax.nn.softmax(apply(teacher, x) / t)
+                value = 0.5 * value + 0.5 * t**2 * optax.softmax_cross_entropy(logits / t, soft).mean()
+            return value, moved
 
         params = variables["params"]
         (value, moved), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -314,7 +355,7 @@ def main() -> None:
     trained = train(recipe, x, y, args.out / f"{args.recipe}.ckpt")
     ARTIFACTS.mkdir(exist_ok=True)
     path = ARTIFACTS / f"resnet20_{args.recipe}.lcq"
-    size = lcq.save(path, trained["variables"])
+    size = lcq.save(path, folded(trained["variables"]) if recipe.folded else trained["variables"])
     loaded = lcq.load(path)
     scores = {"train": evaluate(apply, loaded, x, y), "test": evaluate(apply, loaded, *data.cifar10("test"))}
     last = trained["curve"][-1]

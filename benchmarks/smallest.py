@@ -1,0 +1,111 @@
+"""The smallest files at an accuracy, everything counted: LeNet300 on MNIST.
+
+    LCQ_DATA=folder python benchmarks/smallest.py lenet300_2         results/smallest_NAME.json, artifacts/
+    ... lenet300_2 --trial            judged on 5,000 held-back training images; no record, no artifact
+
+One recipe: LC with one budget of kept weights and one codebook of their values over all kernels, biases in bfloat16;
+then centres and biases tuned with masks and codes fixed, and the coded file. Data, weights and batches are those of
+lenet300.py; no augmentation. The test set is read once a recipe.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lenet300
+import numpy as np
+import optax
+from record import ARTIFACTS, record
+
+import lcq
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """What is kept, the size of its codebook, and how LC trains.
+
+    Attributes:
+        kept: part of the weights.
+        k: values that kept weights have.
+        rate: learning rate at first.
+        teacher: temperature of the given net's probabilities, 0 for none.
+        schedule: of `lenet300.Recipe`.
+        tuned: epochs of Adam at the end, its rate falling from 1e-3 as a cosine to 0.
+    """
+
+    kept: float
+    k: int
+    rate: float = 0.09
+    teacher: float = 0.0
+    schedule: str = "slow"
+    tuned: int = 5
+    seed: int = 0
+
+    @property
+    def lc(self) -> lenet300.Recipe:
+        rules = (
+            lcq.Rule(lenet300.KERNELS, lcq.Prune(kept=self.kept, values=lcq.KMeans(self.k)), joint=True),
+            lcq.Rule(".*/bias", lcq.Cast("bfloat16")),
+        )
+        schedule = {"slow": lenet300.SLOW, "slowest": lenet300.SLOWEST}[self.schedule]
+        return lenet300.Recipe(rules, rate=self.rate, teacher=self.teacher, **schedule)
+
+
+RECIPES = {"lenet300_2": Small(0.02, 8), "lenet300_3": Small(0.03, 8)}
+
+
+def train(recipe: Small, params: Any, x: Any, y: Any) -> Any:
+    """The compressed net."""
+    forms, _, _ = lenet300.train(recipe.lc, params, x, y, recipe.seed)
+    loss, steps = lenet300.loss_of(recipe.lc, params), len(x) // lenet300.BATCH
+
+    def batches() -> Iterator[Any]:
+        for epoch in range(recipe.tuned):
+            order = np.random.default_rng((recipe.seed, epoch)).permutation(len(x))[: steps * lenet300.BATCH]
+            yield from ((x[i], y[i]) for i in order.reshape(steps, -1))
+
+    tx = optax.adam(optax.cosine_decay_schedule(1e-3, recipe.tuned * steps))
+    return lcq.tune(lambda p, batch: loss(p, *batch), forms, tx, batches()) if recipe.tuned else forms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=list(RECIPES))
+    parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
+    for field, kind in {
+        "kept": float,
+        "k": int,
+        "rate": float,
+        "teacher": float,
+        "schedule": str,
+        "tuned": int,
+    }.items():
+        parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")
+    args = parser.parse_args()
+    fields = ("kept", "k", "rate", "teacher", "schedule", "tuned")
+    recipe = dataclasses.replace(RECIPES[args.recipe], **{k: v for k in fields if (v := getattr(args, k)) is not None})
+    params, x, y, x_test, y_test = lenet300.load()
+    path = ARTIFACTS / f"smallest_{args.recipe}.lcq"
+    if args.trial:
+        order = np.random.default_rng(0).permutation(len(x))
+        back, rest = order[: lenet300.HELD_BACK], order[lenet300.HELD_BACK :]
+        forms = train(recipe, params, x[rest], y[rest])
+        loss, error = map(float, lenet300.judge(lcq.decompress(forms), x[back], y[back]))
+        print({"trial": recipe, "held_back_error": error, "held_back_loss": loss}, flush=True)
+        return
+    start = time.time()
+    forms = train(recipe, params, x, y)
+    size = lcq.save(path, forms)
+    dense = lcq.decompress(lcq.load(path))
+    row: dict[str, Any] = {"recipe": args.recipe, "artifact": path.name, "bytes": size, "ratio": lcq.ratio(forms)}
+    row["train_loss"], row["train_error"] = map(float, lenet300.judge(dense, x, y))
+    row["test_loss"], row["test_error"] = map(float, lenet300.judge(dense, x_test, y_test))
+    row |= {"settings": dataclasses.asdict(recipe), "seconds": round(time.time() - start, 1)}
+    print(row, flush=True)
+    record(f"smallest_{args.recipe}", [row], seeds=[recipe.seed])
+
+
+if __name__ == "__main__":
+    main()
