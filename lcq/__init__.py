@@ -31,6 +31,11 @@ from lcq.methods.rounding import SPFQ as SPFQ
 from lcq.methods.rounding import Nearest as Nearest
 from lcq.methods.rounding import Rounding as Rounding
 from lcq.methods.rounding import SparseGPFQ as SparseGPFQ
+from lcq.methods.smooth_binary import AnnealedTanh as AnnealedTanh
+from lcq.methods.smooth_binary import Binarization as Binarization
+from lcq.methods.smooth_binary import GroupPower as GroupPower
+from lcq.methods.smooth_binary import StraightSign as StraightSign
+from lcq.methods.smooth_binary import smooth_binary as smooth_binary
 from lcq.plan import Plan as Plan
 from lcq.plan import dry_run as dry_run
 from lcq.plan import read_plan as read_plan
