@@ -144,6 +144,10 @@ class Scheme(abc.ABC):
         del forms
         return 0.0
 
+    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+        """What is paid beside the distance, in its units, so that the C step minimises both: (2/mu) C(Theta)."""
+        return 2 * self.cost(forms) / mu if self.costly else 0.0
+
     def project(self, x: Any, previous: Any = None, *, mu: Any = None, weights: Any = None) -> Any:
         """Projects an array, or several arrays onto one shared Theta.
 

@@ -144,7 +144,7 @@ def _solve_task(task: Task, ws: tuple[Any, ...], mu: Any, before: Any) -> Any:
     previous, lagrange, _ = before
     xs = tuple(w - lagrange[p] / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
     forms = task.project(xs, previous, mu=mu)
-    new, old = (_distance(xs, f) + 2 / mu * task.scheme.cost(f) for f in (forms, previous))
+    new, old = (_distance(xs, f) + task.scheme.charge(f, mu) for f in (forms, previous))
     forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
     moved = (mu * (form.dense() - x) for x, form in zip(xs, forms, strict=True))
     lagrange = {path: value for path, value in zip(task.paths, moved, strict=True) if path in lagrange}

@@ -75,13 +75,17 @@ class Additive(Scheme):
         """The sum of the schemes' costs."""
         return sum(part.cost(of_part) for part, of_part in zip(self.parts, _by_part(forms), strict=True))
 
+    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+        """The sum of what the schemes charge."""
+        return sum(part.charge(of_part, mu) for part, of_part in zip(self.parts, _by_part(forms), strict=True))
+
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         wide = tuple(x.astype(compute_dtype(x.dtype)) for x in xs)
 
         def objective(each: Any, lefts: tuple[Array, ...]) -> Array:
             """Of all forms; `lefts` is what those before the last leave. x - Delta would be made beside it."""
-            costs = sum(part.cost(forms) for part, forms in zip(self.parts, each, strict=True))
-            total = jnp.zeros([], wide[0].dtype) + (2 * costs / mu if self.costly else 0)
+            charges = sum(part.charge(forms, mu) for part, forms in zip(self.parts, each, strict=True))
+            total = jnp.zeros([], wide[0].dtype) + charges
             for i, (left, form) in enumerate(zip(lefts, each[-1], strict=True)):
                 squares = (left - form.dense()) ** 2
                 total += jnp.sum(squares if weights is None else jnp.where(weights[i] > 0, weights[i] * squares, 0))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt
 
-from lcq.blocks import Cut
+from lcq.blocks import Cut, Per, block_counts, blocks
 from lcq.schemes.levels import code_dtype
 from lcq.schemes.lloyd import cell_counts, count_below, level_of, means, residuals
 
@@ -98,6 +98,16 @@ def objective(points: Cut, codes: Sequence[Array], coded: Coded, price: Price) -
     shares = jnp.where(used, coded.number / jnp.sum(coded.number, -1, keepdims=True), 1)
     bits = jnp.sum(-coded.number * jnp.log2(shares), -1)
     return points.sum([r**2 for r in residuals(points, coded.levels, codes)]) + price.rate[..., 0] * bits
+
+
+def code_bits(codes: Sequence[UInt[Array, "..."]], levels: Float[Array, "..."], per: Per) -> Float[Array, ""]:
+    """sum_i len_{z_i} of the codes of all leaves that share levels, [*blocks, k]."""
+    counts = tuple(block_counts(per, c.shape) for c in codes)
+    how = tuple(blocks(c.shape, count) for c, count in zip(codes, counts, strict=True))
+    split = tuple(c.reshape(b.split) for c, b in zip(codes, how, strict=True))
+    number = cell_counts(Cut(split, how, counts), split, levels.reshape(*how[0].stat, -1)).astype(levels.dtype)
+    total = jnp.sum(number, -1, keepdims=True)
+    return jnp.sum(number * jnp.log2(total / jnp.where(number > 0, number, total)))
 
 
 def even_levels(points: Cut, k: int, rate: Float[Array, "*stat 1"]) -> Float[Array, "*stat k"]:

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from lcq.base import Form, Quantizer
 from lcq.blocks import Cut, Per, cut, explicit_sharding
 from lcq.forms import Codes
-from lcq.schemes.entropy import Coded, Price, coded_pass, conclude, descend_coded, even_levels, objective
+from lcq.schemes.entropy import Coded, Price, code_bits, coded_pass, conclude, descend_coded, even_levels, objective
 from lcq.schemes.exact_kmeans import best_levels
 from lcq.schemes.histogram import explore, summarise
 from lcq.schemes.lloyd import Centres, assign, cell_counts, descend, lloyd_pass
@@ -110,6 +110,12 @@ class KMeans(Quantizer):
             Codes(c.reshape(x.shape), levels=levels.reshape(*count, self.k), dtype=str(x.dtype))
             for x, c, count in leaves
         )
+
+    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+        """rate sum_i len(z_i)."""
+        del mu
+        pairs = [(form.codes, form.levels) for form in forms if isinstance(form, Codes)]
+        return self.rate * code_bits([c for c, _ in pairs], pairs[0][1], self.per) if self.rate else 0.0
 
     def fit(self, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
         """Codes of every leaf, cut into blocks, and the levels they share; `warm` are those of an earlier fit."""

@@ -1,5 +1,6 @@
 """Learned codebooks: float64 oracles in numpy, degenerate inputs, warm starts, blocks, joint leaves, sharding."""
 
+import dataclasses
 import math
 import re
 
@@ -485,6 +486,37 @@ def test_lc_with_a_rate_lowers_the_entropy_and_closes_the_gap():
         (n * np.log2(200 / n)).sum() / 200 for n in (np.unique(f.codes, return_counts=True)[1] for f in (form, plain))
     ]
     assert lcq.metrics(state)["gap"] < 1e-3 and bits[0] < 0.9 * bits[1]
+
+
+def test_what_a_rate_charges_is_the_length_of_the_codes():
+    rng = np.random.default_rng(1)
+    x, other = (jnp.asarray(rng.normal(size=(12, 6)) ** 3, jnp.float32) for _ in range(2))
+
+    def bits(columns):
+        counts = [np.unique(column, return_counts=True)[1] for column in columns]
+        return sum(float((n * np.log2(n.sum() / n)).sum()) for n in counts)
+
+    plain, channel = lcq.KMeans(5, rate=0.2), lcq.KMeans(5, rate=0.2, per="channel")
+    form, columns, pair = plain.project(x), channel.project(x), plain.project((x, other))
+    assert float(plain.charge((form,), 1.0)) == pytest.approx(0.2 * bits([form.codes.ravel()]), rel=1e-5)
+    assert float(channel.charge((columns,), 1.0)) == pytest.approx(0.2 * bits(np.asarray(columns.codes).T), rel=1e-5)
+    joined = np.concatenate([np.ravel(each.codes) for each in pair])
+    assert float(plain.charge(pair, 1.0)) == pytest.approx(0.2 * bits([joined]), rel=1e-5)
+    assert lcq.KMeans(5).charge((form,), 1.0) == 0
+
+
+def test_a_c_step_may_pay_distance_for_bits():
+    """From the plain codebook, the nearest that there is, a C step with a rate goes on to a cheaper one."""
+    w = {"w": jnp.asarray(np.random.default_rng(2).normal(size=400), jnp.float32)}
+    rules = [lcq.Rule("w", lcq.KMeans(16, rate=0.1))]
+    tx = lcq.lc(optax.sgd(0.1), rules, mu=1.0, every=None, multipliers=False)
+    state = tx.init(w)
+    near = lcq.KMeans(16).project(w["w"])
+    ((table,),) = state.lagrangian.tables
+    tables = ((dataclasses.replace(table, levels=near.levels),),)
+    plain = state.lagrangian._replace(codes=({"w": near.codes},), tables=tables)
+    after = lcq.metrics(lcq.c_step(state._replace(lagrangian=plain), w))
+    assert after["distortion"] > 1.1 * float(jnp.sum((w["w"] - near.dense()) ** 2)) and after["kept_back"] == 0
 
 
 def test_a_rate_that_cannot_be_is_refused():
