@@ -15,6 +15,10 @@ from lcq.methods.coupling import adam_step as adam_step
 from lcq.methods.coupling import geometric as geometric
 from lcq.methods.curvature import curvature as curvature
 from lcq.methods.descent import Descent as Descent
+from lcq.methods.differentiable_entropy import block_entropy as block_entropy
+from lcq.methods.differentiable_entropy import entropy_centres as entropy_centres
+from lcq.methods.hemp import compress_warm as compress_warm
+from lcq.methods.hemp import hemp as hemp
 from lcq.methods.lc import c_step as c_step
 from lcq.methods.lc import extract as extract
 from lcq.methods.lc import lc as lc

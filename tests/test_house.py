@@ -46,9 +46,13 @@ ROOMS = {
         4,
         "base blocks forms rules products trace tree unfold schemes",
         "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature "
-        "layerwise assembly quantize smooth_binary hemp refit",
+        "layerwise assembly quantize smooth_binary differentiable_entropy hemp refit",
     ),
-    "artifact": Room(4, "base forms packing rules tree", "paths lanes tables rans rates codec container layouts file checkpoint"),
+    "artifact": Room(
+        4,
+        "base forms packing rules tree",
+        "paths lanes tables rans rates codec container layouts file checkpoint",
+    ),
     "moving": Room(4, "base forms kernels"),
     "leaf": Room(5, "base jaxprs moving products"),
     "run": Room(6, "base forms jaxprs kernels leaf moving products rules"),
@@ -80,6 +84,7 @@ listed before it. `__init__` is the face; a folder's own `__init__` is its roof.
 BENCHMARKS = ("__init__", "examples")
 PARTS = [
     ("trace",),
+    ("artifact", "rans"),
     *(("methods", name) for name in ("moments", "rounding", "resolving", "following", "walk")),
     *(("kernels", name) for name in ("columns", "signs", "matmul", "xnor_pallas_tpu", "xnor_pallas_gpu")),
     ("layers", "nnx"),

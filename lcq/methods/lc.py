@@ -29,7 +29,7 @@ _LARGE_GAP = 0.01
 
 _placeholders: list[Any] = []
 optax.tree.map_params(lambda params: _placeholders.append(params), lambda leaf: leaf, None)
-_Placeholder = type(_placeholders[0])
+Placeholder = type(_placeholders[0])
 """What `optax.tree.map_params` passes to `init` in place of the parameters."""
 
 
@@ -122,7 +122,7 @@ def lc(
     def init(params: Any) -> LCState:
         steps = jnp.zeros([], jnp.int32)
         inner_state = at_rate(rate(steps)).init(params)
-        if isinstance(params, _Placeholder):
+        if isinstance(params, Placeholder):
             return LCState(inner_state, 0, _placeholder(params, rules))
         if learning_rate is not None:
             _check_rate_is_not_kept(inner_state)

@@ -1,0 +1,268 @@
+"""HEMP: training towards weights that an entropy coder makes short.
+
+    min over w of L(w) + lambda_H H_n(w) + lambda_E/2 ||w - Q(w)||^2
+
+where H_n is `block_entropy` and Q(w) the nearest level of each weight.
+
+Source: Tartaglione, Lathuiliere, Fiandrotti, Cagnazzo & Grangetto, arXiv 2107.05298.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lcq.base import Form, Quantizer, join_leafwise, split_leafwise
+from lcq.blocks import compute_dtype, cut_axes, join_axes
+from lcq.methods.baselines import Tasks
+from lcq.methods.differentiable_entropy import Layout, block_entropy, blocks_of, bracket, levels_of
+from lcq.methods.lc import Placeholder
+from lcq.rules import Rule, Task, flatten, resolve
+from lcq.schemes.levels import code_dtype
+from lcq.tree import check_finite, replace, take
+
+
+class HempState(NamedTuple):
+    """State of `hemp`.
+
+    Attributes:
+        inner: state of the wrapped optimizer.
+        steps: updates made, int32.
+        tasks: what the rules select, static.
+        tables: the codebook of every task and leaf, forms without codes.
+        entropy: H_n of the parameters that the last update was given, in bits per weight; infinite before the first.
+    """
+
+    inner: Any
+    steps: Any
+    tasks: Any
+    tables: Any
+    entropy: Any
+
+
+def hemp(
+    inner: optax.GradientTransformation,
+    rules: Sequence[Rule],
+    *,
+    order: int = 3,
+    entropy_weight: optax.ScalarOrSchedule = 1.0,
+    error_weight: optax.ScalarOrSchedule = 0.1,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    every: int | None = None,
+    small: float = 10,
+    pooled: bool = True,
+    layout: Layout = "jax",
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that the quantized weights have few bits of n-th order entropy.
+
+        w <- w + u,    w <- w - eta S (lambda_H dH_n/dw + lambda_E (w - Q(w))),    S = relu(1 - |dL/dw|)
+
+    then w is clipped to the outermost levels; u is what the inner optimizer makes of the loss gradient, and every term
+    is taken at the parameters before the update. It needs the gradients of the loss as they are, and so goes around
+    other methods, `hemp(lc(sgd))`, and before anything that scales gradients.
+
+    The levels are those of the schemes' projections of the first parameters (`lcq.KMeans(4)`: Lloyd-Max), so hemp
+    starts from trained ones, and stay until they are estimated again. H_n and its slope are taken at clipped weights
+    too, as rounding may leave one just outside. So none comes near the empty centres that `entropy_centres` adds, and
+    H_n is taken without them.
+
+    Args:
+        inner: any optax optimizer; an extra argument is passed on.
+        rules: which leaves, and the codebook of each: `KMeans`, `Levels`, `Uniform` and their like.
+        order: n; a file of blocks of n weights has about H_n bits per weight.
+        entropy_weight: lambda_H, a number or a schedule of the number of updates. dH_n/dw is of the size 1/(#weights
+            (c_b - c_{b-1})): what does not move within a run needs more.
+        error_weight: lambda_E, likewise: how fast weights go to their levels, by this part of the way an update. Where
+            lambda_E |w - Q(w)| exceeds what the other terms can do, no weight changes its level any more.
+        learning_rate: eta, likewise: a factor of both. 1 is the paper's update, which does not depend on the rate of
+            the loss; give the optimizer's own rate or schedule to have both terms scale and fall with it.
+        every: updates between two estimates of the levels, each a warm C step at the start of an update; None to keep
+            the first ones.
+        small: leaves of at most `small` times as many weights as levels do not count in H_n; they are pulled and
+            clipped as others are. 0 counts all.
+        pooled: one histogram for all leaves, as `block_entropy`.
+        layout: as for `block_entropy`.
+
+    Returns:
+        A `GradientTransformationExtraArgs` whose `update` needs `params`. Its state holds codebooks and nothing of a
+        leaf's shape. `compress_warm(opt_state, params)` is the compressed net. Under `optax.inject_hyperparams` name
+        static_args=("inner", "order", "every", "small", "pooled", "layout"); under vmap, as for `lcq.lc`, levels would
+        be estimated at every update.
+
+    Raises:
+        ValueError: at construction for settings out of range and schemes without codebooks; in `init` for rules that do
+            not fit the parameters, codebooks of a single level, and weights that are not finite.
+
+    Example:
+        >>> import lcq
+        >>> w = {"kernel": jnp.array([0.1, 0.9, 0.2, 1.1, 0.0, 1.0, 0.45, 1.3])}
+        >>> tx = hemp(optax.sgd(0.0), [lcq.Rule("kernel", lcq.KMeans(2))], order=2, entropy_weight=0.05, small=0)
+        >>> state, update = tx.init(w), jax.jit(tx.update)
+        >>> for _ in range(50):
+        ...     updates, state = update({"kernel": jnp.zeros(8)}, state, w)
+        ...     w = optax.apply_updates(w, updates)
+        >>> float(state.entropy) < 0.3
+        True
+
+    Source: arXiv 2107.05298, section 3; S: Tartaglione et al., "LOBSTER", arXiv 2011.09905.
+    """
+    rules, inner = tuple(rules), optax.with_extra_args_support(inner)
+    _check_settings(rules, order, every, small, layout)
+
+    def init(params: Any) -> HempState:
+        inner_state = inner.init(params)
+        if isinstance(params, Placeholder):
+            return HempState(inner_state, 0, 0, 0, 0)
+        tasks, leaves = Tasks(resolve(rules, params)), flatten(params)[0]
+        for task in tasks:
+            for path in task.paths:
+                check_finite(path, leaves[path])
+        tables = _estimate(tasks, leaves, None)
+        levels = _levels_by_path(tasks, tables)
+        for path, table in levels.items():
+            if table.shape[-1] < 2:
+                raise ValueError(f"{path}: wanted a codebook of two or more levels; got one; exclude the leaf")
+        if not _counted(leaves, levels, small, order):
+            raise ValueError(
+                f"wanted a leaf of more than {small} weights for each of its levels, and at least {order}; got only "
+                "smaller ones; lower small="
+            )
+        tables = jax.tree.map(lambda a: jnp.array(a, copy=True), tables)
+        wide = functools.reduce(jnp.promote_types, (table.dtype for table in levels.values()))
+        return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, tables, jnp.full([], jnp.inf, wide))
+
+    def update(grads: Any, state: HempState, params: Any = None, **extra: Any) -> tuple[Any, HempState]:
+        if params is None:
+            raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
+        leaves, slopes, tables = flatten(params)[0], flatten(grads)[0], state.tables
+        if every is not None:
+            due = (state.steps > 0) & (state.steps % every == 0)
+            tables = jax.lax.cond(due, lambda t: _estimate(state.tasks, leaves, t), lambda t: t, tables)
+        levels = _levels_by_path(state.tasks, tables)
+        ws = {path: jnp.asarray(leaves[path], compute_dtype(leaves[path].dtype)) for path in levels}
+        counted = _counted(leaves, levels, small, order)
+        entropy, pushes = jax.value_and_grad(
+            lambda some: block_entropy(some, {p: levels[p] for p in some}, order, pooled=pooled, layout=layout)
+        )({path: _clip(ws[path], levels[path]) for path in counted})
+        updates, inner_state = inner.update(grads, state.inner, params, **extra)
+        moves, structure = flatten(updates)
+        eta, of_entropy, of_error = (
+            value(state.steps) if callable(value) else value for value in (learning_rate, entropy_weight, error_weight)
+        )
+        for path, w in ws.items():
+            step = of_error * (w - _nearest(w, levels[path])) + of_entropy * pushes.get(path, 0)
+            insensitive = jax.nn.relu(1 - jnp.abs(slopes[path].astype(w.dtype)))
+            moved = _clip(w + moves[path].astype(w.dtype) - eta * insensitive * step, levels[path])
+            moves[path] = (moved - w).astype(moves[path].dtype)
+        updates = jax.tree.unflatten(structure, moves.values())
+        steps = optax.safe_increment(state.steps)
+        return updates, HempState(inner_state, steps, state.tasks, tables, entropy.astype(state.entropy.dtype))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def compress_warm(opt_state: Any, params: Any) -> Any:
+    """`lcq.compress` with the codebooks of a run of `hemp` as a warm start, so that it ends beside them.
+
+    Args:
+        opt_state: an optimizer state with one HEMP state anywhere inside.
+        params: the parameters, as given to `update`, or a running mean of them.
+
+    Returns:
+        `params` with forms in the working layout at the selected leaves.
+
+    Raises:
+        ValueError: no HEMP state, or several; weights that are not finite.
+    """
+    nodes = jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=lambda node: isinstance(node, HempState))
+    found = [node for node in nodes if isinstance(node, HempState)]
+    if len(found) != 1:
+        remedy = "pass the part that holds one of them" if found else "was the optimizer made by lcq.hemp?"
+        raise ValueError(f"wanted one HEMP state in the optimizer state; got {len(found)}: {remedy}")
+    leaves, structure = flatten(params)
+    forms = []
+    for task, tables in zip(found[0].tasks, found[0].tables, strict=True):
+        for path in task.paths:
+            check_finite(path, leaves[path])
+        forms.append(_project(task, leaves, tables))
+    return replace(structure, leaves, found[0].tasks, forms)
+
+
+def _nearest(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[Array, "*leaf"]:
+    """Q(w), the lower level on ties."""
+    _, lower, upper = bracket(w, levels)
+    return jnp.where(w > 0.5 * lower + 0.5 * upper, upper, lower)
+
+
+def _clip(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[Array, "*leaf"]:
+    """The weights inside of the outermost levels."""
+    counts, stat = blocks_of(w, levels)
+    x = jnp.clip(cut_axes(w, counts), levels[..., 0].reshape(stat), levels[..., -1].reshape(stat))
+    return join_axes(x, w.shape)
+
+
+def _levels_by_path(tasks: Tasks, tables: Any) -> dict[str, Array]:
+    """The levels of every selected leaf."""
+    pairs = zip(tasks, tables, strict=True)
+    return {path: levels_of(path, form) for task, forms in pairs for path, form in zip(task.paths, forms, strict=True)}
+
+
+def _estimate(tasks: Tasks, leaves: dict[str, Any], tables: Any) -> Any:
+    """The codebooks of the leaves, from earlier ones if there are any; those stay if weights are not finite."""
+    new = []
+    for task, warm in zip(tasks, tables or (None,) * len(tasks), strict=True):
+        forms = tuple(split_leafwise(form)[1] for form in _project(task, leaves, warm))
+        if warm is not None:
+            finite = jnp.stack([jnp.isfinite(leaves[path]).all() for path in task.paths]).all()
+            forms = jax.tree.map(lambda a, b, ok=finite: jnp.where(ok, a, b), forms, warm)
+        new.append(forms)
+    return tuple(new)
+
+
+def _project(task: Task, leaves: dict[str, Any], tables: Any) -> tuple[Form, ...]:
+    """The forms of a task; `tables` are earlier ones without codes, which then are those of the nearest levels."""
+    ws = take(leaves, task)
+    if tables is None:
+        return task.project(ws)
+    warm = []
+    for w, table in zip(ws, tables, strict=True):
+        levels = levels_of(task.name, table)
+        index, lower, upper = bracket(jnp.asarray(w), levels)
+        codes = (index + (w > 0.5 * lower + 0.5 * upper)).astype(code_dtype(levels.shape[-1]))
+        warm.append(join_leafwise(table, [codes]))
+    return task.project(ws, tuple(warm))
+
+
+def _counted(leaves: dict[str, Any], levels: dict[str, Array], small: float, order: int) -> list[str]:
+    """The paths of leaves that H_n is of."""
+    return [p for p, c in levels.items() if leaves[p].size > small * c.shape[-1] and leaves[p].size >= order]
+
+
+def _check_settings(rules: tuple[Any, ...], order: Any, every: Any, small: Any, layout: Any) -> None:
+    schemes = [rule.scheme for rule in rules if isinstance(rule, Rule) and rule.scheme is not None]
+    if not schemes:
+        raise ValueError("hemp wants a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.KMeans(4))")
+    for scheme in schemes:
+        if not isinstance(scheme, Quantizer):
+            raise ValueError(f"wanted schemes with a codebook, such as lcq.KMeans(4) or lcq.Uniform(3); got {scheme}")
+        if every is not None and scheme.host:
+            raise ValueError(f"{scheme} is solved on the host, not in update: pass every=None")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"wanted every= a positive int or None; got {every!r}")
+    if not isinstance(order, int) or order < 1:
+        raise ValueError(
+            f"wanted order= an int >= 1; got {order!r}; under optax.inject_hyperparams name it in static_args"
+        )
+    if not isinstance(small, int | float) or small < 0:
+        raise ValueError(
+            f"wanted small= a number >= 0; got {small!r}; under optax.inject_hyperparams name it in static_args"
+        )
+    if layout == "torch" and any(rule.stacked for rule in rules):
+        raise ValueError("layout='torch' swaps the axes of whole leaves: wanted rules without stacked axes")
+    if layout not in ("jax", "torch"):
+        raise ValueError(f"wanted layout='jax' or 'torch'; got {layout!r}")
