@@ -34,6 +34,8 @@ START = 1 << 16
 WIDE = 32
 """Lanes from which a row is worth array operations; symbol by symbol is faster below."""
 
+_UNROLL = 2  # rows a turn of the loop, whose turns cost as much as the work in a row
+
 
 def encode(
     symbols: UInt16[np.ndarray, " count"], frequencies: Int[np.ndarray, " alphabet"], lanes: int
@@ -210,21 +212,26 @@ def _take_on_device(
     lanes, mask = states.shape[0], (jnp.uint32(1) << precision) - 1
     lane = jnp.arange(lanes, dtype=jnp.uint32)
 
-    def row(i: Any, carry: Any) -> Any:
-        x, used, slots = carry
+    def row(first: Any, x: Any, used: Any) -> Any:
         slot = x & mask
         step = table.at[slot].get(mode="promise_in_bounds")
-        taken = ((step >> 16) + 1) * (x >> precision) + (step & 0xFFFF)
-        x = jnp.where(lane < count - i.astype(jnp.uint32) * lanes, taken, x)
+        x = jnp.where(first + lane < count, ((step >> 16) + 1) * (x >> precision) + (step & 0xFFFF), x)
         empty = x < START
         before, total = _counts(empty)
         word = words.at[used + before].get(mode="clip")
-        x = jnp.where(empty, x << 16 | word, x)
-        return x, used + total, lax.dynamic_update_slice(slots, slot.astype(jnp.uint16)[None], (i, 0))
+        return slot.astype(jnp.uint16), jnp.where(empty, x << 16 | word, x), used + total
+
+    def some(i: Any, carry: Any) -> Any:
+        x, used, slots = carry
+        rows = []
+        for j in range(_UNROLL):
+            slot, x, used = row((i * _UNROLL + j).astype(jnp.uint32) * lanes, x, used)
+            rows.append(slot)
+        return x, used, lax.dynamic_update_slice(slots, jnp.stack(rows), (i * _UNROLL, 0))
 
     start = (states, jnp.uint32(0), jnp.zeros((rows, lanes), jnp.uint16))
-    needed = ((count + jnp.uint32(lanes - 1)) // lanes).astype(jnp.int32)
-    states, used, slots = lax.fori_loop(jnp.int32(0), needed, row, start)
+    needed = ((count + jnp.uint32(_UNROLL * lanes - 1)) // (_UNROLL * lanes)).astype(jnp.int32)
+    states, used, slots = lax.fori_loop(jnp.int32(0), needed, some, start)
     found = symbols.at[slots.reshape(-1)].get(mode="promise_in_bounds").astype(jnp.uint32)
     dtype = jnp.uint8 if levels <= 256 else jnp.uint16
     digits = jnp.stack([(found // levels**i % levels).astype(dtype) for i in range(block)], axis=1)
@@ -249,5 +256,5 @@ def _counts(empty: Bool[Array, " lanes"]) -> tuple[UInt32[Array, " lanes"], UInt
 
 def _roomy(size: int) -> int:
     """The next of 4 sizes an octave, so that few programs are compiled."""
-    step = 1 << max(0, size.bit_length() - 3)
-    return max(1, -(-size // step) * step)
+    step = max(_UNROLL, 1 << max(0, size.bit_length() - 3))
+    return -(-size // step) * step

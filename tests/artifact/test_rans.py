@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lcq.artifact import lanes, rans, tables
 
 RNG = np.random.default_rng(7)
+LETTERS = tables.fit(np.array([3, 1] + [0] * 16), nested=False).data
 
 
 def put(symbols, frequencies, count):
@@ -185,8 +186,10 @@ def test_a_single_symbol_leaves_the_states_alone():
 
 @pytest.mark.parametrize("count", [2, 40])
 def test_states_and_words_are_checked(count):
-    with pytest.raises(ValueError, match="2\\^16"):
+    with pytest.raises(ValueError, match="more than 0 words"):  # 255 * 257 + 0 is the largest that reads a word
         lanes.decode(np.full(count, 2**16 + 256, np.uint32), np.zeros(0, np.uint16), np.array([255, 1]), count)
+    with pytest.raises(ValueError, match="2\\^16"):
+        lanes.decode(np.full(count, 2**17, np.uint32), np.zeros(0, np.uint16), np.array([255, 1]), count)
     frequencies, symbols = np.array([200, 56]), skewed(5000, 2).astype(np.uint16)
     states, words = lanes.encode(symbols, frequencies, count)
     for bad in (words[:-1], np.append(words, np.uint16(0))):
@@ -219,6 +222,30 @@ def test_large_tables_are_nested_and_cost_little():
     assert bound < fitted.bits < 1.01 * bound
     assert 8 * size < 0.6 * 8 * np.count_nonzero(counts)
     assert len(tables.fit(counts, nested=False).data) > 1.05 * size
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        ("00", "a table"),
+        ("09 00 00 01", "8 to 16 bits"),
+        ("00 60 00 01", "plain or nested"),
+        ("00 f0 00 f0 00 01", "nested once"),
+        ("00 00 01 03", "at most 1 symbols"),
+        ("00 00 80 80 80 80 80 00", "at most 5"),
+        ("00 00 80 00 01", "as few bytes"),
+        ("00 00 00 02", "below 1"),
+        ("00 00 00 00 00 00 00", "gaps"),
+        ("00 00 00 03", "zeros behind"),
+        ("00 50 00 23", "16 binary digits"),
+        ("00 50 00", "end of the stream"),
+        ("00 f0" + LETTERS.hex() + "00 ff ff 00 00", "state of at least"),
+        ("00 f0" + LETTERS.hex() + "05 00 00 01 00", "words of a table"),
+    ],
+)
+def test_bad_tables_are_refused(data, why):
+    with pytest.raises(ValueError, match=why):
+        tables.read(np.frombuffer(bytes.fromhex(data), np.uint8), 1)
 
 
 # Streams
@@ -351,6 +378,30 @@ STREAMS = [
 ]
 
 
+def test_bad_streams_are_refused():
+    data, size, levels = STREAMS[0]
+    words = len(data) - 2 * lanes.encode(skewed(400, 4).astype(np.uint16), table_of(data, levels), 1)[1].size
+    for bad, n, k, why in (
+        (b"", 0, 2, "stream"),
+        (b"\x09" + data[1:], size, levels, "blocks of 9"),
+        (b"\x02" + data[1:], 1, levels, "blocks of 2"),
+        (data[: words - 4] + b"\xff\xff\0\0" + data[words:], size, levels, "states of at least"),
+        (data + b"\0", size, levels, "last word"),
+        (b"\x02\x03" + STREAMS[1][0][2:], 401, 3, "at the end"),
+        (rans.encode(np.full(50, 3, np.uint8), 5) + b"\0\0", 50, 5, "last word"),
+        (b"\0\x05", 1, 5, "codes below 5"),
+        (b"\0\x08", 1, 5, "codes below 5"),
+        (b"\0\x01\0", 1, 5, "2 bytes"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            rans.decode(bad, n, k)
+
+
+def table_of(data, levels):
+    """Frequencies of a stream of single codes."""
+    return np.array(table(data, 1, levels)[0])
+
+
 def refused(data, size, levels):
     """Whether a stream is refused; what is not is at least of the right kind."""
     try:
@@ -402,7 +453,7 @@ def test_absurd_numbers_take_no_memory():
     codes = skewed(400, 4)
     data = rans.encode(codes, 4, block=1, lanes=1)
     at = data.index(b"\x01", 1 + len(tables.fit(np.bincount(codes)).data))
-    for count in (0, 2**31, 2**34):
+    for count in (0, 300, 2**31, 2**34):
         bad = data[:at] + tables.varint(count) + data[at + 1 :]
         with pytest.raises(ValueError, match="lanes"):
             rans.decode(bad, 400, 4)
