@@ -74,14 +74,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=list(RECIPES))
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
-    for field, kind in {
-        "kept": float,
-        "k": int,
-        "rate": float,
-        "teacher": float,
-        "schedule": str,
-        "tuned": int,
-    }.items():
+    kinds: dict[str, Any] = {"kept": float, "k": int, "rate": float, "teacher": float, "tuned": int}
+    for field, kind in kinds.items():
         parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")
     args = parser.parse_args()
     recipe = dataclasses.replace(RECIPES[args.recipe], **{k: v for k in kinds if (v := getattr(args, k)) is not None})

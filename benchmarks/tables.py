@@ -333,6 +333,67 @@ def kernels() -> str:
     return grid(head, cells)
 
 
+SOURCES = {
+    "independent_1.83": "1e7 codes of 1.83 bits",
+    "independent_0.59": "1e7 codes of .59 bits",
+    "markov": "1e7 codes of a Markov chain",
+}
+CODERS = {
+    "lcq_numpy": "lcq, numpy",
+    "lcq_jax": "lcq, JAX",
+    "constriction": "constriction",
+    "zstandard_19": "zstd -19",
+    "lzma": "LZMA",
+    "pcodec": "pcodec",
+    "deepcabac": "DeepCABAC",
+}
+
+
+def coder() -> str:
+    """Sizes and decoding of long sources: lcq's default and named settings, and peers."""
+    rows = []
+    for row in stored("coder"):
+        if row.get("codes", 0) < 1_000_000 or "bytes" not in row or row["coder"] not in CODERS:
+            continue
+        own = row["coder"].startswith("lcq")
+        setting = f"{row['block_of_stream']} codes a block, {row['lanes'] or 'default'} lanes" if own else ""
+        excess = f"{100 * row['excess']:.3f} %"
+        times = f"{row.get('decodes_as_fast_as_constriction_times', 0) or 0:.1f}" if row["coder"] == "lcq_jax" else ""
+        cells = [f"{row['bits_per_code']:.3f}", excess, f"{row['encode_cpu']:.2f}", f"{row['decode_cpu']:.3f}", times]
+        rows.append([f"{SOURCES.get(row['source'], row['source'])}: {CODERS[row['coder']]}", setting, *cells])
+    head = [
+        "entropy coders",
+        "setting",
+        "bits a code",
+        "over H_n",
+        "encode, cpu s",
+        "decode, cpu s",
+        "constriction's / it",
+    ]
+    return grid(head, rows)
+
+
+SMALLEST = {
+    "lenet300_3": ("LeNet300, MNIST, 3 % kept, 16 values", "error 2.2 in 14 / 9 kB"),
+    "lenet300_3_teacher": ("the same, teacher", "error 2.2 in 14 / 9 kB"),
+}
+
+
+def smallest() -> str:
+    """The smallest files of whole nets."""
+    rows = []
+    for name, (title, target) in SMALLEST.items():
+        for row in stored(f"smallest_{name}"):
+            rows.append([title, f"{row['test_error']:.2f}", f"{row['bytes']:,}", target])
+    for name, title in RATES.items():
+        for row in stored(f"resnet20_{name}"):
+            target = "91.2 % in 60 / 45 kB; 90.5 % in 45 / 36 kB"
+            rows.append([f"ResNet-20, CIFAR-10, {title}", f"{100 - row['accuracy']:.2f}", f"{row['bytes']:,}", target])
+    return grid(["everything counted", "test error %", "bytes", "accept / aim"], rows)
+
+
+RATES = {"lc_k8_rate": "K = 8, rate .0013, teacher", "lc_k8_high_rate": "K = 8, rate .0024, teacher"}
+
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
@@ -348,6 +409,8 @@ TABLES: dict[str, Callable[[], str]] = {
         gpfq_transformers,
         gpfq_speed,
         kernels,
+        coder,
+        smallest,
     )
 }
 

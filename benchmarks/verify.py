@@ -15,6 +15,7 @@ import gpfq_images
 import gpfq_transformers
 import lenet300
 import resnet20
+import smallest
 import tune
 from record import ARTIFACTS, stored
 
@@ -38,6 +39,8 @@ def rows() -> Iterator[Check]:
             yield row, functools.partial(accuracy, name, "accuracy")
     for name in resnet20.RECIPES:
         yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in stored(f"resnet20_{name}"))
+    for name in smallest.RECIPES:
+        yield from ((row, lenet_error) for row in stored(f"smallest_{name}"))
     for name in tune.RUNS:
         measure = lenet_error if name.startswith("lenet300") else functools.partial(accuracy, "resnet20", "accuracy")
         yield from ((row, measure) for row in stored(f"tune_{name}"))
@@ -61,6 +64,7 @@ def images(name: str) -> Any:
 
 def accuracy(name: str, key: str, variables: Any) -> dict[str, float]:
     net, test = images(name)
+    variables = resnet20.whole(variables) if name == "resnet20" else variables
     return {key: gpfq_images.accuracy(net.apply, variables, *test)}
 
 
