@@ -73,7 +73,7 @@ class Recipe:
         wait: share of all C steps, the first, with mu as at first.
         hold: share of all C steps, the last, with mu as at last.
         every: updates of an L step.
-        coupling, multipliers: of `lcq.lc`.
+        coupling: of `lcq.lc`.
         tuned: epochs at the end, of all, that train what forms hold and what is not compressed, masks and codes fixed.
         tuned_rate: the learning rate falls from this as a cosine to 0 again in these.
         l2: weight decay, added to the gradients.
@@ -90,7 +90,6 @@ class Recipe:
     hold: float = 0.05
     every: int = 100
     coupling: str = "gradient"
-    multipliers: bool = True
     tuned: int = 0
     tuned_rate: float = 0.02
     l2: float = 0.0
@@ -106,10 +105,12 @@ FIRST = {"hold": 0.1, "every": 50}
 faster than a w whose learning rate times mu falls; their gaps stay above 4e-3."""
 
 SMALL = {"epochs": 14, "l2": 1e-4, "teacher": 2.0, "folded": True}
+# Without multipliers w stays -gradient/mu away from Delta(Theta), where the loss is lower: after 10 epochs at mu = .006
+# and 5 on to .23, Delta(Theta) of K = 2 was right on 74 % of training images; with them it is on 90 %.
 RECIPES = {
     "lc_k2": Recipe(K2, mu=(2e-3, 0.3), **FIRST),
     "lc_k2_steep": Recipe(K2),
-    "lc_k2_patient": Recipe(K2, mu=(6e-3, 5.0), wait=0.5, every=50, multipliers=False),
+    "lc_k2_slow": Recipe(K2, mu=(4e-3, 3.0), wait=0.3, tuned=2),
     "ste_k2": Recipe(K2, "ste", rate=0.01),
     "lc_k4": Recipe(K4, rate=0.05, mu=(5e-3, 0.5), **FIRST),
     "lc_k4_steep": Recipe(K4, rate=0.05, mu=(5e-3, 5.0)),
@@ -154,8 +155,7 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     (first, last), count = recipe.mu, steps / recipe.every
     growing = max(1, int((1 - recipe.wait - recipe.hold) * count))
     mu = lcq.geometric(first, (last / first) ** (1 / growing), steps=growing, wait=int(recipe.wait * count))
-    how: dict[str, Any] = {"coupling": recipe.coupling, "multipliers": recipe.multipliers}
-    return lcq.lc(inner, rules_of(recipe), mu=mu, every=recipe.every, learning_rate=rate, **how)
+    return lcq.lc(inner, rules_of(recipe), mu=mu, every=recipe.every, learning_rate=rate, coupling=recipe.coupling)
 
 
 def apply(variables: Any, x: Any) -> Any:

@@ -119,7 +119,7 @@ RESNET = {
 ATTEMPTS = {
     "lc_{}": "**LC**",
     "lc_{}_steep": "**LC**, steeper",
-    "lc_{}_patient": "**LC**, patient",
+    "lc_{}_slow": "**LC**, slower",
     "lc_{}_gentle": "**LC**, gentle",
     "lc_{}_tuned": "**LC**, mask fixed for the last 6 epochs",
     "ste_{}": "straight-through",

@@ -159,8 +159,9 @@ class Scheme(abc.ABC):
             mu: the penalty weight; needed by schemes with a cost, ignored by others.
             weights: h >= 0, an array that broadcasts against x, or a tuple of them for a tuple; None for ones. For
                 instance h of shape (inputs, 1), the mean square of every input of a layer, for the error that its
-                outputs make. Only ratios within a block that shares a codebook matter; a block whose h are all zero
-                counts as unweighted, and so do schemes that choose nothing but the nearest number.
+                outputs make. Only ratios within a block that shares a codebook matter (with a price too, as in
+                `KMeans(rate=)`, their size); a block whose h are all zero counts as unweighted, and so do schemes that
+                choose nothing but the nearest number.
 
         Returns:
             A form in the working layout for an array; a tuple of forms for a tuple.
