@@ -49,7 +49,11 @@ class Small:
         return lenet300.Recipe(rules, rate=self.rate, teacher=self.teacher, **schedule)
 
 
-RECIPES = {"lenet300_3": Small(0.03, 16), "lenet300_3_teacher": Small(0.03, 16, teacher=3.0)}
+RECIPES = {
+    "lenet300_3": Small(0.03, 16),
+    "lenet300_3_teacher": Small(0.03, 16, teacher=3.0),
+    "lenet300_2.2_teacher": Small(0.022, 8, teacher=3.0),
+}
 CODEBOOK: dict[str, Any] = {"mu": 3e-3, "factor": 1.3, "l_steps": 20, "epochs": (3, 3), "decay": 0.9}
 """The schedule of the second stage: the mask hardly moves at this mu, and the values settle."""
 
