@@ -204,7 +204,7 @@ def short(source: Source) -> dict[str, Any]:
     runs = source.codes[:100_000].reshape(-1, SHORT)
     parts = [source._replace(codes=run) for run in runs]
     over = [sizes(part, len(rans.encode(part.codes, part.levels)), 1)["bytes_over"] for part in parts]
-    row = {"source": source.name, "codes": SHORT, "coder": "lcq_numpy", "runs": len(runs)}
+    row = {"source": source.name, "codes": SHORT, "coder": "lcq_numpy", "samples": len(runs)}
     return row | {"bytes_over_most": max(over), "bytes_over_mean": float(np.mean(over))}
 
 

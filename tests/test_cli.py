@@ -52,10 +52,12 @@ def test_there_and_back(tmp_path, kind, capsys):
     out = capsys.readouterr().out
     assert "format lcq 2" in out and "dense0/kernel.codes" in out and "BF16" in out and "I64" in out
     lines = [line.split() for line in out.splitlines()]
-    assert ["dense0/kernel.levels", "F32", "1x1x4", "16"] in lines and ["count", "I64", "3", "24"] in lines
-    tensors = sum(int(line[-1]) for line in lines if len(line) == 4 and line[1] in ("F32", "U32", "BF16", "I64"))
+    assert ["dense0/kernel.levels", "F32", "1x1x4", "16", "16"] in lines and ["count", "I64", "3", "24", "24"] in lines
+    streams = [line for line in lines if len(line) == 5 and line[1] in ("F32", "U32", "BF16", "I64")]
+    raw, held = (sum(int(line[i]) for line in streams) for i in (3, 4))
     size = packed.stat().st_size
-    assert f"{size:,} bytes: {tensors:,} of tensors, {size - tensors:,} of header" in out
+    parts = f"{held:,} of streams ({raw:,} before coding), {size - held:,} of header and index"
+    assert f"{size:,} bytes: {parts}" in out
     assert run("decompress", packed, "-o", back) == 0
     same(checkpoint.read(back), expected)
 

@@ -179,6 +179,7 @@ def test_a_hostile_file_is_refused(tmp_path, monkeypatch, form, message):
     with monkeypatch.context() as unchecked:
         unchecked.setattr(codec, "check_form", lambda form: None)
         unchecked.setattr(Sparse, "pack", lambda self: self)
+        unchecked.setattr(Sparse, "alphabets", {})
         lcq.save(tmp_path / "net.lcq", {"w": form})
     with pytest.raises(lcq.ArtifactError, match=f"w: .*({message})"):
         lcq.load(tmp_path / "net.lcq")
