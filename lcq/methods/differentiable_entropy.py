@@ -244,7 +244,10 @@ def bracket(w: Float[Array, "*leaf"], centres: Float[Array, "*counts k"]) -> tup
             lower, upper = jnp.where(above, c[..., k], lower), jnp.where(above, c[..., k + 1], upper)
     else:
         first = jnp.moveaxis(c, -1, 0)
-        count = lambda k, i: i + (x >= first[k]).astype(jnp.int32)  # noqa: E731
+
+        def count(k: Array, index: Array) -> Array:
+            return index + (x >= first[k]).astype(jnp.int32)
+
         index = jax.lax.fori_loop(1, size - 1, count, jnp.zeros_like(x, jnp.int32))
         lower, upper = (jnp.take_along_axis(c, index[..., None] + i, -1)[..., 0] for i in (0, 1))
     index, lower, upper = (join_axes(a, w.shape) for a in (index, lower, upper))
