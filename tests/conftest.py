@@ -1,11 +1,14 @@
 """Set up before jax or lcq is imported: simulated devices, run-time shape checks, a hypothesis profile."""
 
+import gc
 import os
 import typing
 from pathlib import Path
 
 # Eight simulated CPU devices, so that sharding is tested on every machine.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# LAPACK's threads wait for each other in busy loops: on busy cores a small SVD takes ten times its time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import beartype
 import jaxtyping
@@ -21,6 +24,9 @@ def checked(function):
 # Every annotated function of lcq checks its shapes and types while the tests run.
 jaxtyping.install_import_hook("lcq", f"{__name__}.checked")
 
+# Traces make many objects and few cycles: at Python's thresholds every twelfth second goes into looking for them.
+gc.set_threshold(10_000, 20, 20)
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -29,6 +35,12 @@ hypothesis.settings.register_profile(
     "lcq", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=True
 )
 hypothesis.settings.load_profile("lcq")
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -209,8 +209,9 @@ def transposed(p, x):
 
 
 def linen(module, *args):
-    """Its parameters and its apply."""
-    return module.init(jax.random.key(0), *args), module.apply
+    """Variables, positive as a variance is and drawn by numpy, so that nothing is compiled; and the module's apply."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+    return jax.tree.map(lambda leaf: abs(normal(*leaf.shape)), shapes), module.apply
 
 
 def attention(p, x):

@@ -1,6 +1,7 @@
 """Numbers in forms, tuned, against normal equations; batch-norm statistics, through linen and nnx, against numpy."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -78,19 +79,25 @@ def sparse(levels=None, seed=1):
 
 
 FORMS = {
-    "levels": lcq.KMeans(3).project(W),
-    "levels of channels": lcq.KMeans(2, per="channel").project(W),
-    "many levels": lcq.KMeans(12).project(W),
-    "scale": lcq.Ternary(scale=True).project(W),
-    "scales of channels": lcq.Uniform(3, per="channel").project(W),
-    "sparse": sparse(),
-    "sparse codes": sparse((-0.5, 0.5)),
+    "levels": lcq.KMeans(3).project,
+    "levels of channels": lcq.KMeans(2, per="channel").project,
+    "many levels": lcq.KMeans(12).project,
+    "scale": lcq.Ternary(scale=True).project,
+    "scales of channels": lcq.Uniform(3, per="channel").project,
+    "sparse": lambda w: sparse(),
+    "sparse codes": lambda w: sparse((-0.5, 0.5)),
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_least_squares_ends_at_the_normal_equations(form):
-    losses = []
+@functools.cache
+def form_of(name):
+    """Made when a test wants it, not when the file is imported, which every worker does."""
+    return FORMS[name](W)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_least_squares_ends_at_the_normal_equations(name):
+    form, losses = form_of(name), []
     result = tuned(net(form), on_step=lambda number, value: losses.append(float(value)))
     least, dense = least_loss(cells(form))
     np.testing.assert_allclose(affine_loss(lcq.decompress(result), (X, Y)), least, rtol=1e-5)
@@ -99,7 +106,7 @@ def test_least_squares_ends_at_the_normal_equations(form):
 
 
 def test_other_optimizers_end_there_too():
-    form = FORMS["levels"]
+    form = form_of("levels")
     least, dense = least_loss(cells(form))
     for tx, steps in ((optax.lbfgs(), 40), (optax.sgd(0.02, momentum=0.9), 400)):
         result = tuned(net(form), tx, steps)
@@ -285,11 +292,11 @@ def test_steps_and_what_is_told_after_each():
     told = []
     batches = [(X, k * Y) for k in range(9)]
     few = lcq.tune(
-        affine_loss, net(FORMS["levels"]), optax.sgd(0.1), iter(batches), steps=3, on_step=lambda *a: told.append(a)
+        affine_loss, net(form_of("levels")), optax.sgd(0.1), iter(batches), steps=3, on_step=lambda *a: told.append(a)
     )
-    chex.assert_trees_all_equal(few, lcq.tune(affine_loss, net(FORMS["levels"]), optax.sgd(0.1), batches[:3]))
+    chex.assert_trees_all_equal(few, lcq.tune(affine_loss, net(form_of("levels")), optax.sgd(0.1), batches[:3]))
     assert [number for number, _ in told] == [1, 2, 3]
-    start = affine_loss(lcq.decompress(net(FORMS["levels"])), batches[0])
+    start = affine_loss(lcq.decompress(net(form_of("levels"))), batches[0])
     np.testing.assert_allclose(told[0][1], start, rtol=1e-6)
 
 
@@ -303,14 +310,14 @@ def test_tune_says_what_is_wrong():
         ({"w": W}, {}, "wanted a tree with forms; got 1 arrays"),
         (fixed_table, {}, "wanted floating-point numbers"),
         (fixed_table | {"bias": W}, {"arrays": False}, "wanted floating-point numbers"),
-        ({"w": FORMS["levels"]}, {"steps": 0}, "wanted steps >= 1"),
+        ({"w": form_of("levels")}, {"steps": 0}, "wanted steps >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             lcq.tune(loss, forms, optax.sgd(0.1), [1.0], **settings)
     for steps, message in ((None, "at least one batches; got 0"), (2, "wanted 2 batches; got 0")):
         with pytest.raises(ValueError, match=message):
-            lcq.tune(loss, {"w": FORMS["levels"]}, optax.sgd(0.1), [], steps=steps)
-    for form, name in ((FORMS["levels"], "w.levels"), (Cast(jnp.full(3, 400, "float8_e4m3fn")), "w.values")):
+            lcq.tune(loss, {"w": form_of("levels")}, optax.sgd(0.1), [], steps=steps)
+    for form, name in ((form_of("levels"), "w.levels"), (Cast(jnp.full(3, 400, "float8_e4m3fn")), "w.values")):
         with pytest.raises(ValueError, match=f"{name}: wanted finite numbers.*after 9 updates.*learning rate"):
             lcq.tune(loss, {"w": form}, optax.sgd(1e38 if name == "w.levels" else 10.0), [-1.0] * 9)
 
