@@ -119,9 +119,8 @@ RESNET = {
 ATTEMPTS = {
     "lc_{}": "**LC**",
     "lc_{}_steep": "**LC**, steeper",
-    "lc_{}_slow": "**LC**, slower",
-    "lc_{}_gentle": "**LC**, gentle",
     "lc_{}_tuned": "**LC**, mask fixed for the last 6 epochs",
+    "lc_{}_taught": "**LC**, as above, with a teacher and weight decay",
     "ste_{}": "straight-through",
 }
 

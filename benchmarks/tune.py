@@ -61,8 +61,8 @@ def resnet(k: int) -> dict[str, Any]:
     given = resnet20.given()
     forms, statistics = lcq.compress(given["params"], [lcq.Rule(resnet20.KERNELS, lcq.KMeans(k))]), given["batch_stats"]
     how, steps = gpfq_train.Recipe(1, RATE, batch=resnet20.BATCH, augment=True), len(x) // resnet20.BATCH
-    loss, batches = resnet20.loss_of(statistics), gpfq_train.batches(x, y, how, 0)
-    tuned = lcq.tune(loss, forms, optimizer(steps), batches, steps=steps)
+    loss, batches = resnet20.loss_of(), gpfq_train.batches(x, y, how, 0)
+    tuned = lcq.tune(lambda p, batch: loss(p, statistics, *batch)[0], forms, optimizer(steps), batches, steps=steps)
     test = data.cifar10("test")
 
     def accuracy(variables: Any) -> float:

@@ -89,8 +89,9 @@ class Binarization(abc.ABC):
         cut = blocks(w.shape, counts)
         x = w.astype(compute_dtype(w.dtype)).reshape(cut.split)
         if self.centred:
+            one = x[tuple(slice(1) if axis in cut.axes else slice(None) for axis in range(x.ndim))]
+            x = x - jax.lax.stop_gradient(one)  # equal weights become zeros, not what rounding leaves
             x = x - x.mean(cut.axes, keepdims=True)
-            x = x - x.mean(cut.axes, keepdims=True)  # what rounding left: equal weights become zeros
         if alpha is None:
             return x, cut.axes, self.scale(x, math.prod(w.shape[:-1]), cut.axes)
         if alpha.shape != counts:
