@@ -27,7 +27,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,19 @@ EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Epochs at the end that train what forms hold and what is not compressed, masks and codes fixed.
+
+    Attributes: as of a `Recipe`; momentum starts anew.
+    """
+
+    epochs: int
+    rate: float = 0.02
+    l2: float = 0.0
+    teacher: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Rules and a schedule. SGD with Nesterov's momentum 0.9; the learning rate falls from `rate` as a cosine to 0.
 
@@ -74,8 +87,7 @@ class Recipe:
         hold: share of all C steps, the last, with mu as at last.
         every: updates of an L step.
         coupling: of `lcq.lc`.
-        tuned: epochs at the end, of all, that train what forms hold and what is not compressed, masks and codes fixed.
-        tuned_rate: the learning rate falls from this as a cosine to 0 again in these.
+        epochs: of all, with those of tuning.
         l2: weight decay, added to the gradients.
         teacher: temperature of the given net's probabilities, which are half of the loss then; 0 for none.
         folded: whether batch norm is stored as a scale and a bias of each output, in bfloat16, as the last bias is.
@@ -90,8 +102,7 @@ class Recipe:
     hold: float = 0.05
     every: int = 100
     coupling: str = "gradient"
-    tuned: int = 0
-    tuned_rate: float = 0.02
+    tuned: Tuning = Tuning(0)
     l2: float = 0.0
     teacher: float = 0.0
     folded: bool = False
@@ -118,8 +129,8 @@ RECIPES = {
     "lc_k4_taught": Recipe(K4, rate=0.05, mu=(5e-3, 5.0), **TAUGHT),
     "ste_k4": Recipe(K4, "ste", rate=0.01),
     "lc_prune10": Recipe(PRUNED, mu=(2e-3, 0.3), **FIRST),
-    "lc_prune10_tuned": Recipe(PRUNED, rate=0.05, mu=(5e-4, 1.0), tuned=6),
-    "lc_prune10_taught": Recipe(PRUNED, rate=0.05, mu=(5e-4, 1.0), tuned=6, **TAUGHT),
+    "lc_prune10_tuned": Recipe(PRUNED, rate=0.05, mu=(5e-4, 1.0), tuned=Tuning(6)),
+    "lc_prune10_taught": Recipe(PRUNED, rate=0.05, mu=(5e-4, 1.0), tuned=Tuning(6, 0.05, **TAUGHT)),
     "ste_prune10": Recipe(PRUNED, "ste", rate=0.01),
     "lc_ternary": Recipe(TERNARY),
     "ste_ternary": Recipe(TERNARY, "ste", rate=0.01),
@@ -144,15 +155,15 @@ def rules_of(recipe: Recipe) -> tuple[lcq.Rule, ...]:
     return tuple(lcq.pareto(given()["params"], candidates, bits_per_weight=recipe.rules, coded=False).plan.rules)
 
 
-def sgd(recipe: Recipe, rate: Any) -> optax.GradientTransformation:
+def sgd(l2: float, rate: Any) -> optax.GradientTransformation:
     momentum = optax.sgd(rate, 0.9, nesterov=True)
-    return optax.chain(optax.add_decayed_weights(recipe.l2), momentum) if recipe.l2 else momentum
+    return optax.chain(optax.add_decayed_weights(l2), momentum) if l2 else momentum
 
 
 def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     """The optimizer of a run of so many updates."""
     rate = optax.cosine_decay_schedule(recipe.rate, steps)
-    inner = functools.partial(sgd, recipe)
+    inner = functools.partial(sgd, recipe.l2)
     if recipe.method == "ste":
         return lcq.straight_through_training(inner(rate), rules_of(recipe))
     (first, last), count = recipe.mu, steps / recipe.every
@@ -221,7 +232,7 @@ def forms_of(recipe: Recipe, params: Any, state: Any) -> Any:
 def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str, Any]:
     """Trains from the given weights, or goes on from `path`; returns the compressed variables and the log."""
     variables, loss = given(), loss_of(recipe.teacher)
-    epochs = recipe.epochs - recipe.tuned
+    epochs = recipe.epochs - recipe.tuned.epochs
     tx = optimizer_of(recipe, epochs * (len(x) // BATCH))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -269,7 +280,7 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         temporary.write_bytes(serialization.msgpack_serialize({"leaves": kept, "log": json.dumps(log)}))
         os.replace(temporary, path)
     forms = forms_of(recipe, variables["params"], state)
-    if recipe.tuned:
+    if recipe.tuned.epochs:
         start = time.time()
         forms = tune(recipe, forms, variables["batch_stats"], x, y)
         log["seconds"] += time.time() - start
@@ -293,20 +304,18 @@ def loss_of(temperature: float = 0.0) -> Callable[..., Any]:
 
 
 def tune(recipe: Recipe, forms: Any, statistics: Any, x: np.ndarray, y: np.ndarray) -> Any:
-    """The last epochs of a recipe, masks and codes fixed."""
-    steps = len(x) // BATCH
-
-    def batches() -> Iterator[Any]:
-        how = gpfq_train.Recipe(recipe.epochs, recipe.rate, batch=BATCH, augment=True, seed=recipe.seed)
-        for epoch in range(recipe.epochs - recipe.tuned, recipe.epochs):
-            yield from gpfq_train.batches(x, y, how, epoch)
+    """The last epochs of a recipe."""
+    steps, how = len(x) // BATCH, recipe.tuned
+    order = gpfq_train.Recipe(recipe.epochs, how.rate, batch=BATCH, augment=True, seed=recipe.seed)
+    epochs = range(recipe.epochs - how.epochs, recipe.epochs)
+    batches = itertools.chain.from_iterable(gpfq_train.batches(x, y, order, epoch) for epoch in epochs)
 
     def show(step: int, value: Any) -> None:
         if step % steps == 0:
             print({"tuned": step // steps, "batch_loss": float(value)}, flush=True)
 
-    loss, rate = loss_of(recipe.teacher), optax.cosine_decay_schedule(recipe.tuned_rate, recipe.tuned * steps)
-    return lcq.tune(lambda p, batch: loss(p, statistics, *batch)[0], forms, sgd(recipe, rate), batches(), on_step=show)
+    loss, tx = loss_of(how.teacher), sgd(how.l2, optax.cosine_decay_schedule(how.rate, how.epochs * steps))
+    return lcq.tune(lambda p, batch: loss(p, statistics, *batch)[0], forms, tx, batches, on_step=show)
 
 
 def _tension(recipe: Recipe, params: Any, forms: Any, state: Any) -> dict[str, float]:
@@ -334,7 +343,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
     kinds: dict[str, Any] = {"epochs": int, "rate": float, "wait": float, "hold": float, "every": int, "seed": int}
-    kinds |= {"coupling": str, "tuned": int, "tuned_rate": float}
+    kinds["coupling"] = str
     for field, kind in kinds.items():
         parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")
     parser.add_argument("--mu", type=float, nargs=2, help="in place of the recipe's")

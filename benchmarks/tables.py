@@ -120,7 +120,7 @@ ATTEMPTS = {
     "lc_{}": "**LC**",
     "lc_{}_steep": "**LC**, steeper",
     "lc_{}_tuned": "**LC**, mask fixed for the last 6 epochs",
-    "lc_{}_taught": "**LC**, as above, with a teacher and weight decay",
+    "lc_{}_taught": "**LC**, as above, teacher and weight decay",
     "ste_{}": "straight-through",
 }
 
