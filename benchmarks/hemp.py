@@ -182,21 +182,17 @@ def train(tx: Any, params: Any, images: tuple[Any, Any], epochs: int, seed: int,
     per_epoch = len(x) // BATCH
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def epoch(params: Any, state: Any, key: Any) -> tuple[Any, Any]:
-        order = jax.random.permutation(key, len(x))[: per_epoch * BATCH].reshape(per_epoch, BATCH)
-
-        def step(carry: Any, index: Any) -> tuple[Any, None]:
-            params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params, x[index], y[index]), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, state), order)[0]
+    def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:  # XLA's convolutions are slow in a scan
+        updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
+        return optax.apply_updates(params, updates), state
 
     params = jax.tree.map(jnp.copy, params)
     state = tx.init(params)
-    for i, key in enumerate(jax.random.split(jax.random.key(seed), epochs)):
-        params, state = epoch(params, state, key)
-        each(i + 1, params, state)
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, epoch)).permutation(len(x))[: per_epoch * BATCH]
+        for index in order.reshape(per_epoch, BATCH):
+            params, state = step(params, state, x[index], y[index])
+        each(epoch + 1, params, state)
     return params, state
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import gpfq_images
 import gpfq_transformers
+import hemp
 import lenet300
 import resnet20
 import smallest
+import smooth_binary
 import tune
-from record import ARTIFACTS, stored
+from record import ARTIFACTS, RESULTS, stored
 
 import lcq
 
@@ -39,6 +41,11 @@ def rows() -> Iterator[Check]:
             yield row, functools.partial(accuracy, name, "accuracy")
     for name in resnet20.RECIPES:
         yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in stored(f"resnet20_{name}"))
+    for name in smooth_binary.METHODS:
+        rows = stored(f"smooth_binary_resnet20_{name}")
+        yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in rows)
+    for path in sorted(RESULTS.glob("hemp_lenet5_n*.json")):
+        yield from ((row, lenet5_error) for row in stored(path.stem))
     for name in smallest.RECIPES:
         yield from ((row, lenet_error) for row in stored(f"smallest_{name}"))
     for name in tune.RUNS:
@@ -55,6 +62,15 @@ def lenet_test() -> Any:
 
 def lenet_error(params: Any) -> dict[str, float]:
     return {"test_error": float(lenet300.judge(params, *lenet_test())[1])}
+
+
+@functools.cache
+def lenet5_test() -> Any:
+    return hemp.load()["test"]
+
+
+def lenet5_error(params: Any) -> dict[str, float]:
+    return {"test_error": hemp.judge(params, lenet5_test())[1]}
 
 
 @functools.cache

@@ -36,7 +36,7 @@ p{margin:.3rem 0 .8rem;color:var(--soft);max-width:46rem;overflow-wrap:anywhere}
 .tile,figure{background:var(--card);border-radius:8px;padding:12px 14px;margin:0;min-width:0}
 .tile b{display:block;font-size:1.6rem;line-height:1.3}
 .tile span,figcaption,.size{color:var(--soft);font-size:.875rem}
-.row{display:grid;grid-template:"name bar size"/minmax(0,17rem) minmax(0,1fr) 11rem;gap:2px 12px;align-items:center;
+.row{display:grid;grid-template:"name bar size"/minmax(0,17rem) minmax(0,1fr) 14rem;gap:2px 12px;align-items:center;
 font-size:.875rem;overflow-wrap:anywhere;margin-bottom:4px}.row .size{grid-area:size}
 .bar{grid-area:bar;display:flex;height:14px;background:var(--card);border-radius:3px;overflow:hidden}
 .bar i,.key{background:var(--form)}.bar i.kept,.key.kept{background:var(--kept)}.key.weights{background:var(--weights)}
@@ -73,6 +73,18 @@ class _Leaf(NamedTuple):
     @property
     def weights(self) -> int:
         return self.row.dense // 32
+
+
+class _Size(NamedTuple):
+    """Bits of a layer: of its forms and its arrays, coded; of both with codes at a fixed width; in float32."""
+
+    form: int = 0
+    kept: int = 0
+    fixed: int = 0
+    dense: int = 0
+
+    def plus(self, other: "_Size") -> "_Size":
+        return _Size(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def write_page(
@@ -138,15 +150,12 @@ def write_page(
 
 def _headline(report: Table, leaves: Sequence[_Leaf]) -> str:
     total = report.total
-    size = total.bytes if report.on_disk is None else report.on_disk
-    forms = [leaf for leaf in leaves if is_form(leaf.value)]
-    rates = [
-        sum(leaf.row.bits for leaf in some) / max(sum(leaf.weights for leaf in some), 1) for some in (leaves, forms)
-    ]
+    size = -(-(total.coded or 0) // 8) if report.on_disk is None else report.on_disk
+    fixed, entropy, coded = (_rate(leaves, field) for field in ("bits", "entropy", "coded"))
     tiles = [
-        (f"{size:,}", "bytes of forms and arrays" if report.on_disk is None else "bytes on disk"),
+        (f"{size:,}", "bytes, entropy-coded" if report.on_disk is None else "bytes on disk"),
         (f"{total.dense / 8 / size if size else 1:.2f}&times;", f"smaller than float32: {total.dense // 8:,} bytes"),
-        (f"{rates[0]:.2f}", f"bits a weight, all leaves; {rates[1]:.2f} in the compressed ones"),
+        (f"{coded:.2f}", f"bits a compressed weight, coded; {entropy:.2f} by entropy, {fixed:.2f} at fixed width"),
     ]
     if total.distortion is not None:
         tiles.append((f"{total.distortion:.3g}", "distortion ‖w &minus; Δ(Θ)‖² / ‖w‖² of all leaves"))
@@ -154,37 +163,43 @@ def _headline(report: Table, leaves: Sequence[_Leaf]) -> str:
     return f'<div class="tiles">{cards}</div>'
 
 
+def _rate(leaves: Sequence[_Leaf], field: str) -> float:
+    """Bits a weight of the compressed leaves."""
+    forms = [leaf for leaf in leaves if is_form(leaf.value)]
+    return sum(getattr(leaf.row, field) for leaf in forms) / max(sum(leaf.weights for leaf in forms), 1)
+
+
 def _sizes(leaves: Sequence[_Leaf]) -> str:
-    """A bar for each layer, the largest first: bits of forms, and bits of arrays kept as they are."""
-    layers: dict[str, tuple[int, int, int]] = {}
+    """A bar for each layer, the largest first: coded bits of forms, and of arrays kept as they are."""
+    layers: dict[str, _Size] = {}
     for leaf in leaves:
-        row, kept = leaf.row, 0 if is_form(leaf.value) else leaf.row.bits
+        row, coded = leaf.row, leaf.row.coded or 0
+        kept = 0 if is_form(leaf.value) else coded
         name = row.path.rpartition("/")[0] or row.path
-        layers[name] = _plus(layers.get(name, (0, 0, 0)), (row.bits - kept, kept, row.dense))
-    order = sorted(layers.items(), key=lambda item: -sum(item[1][:2]))
+        layers[name] = layers.get(name, _Size()).plus(_Size(coded - kept, kept, row.bits, row.dense))
+    order = sorted(layers.items(), key=lambda item: -item[1].form - item[1].kept)
     shown, others = order[:_LAYERS], order[_LAYERS:]
     if others:
-        shown.append((f"the {len(others):,} smaller layers together", functools.reduce(_plus, dict(others).values())))
-    most = max((form + kept for _, (form, kept, _) in shown), default=0) or 1
+        shown.append(
+            (f"the {len(others):,} smaller layers together", functools.reduce(_Size.plus, dict(others).values()))
+        )
+    most = max((size.form + size.kept for _, size in shown), default=0) or 1
     bars = []
-    for name, (form, kept, dense) in shown:
+    for name, (form, kept, fixed, dense) in shown:
         bits = form + kept
-        size = f"{-(-bits // 8):,} bytes, {dense / bits if bits else 0:.1f}&times;"
+        size = f"{-(-bits // 8):,} of {-(-fixed // 8):,} bytes, {dense / bits if bits else 0:.1f}&times;"
         parts = (
             f'<i style="width:{100 * form / most:.2f}%"></i><i class="kept" style="width:{100 * kept / most:.2f}%"></i>'
         )
         bars.append(f'<div class="row"><span>{escape(name)}</span><span class="size">{size}</span>')
         bars.append(f'<div class="bar">{parts}</div></div>')
     keys = '<span class="key"></span>compressed <span class="key kept"></span>stored as arrays'
-    return f"<h2>Size by layer</h2><p>{keys}</p>{''.join(bars)}"
-
-
-def _plus(a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[int, int, int]:
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+    words = "Entropy-coded, of what codes at a fixed width take; and how many times less than float32."
+    return f"<h2>Size by layer</h2><p>{keys}<br>{words}</p>{''.join(bars)}"
 
 
 def _distortions(leaves: Sequence[_Leaf], measured: bool) -> str:
-    """Bits a weight against relative distortion, a point for each compressed leaf."""
+    """Coded bits a weight against relative distortion, a point for each compressed leaf."""
     start = "<h2>Rate and distortion by layer</h2>"
     if not measured:
         return f"{start}<p>Not known without a reference, the weights from before.</p>"
@@ -196,7 +211,7 @@ def _distortions(leaves: Sequence[_Leaf], measured: bool) -> str:
         if far is None or not math.isfinite(far):
             lost.append(leaf.row.path)
         else:
-            points.append(Point(leaf.row.path, leaf.row.bits / leaf.weights, far, leaf.weights))
+            points.append(Point(leaf.row.path, (leaf.row.coded or 0) / leaf.weights, far, leaf.weights))
     notes = ["A point is a compressed leaf, its area the number of weights."]
     if len(points) > _LABELS:
         notes.append(f"Named are the {_LABELS} of {len(points):,} with the largest distortion.")
@@ -207,8 +222,9 @@ def _distortions(leaves: Sequence[_Leaf], measured: bool) -> str:
         notes.append(f"Not drawn: {changed:,} arrays that are not compressed, but differ from the reference.")
     if same := len(arrays) - changed:
         notes.append(f"Not drawn: {same:,} arrays stored as they were.")
+    axes = "coded bits a weight", "distortion"
     charts = [
-        f'<div class="{kind}">{scatter(points, "bits a weight", "distortion", width=width, labelled=_LABELS)}</div>'
+        f'<div class="{kind}">{scatter(points, *axes, width=width, labelled=_LABELS)}</div>'
         for kind, width in (("wide", 1000), ("narrow", 350))
         if points
     ]

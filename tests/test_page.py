@@ -103,6 +103,17 @@ def test_it_holds_what_the_table_holds(make, measured):
     assert "Not drawn: 3 arrays stored as they were." in read.text or not measured
 
 
+def test_sizes_are_coded_beside_those_of_a_fixed_width(make):
+    skewed = jnp.zeros((64, 50)).at[:3].set(1.0).at[7].set(-1.0)
+    tree = lcq.compress({"a": {"kernel": skewed}}, [lcq.Rule(".*", lcq.Levels((-1.0, 0.0, 1.0)))])
+    (row,) = table(tree).rows
+    read = make(tree)
+    assert row.coded < row.bits / 2
+    assert f"{-(-row.coded // 8):,} of {row.bytes:,} bytes, {row.dense / row.coded:.1f}" in read.text
+    assert f"{row.coded / 3200:.2f}" in read.words
+    assert f"coded; {row.entropy / 3200:.2f} by entropy, {row.bits / 3200:.2f} at fixed width" in read.text
+
+
 def test_it_returns_its_table(tmp_path):
     w = weights()
     assert write_page(tmp_path / "page.html", compressed(w), w).rows == table(compressed(w), w).rows
