@@ -13,9 +13,6 @@ artifacts/gpfq_NAME_float.lcq holds {"params", "batch_stats"}.
 import argparse
 import dataclasses
 import functools
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from checkpoint import digest, keep, maker, resume
 from flax import linen as nn
-from flax import serialization
 from record import ARTIFACTS, record
 
 import lcq
@@ -115,19 +112,8 @@ def train(name: str, recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -
 
     variables = net.init(jax.random.key(recipe.seed), data.normalize(x[:1], recipe.mean, recipe.std))
     state = tx.init(variables["params"])
-    made_by = f"{recipe!r} and code {_digest(*(Path(f).read_text() for f in (__file__, models.__file__)))}"
-    log: dict[str, Any] = {"made_by": made_by, "seconds": 0.0, "held_back": [], "resumed_after": []}
-    if path.exists():
-        saved = serialization.msgpack_restore(path.read_bytes())
-        log = json.loads(saved["log"])
-        if log["made_by"] != made_by:
-            raise ValueError(f"{path} is by {log['made_by']}; got {made_by}; choose another --out")
-        variables = serialization.from_state_dict(variables, saved["variables"])
-        state = serialization.from_state_dict(state, saved["state"])
-        variables, state = jax.tree.map(jnp.array, (variables, state))
-        log["resumed_after"].append(len(log["held_back"]))
-        print(name, "goes on after epoch", len(log["held_back"]), flush=True)
-    for epoch in range(len(log["held_back"]), recipe.epochs):
+    (variables, state), log = resume(path, maker(recipe, __file__, models.__file__), (variables, state))
+    for epoch in range(len(log["curve"]), recipe.epochs):
         start, losses = time.time(), []
         for xs, ys in batches(x, y, recipe, epoch):
             variables, state, value = step(variables, state, xs, ys)
@@ -135,18 +121,11 @@ def train(name: str, recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -
         loss = float(jnp.stack(losses).mean())
         accuracy = 100 * evaluate(apply_of(name, recipe), variables, x_back, y_back).accuracy
         log["seconds"] += time.time() - start
-        log["held_back"].append(round(accuracy, 3))
+        log["curve"].append(round(accuracy, 3))
         facts = f"loss {loss:.4f}, held back {accuracy:.2f} %, {time.time() - start:.1f} s"
         print(f"{name} epoch {epoch + 1}/{recipe.epochs}: {facts}", flush=True)
-        temporary = path.with_suffix(".tmp")
-        saved = {"variables": variables, "state": state, "log": json.dumps(log)}
-        temporary.write_bytes(serialization.to_bytes(saved))
-        os.replace(temporary, path)
+        keep(path, (variables, state), log)
     return {"variables": variables, **log}
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
 
 
 def main() -> None:
@@ -161,7 +140,7 @@ def main() -> None:
     given = {k: v for k in ("epochs", "rate", "l2", "batch", "seed") if (v := getattr(args, k)) is not None}
     name, recipe = args.net, dataclasses.replace(RECIPES[args.net], **given)
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}_trial_{_digest(repr(recipe))}" if args.trial else name
+    stem = f"{name}_trial_{digest(repr(recipe))}" if args.trial else name
     x, y = load(name, "train")
     trained = train(name, recipe, x, y, args.out / f"{stem}.ckpt")
     if args.trial:
@@ -185,7 +164,7 @@ def main() -> None:
         "images": {k: len(v[0]) for k, v in sets.items()},
         **{f"{k}_accuracy": round(100 * score.accuracy, 3) for k, score in scores.items()},
         **{f"{k}_loss": score.loss for k, score in scores.items()},
-        "held_back_after_epoch": trained["held_back"],
+        "held_back_after_epoch": trained["curve"],
         "epochs": recipe.epochs,
         "augmentation": f"horizontal flips, random crops of images padded by {PAD} black pixels"
         if recipe.augment

@@ -21,10 +21,7 @@ glibc.malloc.trim_threshold=8589934592:glibc.malloc.top_pad=1073741824
 import argparse
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -36,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import serialization
+from checkpoint import digest, keep, maker, resume
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from record import ARTIFACTS, record
 
@@ -201,22 +199,22 @@ def _flat(tree: Any) -> dict[tuple[str, ...], Any]:
     return flatten_dict(tree, is_leaf=lambda _, leaf: not isinstance(leaf, dict))
 
 
-@jax.jit
-def _gather(statistics: Any, params: Any, x: Any) -> Any:
+@functools.partial(jax.jit, static_argnums=0)
+def _gather(net: nn.Module, statistics: Any, params: Any, x: Any) -> Any:
     variables = {"params": params, "batch_stats": statistics}
-    return NET.apply(variables, normalized(x), train=True, mutable=["batch_stats"])[1]["batch_stats"]
+    return net.apply(variables, normalized(x), train=True, mutable=["batch_stats"])[1]["batch_stats"]
 
 
 def normalized(x: Any) -> Any:
     return (x.astype(jnp.float32) / 255 - jnp.array(data.CIFAR10_MEAN)) / jnp.array(data.CIFAR10_STD)
 
 
-def recalibrated(forms: Any, statistics: Any, x: np.ndarray, seed: int) -> dict[str, Any]:
+def recalibrated(forms: Any, statistics: Any, x: np.ndarray, seed: int, net: nn.Module = NET) -> dict[str, Any]:
     """The compressed net with batch-norm statistics of its own; x are training images."""
     (count, size), dense = RECALIBRATION, lcq.decompress(forms)
     how = gpfq_train.Recipe(1, 0.0, batch=size, augment=True, seed=seed)
     images = itertools.islice(gpfq_train.batches(x, np.zeros(len(x)), how, _NO_EPOCH), count)
-    gathered = lcq.recalibrate(lambda s, batch: _gather(s, dense, batch[0]), statistics, images)
+    gathered = lcq.recalibrate(lambda s, batch: _gather(net, s, dense, batch[0]), statistics, images)
     return {"params": forms, "batch_stats": gathered}
 
 
@@ -245,17 +243,8 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
     state = tx.init(variables["params"])
     if recipe.method == "ste":
         variables["params"] = lcq.decompress(lcq.compress(variables["params"], rules_of(recipe)))
-    made_by = f"{recipe!r} and code {_code()}"
-    log: dict[str, Any] = {"made_by": made_by, "seconds": 0.0, "curve": [], "resumed_after": []}
-    if path.exists():
-        saved = serialization.msgpack_restore(path.read_bytes())
-        log = json.loads(saved["log"])
-        if log["made_by"] != made_by:
-            raise ValueError(f"{path} is by {log['made_by']}; got {made_by}; choose another --out")
-        leaves = [jnp.array(saved["leaves"][str(i)]) for i in range(len(saved["leaves"]))]
-        variables, state = jax.tree.unflatten(jax.tree.structure((variables, state)), leaves)
-        log["resumed_after"].append(len(log["curve"]))
-        print("goes on after epoch", len(log["curve"]), flush=True)
+    made_by = maker(recipe, __file__, gpfq_train.__file__, Path(lcq.__file__).parent)
+    (variables, state), log = resume(path, made_by, (variables, state))
     order: dict[str, Any] = {"batch": BATCH, "augment": True, "seed": recipe.seed}
     for epoch in range(len(log["curve"]), epochs):
         start, losses = time.time(), []
@@ -275,10 +264,7 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         log["curve"].append(point)
         log["seconds"] += time.time() - start
         print(point, f"{time.time() - start:.1f} s", flush=True)
-        temporary = path.with_suffix(".tmp")
-        kept = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves((variables, state)))}
-        temporary.write_bytes(serialization.msgpack_serialize({"leaves": kept, "log": json.dumps(log)}))
-        os.replace(temporary, path)
+        keep(path, (variables, state), log)
     forms = forms_of(recipe, variables["params"], state)
     if recipe.tuned.epochs:
         start = time.time()
@@ -332,11 +318,6 @@ def _kernels(params: Any) -> list[Any]:
     return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if path[-1].key == "kernel"]
 
 
-def _code() -> str:
-    files = [Path(__file__), Path(gpfq_train.__file__), *sorted(Path(lcq.__file__).parent.rglob("*.py"))]
-    return hashlib.sha256("".join(file.read_text() for file in files).encode()).hexdigest()[:8]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=list(RECIPES))
@@ -354,7 +335,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     x, y = data.cifar10("train")
     if args.trial:
-        stem = f"{args.recipe}_trial_{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
+        stem = f"{args.recipe}_trial_{digest(repr(recipe))}"
         trained = train(recipe, x[:-HELD_BACK], y[:-HELD_BACK], args.out / f"{stem}.ckpt")
         score = evaluate(apply, trained["variables"], x[-HELD_BACK:], y[-HELD_BACK:])
         print(f"{recipe}: held back {100 * score.accuracy:.2f} %, loss {score.loss:.4f}", flush=True)

@@ -20,10 +20,7 @@ from other code. artifacts/smooth_binary_resnet20_NAME.lcq holds {"params", "bat
 import argparse
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,17 +33,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import resnet20
+from checkpoint import digest, keep, maker, resume
 from flax import linen as nn
-from flax import serialization
 from record import ARTIFACTS, record
-from resnet20 import BATCH, HELD_BACK, JUDGED, RECALIBRATION, normalized
+from resnet20 import BATCH, HELD_BACK, JUDGED, normalized, recalibrated
 
 import lcq
 from lcq.examples import data, models
 from lcq.examples.train import evaluate
-
-_NO_EPOCH = 1 << 20
-"""The number of the epoch whose order and augmentation recalibration has: none of training."""
 
 ROUNDS, STEPS = 15, 4
 """Of the timings: interleaved rounds, and steps of each."""
@@ -113,21 +107,6 @@ def apply_of(name: str) -> Callable[[Any, Any], Any]:
     return lambda variables, x: NETS[name].apply(variables, normalized(x))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _gather(name: str, statistics: Any, params: Any, x: Any) -> Any:
-    variables = {"params": params, "batch_stats": statistics}
-    return NETS[name].apply(variables, normalized(x), train=True, mutable=["batch_stats"])[1]["batch_stats"]
-
-
-def recalibrated(recipe: Recipe, params: Any, statistics: Any, x: np.ndarray) -> dict[str, Any]:
-    """Variables of arrays or forms, with batch-norm statistics of their own; x are training images."""
-    (count, size), dense = RECALIBRATION, lcq.decompress(params)
-    how = gpfq_train.Recipe(1, 0.0, batch=size, augment=True, seed=recipe.seed)
-    images = itertools.islice(gpfq_train.batches(x, np.zeros(len(x)), how, _NO_EPOCH), count)
-    gathered = lcq.recalibrate(lambda s, batch: _gather(recipe.net, s, dense, batch[0]), statistics, images)
-    return {"params": params, "batch_stats": gathered}
-
-
 def start(recipe: Recipe) -> tuple[Any, Any]:
     """What is trained, {"params", "alphas"}, and batch-norm statistics."""
     if recipe.net == "resnet20":
@@ -187,17 +166,9 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
     tx = optimizer_of(recipe, recipe.epochs * per_epoch)
     step, (trained, means) = step_of(recipe, tx), start(recipe)
     now = (trained, means, tx.init(trained))
-    made_by = f"{recipe!r} and code {_code()}"
-    log: dict[str, Any] = {"made_by": made_by, "seconds": 0.0, "curve": [], "resumed_after": []}
-    if path.exists():
-        saved = serialization.msgpack_restore(path.read_bytes())
-        log = json.loads(saved["log"])
-        if log["made_by"] != made_by:
-            raise ValueError(f"{path} is by {log['made_by']}; got {made_by}; choose another --out")
-        leaves = [jnp.array(saved["leaves"][str(i)]) for i in range(len(saved["leaves"]))]
-        now = jax.tree.unflatten(jax.tree.structure(now), leaves)
-        log["resumed_after"].append(len(log["curve"]))
-        print("goes on after epoch", len(log["curve"]), flush=True)
+    own = Path(lcq.__file__).parent
+    used = [own / "examples" / "models.py", own / "blocks.py", own / "methods" / "smooth_binary.py"]
+    now, log = resume(path, maker(recipe, __file__, gpfq_train.__file__, resnet20.__file__, *used), now)
     how = gpfq_train.Recipe(recipe.epochs, recipe.rate, batch=BATCH, augment=True, seed=recipe.seed)
     for epoch in range(len(log["curve"]), recipe.epochs):
         begin, losses = time.time(), []
@@ -205,9 +176,8 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
             now, value = step(now, xs, ys, jnp.float32((epoch + i / per_epoch) / recipe.epochs))
             losses.append(value)
         t = (epoch + 1) / recipe.epochs
-        score = evaluate(
-            apply_of(recipe.net), recalibrated(recipe, soft(recipe, now[0], t), now[1], x), x[:JUDGED], y[:JUDGED]
-        )
+        now_soft = recalibrated(soft(recipe, now[0], t), now[1], x, recipe.seed, NETS[recipe.net])
+        score = evaluate(apply_of(recipe.net), now_soft, x[:JUDGED], y[:JUDGED])
         point = {
             "epoch": epoch + 1,
             "batch_loss": float(jnp.stack(losses).mean()),
@@ -218,12 +188,10 @@ def train(recipe: Recipe, x: np.ndarray, y: np.ndarray, path: Path) -> dict[str,
         log["curve"].append(point)
         log["seconds"] += time.time() - begin
         print(point, f"{time.time() - begin:.1f} s", flush=True)
-        temporary = path.with_suffix(".tmp")
-        kept = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(now))}
-        temporary.write_bytes(serialization.msgpack_serialize({"leaves": kept, "log": json.dumps(log)}))
-        os.replace(temporary, path)
+        keep(path, now, log)
     ends = {"soft": soft(recipe, now[0], 1.0), "deployed": deployed(recipe, now[0])}
-    return {**{name: recalibrated(recipe, params, now[1], x) for name, params in ends.items()}, **log}
+    net = NETS[recipe.net]
+    return {**{name: recalibrated(params, now[1], x, recipe.seed, net) for name, params in ends.items()}, **log}
 
 
 def gap_of(recipe: Recipe, trained: Any, t: float) -> dict[str, float]:
@@ -234,19 +202,12 @@ def gap_of(recipe: Recipe, trained: Any, t: float) -> dict[str, float]:
     return {"gap": float(gaps.mean()), "worst_gap": float(gaps.max())}
 
 
-def _code() -> str:
-    own = Path(lcq.__file__).parent
-    files = [Path(__file__), Path(gpfq_train.__file__), Path(resnet20.__file__), own / "examples" / "models.py"]
-    files += [own / "blocks.py", own / "methods" / "smooth_binary.py"]
-    return hashlib.sha256("".join(file.read_text() for file in files).encode()).hexdigest()[:8]
-
-
 def run(name: str, recipe: Recipe, args: Any) -> dict[str, Any]:
     """Trains a recipe; scores of what it ends with: on the test set, or of a trial on held-back images."""
     x, y = data.cifar10("train")
     x_judge, y_judge = (x[-HELD_BACK:], y[-HELD_BACK:]) if args.trial else data.cifar10("test")
     x, y = (x[:-HELD_BACK], y[:-HELD_BACK]) if args.trial else (x, y)
-    trial = f"_trial_{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}" if args.trial else ""
+    trial = f"_trial_{digest(repr(recipe))}" if args.trial else ""
     trained = train(recipe, x, y, args.out / f"{recipe.net}_{name}_{recipe.seed}{trial}.ckpt")
     scores = {end: evaluate(apply_of(recipe.net), trained[end], x_judge, y_judge) for end in ("soft", "deployed")}
     row = {
