@@ -4,6 +4,7 @@
     taskset -c 0 python benchmarks/hemp.py speed [rounds]       results/hemp_speed.json
     LCQ_DATA=folder python benchmarks/hemp.py reference         artifacts/lenet5_reference.npz
     LCQ_DATA=folder python benchmarks/hemp.py point --order 3 --weight 3       one point of the curves
+    ... --trial --epochs 5    judged on held-back images only: no test set, no record, no artifact
     LCQ_DATA=folder python benchmarks/hemp.py sweep             every point that is not there yet
     python benchmarks/hemp.py summary            results/hemp_lenet5.json: sizes at equal accuracy
 
@@ -241,12 +242,12 @@ def name_of(order: int, weight: float, levels: int, seed: int) -> str:
 
 def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed: int, sets: Any) -> None:
     """Trains one point and records it; one that is recorded already is left as it is."""
-    name = name_of(order, weight, levels, seed) + args.suffix
-    if stored(name):
+    name = name_of(order, weight, levels, seed)
+    if stored(name) and not args.trial:
         return print(name, "is there already")
     start, curve = time.time(), []
     rate, per_epoch = falling(args.rate, args.epochs, sets["train"])
-    rules = [lcq.Rule(KERNELS, lcq.KMeans(levels))]
+    rules = [lcq.Rule(KERNELS, lcq.KMeans(levels, fixed=(0.0,) if levels % 2 else ()))]
     tx = lcq.hemp(
         optax.sgd(rate, 0.9, nesterov=True),
         rules,
@@ -264,6 +265,9 @@ def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed
 
     params, state = train(tx, pretrained(), sets["train"], args.epochs, seed, each)
     forms = lcq.compress_warm(state, params)
+    if args.trial:
+        size = -(-lcq.table(forms).total.coded // 8)
+        return print(name, f"{size:,} bytes, {time.time() - start:.0f} s", flush=True)
     path = ARTIFACTS / f"{name}.lcq"
     row = {"order": order, "weight": weight, "levels": levels, "seed": seed, "bytes": lcq.save(path, forms)}
     row |= {"artifact": path.name, "ratio": lcq.ratio(forms), "entropy": float(state.entropy)}
@@ -315,7 +319,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--error", type=float, default=0.1, help="lambda_E at the end")
     parser.add_argument("--power", type=float, default=4.0, help="of the growth of lambda_E from 0")
-    parser.add_argument("--suffix", default="", help="of the point's name, for settings other than the default")
+    parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
     args = parser.parse_args()
     ARTIFACTS.mkdir(exist_ok=True)
     if args.what in ("exact", "speed"):
