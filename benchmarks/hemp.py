@@ -252,7 +252,7 @@ def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed
         optax.sgd(rate, 0.9, nesterov=True),
         rules,
         order=max(order, 1),
-        entropy_weight=weight,
+        entropy_weight=optax.cosine_decay_schedule(weight, args.epochs * per_epoch),
         error_weight=optax.polynomial_schedule(0.0, args.error, args.power, args.epochs * per_epoch),
         every=per_epoch,
     )
