@@ -326,7 +326,7 @@ def kernels() -> str:
                 label = f"{row['kind']} 256 to 256, 28 x 28, batch of {m}, packing included", "6 / 8"
             else:
                 label = f"{row['kind']}, batch of {m}: {name}", ""
-            lines.setdefault(label, {})[row["cores"], row["vector_bits"]] = f"{times:.1f}"
+            lines.setdefault(label, {})[row["cores"], row["vector_bits"]] = f"{times:.{1 + (times < 2)}f}"
     head = ["times faster than float32", *(f"{c} core{'s' * (c > 1)}, {v} bits" for c, v in runs), "accept / aim"]
     cells = [[name, *(found.get(run, "") for run in runs), target] for (name, target), found in lines.items()]
     return grid(head, cells)
