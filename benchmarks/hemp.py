@@ -1,21 +1,24 @@
-"""HEMP: is the entropy's gradient exact, what does it cost, and what is it worth on LeNet-5.
+"""HEMP: is the entropy's gradient exact, what does it cost, and what is it worth on LeNet-5 and ResNet-20.
 
     python benchmarks/hemp.py exact              results/hemp_exact.json
     taskset -c 0 python benchmarks/hemp.py speed [rounds]       results/hemp_speed.json
     LCQ_DATA=folder python benchmarks/hemp.py reference         artifacts/lenet5_reference.npz
-    LCQ_DATA=folder python benchmarks/hemp.py point --order 3 --weight 3       one point of the curves
+    LCQ_DATA=folder python benchmarks/hemp.py point --out folder --order 3 --weight 3      one point of the curves
+    ... --net resnet20        of the other net
     ... --trial --epochs 5    judged on held-back images only: no test set, no record, no artifact
-    LCQ_DATA=folder python benchmarks/hemp.py sweep             every point that is not there yet
+    LCQ_DATA=folder python benchmarks/hemp.py sweep --out folder      every point that is not there yet
     python benchmarks/hemp.py summary            results/hemp_lenet5.json: sizes at equal accuracy
 
 Exact: value and slopes in float64 beside autodiff of the dense definition, a K^n tensor for each block, and for n = 2
 beside the closed form; and in float32 on 1e6 weights beside float64. Speed: 1e6 weights, medians in one process.
 
-LeNet-5 (20-50-500, 430,500 weights and 580 biases) on MNIST: trained on the first 55,000 images from a float reference,
-judged on the last 5,000; the test set is read once per point. A point is order, lambda_H, levels of the codebooks and
-seed; lambda_H = 0 is the same training without the term. Sizes are whole files, as `lcq.save` writes them: blocks of
-codes by rANS, biases in float32, header and all. The summary interpolates log bytes between the points of a curve at
-the errors that both reach on the held-back images.
+LeNet-5 (20-50-500, 430,500 weights and 580 biases) on MNIST from a float net, and the given ResNet-20 on CIFAR-10:
+trained on all training images but the last 5,000, and judged on these (the given ResNet-20 had seen them); the test set
+is read once per point. A point is order, lambda_H, levels of the codebooks and seed; lambda_H = 0 is the same training
+without the term. lambda_H falls as a cosine to 0 in the first part of a run, lambda_E grows to its end; the levels are
+estimated at the start and at the end. Sizes are whole files, as `lcq.save` writes them: blocks of codes by rANS, biases
+and batch norm in float32, header and all. The summary interpolates log bytes between points of a curve at the errors
+that both reach on the held-back images. After every epoch all there is goes to OUT/NAME.ckpt.
 """
 
 import argparse
@@ -24,27 +27,32 @@ import itertools
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import gpfq_train
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import resnet20
+from checkpoint import digest, keep, maker, resume
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 from record import ARTIFACTS, RESULTS, record, stored
 
 import lcq
+from lcq.base import is_form
 from lcq.examples import data
+from lcq.examples.train import evaluate
 
 SIZE, ROUNDS, ORDERS, CENTRES = 1_000_000, 9, (1, 2, 3, 4), (6, 10)
 HELD_BACK, BATCH = 5000, 128
 KERNELS = "(.*/)?kernel"
 REFERENCE = ARTIFACTS / "lenet5_reference.npz"
-WEIGHTS, LEVELS = (0.3, 1.0, 3.0, 10.0), (2, 3, 4, 6, 8, 16)
-POINTS = [
-    *((0, 0.0, levels, seed) for levels in LEVELS for seed in (0,)),
-    *((order, weight, 4, seed) for order in (1, 2, 3) for weight in WEIGHTS for seed in (0,)),
-]
+WEIGHTS, LEVELS = (0.5, 1.0, 2.0, 4.0), (2, 3, 5, 9)
+POINTS = [*((0, 0.0, levels, 0) for levels in LEVELS), *itertools.product((1, 2, 3), WEIGHTS, (3,), (0,))]
 """Order, lambda_H, levels, seed; without the term the number of levels makes the curve."""
 
 
@@ -129,7 +137,7 @@ def speed(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-# LeNet-5
+# The nets
 
 
 class LeNet5(nn.Module):
@@ -146,86 +154,123 @@ class LeNet5(nn.Module):
         return nn.Dense(10, name="dense1")(x)
 
 
-def load() -> dict[str, tuple[Any, Any]]:
+class Images(NamedTuple):
     """Images and labels to train on, to judge by, and to test on."""
-    split = data.mnist()
-    mean = split.x_train[:-HELD_BACK].mean() / 255
-    x, x_test = (jnp.asarray(data.normalize(a, mean)) for a in (split.x_train, split.x_test))
-    y, y_test = jnp.asarray(split.y_train), jnp.asarray(split.y_test)
-    return {
-        "train": (x[:-HELD_BACK], y[:-HELD_BACK]),
-        "held_back": (x[-HELD_BACK:], y[-HELD_BACK:]),
-        "test": (x_test, y_test),
-    }
+
+    train: tuple[Any, Any]
+    held_back: tuple[Any, Any]
+    test: tuple[Any, Any]
 
 
-def loss(params: Any, x: Any, y: Any) -> Any:
-    logits = LeNet5().apply({"params": params}, x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+class OnMnist:
+    """LeNet-5, from weights trained here."""
+
+    epochs, rate, weight_decay = 15, 0.05, 0.0
+
+    def images(self) -> Images:
+        split = data.mnist()
+        mean = split.x_train[:-HELD_BACK].mean() / 255
+        x, x_test = (data.normalize(a, mean) for a in (split.x_train, split.x_test))
+        return cut(x, split.y_train, (x_test, split.y_test))
+
+    def start(self) -> dict[str, Any]:
+        if not REFERENCE.exists():
+            raise FileNotFoundError(f"{REFERENCE} is not there: run `python benchmarks/hemp.py reference` first")
+        params = jax.tree.map(jnp.asarray, data.pretrained(REFERENCE.stem, REFERENCE.parent))
+        return {"params": params, "batch_stats": {}}
+
+    def apply(self, variables: Any, x: Any) -> Any:
+        return LeNet5().apply(variables, x)
+
+    def loss(self, params: Any, statistics: Any, x: Any, y: Any) -> tuple[Any, Any]:
+        logits = LeNet5().apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), {"batch_stats": statistics}
+
+    def batches(self, images: tuple[Any, Any], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
+        return data.batches(*images, BATCH, seed=seed, epoch=epoch)
+
+    def finished(self, forms: Any, statistics: Any, images: Images) -> dict[str, Any]:
+        return {"params": forms}
 
 
-@jax.jit
-def _wrong(params: Any, x: Any, y: Any) -> tuple[Any, Any]:
-    logits = LeNet5().apply({"params": params}, x)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).sum(), (logits.argmax(-1) != y).sum()
+class OnCifar:
+    """ResNet-20 from the given weights, augmented and recalibrated as in resnet20.py."""
+
+    epochs, rate, weight_decay = 10, 0.05, 1e-4
+
+    def images(self) -> Images:
+        return cut(*data.cifar10("train"), data.cifar10("test"))
+
+    def start(self) -> dict[str, Any]:
+        return resnet20.given()
+
+    def apply(self, variables: Any, x: Any) -> Any:
+        return resnet20.apply(variables, x)
+
+    def loss(self, params: Any, statistics: Any, x: Any, y: Any) -> tuple[Any, Any]:
+        return resnet20.loss_of()(params, statistics, x, y)
+
+    def batches(self, images: tuple[Any, Any], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
+        how = gpfq_train.Recipe(self.epochs, self.rate, batch=BATCH, augment=True, seed=seed)
+        return gpfq_train.batches(*images, how, epoch)
+
+    def finished(self, forms: Any, statistics: Any, images: Images) -> dict[str, Any]:
+        return resnet20.recalibrated(forms, statistics, images.train[0], 0)
 
 
-def judge(params: Any, images: tuple[Any, Any]) -> tuple[float, float]:
+Net = OnMnist | OnCifar
+NETS: dict[str, Net] = {"lenet5": OnMnist(), "resnet20": OnCifar()}
+
+
+def cut(x: Any, y: Any, test: tuple[Any, Any]) -> Images:
+    return Images((x[:-HELD_BACK], y[:-HELD_BACK]), (x[-HELD_BACK:], y[-HELD_BACK:]), test)
+
+
+def judge(net: Net, variables: Any, images: tuple[Any, Any]) -> tuple[float, float]:
     """Mean loss, and error in percent."""
-    x, y = images
-    sums = np.sum([_wrong(params, x[i : i + 1000], y[i : i + 1000]) for i in range(0, len(x), 1000)], axis=0)
-    return float(sums[0] / len(x)), float(100 * sums[1] / len(x))
+    score = evaluate(net.apply, variables, *images)
+    return score.loss, 100 * (1 - score.accuracy)
 
 
-def train(tx: Any, params: Any, images: tuple[Any, Any], epochs: int, seed: int, each: Any) -> tuple[Any, Any]:
-    """Parameters and optimizer state; `each(epoch, params, state)` after every epoch."""
-    x, y = images
-    per_epoch = len(x) // BATCH
+def train(net: Net, tx: Any, now: Any, images: Images, log: dict[str, Any], epochs: int, seed: int, each: Any) -> Any:
+    """Parameters, batch-norm statistics and optimizer state; `each(now)` after every epoch."""
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:  # XLA's convolutions are slow in a scan
-        updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
-        return optax.apply_updates(params, updates), state
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(now: Any, x: Any, y: Any) -> Any:  # in a scan XLA's convolutions are slow on a CPU
+        params, statistics, state = now
+        grads, moved = jax.grad(net.loss, has_aux=True)(params, statistics, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), moved["batch_stats"], state
 
-    params = jax.tree.map(jnp.copy, params)
-    state = tx.init(params)
-    for epoch in range(epochs):
-        order = np.random.default_rng((seed, epoch)).permutation(len(x))[: per_epoch * BATCH]
-        for index in order.reshape(per_epoch, BATCH):
-            params, state = step(params, state, x[index], y[index])
-        each(epoch + 1, params, state)
-    return params, state
-
-
-def falling(rate: float, epochs: int, images: tuple[Any, Any]) -> tuple[Any, int]:
-    """A rate that falls to 0 along half a cosine, and updates per epoch."""
-    per_epoch = len(images[0]) // BATCH
-    return optax.cosine_decay_schedule(rate, epochs * per_epoch), per_epoch
+    now = jax.tree.map(jnp.copy, now)
+    for epoch in range(len(log["curve"]), epochs):
+        start = time.time()
+        for x, y in net.batches(images.train, seed, epoch):
+            now = step(now, x, y)
+        jax.block_until_ready(now)
+        log["seconds"] += time.time() - start
+        each(now)
+    return now
 
 
-def reference(sets: Any, epochs: int) -> None:
-    rate, _ = falling(0.05, epochs, sets["train"])
-    params = LeNet5().init(jax.random.key(0), jnp.zeros((1, 28, 28)))["params"]
+def reference(epochs: int) -> None:
+    """LeNet-5 from random weights."""
+    net, log = NETS["lenet5"], {"curve": [], "seconds": 0.0}
+    images = net.images()
+    rate = optax.cosine_decay_schedule(0.05, epochs * (len(images.train[0]) // BATCH))
+    params = jax.jit(LeNet5().init)(jax.random.key(0), jnp.zeros((1, 28, 28)))["params"]
     tx = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, 0.9, nesterov=True))
-    held = sets["held_back"]
-    params, _ = train(tx, params, sets["train"], epochs, 0, lambda i, p, _: print(i, judge(p, held), flush=True))
-    flat = {"/".join(keys): np.asarray(a) for keys, a in _flat(params)}
-    np.savez(REFERENCE, **flat)
-    found = {name: judge(params, images) for name, images in sets.items()}
-    row = {f"{name}_{what}": v for name, pair in found.items() for what, v in zip(("loss", "error"), pair, strict=True)}
-    row |= {"bytes": lcq.save(ARTIFACTS / "lenet5_reference.lcq", params), "epochs": epochs}
+
+    def each(now: Any) -> None:
+        print(judge(net, {"params": now[0]}, images.held_back), flush=True)
+
+    params, *_ = train(net, tx, (params, {}, tx.init(params)), images, log, epochs, 0, each)
+    np.savez(REFERENCE, **{"/".join(path): np.asarray(a) for path, a in flatten_dict(params).items()})
+    row: dict[str, Any] = {"float32_bytes": 4 * sum(a.size for a in jax.tree.leaves(params)), "epochs": epochs}
+    for name, some in images._asdict().items():
+        row[f"{name}_loss"], row[f"{name}_error"] = judge(net, {"params": params}, some)
     print(row)
     record("hemp_lenet5_reference", [row], seeds=[0])
-
-
-def _flat(params: Any) -> list[tuple[tuple[str, str], Any]]:
-    return [((layer, name), a) for layer, parts in params.items() for name, a in parts.items()]
-
-
-def pretrained() -> Any:
-    if not REFERENCE.exists():
-        raise FileNotFoundError(f"{REFERENCE} is not there: run `python benchmarks/hemp.py reference` first")
-    return jax.tree.map(jnp.asarray, data.pretrained(REFERENCE.stem, REFERENCE.parent))
 
 
 def empirical(codes: np.ndarray, order: int) -> tuple[float, int]:
@@ -236,51 +281,57 @@ def empirical(codes: np.ndarray, order: int) -> tuple[float, int]:
     return float(-(p * np.log2(p)).sum() / order), len(blocks)
 
 
-def name_of(order: int, weight: float, levels: int, seed: int) -> str:
-    return f"hemp_lenet5_n{order}_h{weight:g}_k{levels}_s{seed}"
+def name_of(net: str, order: int, weight: float, levels: int, seed: int) -> str:
+    return f"hemp_{net}_n{order}_h{weight:g}_k{levels}_s{seed}"
 
 
-def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed: int, sets: Any) -> None:
+def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed: int, images: Images) -> None:
     """Trains one point and records it; one that is recorded already is left as it is."""
-    name = name_of(order, weight, levels, seed)
+    name, net = name_of(args.net, order, weight, levels, seed), NETS[args.net]
     if stored(name) and not args.trial:
         return print(name, "is there already")
-    start, curve = time.time(), []
-    rate, per_epoch = falling(args.rate, args.epochs, sets["train"])
-    rules = [lcq.Rule(KERNELS, lcq.KMeans(levels, fixed=(0.0,) if levels % 2 else ()))]
+    epochs = args.epochs or net.epochs
+    steps = epochs * (len(images.train[0]) // BATCH)
+    settings = {"epochs": epochs, "rate": args.rate or net.rate, "weight_decay": net.weight_decay}
+    settings |= {"error_weight": args.error, "power": args.power, "stop": args.stop}
+    rate = optax.cosine_decay_schedule(settings["rate"], steps)
     tx = lcq.hemp(
-        optax.sgd(rate, 0.9, nesterov=True),
-        rules,
+        optax.chain(optax.add_decayed_weights(net.weight_decay), optax.sgd(rate, 0.9, nesterov=True)),
+        [lcq.Rule(KERNELS, lcq.KMeans(levels, fixed=(0.0,) if levels % 2 else ()))],
         order=max(order, 1),
-        entropy_weight=optax.cosine_decay_schedule(weight, args.epochs * per_epoch),
-        error_weight=optax.polynomial_schedule(0.0, args.error, args.power, args.epochs * per_epoch),
-        every=per_epoch,
+        entropy_weight=optax.cosine_decay_schedule(weight, int(args.stop * steps)),
+        error_weight=optax.polynomial_schedule(0.0, args.error, args.power, steps),
     )
+    variables, recipe = net.start(), (name, settings, args.trial)
+    now = (variables["params"], variables["batch_stats"], tx.init(variables["params"]))
+    path = args.out / f"{name}{f'_trial_{digest(repr(recipe))}' if args.trial else ''}.ckpt"
+    now, log = resume(path, maker(recipe, __file__, resnet20.__file__, Path(lcq.__file__).parent / "methods"), now)
 
-    def each(epoch: int, params: Any, state: Any) -> None:
-        forms = lcq.compress_warm(state, params)
-        found = judge(lcq.decompress(forms), sets["held_back"])
-        curve.append({"epoch": epoch, "entropy": float(state.entropy), "loss": found[0], "error": found[1]})
-        print(name, curve[-1], flush=True)
+    def each(now: Any) -> None:
+        variables = net.finished(lcq.compress_warm(now[2], now[0]), now[1], images)
+        loss, error = judge(net, variables, images.held_back)
+        log["curve"].append({"entropy": float(now[2].entropy), "loss": loss, "error": error})
+        print(name, log["curve"][-1], flush=True)
+        keep(path, now, log)
 
-    params, state = train(tx, pretrained(), sets["train"], args.epochs, seed, each)
+    params, statistics, state = train(net, tx, now, images, log, epochs, seed, each)
     forms = lcq.compress_warm(state, params)
     if args.trial:
         size = -(-lcq.table(forms).total.coded // 8)
-        return print(name, f"{size:,} bytes, {time.time() - start:.0f} s", flush=True)
-    path = ARTIFACTS / f"{name}.lcq"
-    row = {"order": order, "weight": weight, "levels": levels, "seed": seed, "bytes": lcq.save(path, forms)}
-    row |= {"artifact": path.name, "ratio": lcq.ratio(forms), "entropy": float(state.entropy)}
-    codes = {layer: np.asarray(parts["kernel"].codes) for layer, parts in forms.items()}
+        return print(name, settings, f"{size:,} bytes, {log['seconds']:.0f} s", flush=True)
+    file = ARTIFACTS / f"{name}.lcq"
+    row = {"net": args.net, "order": order, "weight": weight, "levels": levels, "seed": seed, "artifact": file.name}
+    row |= {"bytes": lcq.save(file, net.finished(forms, statistics, images)), "entropy": float(state.entropy)}
+    codes = [np.asarray(leaf.codes) for leaf in jax.tree.leaves(forms, is_leaf=is_form) if is_form(leaf)]
     for n in (1, 2, 3):
-        parts = [empirical(c, n) for c in codes.values()]
+        parts = [empirical(c, n) for c in codes]
         row[f"bits_of_blocks_of_{n}"] = sum(h * many for h, many in parts) / sum(many for _, many in parts)
-    params = lcq.decompress(lcq.load(path))
-    for images in ("train", "held_back", "test"):
-        row[f"{images}_loss"], row[f"{images}_error"] = judge(params, sets[images])
-    row |= {"seconds": round(time.time() - start, 1), "curve": curve}
+    loaded = lcq.load(file)
+    row["ratio"] = lcq.ratio(loaded)
+    for what, some in images._asdict().items():
+        row[f"{what}_loss"], row[f"{what}_error"] = judge(net, loaded, some)
+    row |= {"seconds": round(log["seconds"], 1), "resumed_after": log["resumed_after"], "curve": log["curve"]}
     print({key: value for key, value in row.items() if key != "curve"}, flush=True)
-    settings = {"epochs": args.epochs, "rate": args.rate, "error_weight": args.error, "power": args.power}
     record(name, [row], seeds=[seed], settings=settings, batch=BATCH)
 
 
@@ -293,9 +344,9 @@ def bytes_at(curve: list[tuple[float, float]], error: float) -> float | None:
     return float(np.exp(np.interp(error, errors, np.log(sizes))))
 
 
-def summary() -> list[dict[str, Any]]:
+def summary(net: str) -> list[dict[str, Any]]:
     """The points, and what every order takes at the errors of the curve without the term."""
-    points = [row for path in sorted(RESULTS.glob("hemp_lenet5_n*.json")) for row in stored(path.stem)]
+    points = [row for path in sorted(RESULTS.glob(f"hemp_{net}_n*.json")) for row in stored(path.stem)]
     curves = {
         order: [(row["held_back_error"], row["bytes"]) for row in points if row["order"] == order]
         for order in sorted({row["order"] for row in points})
@@ -313,10 +364,13 @@ def main() -> None:
     parser.add_argument("rounds", type=int, nargs="?", default=ROUNDS)
     parser.add_argument("--order", type=int, default=3)
     parser.add_argument("--weight", type=float, default=1.0, help="lambda_H")
-    parser.add_argument("--levels", type=int, default=4)
+    parser.add_argument("--levels", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--net", choices=list(NETS), default="lenet5")
+    parser.add_argument("--out", type=Path, help="folder of checkpoints")
+    parser.add_argument("--epochs", type=int, help="in place of the net's")
+    parser.add_argument("--rate", type=float, help="in place of the net's")
+    parser.add_argument("--stop", type=float, default=0.5, help="part of a run after which lambda_H is 0")
     parser.add_argument("--error", type=float, default=0.1, help="lambda_E at the end")
     parser.add_argument("--power", type=float, default=4.0, help="of the growth of lambda_E from 0")
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
@@ -329,17 +383,20 @@ def main() -> None:
         record(f"hemp_{args.what}", rows, seeds=[0], rounds=args.rounds if args.what == "speed" else 1)
         return
     if args.what == "summary":
-        rows = summary()
+        rows = summary(args.net)
         for row in rows[-20:]:
             print(row)
-        record("hemp_lenet5", rows)
+        record(f"hemp_{args.net}", rows)
         return
-    sets = load()
     if args.what == "reference":
-        return reference(sets, args.epochs)
+        return reference(args.epochs or 15)
+    if args.out is None:
+        parser.error("wanted --out FOLDER")
+    args.out.mkdir(parents=True, exist_ok=True)
+    images = NETS[args.net].images()
     chosen = POINTS if args.what == "sweep" else [(args.order, args.weight, args.levels, args.seed)]
     for order, weight, levels, seed in chosen:
-        point(args, order, weight, levels, seed, sets)
+        point(args, order, weight, levels, seed, images)
 
 
 if __name__ == "__main__":

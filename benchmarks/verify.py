@@ -44,8 +44,9 @@ def rows() -> Iterator[Check]:
     for name in smooth_binary.METHODS:
         rows = stored(f"smooth_binary_resnet20_{name}")
         yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in rows)
-    for path in sorted(RESULTS.glob("hemp_lenet5_n*.json")):
-        yield from ((row, lenet5_error) for row in stored(path.stem))
+    for name in hemp.NETS:
+        for path in sorted(RESULTS.glob(f"hemp_{name}_n*.json")):
+            yield from ((row, functools.partial(hemp_error, name)) for row in stored(path.stem))
     for name in smallest.RECIPES:
         yield from ((row, lenet_error) for row in stored(f"smallest_{name}"))
     for name in tune.RUNS:
@@ -65,12 +66,12 @@ def lenet_error(params: Any) -> dict[str, float]:
 
 
 @functools.cache
-def lenet5_test() -> Any:
-    return hemp.load()["test"]
+def hemp_test(name: str) -> Any:
+    return hemp.NETS[name].images().test
 
 
-def lenet5_error(params: Any) -> dict[str, float]:
-    return {"test_error": hemp.judge(params, lenet5_test())[1]}
+def hemp_error(name: str, variables: Any) -> dict[str, float]:
+    return {"test_error": hemp.judge(hemp.NETS[name], variables, hemp_test(name))[1]}
 
 
 @functools.cache
