@@ -313,7 +313,12 @@ def plot_rates() -> None:
     for label, line, strength in methods.values():
         axes.plot([], [], line, color="black", alpha=strength, label=label)
     (given,) = stored("lenet300_reference")
-    axes.axhline(given["median"]["test_error"], color="gray", linewidth=1, label="float32 (given), 1068 kB")
+    axes.axhline(
+        given["median"]["test_error"],
+        color="gray",
+        linewidth=1,
+        label=f"float32 (given), {given['median']['bytes'] / 1e3:,.0f} kB",
+    )
     axes.set(xscale="log", yscale="log", xlabel="kB on disk", ylabel="test error, %", title="LeNet300, MNIST")
     axes.set_xticks(kilobytes := [10, 20, 40, 80, 160], map(str, kilobytes))
     axes.set_yticks(percent := [2, 3, 5, 10, 20, 50, 100], map(str, percent))

@@ -9,6 +9,7 @@ Many rows: a loop over tiles of columns, each made dense and multiplied. A tile 
 costs little beside its product, and no more than one is ever there.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -24,6 +25,10 @@ FEW = 2
 _TILE = 128
 """Columns that are made dense at once."""
 
+_WORDS = 4
+"""Words of a column that one step of the loop sums up. With several cores XLA shares out each step, and they meet after
+it: with 1 word two cores are slower than one. With 8 one core is slower."""
+
 _CHAINS = 4
 """Sums of a word that do not wait for each other."""
 
@@ -37,13 +42,17 @@ def word_by_word(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, each * count - x.shape[1])))
     rows = x.reshape(x.shape[0], count, each)
 
-    def add(i: Any, sums: Any) -> Any:
+    def add(sums: Any, i: Any) -> Any:
         word = jax.lax.dynamic_index_in_dim(words, i, 0, keepdims=False)
         row = jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
         terms = [_in_mantissa(word, j, width) * row[:, j, None] for j in range(each)]
         return sums + sum(sum(terms[chain::_CHAINS]) for chain in range(min(_CHAINS, each)))
 
-    sums = jax.lax.fori_loop(0, count, add, jnp.zeros((x.shape[0], words.shape[1]), jnp.float32))
+    def add_some(i: Any, sums: Any) -> Any:
+        return functools.reduce(add, [_WORDS * i + j for j in range(_WORDS)], sums)
+
+    whole, sums = count // _WORDS, jnp.zeros((x.shape[0], words.shape[1]), jnp.float32)
+    sums = functools.reduce(add, range(whole * _WORDS, count), jax.lax.fori_loop(0, whole, add_some, sums))
     return (sums - x.sum(1, keepdims=True)) * 2.0**width
 
 
