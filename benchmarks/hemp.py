@@ -43,7 +43,6 @@ from flax.traverse_util import flatten_dict
 from record import ARTIFACTS, RESULTS, record, stored
 
 import lcq
-from lcq.base import is_form
 from lcq.examples import data
 from lcq.examples.train import evaluate
 
@@ -322,7 +321,8 @@ def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed
     file = ARTIFACTS / f"{name}.lcq"
     row = {"net": args.net, "order": order, "weight": weight, "levels": levels, "seed": seed, "artifact": file.name}
     row |= {"bytes": lcq.save(file, net.finished(forms, statistics, images)), "entropy": float(state.entropy)}
-    codes = [np.asarray(leaf.codes) for leaf in jax.tree.leaves(forms, is_leaf=is_form) if is_form(leaf)]
+    leaves = jax.tree.leaves(forms, is_leaf=lambda leaf: isinstance(leaf, lcq.Form))
+    codes = [np.asarray(leaf.codes) for leaf in leaves if isinstance(leaf, lcq.Form)]
     for n in (1, 2, 3):
         parts = [empirical(c, n) for c in codes]
         row[f"bits_of_blocks_of_{n}"] = sum(h * many for h, many in parts) / sum(many for _, many in parts)
