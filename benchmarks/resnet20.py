@@ -63,7 +63,9 @@ EPSILON = 1e-5
 class Tuning:
     """Epochs at the end that train what forms hold and what is not compressed, masks and codes fixed.
 
-    Attributes: as of a `Recipe`; momentum starts anew.
+    Attributes:
+        epochs: so many.
+        rate, l2, teacher: as of a `Recipe`; momentum starts anew.
     """
 
     epochs: int
@@ -86,6 +88,7 @@ class Recipe:
         every: updates of an L step.
         coupling: of `lcq.lc`.
         epochs: of all, with those of tuning.
+        tuned: what comes last, within these epochs.
         l2: weight decay, added to the gradients.
         teacher: temperature of the given net's probabilities, which are half of the loss then; 0 for none.
         folded: whether batch norm is stored as a scale and a bias of each output, in bfloat16, as the last bias is.
@@ -154,6 +157,7 @@ def rules_of(recipe: Recipe) -> tuple[lcq.Rule, ...]:
 
 
 def sgd(l2: float, rate: Any) -> optax.GradientTransformation:
+    """Nesterov's momentum, with weight decay if there is any."""
     momentum = optax.sgd(rate, 0.9, nesterov=True)
     return optax.chain(optax.add_decayed_weights(l2), momentum) if l2 else momentum
 
