@@ -14,9 +14,11 @@ beside the closed form; and in float32 on 1e6 weights beside float64. Speed: 1e6
 
 LeNet-5 (20-50-500, 430,500 weights and 580 biases) on MNIST from a float net, and the given ResNet-20 on CIFAR-10:
 trained on all training images but the last 5,000, and judged on these (the given ResNet-20 had seen them); the test set
-is read once per point. A point is order, lambda_H, levels of the codebooks and seed; lambda_H = 0 is the same training
-without the term. lambda_H falls as a cosine to 0 in the first part of a run, lambda_E grows to its end; the levels are
-estimated at the start and at the end. Sizes are whole files, as `lcq.save` writes them: blocks of codes by rANS, biases
+is read once per point. lambda_H = 0 is the same training without the term. The inner optimizer is Adam: with SGD
+lambda_H has an edge, below it nothing happens and above it every weight goes to one level, as the loss gradients of
+a net that fits its data resist a move of all weights but of none alone; Adam's steps, in units of a weight's own
+gradients, hold those that matter and let the others go. lambda_H falls as a cosine to 0 in the first part of a run,
+lambda_E grows to its end; the levels are estimated at the start and at the end. Sizes are whole files, as `lcq.save` writes them: blocks of codes by rANS, biases
 and batch norm in float32, header and all. The summary interpolates log bytes between points of a curve at the errors
 that both reach on the held-back images. After every epoch all there is goes to OUT/NAME.ckpt.
 """
@@ -48,7 +50,6 @@ from lcq.examples.train import evaluate
 
 SIZE, ROUNDS, ORDERS, CENTRES = 1_000_000, 9, (1, 2, 3, 4), (6, 10)
 HELD_BACK, BATCH = 5000, 128
-KERNELS = "(.*/)?kernel"
 REFERENCE = ARTIFACTS / "lenet5_reference.npz"
 WEIGHTS, LEVELS = (0.5, 1.0, 2.0, 4.0), (2, 3, 5, 9)
 POINTS = [*((0, 0.0, levels, 0) for levels in LEVELS), *itertools.product((1, 2, 3), WEIGHTS, (3,), (0,))]
@@ -164,7 +165,7 @@ class Images(NamedTuple):
 class OnMnist:
     """LeNet-5, from weights trained here."""
 
-    epochs, rate, weight_decay = 15, 0.05, 0.0
+    epochs = 15
 
     def images(self) -> Images:
         split = data.mnist()
@@ -195,7 +196,7 @@ class OnMnist:
 class OnCifar:
     """ResNet-20 from the given weights, augmented and recalibrated as in resnet20.py."""
 
-    epochs, rate, weight_decay = 10, 0.05, 1e-4
+    epochs = 10
 
     def images(self) -> Images:
         return cut(*data.cifar10("train"), data.cifar10("test"))
@@ -210,7 +211,7 @@ class OnCifar:
         return resnet20.loss_of()(params, statistics, x, y)
 
     def batches(self, images: tuple[Any, Any], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
-        how = gpfq_train.Recipe(self.epochs, self.rate, batch=BATCH, augment=True, seed=seed)
+        how = gpfq_train.Recipe(self.epochs, 0.0, batch=BATCH, augment=True, seed=seed)
         return gpfq_train.batches(*images, how, epoch)
 
     def finished(self, forms: Any, statistics: Any, images: Images) -> dict[str, Any]:
@@ -280,28 +281,44 @@ def empirical(codes: np.ndarray, order: int) -> tuple[float, int]:
     return float(-(p * np.log2(p)).sum() / order), len(blocks)
 
 
-def name_of(net: str, order: int, weight: float, levels: int, seed: int) -> str:
-    return f"hemp_{net}_n{order}_h{weight:g}_k{levels}_s{seed}"
+class Point(NamedTuple):
+    """A point of the curves: order, lambda_H, levels, and the price of a bit in the codebooks, in mean squares of w."""
+
+    order: int
+    weight: float
+    levels: int
+    price: float = 0.0
+    seed: int = 0
+
+    def name(self, net: str) -> str:
+        return f"hemp_{net}_n{self.order}_h{self.weight:g}_k{self.levels}_p{self.price:g}_s{self.seed}"
+
+    def rules(self, params: Any) -> list[lcq.Rule]:
+        """A codebook of its own for each kernel; an odd number of levels has a zero."""
+        zero = (0.0,) if self.levels % 2 else ()
+        kernels = {path: w for path, w in flatten_dict(params, sep="/").items() if path.endswith("kernel")}
+        mean = {path: float(jnp.mean(w**2)) for path, w in kernels.items()}
+        return [lcq.Rule(path, lcq.KMeans(self.levels, zero, rate=self.price * mean[path])) for path in kernels]
 
 
-def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed: int, images: Images) -> None:
+def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
     """Trains one point and records it; one that is recorded already is left as it is."""
-    name, net = name_of(args.net, order, weight, levels, seed), NETS[args.net]
+    name, net = point.name(args.net), NETS[args.net]
     if stored(name) and not args.trial:
         return print(name, "is there already")
     epochs = args.epochs or net.epochs
     steps = epochs * (len(images.train[0]) // BATCH)
-    settings = {"epochs": epochs, "rate": args.rate or net.rate, "weight_decay": net.weight_decay}
-    settings |= {"error_weight": args.error, "power": args.power, "stop": args.stop}
-    rate = optax.cosine_decay_schedule(settings["rate"], steps)
+    settings = {"epochs": epochs, "rate": args.rate, "error_weight": args.error}
+    settings |= {"power": args.power, "stop": args.stop}
+    variables = net.start()
     tx = lcq.hemp(
-        optax.chain(optax.add_decayed_weights(net.weight_decay), optax.sgd(rate, 0.9, nesterov=True)),
-        [lcq.Rule(KERNELS, lcq.KMeans(levels, fixed=(0.0,) if levels % 2 else ()))],
-        order=max(order, 1),
-        entropy_weight=optax.cosine_decay_schedule(weight, int(args.stop * steps)),
+        optax.adam(optax.cosine_decay_schedule(args.rate, steps)),
+        point.rules(variables["params"]),
+        order=max(point.order, 1),
+        entropy_weight=optax.cosine_decay_schedule(point.weight, int(args.stop * steps)),
         error_weight=optax.polynomial_schedule(0.0, args.error, args.power, steps),
     )
-    variables, recipe = net.start(), (name, settings, args.trial)
+    recipe = (name, settings, args.trial)
     now = (variables["params"], variables["batch_stats"], tx.init(variables["params"]))
     path = args.out / f"{name}{f'_trial_{digest(repr(recipe))}' if args.trial else ''}.ckpt"
     now, log = resume(path, maker(recipe, __file__, resnet20.__file__, Path(lcq.__file__).parent / "methods"), now)
@@ -313,13 +330,13 @@ def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed
         print(name, log["curve"][-1], flush=True)
         keep(path, now, log)
 
-    params, statistics, state = train(net, tx, now, images, log, epochs, seed, each)
+    params, statistics, state = train(net, tx, now, images, log, epochs, point.seed, each)
     forms = lcq.compress_warm(state, params)
     if args.trial:
         size = -(-lcq.table(forms).total.coded // 8)
         return print(name, settings, f"{size:,} bytes, {log['seconds']:.0f} s", flush=True)
     file = ARTIFACTS / f"{name}.lcq"
-    row = {"net": args.net, "order": order, "weight": weight, "levels": levels, "seed": seed, "artifact": file.name}
+    row = {"net": args.net, **point._asdict(), "artifact": file.name}
     row |= {"bytes": lcq.save(file, net.finished(forms, statistics, images)), "entropy": float(state.entropy)}
     leaves = jax.tree.leaves(forms, is_leaf=lambda leaf: isinstance(leaf, lcq.Form))
     codes = [np.asarray(leaf.codes) for leaf in leaves if isinstance(leaf, lcq.Form)]
@@ -332,7 +349,7 @@ def point(args: argparse.Namespace, order: int, weight: float, levels: int, seed
         row[f"{what}_loss"], row[f"{what}_error"] = judge(net, loaded, some)
     row |= {"seconds": round(log["seconds"], 1), "resumed_after": log["resumed_after"], "curve": log["curve"]}
     print({key: value for key, value in row.items() if key != "curve"}, flush=True)
-    record(name, [row], seeds=[seed], settings=settings, batch=BATCH)
+    record(name, [row], seeds=[point.seed], settings=settings, batch=BATCH)
 
 
 def bytes_at(curve: list[tuple[float, float]], error: float) -> float | None:
@@ -345,16 +362,16 @@ def bytes_at(curve: list[tuple[float, float]], error: float) -> float | None:
 
 
 def summary(net: str) -> list[dict[str, Any]]:
-    """The points, and what every order takes at the errors of the curve without the term."""
+    """What every order takes at the errors of the points without the term, by held-back images and by test images."""
     points = [row for path in sorted(RESULTS.glob(f"hemp_{net}_n*.json")) for row in stored(path.stem)]
-    curves = {
-        order: [(row["held_back_error"], row["bytes"]) for row in points if row["order"] == order]
-        for order in sorted({row["order"] for row in points})
-    }
-    rows = [{key: value for key, value in row.items() if key != "curve"} for row in points]
-    for error in sorted({round(error, 2) for curve in curves.values() for error, _ in curve}):
-        sizes = {f"order_{order}" if order else "without": bytes_at(curve, error) for order, curve in curves.items()}
-        rows.append({"held_back_error": error, "bytes_at_equal_error": sizes})
+    rows = []
+    for judge in ("held_back_error", "test_error"):
+        curves: dict[int, list[tuple[float, float]]] = {}
+        for row in points:
+            curves.setdefault(row["order"] if row["weight"] else 0, []).append((row[judge], row["bytes"]))
+        for error in sorted({round(error, 2) for error, _ in curves.get(0, [])}):
+            sizes = {str(order): bytes_at(curve, error) for order, curve in sorted(curves.items())}
+            rows.append({"judged_by": judge, "error": error, "bytes": sizes})
     return rows
 
 
@@ -365,14 +382,15 @@ def main() -> None:
     parser.add_argument("--order", type=int, default=3)
     parser.add_argument("--weight", type=float, default=1.0, help="lambda_H")
     parser.add_argument("--levels", type=int, default=3)
+    parser.add_argument("--price", type=float, default=0.0, help="of a bit in the codebooks, in mean squares of w")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--net", choices=list(NETS), default="lenet5")
     parser.add_argument("--out", type=Path, help="folder of checkpoints")
     parser.add_argument("--epochs", type=int, help="in place of the net's")
-    parser.add_argument("--rate", type=float, help="in place of the net's")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of Adam at first; it falls as a cosine to 0")
     parser.add_argument("--stop", type=float, default=0.5, help="part of a run after which lambda_H is 0")
-    parser.add_argument("--error", type=float, default=0.1, help="lambda_E at the end")
-    parser.add_argument("--power", type=float, default=4.0, help="of the growth of lambda_E from 0")
+    parser.add_argument("--error", type=float, default=0.02, help="lambda_E at the end")
+    parser.add_argument("--power", type=float, default=8.0, help="of the growth of lambda_E from 0")
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
     args = parser.parse_args()
     ARTIFACTS.mkdir(exist_ok=True)
@@ -384,8 +402,7 @@ def main() -> None:
         return
     if args.what == "summary":
         rows = summary(args.net)
-        for row in rows[-20:]:
-            print(row)
+        print(*rows, sep="\n")
         record(f"hemp_{args.net}", rows)
         return
     if args.what == "reference":
@@ -394,9 +411,9 @@ def main() -> None:
         parser.error("wanted --out FOLDER")
     args.out.mkdir(parents=True, exist_ok=True)
     images = NETS[args.net].images()
-    chosen = POINTS if args.what == "sweep" else [(args.order, args.weight, args.levels, args.seed)]
-    for order, weight, levels, seed in chosen:
-        point(args, order, weight, levels, seed, images)
+    one = Point(args.order, args.weight, args.levels, args.price, args.seed)
+    for point in POINTS if args.what == "sweep" else [one]:
+        train_point(args, point, images)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python benchmarks/tables.py        writes them between their markers in README.m
 """
 
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,54 @@ def smallest() -> str:
     return grid(["everything counted", "test error %", "bytes", "accept / aim"], rows)
 
 
+BINARIES = {
+    "float": "float32",
+    "sign": "straight-through, sign(w)",
+    "bwn": "straight-through, BWN's scales",
+    "group_sign": "straight-through, centred groups",
+    "tanh": "tanh, annealed",
+    "smooth": "**smooth**",
+    "smooth_mean": "**smooth**, BWN's scales",
+    "smooth_learned": "**smooth**, learned scales",
+}
+
+
+def smooth_binary() -> str:
+    """Every method: the small net's seeds, ResNet-20, a step's time."""
+    controls, times = stored("smooth_binary_controls"), {row["recipe"]: row for row in stored("smooth_binary_time")}
+    rows = []
+    for name, title in BINARIES.items():
+        found = [row for row in controls if row["recipe"] == name]
+        cells = []
+        for kind in ("soft_accuracy", "accuracy"):
+            values = [row[kind] for row in found]
+            cells.append(f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+        large = stored(f"smooth_binary_resnet20_{name}")
+        cells += [f"{row[kind]:.2f}" for row in large for kind in ("soft_accuracy", "accuracy")] or ["", ""]
+        cells += [f"{row['bytes']:,}" for row in large] or [""]
+        rows.append([title, *cells, f"{times[name]['ratio']:.2f}" if name in times else ""])
+    head = ["test accuracy %", "small net, t = 1", "deployed", "ResNet-20, t = 1", "deployed", "bytes", "step / float"]
+    return grid(head, rows)
+
+
+NETS = {"lenet5": "LeNet-5, MNIST", "resnet20": "ResNet-20, CIFAR-10"}
+
+
+def hemp() -> str:
+    """Bytes with and without the term, at the errors of the points without it."""
+    rows = []
+    for net, title in NETS.items():
+        for row in stored(f"hemp_{net}"):
+            without, sizes = row["bytes"]["0"], [row["bytes"].get(str(order)) for order in (1, 2, 3)]
+            best = min((size for size in sizes if size), default=None)
+            saved = f"{100 * (1 - best / without):.0f} %" if best else ""
+            cells = [f"{size:,.0f}" if size else "" for size in (without, *sizes)]
+            judge = "held back" if row["judged_by"] == "held_back_error" else "test"
+            rows.append([f"{title}, {row['error']:.2f} % {judge}", *cells, saved, "15 / 25 %"])
+    head = ["bytes at equal error", "without the term", "n = 1", "n = 2", "n = 3", "smaller by", "accept / aim"]
+    return grid(head, rows)
+
+
 RATES = {"lc_k8_rate": "K = 8, rate .0013, teacher", "lc_k8_high_rate": "K = 8, rate .0024, teacher"}
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -390,6 +439,8 @@ TABLES: dict[str, Callable[[], str]] = {
         gpfq_speed,
         kernels,
         coder,
+        smooth_binary,
+        hemp,
         smallest,
     )
 }
