@@ -15,12 +15,13 @@ beside the closed form; and in float32 on 1e6 weights beside float64. Speed: 1e6
 LeNet-5 (20-50-500, 430,500 weights and 580 biases) on MNIST from a float net, and the given ResNet-20 on CIFAR-10:
 trained on all training images but the last 5,000, and judged on these (the given ResNet-20 had seen them); the test set
 is read once per point. lambda_H = 0 is the same training without the term. The inner optimizer is Adam: with SGD
-lambda_H has an edge, below it nothing happens and above it every weight goes to one level, as the loss gradients of
-a net that fits its data resist a move of all weights but of none alone; Adam's steps, in units of a weight's own
+lambda_H has an edge, below it nothing happens and above it every weight goes to one level, as the loss gradients of a
+net that fits its data resist a move of all weights but of none alone; Adam's steps, in units of a weight's own
 gradients, hold those that matter and let the others go. lambda_H falls as a cosine to 0 in the first part of a run,
-lambda_E grows to its end; the levels are estimated at the start and at the end. Sizes are whole files, as `lcq.save` writes them: blocks of codes by rANS, biases
-and batch norm in float32, header and all. The summary interpolates log bytes between points of a curve at the errors
-that both reach on the held-back images. After every epoch all there is goes to OUT/NAME.ckpt.
+lambda_E grows to its end; the levels are estimated at the start and at the end. Sizes are whole files, as `lcq.save`
+writes them: blocks of codes by rANS, biases and batch norm in float32, header and all. The summary interpolates log
+bytes between points of a curve at the errors that both reach on the held-back images. After every epoch all there is
+goes to OUT/NAME.ckpt.
 """
 
 import argparse
