@@ -20,8 +20,8 @@ net that fits its data resist a move of all weights but of none alone; Adam's st
 gradients, hold those that matter and let the others go. lambda_H falls as a cosine to 0 in the first part of a run,
 lambda_E grows to its end; the levels are estimated at the start and at the end. Sizes are whole files, as `lcq.save`
 writes them: blocks of codes by rANS, biases and batch norm in float32, header and all. The summary interpolates log
-bytes between points of a curve at the errors that both reach on the held-back images. After every epoch all there is
-goes to OUT/NAME.ckpt.
+bytes between points of a curve at errors that both reach, on held-back and on test images. After every epoch all there
+is goes to OUT/NAME.ckpt.
 """
 
 import argparse
@@ -52,9 +52,6 @@ from lcq.examples.train import evaluate
 SIZE, ROUNDS, ORDERS, CENTRES = 1_000_000, 9, (1, 2, 3, 4), (6, 10)
 HELD_BACK, BATCH = 5000, 128
 REFERENCE = ARTIFACTS / "lenet5_reference.npz"
-WEIGHTS, LEVELS = (0.5, 1.0, 2.0, 4.0), (2, 3, 5, 9)
-POINTS = [*((0, 0.0, levels, 0) for levels in LEVELS), *itertools.product((1, 2, 3), WEIGHTS, (3,), (0,))]
-"""Order, lambda_H, levels, seed; without the term the number of levels makes the curve."""
 
 
 # Exactness and speed
@@ -302,6 +299,12 @@ class Point(NamedTuple):
         return [lcq.Rule(path, lcq.KMeans(self.levels, zero, rate=self.price * mean[path])) for path in kernels]
 
 
+POINTS = [Point(0, 0.0, 2), Point(0, 0.0, 3), Point(0, 0.0, 3, 0.4), Point(0, 0.0, 5)]
+"""Without the term the codebooks make the curve."""
+
+POINTS += [Point(order, weight, 5, 0.2) for weight in (1.0, 2.0, 1.5, 0.5) for order in (1, 2, 3)]
+
+
 def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
     """Trains one point and records it; one that is recorded already is left as it is."""
     name, net = point.name(args.net), NETS[args.net]
@@ -389,7 +392,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of checkpoints")
     parser.add_argument("--epochs", type=int, help="in place of the net's")
     parser.add_argument("--rate", type=float, default=1e-3, help="of Adam at first; it falls as a cosine to 0")
-    parser.add_argument("--stop", type=float, default=0.5, help="part of a run after which lambda_H is 0")
+    parser.add_argument("--stop", type=float, default=0.8, help="part of a run after which lambda_H is 0")
     parser.add_argument("--error", type=float, default=0.02, help="lambda_E at the end")
     parser.add_argument("--power", type=float, default=8.0, help="of the growth of lambda_E from 0")
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only")
