@@ -299,7 +299,7 @@ class Point(NamedTuple):
         return [lcq.Rule(path, lcq.KMeans(self.levels, zero, rate=self.price * mean[path])) for path in kernels]
 
 
-POINTS = [Point(0, 0.0, 2), Point(0, 0.0, 3), Point(0, 0.0, 3, 0.4), Point(0, 0.0, 5)]
+POINTS = [Point(0, 0.0, 2), Point(0, 0.0, 3), Point(0, 0.0, 3, 0.4), Point(0, 0.0, 5), Point(0, 0.0, 5, 0.2)]
 """Without the term the codebooks make the curve."""
 
 POINTS += [Point(order, weight, 5, 0.2) for weight in (1.0, 2.0, 1.5, 0.5) for order in (1, 2, 3)]

@@ -1,6 +1,6 @@
 """Binary weights by `lcq.smooth_binary`: controls on a small net, ResNet-20 from the given weights, the cost of a step.
 
-    LCQ_DATA=folder python benchmarks/smooth_binary.py controls --out folder    results/smooth_binary_controls.json
+    LCQ_DATA=folder python benchmarks/smooth_binary.py controls --out folder    results/smooth_binary_small_NAME.json
     LCQ_DATA=folder python benchmarks/smooth_binary.py resnet20 smooth --out folder
                                                     results/smooth_binary_resnet20_smooth.json, artifacts/
     LCQ_DATA=folder python benchmarks/smooth_binary.py time                     results/smooth_binary_time.json
@@ -20,7 +20,6 @@ from other code. artifacts/smooth_binary_resnet20_NAME.lcq holds {"params", "bat
 import argparse
 import dataclasses
 import functools
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -98,6 +97,9 @@ METHODS: dict[str, Recipe] = {
     "smooth_mean": Recipe(lcq.GroupPower()),
     "smooth_learned": Recipe(lcq.GroupPower("constant"), learned=True),
 }
+SHAPE = ("settled", "width", "narrowest")
+"""Of `lcq.GroupPower`, which a trial may change."""
+
 SMALL = {"net": "small", "epochs": 7, "l2": 5e-4}
 
 
@@ -230,16 +232,14 @@ def run(name: str, recipe: Recipe, args: Any) -> dict[str, Any]:
 
 
 def controls(args: Any) -> None:
-    """Every method on the small net, with several seeds; recorded after each, as far as they are."""
-    rows = []
-    for name, seed in itertools.product(args.names or METHODS, args.seeds):
-        recipe = changed(dataclasses.replace(METHODS[name], **SMALL, seed=seed), args)
-        rows.append(run(name, recipe, args)["row"])
-        if not args.trial:
-            record("smooth_binary_controls", rows, seeds=args.seeds)
+    """Every method on the small net, with several seeds."""
     for name in args.names or METHODS:
-        found = np.array([[row["soft_accuracy"], row["accuracy"]] for row in rows if row["recipe"] == name])
+        recipes = [changed(dataclasses.replace(METHODS[name], **SMALL, seed=seed), args) for seed in args.seeds]
+        rows = [run(name, recipe, args)["row"] for recipe in recipes]
+        found = np.array([[row["soft_accuracy"], row["accuracy"]] for row in rows])
         print(f"{name}: soft {found[:, 0].mean():.2f}, deployed {found[:, 1].mean():.2f} +- {found[:, 1].std():.2f}")
+        if not args.trial:
+            record(f"smooth_binary_small_{name}", rows, seeds=args.seeds)
 
 
 def resnet(args: Any) -> None:
@@ -292,7 +292,8 @@ def cost(args: Any) -> None:
 def changed(recipe: Recipe, args: Any) -> Recipe:
     """The recipe with what the command says."""
     given = {k: v for k in ("epochs", "rate", "l2") if (v := getattr(args, k)) is not None}
-    given |= {"binarization": dataclasses.replace(recipe.binarization, width=args.width)} if args.width else {}
+    shape = {k: v for k in SHAPE if (v := getattr(args, k)) is not None}
+    given |= {"binarization": dataclasses.replace(recipe.binarization, **shape)} if shape else {}
     return dataclasses.replace(recipe, **given)
 
 
@@ -305,7 +306,7 @@ def main() -> None:
     parser.add_argument("--trial", action="store_true", help="judge on held-back images only; record nothing")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the controls")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the timings")
-    for field, kind in {"epochs": int, "rate": float, "l2": float, "width": float}.items():
+    for field, kind in {"epochs": int, "rate": float, "l2": float, **dict.fromkeys(SHAPE, float)}.items():
         parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")
     args = parser.parse_args()
     if unknown := set(args.names) - set(METHODS):

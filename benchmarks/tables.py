@@ -387,11 +387,10 @@ BINARIES = {
 
 def smooth_binary() -> str:
     """Every method: the small net's seeds, ResNet-20, a step's time."""
-    controls, times = stored("smooth_binary_controls"), {row["recipe"]: row for row in stored("smooth_binary_time")}
+    times = {row["recipe"]: row for row in stored("smooth_binary_time")}
     rows = []
     for name, title in BINARIES.items():
-        found = [row for row in controls if row["recipe"] == name]
-        cells = []
+        found, cells = stored(f"smooth_binary_small_{name}"), []
         for kind in ("soft_accuracy", "accuracy"):
             values = [row[kind] for row in found]
             cells.append(f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")

@@ -72,8 +72,11 @@ def hemp(
     H_n is taken without them.
 
     Args:
-        inner: any optax optimizer; an extra argument is passed on.
-        rules: which leaves, and the codebook of each: `KMeans`, `Levels`, `Uniform` and their like.
+        inner: any optax optimizer; an extra argument is passed on. lambda_H is easier to choose with Adam: its steps,
+            in units of a weight's own gradients, hold the weights that matter and let the others go, where those of
+            SGD let all go or none (`benchmarks/hemp.py`).
+        rules: which leaves, and the codebook of each: `KMeans`, `Levels`, `Uniform` and their like. Weights cannot grow
+            beyond the outermost levels, so these are better wide than few.
         order: n; a file of blocks of n weights has about H_n bits per weight.
         entropy_weight: lambda_H, a number or a schedule of the number of updates. dH_n/dw is of the size 1/(#weights
             (c_b - c_{b-1})): what does not move within a run needs more.

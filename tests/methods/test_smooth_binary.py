@@ -15,7 +15,7 @@ from lcq.layers import linen
 from lcq.layers import nnx as layers
 from lcq.methods.smooth_binary import AnnealedTanh, GroupPower, StraightSign, smooth_binary
 
-LEAST, SETTLED, WIDTH = 0.02, 0.8, 0.03
+LEAST, SETTLED, WIDTH, NARROWEST = 0.02, 0.8, 0.03, 0.001
 RNG = np.random.default_rng(0)
 
 
@@ -44,7 +44,8 @@ def b_of(w, t):
     """The formula, for one group."""
     p = 1 - (1 - LEAST) * min(1, t / SETTLED)
     u = (w - w.mean()) / np.sqrt(w.var())
-    phi = np.sign(u) * np.abs(u) * (u**2 + WIDTH**2) ** ((p - 1) / 2)
+    e = WIDTH if t < SETTLED else np.exp(np.interp(t, [SETTLED, 1], np.log([WIDTH, NARROWEST])))
+    phi = np.sign(u) * np.abs(u) * (u**2 + e**2) ** ((p - 1) / 2)
     return phi / np.sqrt((phi**2).mean())
 
 
@@ -102,7 +103,7 @@ def normal(shape, dtype=jnp.float32):
 def test_values_are_those_of_a_loop_over_groups(kind, alpha, shape, per):
     w = normal(shape)
     w64 = np.asarray(w, np.float64)
-    for t in (0.0, 0.3, 0.8, 1.0):
+    for t in (0.0, 0.3, 0.8, 0.9, 1.0):
         wanted = sizes(alpha, w64, per) * by_groups(lambda g, t=t: SMOOTH[kind](g, t), w64, per)
         np.testing.assert_allclose(transformed(kind(alpha), w, t, per), wanted, rtol=2e-4, atol=2e-5)
 
@@ -153,14 +154,14 @@ def test_the_path_begins_standardised_and_ends_nearly_binary():
     begin = transformed(constant, w, 0.0, "channel") / np.sqrt(2 / 4000)
     np.testing.assert_allclose(begin, (w - w.mean(0)) / w.std(0), rtol=1e-3, atol=1e-5)
     path = np.array([gaps(binary, {"w": w}, t)["w"] for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]).squeeze()
-    assert path.shape == (6, 3) and (np.diff(path[:-1], axis=0) < 0).all()
+    assert path.shape == (6, 3) and (np.diff(path, axis=0) < 0).all()
     np.testing.assert_allclose(path[0], 2, atol=0.3)  # the fourth moment of normal numbers is 3
-    np.testing.assert_array_equal(path[-1], path[-2])
     u = np.linspace(0, 9, 400_001)
-    phi2, density = u**2 * (u**2 + WIDTH**2) ** (LEAST - 1), np.exp(-(u**2) / 2)
-    floor = (phi2**2 @ density) * density.sum() / (phi2 @ density) ** 2 - 1
-    assert 0.004 < floor < 0.025
-    np.testing.assert_allclose(path[-1], floor, atol=0.006)
+    for at, e, atol in ((4, WIDTH, 0.006), (5, NARROWEST, 0.001)):
+        phi2, density = u**2 * (u**2 + e**2) ** (LEAST - 1), np.exp(-(u**2) / 2)
+        floor = (phi2**2 @ density) * density.sum() / (phi2 @ density) ** 2 - 1
+        assert 0.001 < floor < 0.025
+        np.testing.assert_allclose(path[at], floor, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +332,8 @@ ERRORS = [
         "w: wanted alpha [1]",
     ),
     (lambda: GroupPower("learned"), "wanted alpha='mean' or 'constant'"),
-    (lambda: GroupPower(width=0.0), "width and guard > 0"),
+    (lambda: GroupPower(width=0.0), "narrowest <= width"),
+    (lambda: GroupPower(settled=1.0), "settled < 1"),
     (lambda: GroupPower(least=0.0), "0 < least"),
     (lambda: AnnealedTanh(steepest=0.5), "steepest >= 1"),
 ]
