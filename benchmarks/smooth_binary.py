@@ -97,7 +97,7 @@ METHODS: dict[str, Recipe] = {
     "smooth_mean": Recipe(lcq.GroupPower()),
     "smooth_learned": Recipe(lcq.GroupPower("constant"), learned=True),
 }
-SHAPE = ("settled", "width", "narrowest")
+SHAPE = ("least", "settled", "width", "last")
 """Of `lcq.GroupPower`, which a trial may change."""
 
 SMALL = {"net": "small", "epochs": 7, "l2": 5e-4}

@@ -108,8 +108,9 @@ class GroupPower(Binarization):
     """Signed powers of a standardised group, of an exponent that falls from 1 to nearly 0.
 
         u   = x / sqrt(mean_G x^2 + guard),    x = w - mean_G w
-        phi = u (u^2 + e^2)^((p - 1)/2),    p = 1 - (1 - least) min(1, t / settled)
-        e   = width (narrowest / width)^max(0, (t - settled)/(1 - settled))
+        phi = u (u^2 + e^2)^((p - 1)/2)
+        p   = 1 - (1 - least) t / settled,    e = width         until t = settled; from there both fall geometrically,
+        p   = least last^s,    e = width last^s,    s = (t - settled) / (1 - settled)
         b   = phi / sqrt(mean_G phi^2 + guard),    W = alpha_G b
 
     At t = 0 b is the standardised group; at p = 0 and e = 0 it would be binary. All along b has mean square 1,
@@ -118,11 +119,12 @@ class GroupPower(Binarization):
     a group of nearly equal weights as large as its spread is small: start from weights that differ.
 
     Attributes:
-        least: p in the end. Of normally distributed weights .02 leaves a gap of .0026, at a width of .03 one of .023.
-        settled: the progress from which on p is `least`, and e falls.
-        width: e until then: within it of 0, in standard deviations of the group, phi is linear, and weights that stay
-            there are neither -1 nor 1, which nets make use of.
-        narrowest: e in the end, which leaves them no room.
+        least: p at `settled`.
+        settled: a progress. At this one normally distributed weights have a gap of .023, by far most of it from weights
+            within the width.
+        width: e at first: within it of 0, in standard deviations of the group, phi is linear. Weights that stay there
+            are neither -1 nor 1, and nets make use of that.
+        last: what p and e are multiplied by in the end, which leaves no room for it.
         guard: what keeps equal weights from 0/0; groups of a variance far above it do not see it.
 
     Example:
@@ -138,20 +140,20 @@ class GroupPower(Binarization):
     least: float = 0.02
     settled: float = 0.8
     width: float = 0.03
-    narrowest: float = 0.001
+    last: float = 0.03
     guard: float = 1e-10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.least <= 1 and 0 < self.settled < 1 and 0 < self.narrowest <= self.width and self.guard > 0):
-            raise ValueError(f"wanted 0 < least <= 1, 0 < settled < 1, 0 < narrowest <= width, guard > 0; got {self}")
+        parts = 0 < self.least <= 1 and 0 < self.last <= 1 and 0 < self.settled < 1
+        if not (parts and self.width > 0 and self.guard > 0):
+            raise ValueError(f"wanted 0 < least, last <= 1, 0 < settled < 1, and width and guard > 0; got {self}")
 
     def weights(self, x: Array, alpha: Array, t: Array, axes: Axes) -> Array:
         u = _standardised(x, axes, self.guard)
-        less = (1 - self.least) * jnp.minimum(1, t / self.settled)  # 1 - p
-        late = jnp.maximum(0, (t - self.settled) / (1 - self.settled))
-        e = self.width * (self.narrowest / self.width) ** late
-        phi = u * jnp.exp(-less / 2 * jnp.log(u * u + e * e))
+        fall = self.last ** jnp.maximum(0, (t - self.settled) / (1 - self.settled))
+        p = 1 - (1 - self.least) * jnp.minimum(1, t / self.settled) - self.least * (1 - fall)
+        phi = u * jnp.exp((p - 1) / 2 * jnp.log(u * u + (self.width * fall) ** 2))
         return alpha * _standardised(phi, axes, self.guard)
 
 

@@ -15,7 +15,7 @@ from lcq.layers import linen
 from lcq.layers import nnx as layers
 from lcq.methods.smooth_binary import AnnealedTanh, GroupPower, StraightSign, smooth_binary
 
-LEAST, SETTLED, WIDTH, NARROWEST = 0.02, 0.8, 0.03, 0.001
+LEAST, SETTLED, WIDTH, LAST = 0.02, 0.8, 0.03, 0.03
 RNG = np.random.default_rng(0)
 
 
@@ -42,9 +42,10 @@ def by_groups(f, w, per):
 
 def b_of(w, t):
     """The formula, for one group."""
-    p = 1 - (1 - LEAST) * min(1, t / SETTLED)
+    p, e = 1 - (1 - LEAST) * t / SETTLED, WIDTH
+    if t > SETTLED:
+        p, e = (x * np.exp(np.interp(t, [SETTLED, 1], [0, np.log(LAST)])) for x in (LEAST, WIDTH))
     u = (w - w.mean()) / np.sqrt(w.var())
-    e = WIDTH if t < SETTLED else np.exp(np.interp(t, [SETTLED, 1], np.log([WIDTH, NARROWEST])))
     phi = np.sign(u) * np.abs(u) * (u**2 + e**2) ** ((p - 1) / 2)
     return phi / np.sqrt((phi**2).mean())
 
@@ -157,10 +158,9 @@ def test_the_path_begins_standardised_and_ends_nearly_binary():
     assert path.shape == (6, 3) and (np.diff(path, axis=0) < 0).all()
     np.testing.assert_allclose(path[0], 2, atol=0.3)  # the fourth moment of normal numbers is 3
     u = np.linspace(0, 9, 400_001)
-    for at, e, atol in ((4, WIDTH, 0.006), (5, NARROWEST, 0.001)):
-        phi2, density = u**2 * (u**2 + e**2) ** (LEAST - 1), np.exp(-(u**2) / 2)
+    for at, fall, atol in ((4, 1, 0.006), (5, LAST, 0.0005)):
+        phi2, density = u**2 * (u**2 + (WIDTH * fall) ** 2) ** (LEAST * fall - 1), np.exp(-(u**2) / 2)
         floor = (phi2**2 @ density) * density.sum() / (phi2 @ density) ** 2 - 1
-        assert 0.001 < floor < 0.025
         np.testing.assert_allclose(path[at], floor, atol=atol)
 
 
@@ -332,7 +332,8 @@ ERRORS = [
         "w: wanted alpha [1]",
     ),
     (lambda: GroupPower("learned"), "wanted alpha='mean' or 'constant'"),
-    (lambda: GroupPower(width=0.0), "narrowest <= width"),
+    (lambda: GroupPower(width=0.0), "width and guard > 0"),
+    (lambda: GroupPower(last=2.0), "last <= 1"),
     (lambda: GroupPower(settled=1.0), "settled < 1"),
     (lambda: GroupPower(least=0.0), "0 < least"),
     (lambda: AnnealedTanh(steepest=0.5), "steepest >= 1"),
