@@ -302,7 +302,7 @@ class Point(NamedTuple):
 POINTS = [Point(0, 0.0, 2), Point(0, 0.0, 3), Point(0, 0.0, 3, 0.4), Point(0, 0.0, 5), Point(0, 0.0, 5, 0.2)]
 """Without the term the codebooks make the curve."""
 
-POINTS += [Point(order, weight, 5, 0.2) for weight in (1.0, 2.0, 1.5, 0.5) for order in (1, 2, 3)]
+POINTS += [Point(order, weight, 5, 0.2) for weight in (1.0, 1.5, 0.5) for order in (1, 2, 3)] + [Point(1, 2.0, 5, 0.2)]
 
 
 def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
