@@ -359,7 +359,7 @@ def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
 def bytes_at(curve: list[tuple[float, float]], error: float) -> float | None:
     """Bytes of a curve of (error, bytes) at an error, log bytes interpolated along points that no other beats."""
     best = [p for p in sorted(curve) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in curve)]
-    if not best or not best[0][0] <= error:
+    if not best or best[0][0] > error:
         return None
     errors, sizes = zip(*best, strict=True)
     return float(np.exp(np.interp(error, errors, np.log(sizes))))
@@ -372,8 +372,8 @@ def summary(net: str) -> list[dict[str, Any]]:
     for judge in ("held_back_error", "test_error"):
         curves: dict[int, list[tuple[float, float]]] = {}
         for row in points:
-            curves.setdefault(row["order"] if row["weight"] else 0, []).append((row[judge], row["bytes"]))
-        for error in sorted({round(error, 2) for error, _ in curves.get(0, [])}):
+            curves.setdefault(row["order"], []).append((round(row[judge], 2), row["bytes"]))
+        for error in sorted({error for error, _ in curves.get(0, [])}):
             sizes = {str(order): bytes_at(curve, error) for order, curve in sorted(curves.items())}
             rows.append({"judged_by": judge, "error": error, "bytes": sizes})
     return rows
