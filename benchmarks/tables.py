@@ -398,7 +398,7 @@ def smooth_binary() -> str:
         cells += [f"{row[kind]:.2f}" for row in large for kind in ("soft_accuracy", "accuracy")] or ["", ""]
         cells += [f"{row['bytes']:,}" for row in large] or [""]
         rows.append([title, *cells, f"{times[name]['ratio']:.2f}" if name in times else ""])
-    head = ["test accuracy %", "small net, t = 1", "deployed", "ResNet-20, t = 1", "deployed", "its bytes", "step / float"]
+    head = ["test accuracy %", "small net, t = 1", "deployed", "ResNet-20, t = 1", "deployed", "bytes", "step / float"]
     return grid(head, rows)
 
 
