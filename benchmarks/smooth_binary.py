@@ -93,6 +93,7 @@ METHODS: dict[str, Recipe] = {
     "bwn": Recipe(lcq.StraightSign()),
     "group_sign": Recipe(lcq.StraightSign("constant", centres=True)),
     "tanh": Recipe(lcq.AnnealedTanh("constant")),
+    "smooth_wide": Recipe(lcq.GroupPower("constant", last=1.0)),
     "smooth": Recipe(lcq.GroupPower("constant")),
     "smooth_mean": Recipe(lcq.GroupPower()),
     "smooth_learned": Recipe(lcq.GroupPower("constant"), learned=True),

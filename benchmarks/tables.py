@@ -379,6 +379,7 @@ BINARIES = {
     "bwn": "straight-through, BWN's scales",
     "group_sign": "straight-through, centred groups",
     "tanh": "tanh, annealed",
+    "smooth_wide": "**smooth**, as wide to the end",
     "smooth": "**smooth**",
     "smooth_mean": "**smooth**, BWN's scales",
     "smooth_learned": "**smooth**, learned scales",
