@@ -289,6 +289,8 @@ def levels_of(path: str, form: Form) -> Float[Array, "*counts n"]:
 def _check_centres(path: str, w: Any, centres: Any) -> None:
     if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{path}: wanted a floating-point array; got {getattr(w, 'dtype', type(w).__name__)}")
+    if not jnp.issubdtype(centres.dtype, jnp.floating):
+        raise ValueError(f"{path}: wanted floating-point centres; got {centres.dtype}")
     *counts, size = centres.shape or (0,)
     fits = not counts or (len(counts) == w.ndim and all(d % c == 0 for d, c in zip(w.shape, counts, strict=True)))
     if size < 2 or not fits:

@@ -216,6 +216,7 @@ def test_centres_lie_around_all_weights():
         ({"w": jnp.ones(3)}, {"w": jnp.ones(1)}, 1, r"w: wanted two or more .* got float32\[1\]"),
         ({"w": jnp.ones(3)}, {"w": jnp.ones((2, 4))}, 1, r"w: .* blocks that divide \[3\]"),
         ({"w": jnp.ones(3, int)}, {"w": jnp.ones(3)}, 1, "w: wanted a floating-point array; got int32"),
+        ({"w": jnp.ones(3)}, {"w": jnp.arange(3)}, 1, "w: wanted floating-point centres; got int32"),
         ({"w": jnp.ones(3)}, {"w": None}, 1, "wanted a leaf of at least order = 1"),
         ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, 4, "wanted a leaf of at least order = 4"),
         ({"w": jnp.ones(9)}, {"w": jnp.ones(300)}, 3, "K = 300 centres at order n = 3"),
