@@ -2,6 +2,7 @@
 
     LCQ_DATA=folder python benchmarks/kernels.py        results/kernels.json
     ... --cores 1 2 --widths 256 512                    what is measured; each pair in a process of its own
+    ... --kept                                          results/kernels_kept.json: products with few weights
 
 Within a process the contestants of a row take turns, and its figures are medians. Products of one row read weights
 that are not in any cache: before each of them 256 MB of something else are read. Nothing else may run meanwhile.
@@ -141,6 +142,31 @@ def weight_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def kept_rows() -> list[dict[str, Any]]:
+    """Float32 activations and a part of the weights of 4096 x 4096, in lists."""
+    import jax
+    import jax.numpy as jnp
+
+    import lcq
+    from lcq.kernels.lists import lists
+    from lcq.kernels.matmul import matmul
+
+    w = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
+    laid = {kept: lists(lcq.Prune(kept=kept).project(w)) for kept in (0.02, 0.05, 0.1)}
+    dot, door, rows = jax.jit(jnp.dot), jax.jit(matmul), []
+    for m in ROWS:
+        x = jax.random.normal(jax.random.key(1), (m, SIZE))
+        contestants = {"float32": lambda x=x: dot(x, w)}
+        contestants |= {f"{kept:.0%} kept": lambda x=x, form=form: door(x, form) for kept, form in laid.items()}
+        bytes_of = {
+            f"{kept:.0%} kept": {"arguments": form.bits // 8, "temporary": temporary(matmul, x, form)}
+            for kept, form in laid.items()
+        }
+        found = times(contestants, 15 if m > 16 else 41, m == 1)
+        rows.append(row("kept weights", (m, SIZE, SIZE), found, cold=m == 1, bytes=bytes_of))
+    return rows
+
+
 def net_rows() -> list[dict[str, Any]]:
     """Whole nets: the compressed ResNet-20 with 2 values a layer, and an MLP; packed, and dense."""
     import jax
@@ -192,10 +218,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--kept", action="store_true", help="products with few weights, and nothing else")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a process of its own: rows to stdout
     args = parser.parse_args()
     if args.one:
-        print(json.dumps([*signs_rows(), *convolution_rows(), *weight_rows(), *net_rows()]))
+        print(
+            json.dumps(kept_rows() if args.kept else [*signs_rows(), *convolution_rows(), *weight_rows(), *net_rows()])
+        )
         return
     from record import record
 
@@ -204,12 +233,12 @@ def main() -> None:
     for cores in args.cores:
         for width in args.widths:
             flags = f"--xla_cpu_prefer_vector_width={width}"
-            child = [sys.executable, __file__, "--one"]
+            child = [sys.executable, __file__, "--one", *(["--kept"] if args.kept else [])]
             os.sched_setaffinity(0, here[:cores])  # the child inherits it
             out = subprocess.run(child, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, check=True)
             rows += [{"cores": cores, "vector_bits": width, **found} for found in json.loads(out.stdout)]
     os.sched_setaffinity(0, here)
-    record("kernels", rows)
+    record("kernels_kept" if args.kept else "kernels", rows)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 With `trace` the only file that uses jax's internal names.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core, source_info_util
+from jax.interpreters import ad, batching, mlir
 
 CALLS = {
     *("jit", "pjit", "closed_call", "call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"),
@@ -30,6 +32,42 @@ LAYOUT = {
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan", "ragged_dot", "ragged_dot_general"}
+
+
+def primitive(
+    name: str,
+    compute: Callable[..., Any],
+    shape: Callable[..., Any],
+    slopes: Sequence[Callable[..., Any] | None],
+    mapped: Callable[..., Any],
+) -> Any:
+    """A function of arrays as a primitive of its own, whose rules hold wherever it gets to.
+
+    Those of jax.custom_jvp do not: JAX forgets them once it has differentiated a function in a scan, and then looks for
+    the derivative of what is inside, which a Pallas kernel has none of.
+
+    Args:
+        name: of the primitive.
+        compute: (*arrays, **static) -> an array.
+        shape: (*arrays) -> its shape and dtype.
+        slopes: for each array (tangent, *arrays, **static) -> the change of the result; None for one without.
+        mapped: (arrays, their mapped axes or None, **static) -> the result and its mapped axis.
+
+    Returns:
+        What `bind(*arrays, **static)` runs.
+    """
+    made = core.Primitive(name)
+    made.def_impl(lambda *arrays, **static: _compiled(compute, tuple(static.items()))(*arrays))
+    made.def_abstract_eval(lambda *arrays, **_: jax.core.ShapedArray(*shape(*arrays)))
+    mlir.register_lowering(made, mlir.lower_fun(compute, multiple_results=False))
+    ad.defjvp(made, *slopes)
+    batching.primitive_batchers[made] = mapped
+    return made
+
+
+@functools.cache
+def _compiled(compute: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    return jax.jit(functools.partial(compute, **dict(static)))
 
 
 def opened(closed: Any) -> tuple[Any, Sequence[Any]]:

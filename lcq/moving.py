@@ -1,8 +1,8 @@
 """Forms under changes of layout: the form of a moved, cut or picked leaf, made without its dense array.
 
 What moves is the leaf's arrays of codes, masks or values; tables of one entry per block follow their blocks. Factors
-stay factors while each matrix of the result is a block of rows and columns of theirs, or its transpose. Codes laid out
-for products can only become the matrix they were laid out as. Whatever cannot be said is None, and the caller's to make
+stay factors while each matrix of the result is a block of rows and columns of theirs, or its transpose. A form laid out
+for products can only become the matrix it was laid out as. Whatever cannot be said is None, and the caller's to make
 dense.
 """
 
@@ -21,7 +21,7 @@ from jaxtyping import Array, Int
 from lcq.base import Form
 from lcq.forms import Cast, Codes, Factors, Sparse, Sum
 from lcq.forms.factors import matrix_shape
-from lcq.kernels.columns import Columns
+from lcq.kernels.laid import Laid
 
 _TABLES = ("levels", "scale", "zero")
 _IN_ORDER = {"reshape", "squeeze", "expand_dims"}
@@ -115,8 +115,8 @@ def move(form: Form, function: Callable[[Any], Any]) -> Form | None:
 
 
 def _move(form: Form, moved: _Move) -> Form | None:
-    if isinstance(form, Columns):
-        return _move_columns(form, moved)
+    if isinstance(form, Laid):
+        return _move_laid(form, moved)
     if moved.in_order and moved.result == moved.shape:
         return form
     if isinstance(form, Factors):
@@ -192,9 +192,8 @@ def _taken(a: Any, matrix: np.ndarray, start: np.ndarray, length: int, axis: int
     return jnp.take_along_axis(a, jnp.asarray(index[:, :, None] if axis == -2 else index[:, None]), axis)
 
 
-def _move_columns(form: Columns, moved: _Move) -> Form | None:
-    stacked, n = form.words.shape[:-3], form.words.shape[-1]
-    matrix = (*stacked, math.prod(form.tail) // n, n)
+def _move_laid(form: Laid, moved: _Move) -> Form | None:
+    stacked, matrix = form.stacked, (*form.stacked, form.rows, form.columns)
     if moved.result not in (matrix, matrix[-2:], (1, *matrix[-2:])):
         return None
     if not moved.in_order or form.axes != tuple(range(len(form.tail))):
@@ -243,8 +242,8 @@ def pick(form: Form, rows: Int[Array, " R"]) -> Form | None:
         return _each(form, lambda part: pick(part, rows))
     if isinstance(form, Factors):
         return _pick_factors(form, rows)
-    if isinstance(form, Columns):
-        return _pick_columns(form, rows)
+    if isinstance(form, Laid):
+        return _pick_laid(form, rows)
     if not isinstance(form, Codes | Sparse):
         return None
     tables = {name: a if a.shape[0] == 1 else a[rows // (length // a.shape[0])] for name, a in _tables(form).items()}
@@ -275,24 +274,12 @@ def _pick_factors(form: Factors, rows: Array) -> Form | None:
     return dataclasses.replace(form, left=picked, rank=None, tail=(len(rows), *form.tail[1:]))
 
 
-def _pick_columns(form: Columns, rows: Array) -> Form | None:
-    if len(form.words.shape) > 3:
+def _pick_laid(form: Laid, rows: Array) -> Form | None:
+    if form.stacked:
         return jax.tree.map(lambda a: a[rows], form)
-    n = form.words.shape[-1]
-    if form.axes[-1] != 0 or form.tail[0] != n:
+    if form.axes[-1] != 0 or form.tail[0] != form.columns:
         return None
-
-    def columns(a: Any, axis: int) -> Any:
-        return a if a is None or a.shape[axis] == 1 else jnp.take(a, rows, axis)
-
-    return dataclasses.replace(
-        form,
-        words=jnp.take(form.words, rows, -1),
-        first=columns(form.first, -1),
-        step=columns(form.step, -1),
-        levels=columns(form.levels, -2),
-        tail=(len(rows), *form.tail[1:]),
-    )
+    return dataclasses.replace(form.take(rows), tail=(len(rows), *form.tail[1:]), axes=form.axes)
 
 
 def stack(form: Form) -> Form | None:
@@ -316,8 +303,8 @@ def stack(form: Form) -> Form | None:
         return _each(form, stack)
     if isinstance(form, Factors):
         return _stack_factors(form)
-    if isinstance(form, Columns):
-        return form if len(form.words.shape) > 3 else None
+    if isinstance(form, Laid):
+        return form if form.stacked else None
     if not isinstance(form, Codes | Sparse):
         return None
     tables = {name: jnp.repeat(a, length // a.shape[0], 0) for name, a in _tables(form).items()}

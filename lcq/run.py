@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from lcq import jaxprs
 from lcq.base import Form, is_form
-from lcq.forms import Codes, Sum
+from lcq.forms import Codes, Sparse, Sum
 from lcq.jaxprs import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, REMAT
-from lcq.kernels.columns import Columns, columns
+from lcq.kernels.columns import columns
+from lcq.kernels.laid import Laid
+from lcq.kernels.lists import lists
 from lcq.kernels.matmul import matmul
 from lcq.leaf import Leaf, Way, laid_out
 from lcq.moving import move, order_of
@@ -66,10 +68,11 @@ class Packed:
         return list(runner.uses.values())
 
     def lay_out(self, forms: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """The tree with its codes laid out for the products they are used in; once, when a net is loaded.
+        """The tree with its forms laid out for the products they are used in; once, when a net is loaded.
 
-        Without, every call has to bring codes into that layout first, which takes as long as reading the dense weights.
-        Codes that are used in several ways, or not in a product, and other forms stay as they are.
+        Without, every call has to bring codes into that layout first, which takes as long as reading the dense weights,
+        and makes the dense array of a form of few weights. Forms that are used in several ways, or not in a product,
+        stay as they are, as do factors and lists of weights that are not few; under jit all but codes do.
 
         Raises:
             ValueError: a leaf that is no array, form or number.
@@ -171,17 +174,16 @@ class _View(NamedTuple):
 
 
 def _laid_out(form: Form, view: _View) -> Form:
-    """Codes, and those in a sum, as `Columns`."""
+    """Codes as `Columns` and few weights as `Lists`, those in a sum too."""
     if isinstance(form, Sum):
         return dataclasses.replace(form, parts=tuple(_laid_out(part, view) for part in form.parts))
-    if not isinstance(form, Codes):
+    if not isinstance(form, Codes | Sparse):
         return form
     lead = len(form.shape) - len(view.axes)
     order = (*range(lead), *(lead + axis for axis in view.axes))
     matrix = move(form, lambda w: w.transpose(order).reshape(*w.shape[:lead], -1, view.columns))
-    if not isinstance(matrix, Codes):
-        return form
-    return dataclasses.replace(columns(matrix), tail=tuple(form.shape[lead:]), axes=view.axes)
+    laid = columns(matrix) if isinstance(matrix, Codes) else lists(matrix) if isinstance(matrix, Sparse) else None
+    return form if laid is None else dataclasses.replace(laid, tail=tuple(form.shape[lead:]), axes=view.axes)
 
 
 def _array(leaf: Any) -> Any:
@@ -271,8 +273,8 @@ class _Runner:
     def _product(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
         """Y[g] = X[g] W[g], by the door of the kernels."""
         sides = [side for side in (1, 0) if isinstance(ins[side], Leaf) and jaxprs.weighs(eqn, side)]
-        if not sides:
-            return None
+        if not sides or isinstance(eqn.params["precision"], jax.lax.DotAlgorithm):
+            return None  # of an algorithm that is spelled out nothing is known here
         side, leaf, dtype = sides[0], ins[sides[0]], eqn.outvars[0].aval.dtype
         product = _product_of(eqn, side, leaf.way.path)
         g, m, k, n = product.shape
@@ -288,7 +290,7 @@ class _Runner:
         if form is None:
             return None
         self._note((*frame, side), leaf, "product", product.shape)
-        axes = None if isinstance(leaf.form, Columns) else order_of(matrix, leaf.form.shape, len(lead))
+        axes = None if isinstance(leaf.form, Laid) else order_of(matrix, leaf.form.shape, len(lead))
         self.views[(*frame, side)] = None if axes is None else _View(axes, n)
         x = product.inputs(self._dense(ins[1 - side], (*frame, 1 - side)))
         if jnp.promote_types(x.dtype, form.dtype) != dtype:

@@ -74,7 +74,7 @@ def patches(
         seen.append(jax.lax.slice(x, [0, *start, 0], [x.shape[0], *stop, x.shape[-1]], [1, *strides, 1]))
     rows = x.shape[0] * math.prod(places)
     stacked = jnp.stack(seen, -2).reshape(rows, len(seen), groups, x.shape[-1] // groups)
-    return stacked.transpose(2, 0, 1, 3).reshape(groups, rows, -1)
+    return stacked.transpose(2, 0, 1, 3).reshape(groups, rows, len(seen) * (x.shape[-1] // groups))
 
 
 def kernel_matrix(w: Shaped[Array, "..."], spec: Sequence[int], groups: int = 1) -> Shaped[Array, "G N n"]:
@@ -86,10 +86,10 @@ def kernel_matrix(w: Shaped[Array, "..."], spec: Sequence[int], groups: int = 1)
         groups: feature groups.
     """
     matrix = flatten_axes(w, [*spec[2:], spec[1]], [spec[0]])
-    return matrix.reshape(matrix.shape[0], groups, -1).swapaxes(0, 1)
+    return matrix.reshape(matrix.shape[0], groups, matrix.shape[1] // groups).swapaxes(0, 1)
 
 
 def output_matrix(y: Shaped[Array, "..."], spec: Sequence[int], groups: int = 1) -> Shaped[Array, "G M n"]:
     """A convolution's outputs; `spec` says where y has its batch, feature and spatial axes."""
     matrix = flatten_axes(y, [spec[0], *spec[2:]], [spec[1]])
-    return matrix.reshape(matrix.shape[0], groups, -1).swapaxes(0, 1)
+    return matrix.reshape(matrix.shape[0], groups, matrix.shape[1] // groups).swapaxes(0, 1)

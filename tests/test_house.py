@@ -39,8 +39,8 @@ ROOMS = {
     ),
     "kernels": Room(
         3,
-        "base packing unfold forms",
-        "reference columns xnor_xla codes_xla xnor_pallas_tpu xnor_pallas_gpu signs matmul",
+        "base forms jaxprs packing unfold",
+        "reference laid columns xnor_xla codes_xla lists xnor_pallas_tpu xnor_pallas_gpu signs matmul",
     ),
     "methods": Room(
         4,
@@ -73,7 +73,7 @@ ROOMS = {
     ),
     "examples": Room(9, "__init__ layers", "data models transformers train"),
     "demo": Room(10, "__init__ examples plot rules report terminal"),
-    "inspection": Room(10, "__init__ artifact report page terminal"),
+    "inspection": Room(10, "__init__ artifact packing page report terminal"),
     "cli": Room(11, "__init__ methods artifact rules tree notation report plan terminal demo inspection"),
     "__main__": Room(12, "cli"),
 }
@@ -86,7 +86,7 @@ PARTS = [
     ("trace",),
     ("artifact", "rans"),
     *(("methods", name) for name in ("moments", "rounding", "resolving", "following", "walk")),
-    *(("kernels", name) for name in ("columns", "signs", "matmul", "xnor_pallas_tpu", "xnor_pallas_gpu")),
+    *(("kernels", name) for name in ("columns", "lists", "signs", "matmul", "xnor_pallas_tpu", "xnor_pallas_gpu")),
     ("layers", "nnx"),
 ]
 VAGUE = {"utils", "util", "misc", "common", "helpers", "helper", "core", "tools"}

@@ -9,6 +9,7 @@ import pytest
 
 from lcq.forms import Cast, Codes, Factors, Sparse, Sum
 from lcq.kernels.columns import columns
+from lcq.kernels.lists import lists
 from lcq.moving import move, pick, stack
 
 RNG = np.random.default_rng(0)
@@ -39,6 +40,7 @@ FORMS = {  # shape (4, 8, 6), which is a leaf of four layers or a kernel of a co
     "cast": Cast(normal(*STACK).astype(jnp.bfloat16)),
     "sum": Sum((codes(STACK, (1, 1, 1)), Factors(normal(32, 3), right=normal(3, 6), tail=STACK))),
     "laid out": columns(codes(STACK, (4, 1, 1))),
+    "lists": lists(Sparse(jnp.asarray(np.arange(192).reshape(STACK) % 5 == 0), normal(*STACK))),
 }
 MOVES = {  # of arrays of numpy and of jax alike
     "flat": lambda a: a.reshape(32, 6),
@@ -63,11 +65,12 @@ NEVER = {  # what a form cannot say: blocks that are not equal or come back, fac
     "sparse codes": {"rows"},
 }
 NEVER["sum"] = NEVER["factors"]
+NEVER["lists"] = NEVER["laid out"]
 
 
 @pytest.mark.parametrize("kind", FORMS)
 def test_move(kind):
-    form = FORMS[kind] if kind in ("laid out", "factors") else FORMS[kind].pack()
+    form = FORMS[kind] if kind in ("laid out", "lists", "factors") else FORMS[kind].pack()
 
     @jax.jit
     def moved(form):
@@ -111,6 +114,12 @@ def test_what_is_laid_out():
     assert move(turned, lambda a: a) is None and stack(turned) is None and pick(whole, jnp.array([1])) is None
     np.testing.assert_array_equal(move(turned, jnp.transpose).matrix(), whole.matrix())
     np.testing.assert_array_equal(pick(turned, jnp.array([5, 0])).dense(), turned.dense()[np.array([5, 0])])
+    few = lists(Sparse(jnp.asarray(np.arange(48).reshape(8, 6) % 5 == 0), normal(8, 6)))
+    turned = dataclasses.replace(few, tail=(6, 2, 4), axes=(1, 2, 0))
+    np.testing.assert_array_equal(turned.dense(), np.asarray(few.dense()).reshape(2, 4, 6).transpose(2, 0, 1))
+    np.testing.assert_array_equal(pick(turned, jnp.array([5, 0])).dense(), turned.dense()[np.array([5, 0])])
+    np.testing.assert_array_equal(move(turned, lambda a: a.transpose(1, 2, 0).reshape(8, 6)).dense(), few.dense())
+    assert move(turned, lambda a: a.reshape(8, 6)) is None
 
 
 def test_a_separable_kernel():

@@ -24,6 +24,8 @@ import lcq.run
 from lcq.base import is_form
 from lcq.forms import Codes, Factors, Sparse, Sum
 from lcq.kernels.columns import Columns, columns
+from lcq.kernels.laid import Laid
+from lcq.kernels.lists import Lists, lists
 from lcq.rules import flatten
 from lcq.run import packed
 
@@ -479,6 +481,7 @@ KINDS = {
     "factors": Factors(normal(8, 2), right=normal(2, 6), tail=(8, 6)),
     "sum": Sum((code(W), Sparse(MANY < 6, normal(8, 6)))),
     "laid out": columns(code(W)),
+    "lists": lists(Sparse(jnp.asarray(np.arange(48).reshape(8, 6) % 5 == 0), W)),
 }
 
 
@@ -491,13 +494,14 @@ def test_every_kind_of_form(kind):
         return parts, jnp.take(w, ids, axis=0), (x[:, :2] @ jnp.tanh(w)[6:])
 
     form, args = KINDS[kind], (X, jnp.array([0, 7, 9]))
-    forms = (form, form if kind == "laid out" else form.pack())
+    laid = isinstance(form, Laid)
+    forms = (form, form if laid else form.pack())
     got, wanted = jax.jit(lambda forms, *args: ([packed(fn)(f, *args) for f in forms], fn(form.dense(), *args)))(
         forms, *args
     )
     for each, report in zip(got, [packed(fn).report(f, *args) for f in forms], strict=True):
         close(each, wanted)
-        assert [use.how for use in report].count("dense") == (4 if kind == "laid out" else 1), report
+        assert [use.how for use in report].count("dense") == (4 if laid else 1), report
 
 
 @pytest.mark.parametrize("case", ["net", "scan", "tied", "slices", "convolution", "grouped"])
@@ -548,8 +552,23 @@ def test_codes_are_laid_out_once(case):
 def test_codes_of_a_sum_are_laid_out_and_those_of_another_use_are_not():
     forms, x = {"w": KINDS["sum"], "v": code(W)}, jnp.tile(X, 2)
     ready = packed(lambda p, x: x @ p["w"] + jnp.tanh(p["v"])[0] + x @ p["v"]).lay_out(forms, x)
-    assert [type(part).__name__ for part in ready["w"].parts] == ["Columns", "Sparse"]
+    assert [type(part).__name__ for part in ready["w"].parts] == ["Columns", "Sparse"]  # its columns are not short
     assert ready["v"] is forms["v"]
+
+
+def test_few_weights_are_laid_out_and_no_dense_array_of_them_is_made():
+    w, x = normal(512, 384), normal(2, 512)
+    forms = {"w": lcq.Prune(kept=0.05, values=lcq.KMeans(4)).project(w).pack()}
+    net = packed(lambda p, x: x @ p["w"])
+    ready = net.lay_out(forms, x)
+    assert isinstance(ready["w"], Lists) and ready["w"].places.dtype == jnp.uint16
+    assert ready["w"].bits < 8 * w.nbytes / 4
+    for rows in (x, jnp.tile(x, (32, 1))):
+        close(jax.jit(net)(ready, rows), rows @ lcq.decompress(forms)["w"])
+        memory = jax.jit(net).lower(ready, rows).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < w.nbytes / 2 + 2 * len(rows) * 384 * 4
+    traced = jax.jit(lambda forms: net.lay_out(forms, x)["w"])(forms)
+    assert type(traced).__name__ == "Sparse"
 
 
 # No dense array
@@ -684,6 +703,23 @@ def test_gradient_rules_are_kept(door):
 # What comes in
 
 
+def test_an_algorithm_that_is_spelled_out_is_left_to_jax():
+    f32 = np.dtype(np.float32)
+    algorithm = lax.DotAlgorithm(f32, f32, f32, 1, 1, 1, False)
+    net = packed(lambda p, x: lax.dot(x, p["w"], precision=algorithm))
+    assert [use.how for use in net.report({"w": code(W)}, jnp.tile(X, 2))] == ["dense"]
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 6), (1, 1, 4, 6)])
+def test_no_images(shape):
+    def net(p, x):
+        return lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    forms = {"w": lcq.Binary().project(jnp.ones(shape))}
+    run, none = lcq.packed(net), jnp.zeros((0, 5, 5, 4))
+    assert run(run.lay_out(forms, none), none).shape == (0, 5, 5, 6)
+
+
 def test_what_is_no_array():
     net = packed(lambda p, x, mode: x @ p["w"])
     for call in (net, net.report):
@@ -727,10 +763,14 @@ def test_an_exported_net_runs_in_a_process_without_lcq(tmp_path):
     close(np.load(tmp_path / "y.npy"), np.asarray(net(ready, x)))
 
 
-def test_a_product_of_one_bit_is_exported_for_tpu_with_its_kernel():
+def test_a_product_of_one_bit_is_exported_with_the_kernel_of_the_platform():
     product, x = packed(lambda p, x: x @ p["w"]), jnp.ones((2, 64))
     ready = product.lay_out({"w": lcq.KMeans(2).project(normal(64, 128))}, x)
     net = jax.jit(lambda x: product(ready, x))
-    for platform, there in (("tpu", True), ("cpu", False)):
-        module = jax.export.export(net, platforms=[platform])(x).mlir_module()
-        assert ("tpu_custom_call" in module) == there
+    triton = "__gpu$xla.gpu.triton"
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(triton)]
+    for platform, kernel in (("tpu", "tpu_custom_call"), ("cuda", triton), ("cpu", None)):
+        exported = jax.export.export(net, platforms=[platform], disabled_checks=allowed)(x)
+        module = exported.mlir_module()
+        assert [name for name in ("tpu_custom_call", triton) if name in module] == [kernel] * (kernel is not None)
+        assert jax.export.deserialize(exported.serialize()).platforms == (platform,)

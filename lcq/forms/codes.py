@@ -12,7 +12,7 @@ from jaxtyping import Array
 from lcq import packing
 from lcq.base import Form, leafwise, register_form, static
 from lcq.blocks import blocks, compute_dtype, explicit_sharding
-from lcq.forms.checks import check_blocks, check_float, check_shape
+from lcq.forms.checks import check_blocks, check_codes, check_float, check_shape
 
 _SELECT = 8
 """Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
@@ -111,9 +111,7 @@ class Codes(Form):
                 f"codes: wanted uint32[{words}] for {size} codes of {width} bits; "
                 f"got {self.codes.dtype}{list(self.codes.shape)}"
             )
-        codes = packing.unpack_host(self.codes, width, size) if isinstance(self.codes, np.ndarray) else np.empty(0)
-        if codes.max(initial=0) >= self.size_of_table:
-            raise ValueError(f"codes: wanted codes below {self.size_of_table}; got a larger one")
+        check_codes("codes", self.codes, size, self.size_of_table)
 
 
 def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None, stat: tuple[int, ...]) -> Array:

@@ -70,7 +70,7 @@ def in_tiles(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int) ->
     def dense(part: dict[str, Any]) -> Any:
         return fields(part["words"], width)[: x.shape[1]].astype(jnp.int32).astype(jnp.float32)
 
-    return _tile_by_tile(x.astype(jnp.float32), {"words": words}, dense)
+    return tile_by_tile(x.astype(jnp.float32), words.shape[1], {"words": words}, dense)
 
 
 def matrix_product(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]:
@@ -81,12 +81,12 @@ def matrix_product(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]
         return Columns(**part, width=form.width, tail=tail, axes=(0, 1)).matrix()
 
     named = {name: getattr(form, name) for name in ("words", "first", "step", "levels")}
-    return _tile_by_tile(x.astype(jnp.float32), {name: a for name, a in named.items() if a is not None}, dense)
+    parts = {name: a for name, a in named.items() if a is not None}
+    return tile_by_tile(x.astype(jnp.float32), form.columns, parts, dense)
 
 
-def _tile_by_tile(x: Float[Array, "m k"], parts: dict[str, Any], dense: Any) -> Float[Array, "m n"]:
+def tile_by_tile(x: Float[Array, "m k"], n: int, parts: dict[str, Any], dense: Any) -> Float[Array, "m n"]:
     """x times the columns that `dense` makes of a tile of the parts; made again, not kept, for a gradient."""
-    n = parts["words"].shape[-1]
     tiles = -(-n // _TILE)
     axes = {name: a.ndim - 1 - (name == "levels") for name, a in parts.items()}
     cut = {name: axis for name, axis in axes.items() if parts[name].shape[axis] == n}

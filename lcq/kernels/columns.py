@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from typing import Any, Never
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt, UInt32
+from jaxtyping import Array, Float, Int, Shaped, UInt, UInt32
 
 from lcq import packing
-from lcq.base import Form, own, static, tree_form
+from lcq.base import own, static, tree_form
 from lcq.forms import Codes
+from lcq.kernels.laid import Laid
 from lcq.kernels.reference import fields
 
 _SELECT = 16
@@ -18,8 +19,8 @@ _SELECT = 16
 
 
 @tree_form
-class Columns(Form):
-    """A leaf of codes laid out for products: as a matrix, packed down its columns. Made by `columns`; not for files.
+class Columns(Laid):
+    """Codes laid out for products, packed down the columns of the matrix. Made by `columns`.
 
         Delta[k, n] = first[n] + step[n] code[k, n]  if levels are equally far apart,  else levels[n, code[k, n]]
 
@@ -31,8 +32,6 @@ class Columns(Form):
         step: like `first`.
         levels: [*stacked, b, 1 or n, K]; None if they are equally far apart.
         width: bits of a code, 1, 2, 4, 8 or 16.
-        tail: shape of the leaf, without stacked axes.
-        axes: the order of the leaf's axes in which it is the matrix [K, n], reshaped.
     """
 
     words: Any = own()
@@ -40,48 +39,41 @@ class Columns(Form):
     step: Any = own(default=None)
     levels: Any = own(default=None)
     width: int = static(default=1)
-    tail: tuple[int, ...] = static(default=())
-    axes: tuple[int, ...] = static(default=())
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.words.shape[:-3], *self.tail)
+    def stacked(self) -> tuple[int, ...]:
+        return tuple(self.words.shape[:-3])
 
     @property
-    def bits(self) -> int:
-        """As it lies in memory."""
-        return sum(
-            8 * a.size * a.dtype.itemsize for a in (self.words, self.first, self.step, self.levels) if a is not None
-        )
+    def columns(self) -> int:
+        return self.words.shape[-1]
 
     @property
-    def rows(self) -> int:
+    def block(self) -> int:
         """Rows of a block, K / b."""
-        return math.prod(self.tail) // (self.words.shape[-3] * self.words.shape[-1])
+        return self.rows // self.words.shape[-3]
 
     def matrix(self) -> Float[Array, "*stacked k n"]:
-        """Delta as the matrix [K, n], in float32."""
-        codes = fields(self.words, self.width)[..., : self.rows, :]
+        codes = fields(self.words, self.width)[..., : self.block, :]
         if self.levels is None:
             values = self.first[..., None, :] + self.step[..., None, :] * codes.astype(jnp.int32).astype(jnp.float32)
         else:
             values = _lookup(codes, self.levels[..., None, :, :])
         return values.reshape(*self.words.shape[:-3], -1, self.words.shape[-1])
 
-    def dense(self) -> Array:
-        stacked = len(self.words.shape) - 3
-        moved = self.matrix().reshape(*self.words.shape[:-3], *(self.tail[axis] for axis in self.axes))
-        back = [*range(stacked), *(stacked + int(i) for i in np.argsort(self.axes))]
-        return moved.transpose(back).astype(self.dtype)
+    def take(self, numbers: Int[Array, " m"]) -> "Columns":
+        def some(a: Any, axis: int) -> Any:
+            return a if a is None or a.shape[axis] == 1 else jnp.take(a, numbers, axis)
 
-    def pack(self) -> Never:
-        raise ValueError("wanted forms; got codes laid out for products; save the forms that these were made of")
-
-    def unpack(self) -> "Columns":
-        return self
-
-    def check_stored(self) -> Never:
-        self.pack()
+        return dataclasses.replace(
+            self,
+            words=jnp.take(self.words, numbers, -1),
+            first=some(self.first, -1),
+            step=some(self.step, -1),
+            levels=some(self.levels, -2),
+            tail=(self.rows, len(numbers)),
+            axes=(0, 1),
+        )
 
 
 def columns(form: Codes) -> Columns:

@@ -6,12 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32, Num, UInt32
 
+from lcq import jaxprs
 from lcq.base import Form
 from lcq.forms import Codes, Factors, Sum
 from lcq.kernels import codes_xla, xnor_xla
 from lcq.kernels.columns import Columns, columns
+from lcq.kernels.laid import Laid
+from lcq.kernels.lists import Lists, list_product
 from lcq.kernels.signs import Signs
 
 KERNELS = ("words", "tiles", "pallas_tpu", "pallas_gpu", "dense")
@@ -25,13 +28,14 @@ dense        never: dense at once, as a measure of the others
 """
 
 
-def matmul(x: Float[Array, "*rows k"], form: Form, *, kernel: str | None = None) -> Float[Array, "*rows n"]:
+def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -> Num[Array, "*rows n"]:
     """y = x Delta(form), with no dense array of the form where there is a better way.
 
     Codes are laid out for products first, see `columns`: as much work as reading a dense matrix, so weights that are
-    used again and again are laid out once. Factors are multiplied one after the other, a sum part by part. Any other
-    form is made dense. Products with codes are exact up to the rounding of float32 sums, of finite activations: with an
-    infinite one a row is not finite, but may be NaN where the dense product is infinite. NaN stays NaN.
+    used again and again are laid out once. Few weights are multiplied as what `lists` makes of them, once, and dense
+    without. Factors are multiplied one after the other, a sum part by part. Any other form is made dense. Products with
+    codes are exact up to the rounding of float32 sums, of finite activations: with an infinite one a row is not finite,
+    but may be NaN where the dense product is infinite. NaN stays NaN.
 
     Args:
         x: activations [.., k]; for stacked forms [G, .., k].
@@ -58,17 +62,19 @@ def matmul(x: Float[Array, "*rows k"], form: Form, *, kernel: str | None = None)
         )
     if isinstance(form, Codes):
         form = columns(form)
-    if isinstance(form, Columns) and form.axes != (0, 1):
-        raise ValueError(f"wanted codes laid out as the matrix they are; got axes {form.axes} of {list(form.shape)}")
+    if isinstance(form, Laid) and form.axes != (0, 1):
+        raise ValueError(f"wanted a form laid out as the matrix it is; got axes {form.axes} of {list(form.shape)}")
     if kernel is not None:
         _check(kernel, form)
     dtype = jnp.promote_types(x.dtype, form.dtype)
+    if isinstance(form, Laid) and jnp.iscomplexobj(x):
+        return jax.lax.complex(*(matmul(part, form, kernel=kernel) for part in (x.real, x.imag))).astype(dtype)
     if isinstance(form, Sum):
         return functools.reduce(jnp.add, [matmul(x, part) for part in form.parts]).astype(dtype)
     if isinstance(form, Factors) and form.right is not None and not form.separable:
         return jnp.matmul(jnp.matmul(x, form.left), form.right).astype(dtype)
-    if isinstance(form, Columns) and kernel != "dense":
-        product = functools.partial(_codes, kernel=kernel)
+    if isinstance(form, Laid) and kernel != "dense":
+        product = functools.partial(_laid, kernel=kernel)
         return (jax.vmap(product) if stacked else product)(x, form).astype(dtype)
     return jnp.matmul(x, form.dense())
 
@@ -116,10 +122,13 @@ def _check(kernel: str, form: Form) -> None:
         raise ValueError(f"the kernel {kernel!r} wants codes of 1 bit; got {form.width} bits; leave kernel= out")
 
 
-def _codes(x: Float[Array, "*rows k"], form: Columns, kernel: str | None) -> Float[Array, "*rows n"]:
+def _laid(x: Float[Array, "*rows k"], form: Laid, kernel: str | None) -> Float[Array, "*rows n"]:
     if not x.size:
-        return jnp.zeros((*x.shape[:-1], form.words.shape[-1]), x.dtype)
+        return jnp.zeros((*x.shape[:-1], form.columns), x.dtype)
     rows = x.reshape(-1, x.shape[-1])
+    if isinstance(form, Lists):
+        return list_product(rows, form).reshape(*x.shape[:-1], -1)
+    assert isinstance(form, Columns)
     equal = form.levels is None and (form.width == 1 or rows.shape[0] <= codes_xla.FEW)
     by_code = equal if kernel is None else kernel not in ("tiles", "dense")
     y = _by_codes(rows, form, kernel) if by_code else codes_xla.matrix_product(rows, form)
@@ -134,23 +143,16 @@ def _by_codes(x: Float[Array, "m k"], form: Columns, kernel: str | None) -> Floa
         total = x.sum(1, keepdims=True, dtype=jnp.float32)
         return y + first * total + step * code_product(x, words, form.width, kernel), None
 
-    cut = x.reshape(x.shape[0], -1, form.rows).swapaxes(0, 1)
+    cut = x.reshape(x.shape[0], -1, form.block).swapaxes(0, 1)
     nothing = jnp.zeros((x.shape[0], form.words.shape[-1]), jnp.float32)
     return jax.lax.scan(block, nothing, (cut, form.words, form.first, form.step))[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def code_product(
     x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int, kernel: str | None = None
 ) -> Float[Array, "m n"]:
     """y[m, n] = sum_k x[m, k] code[k, n] in float32; under vmap over x alone, the rows of all are one product."""
-    return _mapped(functools.partial(_code_product, width=width, kernel=kernel))(x, words)
-
-
-@code_product.defjvp
-def _code_product_jvp(width: int, kernel: str | None, primals: Any, tangents: Any) -> Any:
-    x, words = primals
-    return code_product(x, words, width, kernel), codes_xla.in_tiles(tangents[0], words, width)
+    return _PRODUCT.bind(x, words, width=width, kernel=kernel)
 
 
 def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> Array:
@@ -167,6 +169,19 @@ def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> 
     if kernel is not None:
         return (tpu if kernel == "pallas_tpu" else gpu)(x, words)
     return jax.lax.platform_dependent(x, words, tpu=tpu, cuda=gpu, default=anywhere)
+
+
+def _mapped_product(operands: Any, axes: Any, **how: Any) -> Any:
+    return jax.vmap(_mapped(functools.partial(code_product, **how)), axes)(*operands), 0
+
+
+_PRODUCT = jaxprs.primitive(
+    "code_product",
+    _code_product,
+    lambda x, words: ((x.shape[0], words.shape[1]), jnp.float32),
+    (lambda tangent, _, words, width, kernel: codes_xla.in_tiles(tangent, words, width), None),
+    _mapped_product,
+)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import lcq
 from lcq.forms import Codes
 from lcq.kernels import codes_xla, reference
 from lcq.kernels.columns import columns, pack_columns
+from lcq.kernels.lists import lists
 from lcq.kernels.matmul import code_product, matmul
 
 RNG = np.random.default_rng(0)
@@ -78,7 +79,7 @@ def test_columns_hold_the_same_matrix(scheme):
     assert laid.shape == form.shape and laid.dtype == form.dtype
     scale = float(jnp.abs(form.dense()).max())
     np.testing.assert_allclose(laid.dense(), form.dense(), rtol=3e-7, atol=3e-7 * scale)
-    with pytest.raises(ValueError, match="save the forms that these were made of"):
+    with pytest.raises(ValueError, match="save the forms that it was made of"):
         laid.pack()
 
 
@@ -100,6 +101,36 @@ def test_products_with_codes_of_every_width(width, rows, k, n):
     words = pack_columns(jnp.asarray(codes, jnp.uint16), width)
     near(jax.jit(code_product, static_argnums=2)(jnp.asarray(x), words, width), x, codes, least=2.0**width)
     near(reference.code_product(jnp.asarray(x), words, width), x, codes)
+
+
+FEW = [lcq.Prune(kept=0.1), lcq.Prune(kept=0.15, values=lcq.KMeans(4)), lcq.Prune(kept=0), lcq.Prune(kept=0.1, group=2)]
+
+
+@pytest.mark.parametrize("scheme", FEW, ids=repr)
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_lists_of_few_weights(scheme, lead):
+    """Laid out from either layout they are the same matrix, and so are their products, of few rows and of many."""
+    form = form_of(scheme, (*lead, 70, 131 - len(lead) - (scheme.group == 2)))
+    dense = np.asarray(form.dense())
+    for each in (form, jax.tree.map(jnp.asarray, form.pack()) if not lead else form):
+        laid = lists(each)
+        assert laid.shape == dense.shape and laid.places.shape[-2] == (dense != 0).sum(-2).max()
+        np.testing.assert_array_equal(laid.dense(), dense)
+    for rows in (1, 2, 40):
+        x, g = (jnp.asarray(RNG.normal(size=(*lead, rows, n)), jnp.float32) for n in (70, dense.shape[-1]))
+        y, pull = jax.vjp(lambda x: product(x, laid), x)
+        near(y, x, dense)
+        near(pull(g)[0], g, np.swapaxes(dense, -1, -2))
+
+
+def test_long_lists_and_traced_forms_are_not_laid_out():
+    form = form_of(lcq.Prune(kept=0.1))
+    assert lists(form_of(lcq.Prune(kept=0.6))) is None
+    assert jax.jit(lambda form: lists(form) is None)(form)
+    with pytest.raises(ValueError, match="multiplies codes; got Lists"):
+        matmul(jnp.ones((1, 70)), lists(form), kernel="words")
+    with pytest.raises(ValueError, match="a leaf laid out for products; save the forms"):
+        lists(form).pack()
 
 
 def test_words_run_down_the_columns_from_the_lowest_bits():
@@ -135,6 +166,31 @@ def test_gradients_with_respect_to_activations(scheme, rows):
     near(pull(jnp.asarray(g))[0], g, np.asarray(form.dense()).T)
     y, along = jax.jvp(lambda x: product(x, form), (jnp.asarray(x),), (jnp.asarray(x),))
     np.testing.assert_allclose(along, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.Uniform(4, per=(35, 1))], ids=repr)
+def test_second_derivatives_in_a_scan_and_mapped(scheme):
+    form = form_of(scheme, (70, 70))
+
+    def hessians(multiply):
+        def three(x):
+            rounds = jax.lax.scan(lambda x, _: (jnp.tanh(multiply(x) / 30), None), x, length=2)[0]
+            return jnp.tanh(multiply(rounds)[:3]).sum()
+
+        return jax.jit(jax.vmap(jax.hessian(three)))(x)
+
+    x = jnp.asarray(RNG.normal(size=(2, 70)), jnp.float32)
+    got, wanted = hessians(lambda x: matmul(x, form)), hessians(lambda x: x @ form.dense())
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+def test_complex_activations(rows):
+    form = form_of(lcq.KMeans(2))
+    x = RNG.normal(size=(rows, 70)) + 1j * RNG.normal(size=(rows, 70))
+    y = np.asarray(product(jnp.asarray(x, jnp.complex64), form))
+    near(y.real, x.real, form.dense())
+    near(y.imag, x.imag, form.dense())
 
 
 def test_gradients_with_respect_to_the_numbers_of_a_form():
@@ -216,7 +272,7 @@ def test_what_does_not_fit_is_refused():
         matmul(jnp.zeros((2, 71)), form)
     with pytest.raises(ValueError, match=r"wanted a kernel of words, tiles, .*; got 'fast'"):
         matmul(jnp.zeros((2, 70)), form, kernel="fast")
-    with pytest.raises(ValueError, match=r"wanted codes laid out as the matrix they are; got axes \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"wanted a form laid out as the matrix it is; got axes \(1, 0\)"):
         matmul(jnp.zeros((2, 70)), dataclasses.replace(columns(form), axes=(1, 0)))
     with pytest.raises(ValueError, match="'words' wants levels with equal steps; got a codebook of 4"):
         matmul(jnp.zeros((2, 70)), form, kernel="words")
