@@ -7,9 +7,12 @@ from rich import box
 from rich.text import Text
 
 import lcq
-from lcq.artifact import checkpoint
+from lcq import packing
+from lcq.artifact import checkpoint, rans
+from lcq.artifact.codec import Encoder
 from lcq.artifact.container import NAMES, bytes_of
 from lcq.artifact.file import read_index
+from lcq.artifact.paths import flatten
 from lcq.page import write_page
 from lcq.report import table
 from lcq.terminal import refuse, show
@@ -21,21 +24,32 @@ def inspect_file(path: Path) -> None:
     Raises:
         ArtifactError: not an lcq file, or a damaged one.
     """
-    lcq.load(path)
-    held = read_index(path)
+    leaves, _ = flatten(lcq.load(path))
+    held, encoder = read_index(path), Encoder()
+    for leaf in leaves:
+        encoder.encode(leaf)
     grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("stream", overflow="fold", style="bold")
-    for name in ("dtype", "shape", "bytes", "in the file"):
+    for name in ("dtype", "shape", "bytes", "entropy", "in the file"):
         grid.add_column(name, justify="right", no_wrap=True)
     for name, struct in held.structs.items():
-        words = (name, NAMES[struct.dtype], "x".join(map(str, struct.shape)))
-        grid.add_row(*map(Text, (*words, f"{bytes_of(struct):,}", f"{held.sizes[name]:,}")))
+        words = (name, NAMES[struct.dtype], "x".join(map(str, struct.shape)), f"{bytes_of(struct):,}")
+        grid.add_row(*map(Text, (*words, _entropy(encoder, name), f"{held.sizes[name]:,}")))
     size, streams, raw = path.stat().st_size, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
     print(f"{path}: format lcq {held.version}, {len(held.structs)} streams")
     print(f"{size:,} bytes: {streams:,} of streams ({raw:,} before coding), {size - streams:,} of header and index")
     show(grid)
     if held.plan is not None:
         print(f"plan:\n\n{lcq.read_plan(path)}")
+
+
+def _entropy(encoder: Encoder, name: str) -> str:
+    """Bytes that the codes of a stream would take at their entropy, one by one; nothing for what is no codes."""
+    if name not in encoder.codes:
+        return ""
+    levels, count = encoder.codes[name]
+    codes = packing.unpack_host(encoder.streams[name], packing.width(levels), count)
+    return f"{count * rans.entropy(codes, levels) / 8:,.0f}"
 
 
 def table_of_file(path: Path, reference: Path | None = None, page: Path | None = None, *, force: bool = False) -> None:

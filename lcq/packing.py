@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt, UInt32
 
-_ROWS = 1 << 15
+_ROWS = 1 << 12
 """Rows of 32 codes at a time on the host, where each code takes 8 bytes on its way."""
 
 
@@ -74,6 +74,24 @@ def unpack(words: UInt32[Array, " words"], bits: int, shape: tuple[int, ...]) ->
             code |= words[:, word + 1] << (32 - shift)
         codes.append((code & mask).astype(dtype))
     return jnp.stack(codes, axis=1).reshape(-1)[:size].reshape(shape)
+
+
+def pack_on_device(codes: UInt[Array, "..."], bits: int) -> UInt32[Array, " words"]:
+    """As `pack`, jit-able, of codes that are known to fit.
+
+    Example:
+        >>> pack_on_device(jnp.array([1, 0, 3, 2], jnp.uint8), 2)
+        Array([177], dtype=uint32)
+    """
+    size = codes.size
+    codes = jnp.pad(codes.reshape(-1), (0, -size % 32)).reshape(-1, 32).astype(jnp.uint32)
+    words = [jnp.zeros(len(codes), jnp.uint32)] * (bits + 1)  # one more takes the overhang
+    for i in range(32 if bits else 0):
+        word, shift = divmod(i * bits, 32)
+        words[word] |= codes[:, i] << shift
+        if shift + bits > 32:
+            words[word + 1] |= codes[:, i] >> (32 - shift)
+    return jnp.stack(words[: max(bits, 1)], axis=1).reshape(-1)[: word_count(size, bits)]
 
 
 def unpack_host(words: UInt32[np.ndarray, " words"], bits: int, size: int) -> UInt[np.ndarray, " size"]:
@@ -149,11 +167,16 @@ def check_positions(words: UInt32[np.ndarray, " words"], gap: int | None, count:
             raise ValueError("wanted a bit mask that ends with the leaf; got bits behind its end")
         places = size
     else:
-        codes = np.asarray(unpack(jnp.asarray(words), gap, (32 * words.size // gap,)), np.int64)
-        ends = np.flatnonzero(codes < (1 << gap) - 1)[:count]
-        chosen = ends.size
-        used = int(ends[-1]) + 1 if chosen else 0
+        escape = (1 << gap) - 1
+        if words.size > word_count(count + size // escape, gap):  # before memory is taken for their codes
+            raise ValueError(f"wanted gaps between {count} of {size} places; got {words.size} words of {gap} bits")
+        codes = unpack_host(words, gap, 32 * words.size // gap)
+        here = codes < escape
+        behind = int(np.count_nonzero(here)) - count  # what fills the last word looks like chosen places
+        ends = max(0, codes.size - 32) + np.flatnonzero(here[-32:])[::-1]
+        chosen = count + min(behind, 0)
+        used = int(ends[behind]) + 1 if count and 0 <= behind < ends.size else 0
         needed = word_count(used, gap)
-        places = int((codes[:used] + (codes[:used] < (1 << gap) - 1)).sum())
+        places = int(codes[:used].sum(dtype=np.int64)) + int(np.count_nonzero(here[:used]))
     if chosen != count or words.size != needed or places > size:
         raise ValueError(f"wanted {count} of {size} places; got {chosen} up to {places} in {words.size} words")

@@ -58,6 +58,13 @@ def test_codes_are_in_row_major_order(shape, bits):
     np.testing.assert_array_equal(back, codes)
 
 
+@pytest.mark.parametrize(("size", "bits"), [(0, 3), (1, 16), (33, 5), (1000, 11), (7, 0), (64, 1)])
+def test_packing_on_the_device(size, bits):
+    codes = random_codes(size, bits, seed=bits)
+    words = jax.jit(packing.pack_on_device, static_argnums=1)(jnp.asarray(codes), bits)
+    assert words.dtype == jnp.uint32 and words.tolist() == words_of(codes, bits)
+
+
 def test_strided_codes_are_packed_by_value():
     codes = random_codes(60, 5, seed=1).reshape(6, 10)
     assert packing.pack(codes.T, 5).tolist() == words_of(codes.T.ravel(), 5)
@@ -146,9 +153,11 @@ def words(*codes, bits=4):
         (words(15, 15, 3), 4, 1, 33, "wanted 1 of 33 places; got 1 up to 34"),
         (words(3, 5), 4, 9, 99, "wanted 9 of 99 places; got 8"),
         (words(*[15] * 8), 4, 1, 999, "wanted 1 of 999 places; got 0"),
-        (words(3, *[0] * 8), 4, 1, 9, "got 1 up to 4 in 2 words"),
+        (words(3, *[0] * 8), 4, 1, 9, "wanted gaps between 1 of 9 places; got 2 words of 4 bits"),
+        (words(3, *[0] * 8), 4, 1, 200, "got 1 up to 4 in 2 words"),
+        (words(*[0] * 800), 4, 1, 99, "got 100 words"),
         (words(), 4, 1, 9, "got 0 up to 0 in 0 words"),
-        (words(7), 4, 0, 9, "got 0 up to 0 in 1 words"),
+        (words(7), 4, 0, 9, "wanted gaps between 0 of 9 places; got 1 words"),
     ],
 )
 def test_words_that_do_not_choose_as_many_places_are_refused(given_words, gap, count, size, message):

@@ -195,9 +195,9 @@ def _decode_value(written: Any, stream: Callable[[str], Any], depth: int) -> Any
             array = stream(name)
             if math.prod(shape) != math.prod(array.shape):
                 raise ValueError(f"{name}: wanted a stream that fits {shape}; got {list(array.shape)}")
-            if isinstance(array, np.ndarray):
-                return array.reshape(shape)
-            return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+            if isinstance(array, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
+            return array.reshape(shape)
         case {"tuple": [*items], **rest} if not rest and depth:
             return tuple(_decode_value(item, stream, depth - 1) for item in items)
     return _decode_form(written, stream, depth - 1 if depth else 0)
@@ -240,5 +240,5 @@ def _matches(value: Any, hint: Any) -> bool:
         each = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         return len(each) == len(value) and all(map(_matches, value, each))
     if hint in (Any, jax.Array):
-        return isinstance(value, np.ndarray | jax.ShapeDtypeStruct)
+        return isinstance(value, np.ndarray | jax.Array | jax.ShapeDtypeStruct)
     return type(value) is hint or (hint is Form and is_form(value))

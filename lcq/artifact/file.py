@@ -65,7 +65,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None, coded: bo
     return sum(map(len, pieces))
 
 
-def load(path: str | os.PathLike[str], like: Any = None, limit: int = LIMIT) -> Any:
+def load(path: str | os.PathLike[str], like: Any = None, limit: float = LIMIT, *, on_device: bool = False) -> Any:
     """Reads what `save` wrote: a tree of stored forms and numpy arrays.
 
     Everything the file declares is checked before memory is taken for it, and every byte by a digest.
@@ -75,11 +75,14 @@ def load(path: str | os.PathLike[str], like: Any = None, limit: int = LIMIT) -> 
         like: a tree of arrays, shape structs or forms, whose structure is restored; every leaf must be in the file with
             the same shape, and nothing else; dtypes are those of the file. By default nested dicts and lists:
             attributes come back as string keys, tuples as lists.
-        limit: bytes that the file's streams and its forms made dense may take together.
+        limit: bytes that the file's streams, the decoding of one, and its forms made dense may take together.
+        on_device: whether codes are decoded on JAX's default device and stay there, so that only their short streams
+            travel; that takes some 16 bytes of its memory a code, of one stream at a time. Other arrays stay here.
 
     Raises:
         ArtifactError: the file is damaged, is not an `.lcq` file, declares more than `limit`, or does not fit `like`;
             names the tensor.
+        ValueError: a limit that is no number of bytes.
         OSError: the file cannot be opened or read.
 
     Example:
@@ -90,11 +93,13 @@ def load(path: str | os.PathLike[str], like: Any = None, limit: int = LIMIT) -> 
         ...     load(f"{folder}/net.lcq")["bias"].dense()
         Array([1., 1.], dtype=float32)
     """
+    if not isinstance(limit, int | float) or not limit > 0:
+        raise ValueError(f"wanted limit= in bytes, as {LIMIT}; got {limit!r}")
     with open(path, "rb") as file:
         try:
-            leaves = _read(file, limit)
+            leaves = _read(file, int(min(limit, 1 << 62)), on_device)
             return nest(leaves) if like is None else _restore(leaves, like)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, MemoryError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
 
@@ -188,7 +193,7 @@ def _contents(file: BufferedReader, limit: int) -> Contents:
     return contents_of(open_container(file, os.fstat(file.fileno()).st_size), limit)
 
 
-def _read(file: BufferedReader, limit: int) -> list[Leaf]:
+def _read(file: BufferedReader, limit: int, on_device: bool) -> list[Leaf]:
     held = _contents(file, limit)
     used: set[str] = set()
 
@@ -211,7 +216,7 @@ def _read(file: BufferedReader, limit: int) -> list[Leaf]:
             "dense; raise limit= if you trust it"
         )
     nest(leaves)
-    arrays = {name: held.read(name) for name in held.structs}
+    arrays = {name: held.read(name, on_device) for name in held.structs}
     return [decode(record, arrays.__getitem__) for record in held.records]
 
 

@@ -34,6 +34,7 @@ START = 1 << 16
 WIDE = 32
 """Lanes from which a row is worth array operations; symbol by symbol is faster below."""
 
+_CHUNK = 1 << 16
 _UNROLL = 2  # rows a turn of the loop, whose turns cost as much as the work in a row
 
 
@@ -64,9 +65,13 @@ def decode(
         ValueError: too few words, words left over, or a state that is not 2^16 at the end.
     """
     take = _take_rows if states.size >= WIDE else _take_each
-    slots, final, used = take(states, words, steps(frequencies), _precision(frequencies), count)
+    found, final, used = take(states, words, steps(frequencies), _precision(frequencies), count)
     check_end(bool((final == START).all()), used, words.size)
-    return symbol_of_slot(frequencies)[slots]
+    symbols = symbol_of_slot(frequencies)
+    for first in range(0, count, _CHUNK):  # numpy takes 8 bytes for each index
+        some = slice(first, first + _CHUNK)
+        found[some] = symbols[found[some]]
+    return found
 
 
 def check_end(at_start: bool, used: int, words: int) -> None:

@@ -45,6 +45,7 @@ LONGEST_PLAN = 1 << 22
 
 _METADATA = {"format", "version", "digest", "index"}
 _SHORT = 8  # bytes of a digest where every byte counts
+_DECODING = 4  # bytes of memory for a code, and for a byte of its stream
 _EXPANSION = 32  # bytes of memory, roughly, for a byte of parsed JSON
 _SMALL_INDEX = 1 << 16  # bytes that any limit allows
 
@@ -59,7 +60,7 @@ class Contents(NamedTuple):
         structs: shapes and dtypes of the streams, by name.
         sizes: bytes that each takes in the file.
         bytes: of memory for all streams, and for decoding the longest.
-        read: gives a stream, its digest verified.
+        read: gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
     """
 
     version: str
@@ -68,7 +69,7 @@ class Contents(NamedTuple):
     structs: dict[str, jax.ShapeDtypeStruct]
     sizes: dict[str, int]
     bytes: int
-    read: Callable[[str], np.ndarray]
+    read: Callable[[str, bool], Any]
 
 
 def plain_layout(records: list[Any], encoder: Encoder, plan: str | None) -> list[Any]:
@@ -120,7 +121,8 @@ def _plain(container: Container, limit: int) -> Contents:
     if odd := digests.keys() ^ tensors.keys():
         raise ValueError(f"{min(odd)}: wanted as many digests as tensors; this has only one of them")
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, on_device: bool) -> np.ndarray:
+        del on_device  # nothing has to be decoded
         data = container.read(name)
         return _verified(name, data, digests[name], 16, lambda: view(data, tensors[name].struct))
 
@@ -157,16 +159,16 @@ def _coded(container: Container, limit: int) -> Contents:
     if begin - start != container.tensors["data"].size:
         raise ValueError(f"wanted {begin - start} bytes of data; the file has {container.tensors['data'].size}")
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, on_device: bool) -> Any:
         entry = entries[name]
         data = np.empty(entry.size, np.uint8)
         container.file.seek(entry.begin)
         container.file.readinto(data.data)
-        return _verified(name, data, entry.digest, _SHORT, lambda: _decoded(data, entry))
+        return _verified(name, data, entry.digest, _SHORT, lambda: _decoded(data, entry, on_device))
 
     structs = {name: entry.struct for name, entry in entries.items()}
     sizes = {name: entry.size for name, entry in entries.items()}
-    longest = max((2 * entry.codes[1] + entry.size for entry in entries.values() if entry.codes), default=0)
+    longest = max((_DECODING * (entry.codes[1] + entry.size) for entry in entries.values() if entry.codes), default=0)
     return Contents("2", records, plan, structs, sizes, sum(map(bytes_of, structs.values())) + longest, read)
 
 
@@ -205,14 +207,16 @@ def _entry(stream: Any, begin: int) -> tuple[str, _Entry]:
     raise ValueError(f"wanted a stream of the coded layout; got {reprlib.repr(stream)}")
 
 
-def _decoded(data: np.ndarray, entry: _Entry) -> np.ndarray:
+def _decoded(data: np.ndarray, entry: _Entry, on_device: bool) -> Any:
     if entry.codes is None:
         return view(data, entry.struct)
     levels, count = entry.codes
+    if on_device:
+        return packing.pack_on_device(rans.decode_on_device(data, count, levels), packing.width(levels))
     return packing.pack(rans.decode(data, count, levels), packing.width(levels))
 
 
-def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callable[[], np.ndarray]) -> np.ndarray:
+def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callable[[], Any]) -> Any:
     if digest(data, size) != stated:
         raise ValueError(f"{name}: its data is damaged: the digest differs")
     try:

@@ -33,7 +33,8 @@ _LIKE = 1 + 2**-11  # sizes that count as equal: a larger block is decoded faste
 _PAYLOAD = 4000  # bytes a lane: its state is .1 % of them
 _ROWS = 1 << 17  # more lanes rather than more rows
 _LANES = 1 << 14
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # codes whose histogram is made at once
+_SOME = 1 << 16  # blocks, or groups of 8, that are taken apart at once
 
 
 class _Blocks(NamedTuple):
@@ -81,8 +82,8 @@ def encode(codes: UInt[np.ndarray, "..."], levels: int, *, block: int | None = N
 def decode(data: bytes | UInt8[np.ndarray, " bytes"], size: int, levels: int) -> UInt[np.ndarray, " size"]:
     """The codes of a stream: uint8 up to 256 levels, else uint16.
 
-    Takes time and memory in proportion to `size`, the stream and a table, whatever the stream holds; a few bytes can
-    stand for any number of codes, so limit `size` first.
+    Takes time in proportion to `size`, the stream and a table, and memory of at most 4 bytes for each code and each
+    byte of the stream, and some 4 MB; a few bytes can stand for any number of codes, so limit `size` first.
 
     Raises:
         ValueError: the stream is not one of `size` codes below `levels`.
@@ -99,10 +100,11 @@ def decode(data: bytes | UInt8[np.ndarray, " bytes"], size: int, levels: int) ->
     else:
         found = lanes.decode(stream.states, stream.words, stream.frequencies, stream.blocks)
     codes = np.empty(size, _dtype(levels))
-    for i in range(stream.n):
-        left = found // np.uint32(levels)
-        codes[i : stream.blocks * stream.n : stream.n] = found - left * np.uint32(levels)
-        found = left
+    for first in range(0, stream.blocks, _SOME):
+        some = found[first : first + _SOME].astype(np.uint32)
+        part = codes[first * stream.n : (first + some.size) * stream.n].reshape(-1, stream.n)
+        for i in range(stream.n):
+            some, part[:, i] = np.divmod(some, np.uint32(levels))
     codes[stream.blocks * stream.n :] = stream.rest
     return codes
 
@@ -271,14 +273,19 @@ def _unpack(data: np.ndarray, size: int, levels: int) -> np.ndarray:
     """Raw codes: 8 of them fill as many bytes as one has bits."""
     bits = packing.width(levels)
     groups = -(-size // 8)
-    rows = np.pad(np.pad(data, (0, groups * bits - data.size)).reshape(groups, bits), ((0, 0), (0, 2)))
+    rows = np.zeros((groups, bits + 2), np.uint8)  # two more bytes, as a code may reach over three
+    whole = data.size // bits if bits else 0
+    rows[:whole, :bits] = data[: whole * bits].reshape(whole, bits)
+    rows[whole:, : data.size - whole * bits] = data[whole * bits :]
     codes = np.zeros((groups, 8), _dtype(levels))
-    for i in range(8 if bits else 0):
-        byte, shift = divmod(i * bits, 8)
-        wide = rows[:, byte].astype(np.uint32)
-        for j in (1, 2):
-            wide |= rows[:, byte + j].astype(np.uint32) << np.uint32(8 * j)
-        codes[:, i] = wide >> np.uint32(shift) & np.uint32((1 << bits) - 1)
+    for first in range(0, groups if bits else 0, _SOME):
+        some = rows[first : first + _SOME]
+        for i in range(8):
+            byte, shift = divmod(i * bits, 8)
+            wide = some[:, byte].astype(np.uint32)
+            for j in (1, 2):
+                wide |= some[:, byte + j].astype(np.uint32) << np.uint32(8 * j)
+            codes[first : first + _SOME, i] = wide >> np.uint32(shift) & np.uint32((1 << bits) - 1)
     codes = codes.reshape(-1)[:size]
     used = size * bits % 8
     if (used and int(data[-1]) >> used) or (size and int(codes.max()) >= levels):

@@ -3,6 +3,11 @@
 import math
 from typing import Any
 
+import jax
+import numpy as np
+
+from lcq import packing
+
 _FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -33,3 +38,16 @@ def check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
         if seen not in (None, counts):
             raise ValueError(f"{name}: wanted the same blocks in all of {', '.join(arrays)}; got {counts} and {seen}")
         seen = counts
+
+
+def check_codes(name: str, words: Any, size: int, levels: int) -> None:
+    """Raises ValueError unless packed codes are below `levels`, of words on the host or a device; structs pass."""
+    bits = packing.width(levels)
+    if isinstance(words, np.ndarray):
+        largest = packing.unpack_host(words, bits, size).max(initial=0)
+    elif isinstance(words, jax.Array):
+        largest = packing.unpack(words, bits, (size,)).max(initial=0)
+    else:
+        return
+    if int(largest) >= levels:
+        raise ValueError(f"{name}: wanted codes below {levels}; got a larger one")

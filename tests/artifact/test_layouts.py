@@ -19,6 +19,7 @@ import lcq
 from lcq.artifact import rans
 from lcq.artifact.file import ArtifactError, load, read_index, save
 from lcq.base import is_form
+from lcq.forms import Codes, Sparse
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -116,6 +117,31 @@ def test_both_layouts_hold_the_same(path):
     save(path, tree(), coded=False)
     same(load(path), coded)
     same(jax.tree.leaves(coded), jax.tree.leaves(tree()))
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_codes_are_decoded_on_the_device(path, coded):
+    save(path, tree(), coded=coded)
+    host, there = load(path), load(path, on_device=True)
+    same(host, there)
+    assert isinstance(there["codes"].codes, jax.Array) == isinstance(there["some"].mask, jax.Array) == coded
+    assert isinstance(host["codes"].codes, np.ndarray) and isinstance(there["bias"], np.ndarray)
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_codes_that_no_level_has_are_refused(path, whole, on_device):
+    """The stream is right for four levels, the form has three."""
+    index, data = parts_of(whole)
+    place = 0
+    for entry in index["streams"]:
+        if entry[0] == "codes.codes":
+            break
+        place += entry[3]
+    piece, length = rans.encode(np.full(24 * 16, 3, np.uint8), 4), entry[3]
+    entry[3], entry[5] = len(piece), [4, 24 * 16]
+    path.write_bytes(forge(index, data[:place] + piece + data[place + length :]))
+    with pytest.raises(ArtifactError, match="codes: wanted codes below 3; got a larger one"):
+        load(path, on_device=on_device)
 
 
 def test_any_reader_of_safetensors_finds_two_tensors(path, whole):
@@ -254,12 +280,66 @@ def test_nothing_is_allocated_for_a_file_that_is_refused(path, whole):
         tracemalloc.stop()
 
 
-def test_the_limit_counts_streams_decoded(path):
-    save(path, {"w": lcq.Binary().project(jnp.ones(100_000)), "b": np.zeros(10)})
-    need = 4 * 100_000 + 4 * 3125 + 80 + 2 * 100_000
-    load(path, limit=need + 1000)
-    with pytest.raises(ArtifactError, match="wanted at most"):
-        load(path, limit=need - 1000)
+CODES = {
+    "mask": lambda rng, n: (lcq.Prune(kept=0.4), rng.normal(size=n)),
+    "gaps": lambda rng, n: (lcq.Prune(kept=0.01), rng.normal(size=n)),
+    "binary": lambda rng, n: (lcq.Binary(), rng.normal(size=n)),
+    "skewed": lambda rng, n: (lcq.Levels((0.0, 1.0, 2.0)), rng.geometric(0.7, n) - 1.0),
+    "constant": lambda rng, n: (lcq.Levels((0.0, 1.0, 2.0)), np.zeros(n)),
+    "grid": lambda rng, n: (lcq.Uniform(12), rng.normal(size=n)),
+}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_loading_takes_no_more_memory_than_the_least_limit(path, name):
+    size = 600_000
+    scheme, w = CODES[name](np.random.default_rng(0), size)
+    save(path, {"w": scheme.project(jnp.asarray(w, jnp.float32)), "b": np.zeros(10)})
+
+    def fits(limit):
+        try:
+            load(path, limit=limit)
+        except ArtifactError as error:
+            assert "wanted at most" in str(error)
+            return False
+        return True
+
+    low, high = 4 * size, 40 * size
+    assert fits(high) and not fits(low)
+    while high - low > size // 100:
+        low, high = (low, middle) if fits(middle := (low + high) // 2) else (middle, high)
+    tracemalloc.start()
+    load(path, limit=high)
+    assert tracemalloc.get_traced_memory()[1] < high + (4 << 20)
+    tracemalloc.stop()
+
+
+def test_gap_codes_of_no_bytes_are_refused_before_they_are_decoded_for_the_leaf(path, whole):
+    """4e8 gap codes of a leaf of 384 weights, in a stream of a table alone."""
+    index, data = parts_of(whole)
+    changed, place = copy.deepcopy(index), 0
+    for entry in changed["streams"]:
+        if entry[0] == "few.mask":
+            break
+        place += entry[3]
+    few = entry[3]
+    bits = next(leaf["static"]["gap"] for leaf in changed["leaves"] if leaf["path"] == ["few"])
+    piece, count = rans.encode(np.zeros(1000, np.uint8), 1 << bits), 32 * 10**6 // bits
+    entry[2:] = [[10**6], len(piece), digest(piece, 8), [1 << bits, count]]
+    path.write_bytes(forge(changed, data[:place] + piece + data[place + few :]))
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="wanted gaps between"):
+        load(path, limit=1 << 27)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 27
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("limit", [0, -5, float("nan")])
+def test_a_limit_that_is_no_number_of_bytes(path, limit):
+    save(path, {"b": np.zeros(10)})
+    load(path, limit=1e9)
+    with pytest.raises(ValueError, match="wanted limit= in bytes"):
+        load(path, limit=limit)
 
 
 def test_hostile_streams_raise_nothing_else(path, whole):
@@ -284,45 +364,94 @@ def test_hostile_streams_raise_nothing_else(path, whole):
 # Golden files: what was written once is read for ever
 
 
-@pytest.mark.parametrize("layout", ["plain", "coded"])
-def test_golden_files(path, layout):
+def scattered(n):
+    """Numbers below 2^32, in whole numbers, that look random."""
+    i = np.arange(1, n + 1, dtype=np.uint64)
+    return (i * 2654435761 ^ (i * i * 40503 >> 7)) % (1 << 32)
+
+
+def many(n, levels):
+    """Numbers below `levels` of which few are large."""
+    return ((scattered(n) >> 16) % levels * (scattered(n) % (1 << 16) % levels) // levels).astype(np.uint16)
+
+
+STREAMS = {
+    "lanes": ((np.arange(6000, dtype=np.int64) ** 3 // 7 % 11 % 5).astype(np.uint8), 5, {"block": 2, "lanes": 64}),
+    "remainder": (many(1000, 5).astype(np.uint8), 5, {"block": 3}),
+    "nested": (many(2000, 512), 512, {}),
+    "constant": (np.full(77, 2, np.uint8), 3, {}),
+    "raw": ((scattered(45) >> 20).astype(np.uint16), 4096, {}),
+}
+"""Codes, how many levels, and what else `rans.encode` is told; each stream is of another kind."""
+
+
+def wide():
+    """Forms whose codes, masks and gaps are many enough to be coded, of numbers that no solver has touched."""
+    levels = jnp.arange(300.0).reshape(1, 1, 300) / 7
+    codes = Codes(jnp.asarray(many(6000, 300).reshape(60, 100)), levels=levels)
+    i, noise = np.arange(6000), scattered(6000)
+    masks = {"mask": (i % 3 > 0) ^ (noise % 50 == 0), "gaps": (i % 37 == 0) | (noise % 300 == 0)}
+    values = jnp.asarray(noise.astype(np.float32).reshape(60, 100))
+    few = {name: Sparse(jnp.asarray(mask.reshape(60, 100)), values) for name, mask in masks.items()}
+    return jax.tree.map(lambda form: form.pack(), {"codes": codes, **few}, is_leaf=is_form)
+
+
+GOLDENS = {"plain": (tree, "dense", False), "coded": (tree, "dense", True), "wide": (wide, "wide", True)}
+"""Files: what they hold, where that is dense, and whether they are coded."""
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_golden_files(path, name):
     """`python tests/artifact/test_layouts.py` writes them; that is for a new layout, never for a changed one."""
-    golden = GOLDEN / f"{layout}.lcq"
-    expected = np.load(GOLDEN / "dense.npz")
+    golden, (_, arrays, coded) = GOLDEN / f"{name}.lcq", GOLDENS[name]
+    expected = np.load(GOLDEN / f"{arrays}.npz")
     back = load(golden)
-    flat = {
-        "/".join(str(key.key) for key in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(dense(back))
-    }
+    flat = by_path(lcq.decompress(back))
     assert flat.keys() == set(expected.files)
     for name, array in flat.items():
-        np.testing.assert_array_equal(np.asarray(array), expected[name], err_msg=name)
-    save(path, back, coded=layout == "coded")
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    save(path, back, coded=coded)
     written, read = path.read_bytes(), golden.read_bytes()
-    if layout == "plain":
-        assert written == read
-    else:  # a deflated text is not the same by every zlib
+    if coded:  # a deflated text is not the same by every zlib
         assert parts_of(written) == parts_of(read)
+    else:
+        assert written == read
 
 
-def codes_of_many_lanes():
-    return (np.arange(6000, dtype=np.int64) ** 3 // 7 % 11 % 5).astype(np.uint8)
+def test_the_wide_golden_file_has_codes_of_every_kind():
+    index, _ = parts_of((GOLDEN / "wide.lcq").read_bytes())
+    levels = {entry[0]: entry[5][0] for entry in index["streams"] if len(entry) > 5}
+    shorter = {entry[0]: entry[3] < 4 * entry[2][0] for entry in index["streams"] if len(entry) > 5}
+    gap = next(leaf["static"]["gap"] for leaf in index["leaves"] if leaf["path"] == ["gaps"])
+    assert levels == {"codes.codes": 300, "mask.mask": 2, "gaps.mask": 1 << gap} and all(shorter.values())
 
 
-def test_a_golden_stream_of_many_lanes():
-    stream = (GOLDEN / "lanes.rans").read_bytes()
+@pytest.mark.parametrize("name", STREAMS)
+def test_golden_streams(name):
+    codes, levels, how = STREAMS[name]
+    stream = (GOLDEN / f"{name}.rans").read_bytes()
     for decode in (rans.decode, rans.decode_on_device):
-        np.testing.assert_array_equal(decode(stream, 6000, 5), codes_of_many_lanes())
-    assert rans.encode(codes_of_many_lanes(), 5, block=2, lanes=64) == stream
+        np.testing.assert_array_equal(decode(stream, codes.size, levels), codes)
+    assert rans.encode(codes, levels, **how) == stream
 
 
-def dense(forms):
-    return lcq.decompress(forms)
+def test_golden_streams_are_of_every_kind():
+    data = {name: (GOLDEN / f"{name}.rans").read_bytes() for name in STREAMS}
+    blocks = {name: stream[0] for name, stream in data.items()}
+    assert blocks == {"lanes": 2, "remainder": 3, "nested": 1, "constant": blocks["constant"], "raw": 0}
+    assert data["nested"][2] == 0xF0 != data["lanes"][2]
+    assert len(data["constant"]) < 8
+
+
+def by_path(arrays):
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return {"/".join(str(key.key) for key in keys): np.asarray(leaf) for keys, leaf in leaves}
 
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for layout in ("plain", "coded"):
-        print(save(GOLDEN / f"{layout}.lcq", tree(), coded=layout == "coded"))
-    (GOLDEN / "lanes.rans").write_bytes(rans.encode(codes_of_many_lanes(), 5, block=2, lanes=64))
-    leaves = jax.tree_util.tree_leaves_with_path(dense(tree()))
-    np.savez(GOLDEN / "dense.npz", **{"/".join(str(k.key) for k in keys): np.asarray(leaf) for keys, leaf in leaves})
+    for name, (made, arrays, coded) in GOLDENS.items():
+        print(name, save(GOLDEN / f"{name}.lcq", made(), coded=coded))
+        np.savez_compressed(GOLDEN / f"{arrays}.npz", **by_path(lcq.decompress(made())))
+    for name, (codes, levels, how) in STREAMS.items():
+        (GOLDEN / f"{name}.rans").write_bytes(rans.encode(codes, levels, **how))
