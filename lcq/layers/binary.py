@@ -5,6 +5,9 @@
 The sums are of +1 and -1 in float32, whatever x is: whole numbers, exact up to 2^24 inputs of an output in any order.
 (A convolution that a library transforms first, as Winograd's does, rounds.) The inputs' own scales, K in the paper, are
 left out.
+
+A kernel that comes binary, or on its way there, from `lcq.smooth_binary` or `lcq.lc`, is taken as it is where
+`binarize_kernel` is false: y = sign(x) * W + bias, with the gradient of that.
 """
 
 import dataclasses
@@ -17,6 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num, Shaped
+
+_ROUNDING = 0.01
+"""Of binary weights in bfloat16."""
 
 Padding = str | Sequence[tuple[int, int]]
 """Before and after each spatial axis: "SAME", "VALID", or how many."""
@@ -170,6 +176,7 @@ def dense(
     bias: Float[Array, "..."] | None = None,
     *,
     scale: bool = True,
+    binarize_kernel: bool = True,
 ) -> Float[Array, "*batch n"]:
     """y = alpha (sign(x) sign(W)) + bias, in x's dtype.
 
@@ -178,6 +185,7 @@ def dense(
         kernel: W.
         bias: [n].
         scale: whether there is an alpha.
+        binarize_kernel: false takes the kernel for alpha sign(W), as it is.
 
     Raises:
         ValueError: shapes that do not fit; x that are not floating-point.
@@ -187,7 +195,7 @@ def dense(
         Array([[ 4., -1.]], dtype=float32)
     """
     check(x, kernel, bias, 1)
-    weights = binarize(kernel, scale)
+    weights = binarize(kernel, scale) if binarize_kernel else Binarized(kernel.astype(jnp.float32), None)
     return affine(jnp.matmul(sign(x).astype(jnp.float32), weights.signs), weights.alpha, bias, x.dtype)
 
 
@@ -198,6 +206,7 @@ def conv(
     *,
     window: Window,
     scale: bool = True,
+    binarize_kernel: bool = True,
 ) -> Float[Array, "..."]:
     """y = alpha (sign(x) * sign(W)) + bias, a convolution in x's dtype. Outside of the image x is 0, or +1.
 
@@ -207,6 +216,7 @@ def conv(
         bias: [n].
         window: how it moves.
         scale: whether there is an alpha.
+        binarize_kernel: false takes the kernel for alpha sign(W), as it is.
 
     Raises:
         ValueError: shapes that do not fit; x that are not floating-point.
@@ -223,7 +233,7 @@ def conv(
     s = sign(x).astype(jnp.float32).reshape(-1, *x.shape[-rank - 1 :])
     outside = jnp.float32(window.pad_value)
     s = lax.pad(s, outside, [(0, 0, 0), *((low, high, 0) for low, high in margins), (0, 0, 0)])
-    weights = binarize(kernel, scale)
+    weights = binarize(kernel, scale) if binarize_kernel else Binarized(kernel.astype(jnp.float32), None)
     batch_first, inputs_last = (0, rank + 1, *range(1, rank + 1)), (rank + 1, rank, *range(rank))
     y = lax.conv_general_dilated(
         s,
@@ -236,11 +246,26 @@ def conv(
     return affine(y.reshape(*x.shape[: -rank - 1], *y.shape[1:]), weights.alpha, bias, x.dtype)
 
 
-def forward(x: Any, kernel: Array, bias: Array | None, window: Window | None, scale: bool) -> Array:
+def forward(x: Any, kernel: Array, bias: Array | None, window: Window | None, **how: bool) -> Array:
     """`conv`, or `dense` without a window."""
-    if window is None:
-        return dense(x, kernel, bias, scale=scale)
-    return conv(x, kernel, bias, window=window, scale=scale)
+    return dense(x, kernel, bias, **how) if window is None else conv(x, kernel, bias, window=window, **how)
+
+
+def check_binary(spread: Any) -> None:
+    """Raises ValueError if weights that are taken for binary are not, by their `spread`."""
+    if not float(spread) <= _ROUNDING:
+        raise ValueError(
+            f"wanted weights of +-alpha for each output, as binarize_kernel=False takes them; got |W| that differ from "
+            f"their mean by {100 * float(spread):.2g} %; put in the dense forms of lcq.smooth_binary's compress, or of "
+            "lcq.extract"
+        )
+
+
+def spread(kernel: Float[Array, "*inputs n"]) -> Float[Array, ""]:
+    """How far |W| are from their mean over the inputs, relative to it, at most; 0 of binary weights."""
+    size = jnp.abs(kernel.astype(jnp.float32))
+    mean = size.mean(tuple(range(kernel.ndim - 1)))
+    return (jnp.abs(size - mean) / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)).max()
 
 
 def affine(

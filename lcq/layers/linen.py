@@ -18,6 +18,9 @@ from lcq.layers.frozen import Bits
 _NAME = "layer"
 """Of a layer's variable in the collection "frozen"."""
 
+_SPREAD = "spread"
+"""Beside it until `freeze` has looked at it: how far from binary a kernel is that was taken as it is."""
+
 
 class BinaryDense(nn.Module):
     """A dense layer with binary activations and weights, y = alpha (sign(x) sign(W)) + bias, in x's dtype.
@@ -28,6 +31,7 @@ class BinaryDense(nn.Module):
         features: n, outputs.
         use_bias: whether there is a bias.
         scale: whether there is an alpha, the mean of |W| for each output.
+        binarize_kernel: false takes the kernel as it is, one that `lcq.smooth_binary` or LC makes binary.
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
@@ -45,6 +49,7 @@ class BinaryDense(nn.Module):
     features: int
     use_bias: bool = True
     scale: bool = True
+    binarize_kernel: bool = True
     param_dtype: Any = "float32"
     kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
@@ -70,6 +75,7 @@ class BinaryConv(nn.Module):
         pad_value: 0 or 1, what sign(x) is outside of the image.
         use_bias: whether there is a bias.
         scale: whether there is an alpha, the mean of |W| for each output.
+        binarize_kernel: false takes the kernel as it is, one that `lcq.smooth_binary` or LC makes binary.
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
@@ -93,6 +99,7 @@ class BinaryConv(nn.Module):
     pad_value: int = 0
     use_bias: bool = True
     scale: bool = True
+    binarize_kernel: bool = True
     param_dtype: Any = "float32"
     kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
@@ -117,12 +124,15 @@ def _layer(module: Any, x: Any, window: Window | None) -> Any:
     shape = (*(window.size if window else ()), x.shape[-1], module.features)
     kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
     bias = module.param("bias", module.bias_init, shape[-1:], module.param_dtype) if module.use_bias else None
-    y = binary.forward(x, kernel, bias, window, module.scale)
+    y = binary.forward(x, kernel, bias, window, scale=module.scale, binarize_kernel=module.binarize_kernel)
     y = y if module.norm is None else module.norm(y)
     if module.is_mutable_collection("frozen") and not module.is_initializing():
         numbers = None if module.norm is None else _numbers(module.norm)
-        packed = frozen.freeze(kernel, bias, window=window, scale=module.scale, norm=numbers)
+        scale = module.scale or not module.binarize_kernel
+        packed = frozen.freeze(kernel, bias, window=window, scale=scale, norm=numbers)
         module.put_variable("frozen", _NAME, packed)
+        if not module.binarize_kernel:
+            module.put_variable("frozen", _SPREAD, binary.spread(kernel))
     return y
 
 
@@ -149,7 +159,8 @@ def freeze(net: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
         Variables for `net.apply`, with one `lcq.layers.frozen.Frozen` for each layer.
 
     Raises:
-        ValueError: a net in which the call meets no binary layer; a `norm` that is no batch norm of the last axis.
+        ValueError: a net in which the call meets no binary layer; a `norm` that is no batch norm of the last axis; a
+            layer that takes its kernel as it is, and that is not binary.
 
     Example:
         >>> import jax.numpy as jnp
@@ -181,13 +192,24 @@ def freeze(net: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
     def found(variables: Any, args: Any) -> Any:
         return net.apply(variables, *args, **kwargs, mutable=["frozen"])[1]
 
-    packed = jax.jit(found)(variables, args).get("frozen", {})
+    packed = _checked(jax.jit(found)(variables, args).get("frozen", {}))
     if not packed:
         raise ValueError(
             f"wanted a net that calls BinaryDense or BinaryConv; got {type(net).__name__}, whose call met none; "
             "pass the arguments of a call that does"
         )
     return {**variables, "params": _without(variables["params"], packed), "frozen": packed}
+
+
+def _checked(packed: Mapping[str, Any], *path: str) -> dict[str, Any]:
+    """Packed layers, those whose kernels were taken as they are being binary."""
+    if _SPREAD in packed and isinstance(packed.get(_NAME), frozen.Frozen):
+        try:
+            binary.check_binary(packed[_SPREAD])
+        except ValueError as error:
+            raise ValueError(f"{'/'.join((*path, 'kernel'))}: {error}") from error
+        return {_NAME: packed[_NAME]}
+    return {key: _checked(a, *path, key) if isinstance(a, Mapping) else a for key, a in packed.items()}
 
 
 def _without(params: Mapping[str, Any], packed: Mapping[str, Any]) -> dict[str, Any]:

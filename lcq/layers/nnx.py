@@ -32,6 +32,7 @@ class BinaryLayer(nnx.Module):
         packed: `Packed` if frozen, else None.
         window: of a convolution, None for a dense layer.
         scale: whether there is an alpha, the mean of |W| for each output.
+        binarize_kernel: false takes the kernel as it is, one that `lcq.smooth_binary` or LC makes binary.
         norm: `nnx.BatchNorm` behind it, or None; None if frozen.
     """
 
@@ -41,6 +42,7 @@ class BinaryLayer(nnx.Module):
         bias: Shaped[Array, " n"] | None,
         window: Window | None,
         scale: bool,
+        binarize_kernel: bool,
         norm: nnx.BatchNorm | None,
     ) -> None:
         if norm is not None and not (isinstance(norm, nnx.BatchNorm) and norm.axis == -1):
@@ -53,19 +55,28 @@ class BinaryLayer(nnx.Module):
         self.norm: nnx.BatchNorm | None = nnx.data(norm)
         self.window = window
         self.scale = scale
+        self.binarize_kernel = binarize_kernel
 
     def __call__(self, x: Shaped[Array, "..."] | Bits) -> Shaped[Array, "..."] | Bits:
         if self.packed is not None:
             return frozen.apply(self.packed.get_value(), x)
-        y = binary.forward(x, *self._parameters(), self.window, self.scale)
+        kernel, bias = self._parameters()
+        y = binary.forward(x, kernel, bias, self.window, scale=self.scale, binarize_kernel=self.binarize_kernel)
         return y if self.norm is None else self.norm(y)
 
     def freeze(self) -> None:
-        """Packs the parameters of this layer, in place; `lcq.layers.nnx.freeze` leaves a net as it is."""
+        """Packs the parameters of this layer, in place; `lcq.layers.nnx.freeze` leaves a net as it is.
+
+        Raises:
+            ValueError: a kernel that is taken as it is, and not binary.
+        """
         if self.packed is None:
             kernel, bias = self._parameters()
+            if not self.binarize_kernel:
+                binary.check_binary(binary.spread(kernel))
+            scale = self.scale or not self.binarize_kernel
             norm = None if self.norm is None else _numbers(self.norm)
-            self.packed = Packed(frozen.freeze(kernel, bias, window=self.window, scale=self.scale, norm=norm))
+            self.packed = Packed(frozen.freeze(kernel, bias, window=self.window, scale=scale, norm=norm))
             self.kernel = self.bias = self.norm = None
 
     def _parameters(self) -> tuple[Array, Array | None]:
@@ -88,6 +99,7 @@ class BinaryDense(BinaryLayer):
         out_features: n, outputs.
         use_bias: whether there is a bias.
         scale: whether there is an alpha, the mean of |W| for each output.
+        binarize_kernel: false takes the kernel as it is, one that `lcq.smooth_binary` or LC makes binary.
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
@@ -112,6 +124,7 @@ class BinaryDense(BinaryLayer):
         *,
         use_bias: bool = True,
         scale: bool = True,
+        binarize_kernel: bool = True,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Callable[..., Any] = _KERNEL,
         bias_init: Callable[..., Any] = _BIAS,
@@ -120,7 +133,7 @@ class BinaryDense(BinaryLayer):
     ) -> None:
         kernel = kernel_init(rngs.params(), (in_features, out_features), param_dtype)
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        super().__init__(kernel, bias, None, scale, norm)
+        super().__init__(kernel, bias, None, scale, binarize_kernel, norm)
 
 
 class BinaryConv(BinaryLayer):
@@ -138,6 +151,7 @@ class BinaryConv(BinaryLayer):
         pad_value: 0 or 1, what sign(x) is outside of the image.
         use_bias: whether there is a bias.
         scale: whether there is an alpha, the mean of |W| for each output.
+        binarize_kernel: false takes the kernel as it is, one that `lcq.smooth_binary` or LC makes binary.
         param_dtype: of kernel and bias.
         kernel_init: an initializer of flax.
         bias_init: likewise.
@@ -167,6 +181,7 @@ class BinaryConv(BinaryLayer):
         pad_value: int = 0,
         use_bias: bool = True,
         scale: bool = True,
+        binarize_kernel: bool = True,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Callable[..., Any] = _KERNEL,
         bias_init: Callable[..., Any] = _BIAS,
@@ -178,7 +193,7 @@ class BinaryConv(BinaryLayer):
         )
         kernel = kernel_init(rngs.params(), (*window.size, in_features, out_features), param_dtype)
         bias = bias_init(rngs.params(), (out_features,), param_dtype) if use_bias else None
-        super().__init__(kernel, bias, window, scale, norm)
+        super().__init__(kernel, bias, window, scale, binarize_kernel, norm)
 
 
 _Net = TypeVar("_Net", bound=nnx.Module)
@@ -191,7 +206,7 @@ def freeze(net: _Net) -> _Net:
         net: with binary layers in it, or one itself. Its other parameters are copied.
 
     Raises:
-        ValueError: a net without binary layers.
+        ValueError: a net without binary layers; one that takes its kernel as it is, and that is not binary.
 
     Example:
         >>> rngs = nnx.Rngs(0)
@@ -215,9 +230,12 @@ def freeze(net: _Net) -> _Net:
         True
     """
     copy = nnx.clone(net)
-    layers = [node for _, node in nnx.iter_modules(copy) if isinstance(node, BinaryLayer)]
+    layers = {path: node for path, node in nnx.iter_modules(copy) if isinstance(node, BinaryLayer)}
     if not layers:
         raise ValueError(f"wanted a net with BinaryDense or BinaryConv in it; got {type(net).__name__} without")
-    for layer in layers:
-        layer.freeze()
+    for path, layer in layers.items():
+        try:
+            layer.freeze()
+        except ValueError as error:
+            raise ValueError(f"{'/'.join(map(str, (*path, 'kernel')))}: {error}") from error
     return copy

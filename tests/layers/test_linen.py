@@ -134,6 +134,45 @@ def test_another_norm_is_refused():
         freeze(net, drawn(net, x), x)
 
 
+class Binarized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=True, name="norm")
+        x = BinaryConv(12, (3, 3), binarize_kernel=False, scale=False, norm=norm, name="conv")(x)
+        return BinaryDense(3, binarize_kernel=False, name="dense")(x.reshape(x.shape[0], -1))
+
+
+def test_smooth_binary_weights_are_trained_as_they_are_and_packed_in_the_end():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 6, 5, 7)), jnp.float32)
+    net, transform = Binarized(), lcq.smooth_binary([lcq.Rule(".*kernel", lcq.Binary(per="channel"))])
+    variables = drawn(net, x)
+
+    def plain(params, x):
+        """The same in terms of jax alone."""
+        y = jax.lax.conv_general_dilated(
+            binary.sign(x), params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = y + params["conv"]["bias"] - variables["batch_stats"]["norm"]["mean"]
+        y = y / jnp.sqrt(variables["batch_stats"]["norm"]["var"] + 1e-5) * params["norm"]["scale"]
+        y = (y + params["norm"]["bias"]).reshape(len(x), -1)
+        return binary.sign(y) @ params["dense"]["kernel"] + params["dense"]["bias"]
+
+    def slopes(call):
+        loss = lambda params: jnp.sum(jnp.sin(call(transform(params, 0.5))))  # noqa: E731
+        return jax.jit(jax.grad(loss))(variables["params"])
+
+    got = slopes(lambda params: net.apply({**variables, "params": params}, x))
+    chex.assert_trees_all_close(got, slopes(lambda params: plain(params, x)), rtol=1e-4, atol=1e-5)
+    assert float(jnp.abs(got["conv"]["kernel"]).min()) > 0
+    deployed = {**variables, "params": lcq.decompress(transform.compress(variables["params"]))}
+    packed = freeze(net, deployed, x)
+    assert isinstance(packed["frozen"]["conv"]["layer"], Frozen) and list(packed["frozen"]["conv"]) == ["layer"]
+    apply = jax.jit(net.apply)
+    np.testing.assert_allclose(apply(packed, x), apply(deployed, x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="conv/kernel: wanted weights of"):
+        freeze(net, variables, x)
+
+
 def test_training_lowers_the_loss():
     x = jax.random.normal(jax.random.key(0), (64, 16))
     labels = (x[:, :8].sum(1) > x[:, 8:].sum(1)).astype(jnp.int32)

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+import lcq
 from lcq.layers import binary
 from lcq.layers.nnx import BinaryConv, BinaryDense, Packed, freeze
 
@@ -116,6 +117,34 @@ def test_another_norm_is_refused():
     norm, rngs = nnx.BatchNorm(3, axis=0, use_scale=False, use_bias=False, rngs=nnx.Rngs(0)), nnx.Rngs(0)
     with pytest.raises(ValueError, match="norm: wanted a BatchNorm of the last axis; got BatchNorm"):
         BinaryDense(3, 3, norm=norm, kernel_init=uniform, bias_init=uniform, rngs=rngs)
+
+
+def test_smooth_binary_weights_are_trained_as_they_are_and_packed_in_the_end():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 30)), jnp.float32)
+    given = {"kernel_init": uniform, "bias_init": uniform, "binarize_kernel": False, "rngs": nnx.Rngs(0)}
+    net = nnx.Sequential(BinaryDense(30, 20, **given), BinaryDense(20, 3, **given))
+    graph, params = nnx.split(net, nnx.Param)
+    transform = lcq.smooth_binary([lcq.Rule(".*kernel.*", lcq.Binary(per="channel"))])
+
+    def plain(layers, x):
+        for layer in layers:
+            x = binary.sign(x) @ layer["kernel"] + layer["bias"]
+        return x
+
+    def slopes(call):
+        return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(call(transform(params, 0.5))))))(params)
+
+    def arrays(params):
+        return [{name: params["layers"][i][name][...] for name in ("kernel", "bias")} for i in (0, 1)]
+
+    got, wanted = (arrays(slopes(f)) for f in (lambda p: nnx.merge(graph, p)(x), lambda p: plain(arrays(p), x)))
+    for mine, other in zip(got, wanted, strict=True):
+        for name in ("kernel", "bias"):
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, atol=1e-5)
+    deployed = nnx.merge(graph, lcq.decompress(transform.compress(params)))
+    np.testing.assert_allclose(freeze(deployed)(x), deployed(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="layers/0/kernel: wanted weights of"):
+        freeze(net)
 
 
 def test_training_lowers_the_loss():
