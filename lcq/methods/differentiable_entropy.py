@@ -73,7 +73,8 @@ def block_entropy(
         Bits per weight, float32 or wider.
 
     Raises:
-        ValueError: an order below 1; centres without weights, or not fit for them; no block at all; too many bins.
+        ValueError: an order below 1; centres without weights, not fit for them, or (of concrete ones) not ascending
+            and finite; no block at all; too many bins.
 
     Example:
         >>> w, c = {"kernel": jnp.array([0.0, 1.0, 0.0, 1.0])}, {"kernel": jnp.array([0.0, 1.0])}
@@ -82,16 +83,10 @@ def block_entropy(
 
     Source: arXiv 2107.05298, section 3; the exact gradient in N 2^n/n operations is lcq's.
     """
-    if not isinstance(order, int) or order < 1:
-        raise ValueError(f"wanted order= an int >= 1; got {order!r}")
+    order = check_order(order)
     if layout not in ("jax", "torch"):
         raise ValueError(f"wanted layout='jax' or 'torch'; got {layout!r}")
     leaves, tables = flatten(params)[0], flatten(centres)[0]
-    size = max((table.shape[-1] for table in tables.values()), default=2)
-    if (2 * (size - 1)) ** order > _LARGEST:
-        raise ValueError(
-            f"wanted 2^n (K - 1)^n <= 2^26 bins; got K = {size} centres at order n = {order}; lower one of them"
-        )
     pairs = []
     for path, table in tables.items():
         if path not in leaves:
@@ -101,6 +96,7 @@ def block_entropy(
             pairs.append((leaves[path], table))
     if not pairs:
         raise ValueError(f"wanted a leaf of at least order = {order} weights with centres; got none")
+    check_bins(max(table.shape[-1] for _, table in pairs), order)
     return _entropy(pairs, order, pooled, layout)
 
 
@@ -286,11 +282,28 @@ def levels_of(path: str, form: Form) -> Float[Array, "*counts n"]:
     return table.reshape(-1) if math.prod(table.shape[:-1]) == 1 else table
 
 
+def check_order(order: Any) -> int:
+    """An order, if it is a whole number from 1."""
+    if isinstance(order, bool) or not isinstance(order, int | np.integer) or order < 1:
+        raise ValueError(f"wanted order= an int >= 1; got {order!r}")
+    return int(order)
+
+
+def check_bins(size: int, order: int) -> None:
+    """Raises ValueError unless the table of cells of K = `size` centres is of a size that can be."""
+    if order * math.log2(2 * (size - 1)) > math.log2(_LARGEST):
+        raise ValueError(
+            f"wanted 2^n (K - 1)^n <= 2^26 bins; got K = {size} centres at order n = {order}; lower one of them"
+        )
+
+
 def _check_centres(path: str, w: Any, centres: Any) -> None:
-    if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"{path}: wanted a floating-point array; got {getattr(w, 'dtype', type(w).__name__)}")
-    if not jnp.issubdtype(centres.dtype, jnp.floating):
-        raise ValueError(f"{path}: wanted floating-point centres; got {centres.dtype}")
+    if is_form(w) or not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
+        got = type(w).__name__ if is_form(w) else getattr(w, "dtype", type(w).__name__)
+        raise ValueError(f"{path}: wanted a floating-point array of weights; got {got}")
+    if is_form(centres) or not hasattr(centres, "dtype") or not jnp.issubdtype(centres.dtype, jnp.floating):
+        got = type(centres).__name__ if is_form(centres) else getattr(centres, "dtype", type(centres).__name__)
+        raise ValueError(f"{path}: wanted floating-point centres, an array; got {got}")
     *counts, size = centres.shape or (0,)
     fits = not counts or (len(counts) == w.ndim and all(d % c == 0 for d, c in zip(w.shape, counts, strict=True)))
     if size < 2 or not fits:
@@ -298,3 +311,7 @@ def _check_centres(path: str, w: Any, centres: Any) -> None:
             f"{path}: wanted two or more ascending centres, [K] or [*blocks, K] with blocks that divide "
             f"{list(w.shape)}; got {centres.dtype}{list(centres.shape)}; make them by lcq.entropy_centres"
         )
+    if not isinstance(centres, jax.core.Tracer):
+        c = np.asarray(centres, np.float64)
+        if not (np.isfinite(c).all() and (np.diff(c) >= 0).all()):
+            raise ValueError(f"{path}: wanted finite, ascending centres; got {np.array2string(c, threshold=9)}")

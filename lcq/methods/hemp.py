@@ -20,7 +20,15 @@ from jaxtyping import Array, Float
 from lcq.base import Form, Quantizer, join_leafwise, split_leafwise
 from lcq.blocks import compute_dtype, cut_axes, join_axes
 from lcq.methods.baselines import Tasks
-from lcq.methods.differentiable_entropy import Layout, block_entropy, blocks_of, bracket, levels_of
+from lcq.methods.differentiable_entropy import (
+    Layout,
+    block_entropy,
+    blocks_of,
+    bracket,
+    check_bins,
+    check_order,
+    levels_of,
+)
 from lcq.methods.lc import Placeholder
 from lcq.rules import Rule, Task, flatten, resolve
 from lcq.schemes.levels import code_dtype
@@ -79,7 +87,10 @@ def hemp(
             beyond the outermost levels, so these are better wide than few.
         order: n; a file of blocks of n weights has about H_n bits per weight.
         entropy_weight: lambda_H, a number or a schedule of the number of updates. dH_n/dw is of the size 1/(#weights
-            (c_b - c_{b-1})): what does not move within a run needs more.
+            (c_b - c_{b-1})): what does not move within a run needs more, and leaves of small weights go first; give
+            those that a batch norm follows weights of one size. A code that becomes rare becomes dear, so that H_n
+            falls faster and faster: a schedule that falls in time, with an eye on `entropy` of the state, ends before
+            all weights have one code.
         error_weight: lambda_E, likewise: how fast weights go to their levels, by this part of the way an update. Where
             lambda_E |w - Q(w)| exceeds what the other terms can do, no weight changes its level any more.
         learning_rate: eta, likewise: a factor of both. 1 is the paper's update, which does not depend on the rate of
@@ -116,6 +127,10 @@ def hemp(
     """
     rules, inner = tuple(rules), optax.with_extra_args_support(inner)
     _check_settings(rules, order, every, small, layout)
+    numbers = {"entropy_weight": entropy_weight, "error_weight": error_weight, "learning_rate": learning_rate}
+    for name, number in numbers.items():
+        if isinstance(number, int | float) and not 0 <= number < float("inf"):
+            raise ValueError(f"wanted {name}= a number >= 0, or a schedule; got {number}")
 
     def init(params: Any) -> HempState:
         inner_state = inner.init(params)
@@ -130,11 +145,13 @@ def hemp(
         for path, table in levels.items():
             if table.shape[-1] < 2:
                 raise ValueError(f"{path}: wanted a codebook of two or more levels; got one; exclude the leaf")
-        if not _counted(leaves, levels, small, order):
+        counted = _counted(leaves, levels, small, order)
+        if not counted:
             raise ValueError(
                 f"wanted a leaf of more than {small} weights for each of its levels, and at least {order}; got only "
                 "smaller ones; lower small="
             )
+        check_bins(max(levels[path].shape[-1] for path in counted), order)
         tables = jax.tree.map(lambda a: jnp.array(a, copy=True), tables)
         wide = functools.reduce(jnp.promote_types, (table.dtype for table in levels.values()))
         return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, tables, jnp.full([], jnp.inf, wide))
@@ -143,6 +160,9 @@ def hemp(
         if params is None:
             raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
         leaves, slopes, tables = flatten(params)[0], flatten(grads)[0], state.tables
+        for path in (path for task in state.tasks for path in task.paths):
+            if not hasattr(slopes.get(path), "dtype"):
+                raise ValueError(f"{path}: wanted the gradient of the loss; got none; exclude the leaf by a rule")
         if every is not None:
             due = (state.steps > 0) & (state.steps % every == 0)
             tables = jax.lax.cond(due, lambda t: _estimate(state.tasks, leaves, t), lambda t: t, tables)
@@ -191,6 +211,8 @@ def compress_warm(opt_state: Any, params: Any) -> Any:
     forms = []
     for task, tables in zip(found[0].tasks, found[0].tables, strict=True):
         for path in task.paths:
+            if path not in leaves:
+                raise ValueError(f"{path}: wanted the parameters that hemp was given; they have no such leaf")
             check_finite(path, leaves[path])
         forms.append(_project(task, leaves, tables))
     return replace(structure, leaves, found[0].tasks, forms)
@@ -257,10 +279,10 @@ def _check_settings(rules: tuple[Any, ...], order: Any, every: Any, small: Any, 
             raise ValueError(f"{scheme} is solved on the host, not in update: pass every=None")
     if every is not None and (not isinstance(every, int) or every < 1):
         raise ValueError(f"wanted every= a positive int or None; got {every!r}")
-    if not isinstance(order, int) or order < 1:
-        raise ValueError(
-            f"wanted order= an int >= 1; got {order!r}; under optax.inject_hyperparams name it in static_args"
-        )
+    try:
+        check_order(order)
+    except ValueError as error:
+        raise ValueError(f"{error}; under optax.inject_hyperparams name it in static_args") from error
     if not isinstance(small, int | float) or small < 0:
         raise ValueError(
             f"wanted small= a number >= 0; got {small!r}; under optax.inject_hyperparams name it in static_args"

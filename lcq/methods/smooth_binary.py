@@ -145,9 +145,12 @@ class GroupPower(Binarization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = 0 < self.least <= 1 and 0 < self.last <= 1 and 0 < self.settled < 1
-        if not (parts and self.width > 0 and self.guard > 0):
-            raise ValueError(f"wanted 0 < least, last <= 1, 0 < settled < 1, and width and guard > 0; got {self}")
+        parts = 0 < self.least <= 1 and 0 < self.last <= 1 and 0 < self.settled <= 0.999
+        if not (parts and self.last * self.width >= 1e-12 and 1e-30 <= self.guard < math.inf):
+            raise ValueError(
+                "wanted 0 < least, last <= 1, 0 < settled <= .999, last width >= 1e-12, and guard >= 1e-30, which "
+                f"float32 can work with; got {self}"
+            )
 
     def weights(self, x: Array, alpha: Array, t: Array, axes: Axes) -> Array:
         u = _standardised(x, axes, self.guard)
@@ -217,8 +220,8 @@ class AnnealedTanh(Binarization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.steepest >= 1 and 0 < self.settled <= 1 and self.guard > 0):
-            raise ValueError(f"wanted steepest >= 1, 0 < settled <= 1 and guard > 0; got {self}")
+        if not (1 <= self.steepest <= 1e30 and 0 < self.settled <= 1 and 1e-30 <= self.guard < math.inf):
+            raise ValueError(f"wanted 1 <= steepest <= 1e30, 0 < settled <= 1 and guard >= 1e-30; got {self}")
 
     def weights(self, x: Array, alpha: Array, t: Array, axes: Axes) -> Array:
         beta = self.steepest ** jnp.minimum(1, t / self.settled)
@@ -327,7 +330,8 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
     The transformation is applied inside the loss, to the parameters a net is called with; gradients reach w by plain
     backpropagation, and any optax optimizer moves it. Momentum SGD, large learning rates and L2 suit it: b does not
     depend on the scale of w, and L2 keeps w from growing and its steps from becoming small. What is in no rule, such as
-    biases and batch norm, trains on as it is.
+    biases and batch norm, trains on as it is. Layers with binary activations take the weights as they come with
+    `binarize_kernel=False`, see `lcq.layers.linen`.
 
     Args:
         rules: which leaves; `lcq.Binary(per=...)` says what makes a group: "channel", an output's weights or a filter;
@@ -339,7 +343,7 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
         weight; binary.gap(params, t): how far W is from that; binary.alphas(params): scales, if they are to be learned.
 
     Raises:
-        ValueError: a rule with another scheme, or a joint one.
+        ValueError: no rule, or one with another scheme, or a joint one; what is no binarization.
 
     Example:
         >>> import lcq
@@ -358,6 +362,10 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
     Source: Shulman, arXiv 2107.01400; see the module for what is from it and what is not.
     """
     rules = tuple(rules)
+    if not any(isinstance(rule, Rule) and rule.scheme is not None for rule in rules):
+        raise ValueError("wanted a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.Binary(per='channel'))")
+    if not isinstance(binarization, Binarization | None):
+        raise ValueError(f"wanted a binarization, such as GroupPower('constant'); got {binarization!r}; call it")
     for rule in rules:
         scheme = rule.scheme if isinstance(rule, Rule) else None
         if scheme is not None and scheme != Binary(per=getattr(scheme, "per", None)):

@@ -13,7 +13,17 @@ from jaxtyping import Array
 from lcq.base import Form, Quantizer
 from lcq.blocks import Cut, Per, cut, explicit_sharding
 from lcq.forms import Codes
-from lcq.schemes.entropy import Coded, Price, code_bits, coded_pass, conclude, descend_coded, even_levels, objective
+from lcq.schemes.entropy import (
+    Coded,
+    Price,
+    code_bits,
+    coded_pass,
+    conclude,
+    descend_coded,
+    even_levels,
+    merged_levels,
+    objective,
+)
 from lcq.schemes.exact_kmeans import best_levels
 from lcq.schemes.histogram import explore, summarise
 from lcq.schemes.lloyd import Centres, assign, cell_counts, descend, lloyd_pass
@@ -23,6 +33,9 @@ _COLD = 150
 
 _SHORT = 1 << 18
 """Numbers up to which all of these passes are affordable."""
+
+_WIDEST = 512
+"""Levels, at most, that are merged at a cold start with a rate."""
 
 _WARM = 3
 """Passes over the data, at most, before the one that gives the codes; few, because a C step has a warm start."""
@@ -42,7 +55,8 @@ class KMeans(Quantizer):
         Pi(x) = argmin_{c, z} sum_i h_i (x_i - c_{z_i})^2 + rate sum_i len(z_i),    len(k) = -log2 p_k,
 
     p_k the share of the numbers under the codebook that have code k. No pass raises this sum. A level that loses all of
-    its numbers stays unused. Cold, the better of two starts: the codebook without a rate, and one of equal steps.
+    its numbers stays unused. Cold, the best of three starts: the codebook without a rate, one of equal steps, and twice
+    as many levels of which neighbours are merged.
 
     Attributes:
         k: how many levels, 1 to 65,536.
@@ -85,7 +99,7 @@ class KMeans(Quantizer):
         object.__setattr__(self, "fixed", fixed)
         if isinstance(self.per, list):
             object.__setattr__(self, "per", tuple(self.per))
-        if not 0 <= self.rate <= np.finfo(np.float32).max:
+        if not isinstance(self.rate, int | float | np.number) or not 0 <= self.rate <= np.finfo(np.float32).max:
             raise ValueError(f"wanted a rate >= 0, finite in float32; got {self.rate!r}")
         object.__setattr__(self, "rate", float(self.rate))
         if self.exact and self.rate:
@@ -202,13 +216,17 @@ def _fit_coded(scheme: KMeans, whole: Cut, price: Price, previous: Any) -> tuple
 
 
 def _begin(scheme: KMeans, whole: Cut, price: Price) -> tuple[Coded, int]:
-    """The better of two cold starts in every block, and how many passes over the data it needs."""
+    """The best of three cold starts in every block, and how many passes over the data it needs."""
     short, centres, many = _explore(scheme, whole)
     stat = short.blocks[0].stat
     price = Price(price.rate.reshape(*stat, 1), price.each and short is whole)
     starts = [Centres(*(a.reshape(*stat, scheme.k) for a in centres))]
     if learned := scheme.k - len(scheme.fixed):
         starts.append(_merge(even_levels(short, learned, price.rate), scheme.fixed))
+    if 0 < 2 * learned <= _WIDEST:
+        _, wide, _ = _explore(dataclasses.replace(scheme, k=2 * learned, fixed=()), whole)
+        few = merged_levels(short, wide.levels.reshape(*stat, -1), learned, price)
+        starts.append(_merge(few, scheme.fixed))
 
     def settle(start: Centres) -> tuple[Coded, Array]:
         number = lloyd_pass(short, start)[2].astype(start.levels.dtype)
@@ -216,8 +234,8 @@ def _begin(scheme: KMeans, whole: Cut, price: Price) -> tuple[Coded, int]:
         return Coded(*jax.lax.sort(tuple(end), num_keys=2)), objective(short, codes, end, price)
 
     ends, costs = jax.lax.map(settle, jax.tree.map(lambda *each: jnp.stack(each), *starts))
-    better = (costs[-1] < costs[0])[..., None]
-    best = [jnp.where(better, a[-1], a[0]).reshape(*whole.blocks[0].stat, scheme.k) for a in ends]
+    least = jnp.argmin(costs, 0)[None, ..., None]
+    best = [jnp.take_along_axis(a, least, 0).reshape(*whole.blocks[0].stat, scheme.k) for a in ends]
     if short is whole:
         return Coded(*best), 0
     return Coded(*best), many if whole.weights is not None else _WARM

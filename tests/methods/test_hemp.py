@@ -215,8 +215,14 @@ def test_centres_lie_around_all_weights():
         ({"w": jnp.ones(3)}, {"v": jnp.ones(3)}, 1, "v: wanted centres of a leaf"),
         ({"w": jnp.ones(3)}, {"w": jnp.ones(1)}, 1, r"w: wanted two or more .* got float32\[1\]"),
         ({"w": jnp.ones(3)}, {"w": jnp.ones((2, 4))}, 1, r"w: .* blocks that divide \[3\]"),
-        ({"w": jnp.ones(3, int)}, {"w": jnp.ones(3)}, 1, "w: wanted a floating-point array; got int32"),
-        ({"w": jnp.ones(3)}, {"w": jnp.arange(3)}, 1, "w: wanted floating-point centres; got int32"),
+        ({"w": jnp.ones(3, int)}, {"w": jnp.ones(3)}, 1, "w: wanted a floating-point array of weights; got int32"),
+        ({"w": lcq.Binary().project(jnp.ones(3))}, {"w": jnp.ones(3)}, 1, "w: wanted .* of weights; got Codes"),
+        ({"w": jnp.ones(3)}, {"w": lcq.Binary().project(jnp.ones(3))}, 1, "w: wanted .* centres, .*; got Codes"),
+        ({"w": [jnp.ones(3)]}, {"w": [0.0]}, 1, "w/0: wanted floating-point centres, an array; got float"),
+        ({"w": jnp.ones(3)}, {"w": jnp.array([0, jnp.nan])}, 1, r"w: wanted finite, ascending .* got \[ 0. nan\]"),
+        ({"w": jnp.ones(3)}, {"w": jnp.array([1.0, 0.0])}, 1, "w: wanted finite, ascending centres"),
+        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, True, "order= an int >= 1; got True"),
+        ({"w": jnp.ones(3)}, {"w": jnp.arange(3)}, 1, "w: wanted floating-point centres, an array; got int32"),
         ({"w": jnp.ones(3)}, {"w": None}, 1, "wanted a leaf of at least order = 1"),
         ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, 4, "wanted a leaf of at least order = 4"),
         ({"w": jnp.ones(9)}, {"w": jnp.ones(300)}, 3, "K = 300 centres at order n = 3"),
@@ -489,6 +495,8 @@ def test_levels_stay_if_weights_are_not_finite():
         ([lcq.Rule("w", lcq.KMeans(2))], {"every": 0}, "every= a positive int"),
         ([lcq.Rule("w", lcq.KMeans(2))], {"order": 0}, "order= an int >= 1"),
         ([lcq.Rule("w", lcq.KMeans(2))], {"small": -1}, "small= a number"),
+        ([lcq.Rule("w", lcq.KMeans(2))], {"entropy_weight": -1.0}, "entropy_weight= a number >= 0"),
+        ([lcq.Rule("w", lcq.KMeans(2))], {"error_weight": float("nan")}, "error_weight= a number >= 0"),
         ([lcq.Rule("w", lcq.KMeans(2), stacked=1)], {"layout": "torch"}, "without stacked axes"),
     ],
 )
@@ -508,6 +516,12 @@ def test_parameters_and_states_are_checked():
         tx.init({"w": jnp.ones(20)})
     with pytest.raises(ValueError, match="w: wanted a codebook of two or more levels"):
         hemp(optax.sgd(0.1), [lcq.Rule("w", lcq.KMeans(1))]).init(params)
+    with pytest.raises(ValueError, match="K = 16 centres at order n = 9"):
+        hemp(optax.sgd(0.1), [lcq.Rule("w", lcq.KMeans(16))], order=9, small=0).init(params)
+    with pytest.raises(ValueError, match="w: wanted the gradient of the loss"):
+        tx.update({"w": None}, tx.init(params), params)
+    with pytest.raises(ValueError, match="w: wanted the parameters that hemp was given"):
+        compress_warm(tx.init(params), {"v": params["w"]})
     with pytest.raises(ValueError, match=r"wanted one HEMP state .* got 0: was the optimizer made by lcq.hemp"):
         compress_warm(optax.sgd(0.1).init(params), params)
     with pytest.raises(ValueError, match="got 2: pass the part"):

@@ -332,11 +332,14 @@ ERRORS = [
         "w: wanted alpha [1]",
     ),
     (lambda: GroupPower("learned"), "wanted alpha='mean' or 'constant'"),
-    (lambda: GroupPower(width=0.0), "width and guard > 0"),
+    (lambda: smooth_binary([]), "wanted a rule with a scheme"),
+    (lambda: GroupPower(width=0.0), "last width >= 1e-12"),
+    (lambda: GroupPower(last=1e-22), "last width >= 1e-12"),
     (lambda: GroupPower(last=2.0), "last <= 1"),
-    (lambda: GroupPower(settled=1.0), "settled < 1"),
+    (lambda: GroupPower(settled=1 - 1e-9), "settled <= .999"),
+    (lambda: GroupPower(guard=1e-40), "guard >= 1e-30"),
     (lambda: GroupPower(least=0.0), "0 < least"),
-    (lambda: AnnealedTanh(steepest=0.5), "steepest >= 1"),
+    (lambda: AnnealedTanh(steepest=0.5), "1 <= steepest"),
 ]
 
 

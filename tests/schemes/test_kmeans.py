@@ -392,6 +392,35 @@ def test_a_rate_comes_near_the_global_optimum(scale):
     np.testing.assert_allclose(form.levels[0][np.unique(form.codes)], means, atol=1e-5)
 
 
+def test_cold_starts_with_a_rate_are_near_the_global_optimum_of_many_samples():
+    above = []
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        draw = (rng.laplace, rng.normal, rng.standard_cauchy)[seed % 3]
+        x = np.clip(rng.choice([0.5, 1.5, 3, 6]) * draw(size=N), -30, 30).astype(np.float32)
+        above.append(sum_with_bits(CODED.project(jnp.asarray(x)), x, 0.25) / least_with_bits(x, 6, 0.25))
+    assert min(above) >= 1 - 1e-5 and max(above) < 1.1 and np.mean(above) < 1.02
+
+
+def test_neighbours_are_merged_as_in_the_textbook():
+    x = np.random.default_rng(3).laplace(size=60)
+    many = np.sort(np.random.default_rng(4).laplace(size=14))
+    cells = [c for c in (x[np.abs(x[:, None] - many).argmin(1) == i] for i in range(14)) if c.size]
+
+    def cost(cells):
+        return sum(((c - c.mean()) ** 2).sum() + 0.1 * c.size * np.log2(x.size / c.size) for c in cells)
+
+    path = [cells]
+    while len(path[-1]) > 1:
+        now = path[-1]
+        joined = [[*now[:i], np.concatenate(now[i : i + 2]), *now[i + 2 :]] for i in range(len(now) - 1)]
+        path.append(min(joined, key=cost))
+    best = min((cells for cells in path if len(cells) <= 5), key=cost)
+    whole, price = blocks.cut((jnp.asarray(x, jnp.float32),), None), entropy.Price(jnp.full((1, 1), 0.1), False)
+    got = entropy.merged_levels(whole, jnp.asarray(many[None], jnp.float32), 5, price)
+    np.testing.assert_allclose(np.unique(got), [c.mean() for c in best], rtol=1e-4, atol=1e-5)
+
+
 def test_clusters_keep_a_level_each_while_a_bit_is_cheap_and_share_one_when_it_is_dear():
     x = np.repeat([-5.0, 0.0, 4.0, 4.5], 6) + np.tile([-0.01, 0, 0.01], 8)
     for scale, many in ((5.0, 4), (0.5, 3), (0.05, 1)):
