@@ -4,8 +4,9 @@
     ... --trial --epochs 3 --mu 1e-3 10    judged on held-back images: no test set, no record, no artifact
 
 Data: real CIFAR-10; weights: the given ResNet-20, test accuracy 91.73 %. Every kernel is compressed, that of the first
-convolution and of the last layer too; the parameters of batch norm and the last bias train on in float32. Augmentation:
-horizontal flips and random crops of images padded by 4 black pixels. A teacher, where there is one, is the given net.
+convolution and of the last layer too, but for `lc_k2_filters`, which stands beside smooth_binary.py's rows; the
+parameters of batch norm and the last bias train on in float32. Augmentation: horizontal flips and random crops of
+images padded by 4 black pixels. A teacher, where there is one, is the given net.
 A row trains on all 50,000 training images. A trial trains without the last 5,000, and these judge recipes (the given
 weights had seen them). The test set is read once a row, after the last epoch; curves are of training images.
 Delta(Theta) is always evaluated with batch norm recalibrated on 5,000 training images, augmented as in training: the
@@ -124,6 +125,7 @@ RECIPES = {
     "lc_k2": Recipe(K2, mu=(2e-3, 0.3), **FIRST),
     "lc_k2_steep": Recipe(K2),
     "lc_k2_taught": Recipe(K2, **TAUGHT),
+    "lc_k2_filters": Recipe((lcq.Rule("stage.*/kernel", lcq.KMeans(2, per="channel")),), l2=1e-4),
     "ste_k2": Recipe(K2, "ste", rate=0.01),
     "lc_k4": Recipe(K4, rate=0.05, mu=(5e-3, 0.5), **FIRST),
     "lc_k4_steep": Recipe(K4, rate=0.05, mu=(5e-3, 5.0)),

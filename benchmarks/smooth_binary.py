@@ -95,6 +95,7 @@ METHODS: dict[str, Recipe] = {
     "tanh": Recipe(lcq.AnnealedTanh("constant")),
     "smooth_wide": Recipe(lcq.GroupPower("constant", last=1.0)),
     "smooth": Recipe(lcq.GroupPower("constant")),
+    "smooth_l2": Recipe(lcq.GroupPower("constant"), l2=5e-4),
     "smooth_mean": Recipe(lcq.GroupPower()),
     "smooth_learned": Recipe(lcq.GroupPower("constant"), learned=True),
 }

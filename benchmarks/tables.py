@@ -309,7 +309,7 @@ WEIGHTS = {"1 bit, learned": "4 / 15", "ternary": "4 / 8", "uniform 4 bits": "4 
 
 def kernels() -> str:
     """How many times faster than float32: one and two cores, both vector widths."""
-    rows = stored("kernels")
+    rows = stored("kernels") + stored("kernels_kept")
     runs = list(dict.fromkeys((row["cores"], row["vector_bits"]) for row in rows))
     lines: dict[tuple[str, str], dict[Any, str]] = {}
     for row in rows:
@@ -319,10 +319,11 @@ def kernels() -> str:
                 if "packing" in name:
                     continue
                 label = f"{name}: {m} x {rest[0]} x {rest[1]}", SIGNS.get(tuple(row["shape"]), "1")
-            elif row["kind"] == "weights":
+            elif row["kind"] in ("weights", "kept weights"):
                 if m not in (1, 64):
                     continue
-                label = f"{name}: {m} x {rest[0]} x {rest[1]}", WEIGHTS.get(name, "") if m == 1 else ".9"
+                target = WEIGHTS.get(name, "") if m == 1 else ".9"
+                label = f"{name}: {m} x {rest[0]} x {rest[1]}", target if row["kind"] == "weights" else ""
             elif row["kind"].endswith("convolution"):
                 label = f"{row['kind']} 256 to 256, 28 x 28, batch of {m}, packing included", "6 / 8"
             else:
@@ -381,6 +382,7 @@ BINARIES = {
     "tanh": "tanh, annealed",
     "smooth_wide": "**smooth**, as wide to the end",
     "smooth": "**smooth**",
+    "smooth_l2": "**smooth**, five times the L2",
     "smooth_mean": "**smooth**, BWN's scales",
     "smooth_learned": "**smooth**, learned scales",
 }
@@ -399,6 +401,8 @@ def smooth_binary() -> str:
         cells += [f"{row[kind]:.2f}" for row in large for kind in ("soft_accuracy", "accuracy")] or ["", ""]
         cells += [f"{row['bytes']:,}" for row in large] or [""]
         rows.append([title, *cells, f"{times[name]['ratio']:.2f}" if name in times else ""])
+    for row in stored("resnet20_lc_k2_filters"):
+        rows.append(["**LC**, K = 2", "", "", "", f"{row['accuracy']:.2f}", f"{row['bytes']:,}", ""])
     head = ["test accuracy %", "small net, t = 1", "deployed", "ResNet-20, t = 1", "deployed", "bytes", "step / float"]
     return grid(head, rows)
 
