@@ -17,11 +17,13 @@ trained on all training images but the last 5,000, and judged on these (the give
 is read once per point. lambda_H = 0 is the same training without the term. The inner optimizer is Adam: with SGD
 lambda_H has an edge, below it nothing happens and above it every weight goes to one level, as the loss gradients of a
 net that fits its data resist a move of all weights but of none alone; Adam's steps, in units of a weight's own
-gradients, hold those that matter and let the others go. lambda_H falls as a cosine to 0 in the first part of a run,
+gradients, hold those that matter and let the others go. The slopes of H_n are large where levels are close: so
+ResNet-20's convolutions start with weights of one size, which batch norm allows; as they were given, the layer of the
+smallest weights lost them all before the others changed. lambda_H falls as a cosine to 0 in the first part of a run,
 lambda_E grows to its end; the levels are estimated at the start and at the end. Sizes are whole files, as `lcq.save`
-writes them: blocks of codes by rANS, biases and batch norm in float32, header and all. The summary interpolates log
-bytes between points of a curve at errors that both reach, on held-back and on test images. After every epoch all there
-is goes to OUT/NAME.ckpt.
+writes them: blocks of codes by rANS, header and all; LeNet-5's biases in float32, ResNet-20's batch norm folded to a
+scale and a bias, in bfloat16 as its other bias. The summary interpolates log bytes between points of a curve at errors
+that both reach, on held-back and on test images. After every epoch all there is goes to OUT/NAME.ckpt.
 """
 
 import argparse
@@ -42,7 +44,7 @@ import optax
 import resnet20
 from checkpoint import digest, keep, maker, resume
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from record import ARTIFACTS, RESULTS, record, stored
 
 import lcq
@@ -200,7 +202,7 @@ class OnCifar:
         return cut(*data.cifar10("train"), data.cifar10("test"))
 
     def start(self) -> dict[str, Any]:
-        return resnet20.given()
+        return alike(resnet20.given())
 
     def apply(self, variables: Any, x: Any) -> Any:
         return resnet20.apply(variables, x)
@@ -213,11 +215,24 @@ class OnCifar:
         return gpfq_train.batches(*images, how, epoch)
 
     def finished(self, forms: Any, statistics: Any, images: Images) -> dict[str, Any]:
-        return resnet20.recalibrated(forms, statistics, images.train[0], 0)
+        return resnet20.folded(resnet20.recalibrated(forms, statistics, images.train[0], 0))
 
 
 Net = OnMnist | OnCifar
 NETS: dict[str, Net] = {"lenet5": OnMnist(), "resnet20": OnCifar()}
+
+
+def alike(variables: Any) -> dict[str, Any]:
+    """Every convolution with weights of root mean square .1; its batch norm takes that back."""
+    params, statistics = flatten_dict(variables["params"]), flatten_dict(variables["batch_stats"])
+    for *block, name, kind in list(params):
+        if name.startswith("conv") and kind == "kernel":
+            factor = 0.1 / jnp.sqrt(jnp.mean(params[*block, name, kind] ** 2))
+            norm = (*block, name.replace("conv", "bn"))
+            params[*block, name, kind] *= factor
+            statistics[*norm, "mean"] *= factor
+            statistics[*norm, "var"] *= factor**2
+    return {"params": unflatten_dict(params), "batch_stats": unflatten_dict(statistics)}
 
 
 def cut(x: Any, y: Any, test: tuple[Any, Any]) -> Images:
@@ -299,10 +314,14 @@ class Point(NamedTuple):
         return [lcq.Rule(path, lcq.KMeans(self.levels, zero, rate=self.price * mean[path])) for path in kernels]
 
 
-POINTS = [Point(0, 0.0, 2), Point(0, 0.0, 3), Point(0, 0.0, 3, 0.4), Point(0, 0.0, 5), Point(0, 0.0, 5, 0.2)]
+WITHOUT = [Point(0, 0.0, 2), Point(0, 0.0, 3), Point(0, 0.0, 3, 0.4), Point(0, 0.0, 5), Point(0, 0.0, 5, 0.2)]
 """Without the term the codebooks make the curve."""
 
-POINTS += [Point(order, weight, 5, 0.2) for weight in (1.0, 1.5, 0.5) for order in (1, 2, 3)] + [Point(1, 2.0, 5, 0.2)]
+WITH = [(1, 0.5), (1, 1.0), (1, 1.5), (1, 2.0), (2, 1.0), (2, 1.5), (3, 1.0), (3, 1.5)]
+POINTS = {
+    "lenet5": [*WITHOUT, *(Point(order, weight, 5, 0.2) for order, weight in WITH)],
+    "resnet20": [WITHOUT[1], WITHOUT[4], Point(1, 6.0, 5, 0.2), Point(2, 5.0, 5, 0.2), Point(3, 5.0, 5, 0.2)],
+}
 
 
 def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
@@ -416,7 +435,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     images = NETS[args.net].images()
     one = Point(args.order, args.weight, args.levels, args.price, args.seed)
-    for point in POINTS if args.what == "sweep" else [one]:
+    for point in POINTS[args.net] if args.what == "sweep" else [one]:
         train_point(args, point, images)
 
 
