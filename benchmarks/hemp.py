@@ -320,7 +320,7 @@ WITHOUT = [Point(0, 0.0, 2), Point(0, 0.0, 3), Point(0, 0.0, 3, 0.4), Point(0, 0
 WITH = [(1, 0.5), (1, 1.0), (1, 1.5), (1, 2.0), (2, 1.0), (2, 1.5), (3, 1.0), (3, 1.5)]
 POINTS = {
     "lenet5": [*WITHOUT, *(Point(order, weight, 5, 0.2) for order, weight in WITH)],
-    "resnet20": [WITHOUT[1], WITHOUT[4], Point(1, 6.0, 5, 0.2), Point(2, 5.0, 5, 0.2), Point(3, 5.0, 5, 0.2)],
+    "resnet20": [WITHOUT[2], WITHOUT[4], Point(1, 5.0, 5, 0.2), Point(2, 5.0, 5, 0.2), Point(3, 5.0, 5, 0.2)],
 }
 
 
