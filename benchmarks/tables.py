@@ -393,11 +393,13 @@ def smooth_binary() -> str:
     times = {row["recipe"]: row for row in stored("smooth_binary_time")}
     rows = []
     for name, title in BINARIES.items():
-        found, cells = stored(f"smooth_binary_small_{name}"), []
+        found, large = (stored(f"smooth_binary_{net}_{name}") for net in ("small", "resnet20"))
+        if not found + large:
+            continue
+        cells = []
         for kind in ("soft_accuracy", "accuracy"):
             values = [row[kind] for row in found]
             cells.append(f"{statistics.mean(values):.2f} +- {statistics.stdev(values):.2f}" if len(values) > 1 else "")
-        large = stored(f"smooth_binary_resnet20_{name}")
         cells += [f"{row[kind]:.2f}" for row in large for kind in ("soft_accuracy", "accuracy")] or ["", ""]
         cells += [f"{row['bytes']:,}" for row in large] or [""]
         rows.append([title, *cells, f"{times[name]['ratio']:.2f}" if name in times else ""])
