@@ -391,15 +391,19 @@ def bytes_at(curve: list[tuple[float, float]], error: float) -> float | None:
 
 
 def summary(net: str) -> list[dict[str, Any]]:
-    """What every order takes at the errors of the points without the term, by held-back images and by test images."""
+    """What every order takes at the errors of the points without the term, by held-back images and by test images.
+
+    The points of all orders together are a curve too, "any".
+    """
     points = [row for path in sorted(RESULTS.glob(f"hemp_{net}_n*.json")) for row in stored(path.stem)]
     rows = []
     for judge in ("held_back_error", "test_error"):
-        curves: dict[int, list[tuple[float, float]]] = {}
+        curves: dict[str, list[tuple[float, float]]] = {}
         for row in points:
-            curves.setdefault(row["order"], []).append((round(row[judge], 2), row["bytes"]))
-        for error in sorted({error for error, _ in curves.get(0, [])}):
-            sizes = {str(order): bytes_at(curve, error) for order, curve in sorted(curves.items())}
+            for name in (str(row["order"]), *(["any"] if row["order"] else [])):
+                curves.setdefault(name, []).append((round(row[judge], 2), row["bytes"]))
+        for error in sorted({error for error, _ in curves.get("0", [])}):
+            sizes = {name: bytes_at(curve, error) for name, curve in sorted(curves.items())}
             rows.append({"judged_by": judge, "error": error, "bytes": sizes})
     return rows
 

@@ -418,7 +418,7 @@ def hemp() -> str:
     for net, title in NETS.items():
         for row in stored(f"hemp_{net}"):
             without, sizes = row["bytes"]["0"], [row["bytes"].get(str(order)) for order in (1, 2, 3)]
-            best = min((size for size in sizes if size), default=None)
+            best = row["bytes"]["any"]
             saved = f"{100 * (1 - best / without):.0f} %" if best else ""
             cells = [f"{size:,.0f}" if size else "" for size in (without, *sizes)]
             judge = "held back" if row["judged_by"] == "held_back_error" else "test"
