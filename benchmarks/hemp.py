@@ -295,19 +295,16 @@ def empirical(codes: np.ndarray, order: int) -> tuple[float, int]:
 
 
 class Point(NamedTuple):
-    """A point of the curves: order, lambda_H, levels, the price of a bit in the codebooks in mean squares of w, a seed,
-    and the part of the run after which lambda_H is 0."""
+    """A point of the curves: order, lambda_H, levels, and the price of a bit in the codebooks, in mean squares of w."""
 
     order: int
     weight: float
     levels: int
     price: float = 0.0
     seed: int = 0
-    stop: float = 0.8
 
     def name(self, net: str) -> str:
-        stop = "" if self.stop == 0.8 else f"_t{self.stop:g}"
-        return f"hemp_{net}_n{self.order}_h{self.weight:g}_k{self.levels}_p{self.price:g}_s{self.seed}{stop}"
+        return f"hemp_{net}_n{self.order}_h{self.weight:g}_k{self.levels}_p{self.price:g}_s{self.seed}"
 
     def rules(self, params: Any) -> list[lcq.Rule]:
         """A codebook of its own for each kernel; an odd number of levels has a zero."""
@@ -324,8 +321,9 @@ WITH = [(1, 0.5), (1, 1.0), (1, 1.5), (1, 2.0), (2, 1.0), (2, 1.5), (3, 1.0), (3
 POINTS = {
     "lenet5": [*WITHOUT, *(Point(order, weight, 5, 0.2) for order, weight in WITH)],
     "resnet20": [
-        *(WITHOUT[4], Point(0, 0.0, 5, 0.6)),
-        *(Point(1, 4.0, 5, 0.2, stop=1.6), Point(2, 5.0, 5, 0.2), Point(3, 5.0, 5, 0.2)),
+        WITHOUT[1],
+        WITHOUT[4],
+        *(Point(order, weight, 5, 0.2) for order, weight in ((1, 5.5), (2, 5.0), (3, 5.0))),
     ],
 }
 
@@ -338,13 +336,13 @@ def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
     epochs = args.epochs or net.epochs
     steps = epochs * (len(images.train[0]) // BATCH)
     settings = {"epochs": epochs, "rate": args.rate, "error_weight": args.error}
-    settings |= {"power": args.power, "stop": point.stop}
+    settings |= {"power": args.power, "stop": args.stop}
     variables = net.start()
     tx = lcq.hemp(
         optax.adam(optax.cosine_decay_schedule(args.rate, steps)),
         point.rules(variables["params"]),
         order=max(point.order, 1),
-        entropy_weight=optax.cosine_decay_schedule(point.weight, int(point.stop * steps)),
+        entropy_weight=optax.cosine_decay_schedule(point.weight, int(args.stop * steps)),
         error_weight=optax.polynomial_schedule(0.0, args.error, args.power, steps),
     )
     recipe = (name, settings, args.trial)
@@ -444,7 +442,7 @@ def main() -> None:
         parser.error("wanted --out FOLDER")
     args.out.mkdir(parents=True, exist_ok=True)
     images = NETS[args.net].images()
-    one = Point(args.order, args.weight, args.levels, args.price, args.seed, args.stop)
+    one = Point(args.order, args.weight, args.levels, args.price, args.seed)
     for point in POINTS[args.net] if args.what == "sweep" else [one]:
         train_point(args, point, images)
 
