@@ -140,7 +140,7 @@ RECIPES = {
     "ste_ternary": Recipe(TERNARY, "ste", rate=0.01),
     "lc_k8_rate": Recipe((lcq.Rule(KERNELS, lcq.KMeans(8, rate=1.3e-3)),), rate=0.05, mu=(5e-3, 5.0), **SMALL),
     "lc_k8_rate_l2": Recipe((lcq.Rule(KERNELS, lcq.KMeans(8, rate=1.3e-3)),), **SMALLER),
-    "lc_k8_high_rate_l2": Recipe((lcq.Rule(KERNELS, lcq.KMeans(8, rate=2.4e-3)),), **SMALLER),
+    "lc_k8_low_rate_l2": Recipe((lcq.Rule(KERNELS, lcq.KMeans(8, rate=6e-4)),), **SMALLER),
     "lc_mixed": Recipe(1.3),
     "ste_mixed": Recipe(1.3, "ste", rate=0.01),
 }

@@ -430,7 +430,7 @@ def hemp() -> str:
 RATES = {
     "lc_k8_rate": "K = 8, rate .0013, teacher",
     "lc_k8_rate_l2": "K = 8, rate .0013, five times the L2",
-    "lc_k8_high_rate_l2": "K = 8, rate .0024, five times the L2",
+    "lc_k8_low_rate_l2": "K = 8, rate .0006, five times the L2",
 }
 
 TABLES: dict[str, Callable[[], str]] = {
