@@ -769,8 +769,12 @@ def test_a_product_of_one_bit_is_exported_with_the_kernel_of_the_platform():
     net = jax.jit(lambda x: product(ready, x))
     triton = "__gpu$xla.gpu.triton"
     allowed = [jax.export.DisabledSafetyCheck.custom_call(triton)]
+    # newer JAX wants to know which GPU, where there is none
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
     for platform, kernel in (("tpu", "tpu_custom_call"), ("cuda", triton), ("cpu", None)):
-        exported = jax.export.export(net, platforms=[platform], disabled_checks=allowed)(x)
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu if platform == "cuda" else None)
+        with jax.sharding.use_abstract_mesh(mesh):
+            exported = jax.export.export(net, platforms=[platform], disabled_checks=allowed)(x)
         module = exported.mlir_module()
         assert [name for name in ("tpu_custom_call", triton) if name in module] == [kernel] * (kernel is not None)
         assert jax.export.deserialize(exported.serialize()).platforms == (platform,)
