@@ -99,7 +99,8 @@ def lists(form: Sparse) -> Lists | None:
 def list_product(x: Float[Array, "m k"], laid: Lists) -> Float[Array, "m n"]:
     """y[m, n] = sum_j x[m, places[j, n]] values[j, n], in float32 or wider.
 
-    Few rows go entry by entry of all lists, many with one tile of columns after another made dense.
+    Few rows go entry by entry of all lists, many with one tile of columns after another made dense. A NaN or infinity
+    in x that no list names is not lost: it makes the row NaN, as the zeros of the dense product do.
     """
     wide = jnp.promote_types(jnp.promote_types(x.dtype, laid.values.dtype), jnp.float32)
     x, values = x.astype(wide), laid.values.astype(wide)
@@ -113,4 +114,5 @@ def list_product(x: Float[Array, "m k"], laid: Lists) -> Float[Array, "m n"]:
 
     if x.shape[0] > _FEW:
         return tile_by_tile(x, laid.columns, {"places": laid.places, "values": values}, dense)
-    return jax.lax.scan(add, jnp.zeros((x.shape[0], laid.columns), wide), (laid.places, values))[0]
+    start = jnp.broadcast_to((0 * x).sum(1, keepdims=True), (x.shape[0], laid.columns))
+    return jax.lax.scan(add, start, (laid.places, values))[0]

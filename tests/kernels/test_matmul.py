@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.forms import Codes
+from lcq.forms import Codes, Sparse
 from lcq.kernels import codes_xla, reference
 from lcq.kernels.columns import columns, pack_columns
 from lcq.kernels.lists import lists
@@ -121,6 +121,27 @@ def test_lists_of_few_weights(scheme, lead):
         y, pull = jax.vjp(lambda x: product(x, laid), x)
         near(y, x, dense)
         near(pull(g)[0], g, np.swapaxes(dense, -1, -2))
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_list_hides_no_activation_that_is_not_finite(rows, odd):
+    """Row 5 is in no list; the dense product meets it in a zero."""
+    laid = lists(Sparse(jnp.arange(18).reshape(9, 2) < 2, jnp.ones((9, 2))))
+    y = np.asarray(jax.jit(matmul)(jnp.ones((rows, 9)).at[0, 5].set(odd), laid))
+    assert np.isnan(y[0]).all() and (y[1:] == 1).all()
+
+
+def test_lists_of_bfloat16():
+    form = lcq.Prune(kept=0.1).project(jnp.asarray(RNG.normal(size=(70, 131)), jnp.bfloat16))
+    laid = lists(form)
+    assert laid.dtype == laid.values.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(laid.dense(), form.dense())
+    x = jnp.asarray(RNG.normal(size=(3, 70)), jnp.bfloat16)
+    y = matmul(x, laid)
+    assert y.dtype == jnp.bfloat16
+    wide = np.asarray(x, np.float64) @ np.asarray(form.dense(), np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), wide, rtol=2**-8, atol=1e-5)
 
 
 def test_long_lists_and_traced_forms_are_not_laid_out():
