@@ -431,6 +431,7 @@ RATES = {
     "lc_k8_rate": "K = 8, rate .0013, teacher",
     "lc_k8_rate_l2": "K = 8, rate .0013, five times the L2",
     "lc_k8_low_rate_l2": "K = 8, rate .0006, five times the L2",
+    "lc_k8_evened_rate_l2": "K = 8, rate .0017, less where weights matter more, five times the L2",
 }
 
 TABLES: dict[str, Callable[[], str]] = {
