@@ -379,9 +379,14 @@ def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
     record(name, [row], seeds=[point.seed], settings=settings, batch=BATCH)
 
 
+def unbeaten(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of (error, bytes) that no other beats, by their errors."""
+    return [p for p in sorted(curve) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in curve)]
+
+
 def bytes_at(curve: list[tuple[float, float]], error: float) -> float | None:
     """Bytes of a curve of (error, bytes) at an error, log bytes interpolated along points that no other beats."""
-    best = [p for p in sorted(curve) if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in curve)]
+    best = unbeaten(curve)
     if not best or best[0][0] > error:
         return None
     errors, sizes = zip(*best, strict=True)
@@ -389,9 +394,10 @@ def bytes_at(curve: list[tuple[float, float]], error: float) -> float | None:
 
 
 def summary(net: str) -> list[dict[str, Any]]:
-    """What every order takes at the errors of the points without the term, by held-back images and by test images.
+    """What every order takes at equal errors, by held-back images and by test images.
 
-    The points of all orders together are a curve too, "any".
+    The points of all orders together are a curve too, "any". Errors are those of the points without the term, and of
+    the ends of the curve with it where the other curve has points on either side.
     """
     points = [row for path in sorted(RESULTS.glob(f"hemp_{net}_n*.json")) for row in stored(path.stem)]
     rows = []
@@ -400,7 +406,9 @@ def summary(net: str) -> list[dict[str, Any]]:
         for row in points:
             for name in (str(row["order"]), *(["any"] if row["order"] else [])):
                 curves.setdefault(name, []).append((round(row[judge], 2), row["bytes"]))
-        for error in sorted({error for error, _ in curves.get("0", [])}):
+        without, ends = unbeaten(curves["0"]), unbeaten(curves["any"])
+        shared = {error for error, _ in (ends[0], ends[-1]) if without[0][0] < error < without[-1][0]}
+        for error in sorted(shared | {error for error, _ in curves["0"]}):
             sizes = {name: bytes_at(curve, error) for name, curve in sorted(curves.items())}
             rows.append({"judged_by": judge, "error": error, "bytes": sizes})
     return rows

@@ -413,7 +413,7 @@ NETS = {"lenet5": "LeNet-5, MNIST", "resnet20": "ResNet-20, CIFAR-10"}
 
 
 def hemp() -> str:
-    """Bytes with and without the term, at the errors of the points without it."""
+    """Bytes with and without the term at equal errors."""
     rows = []
     for net, title in NETS.items():
         for row in stored(f"hemp_{net}"):
