@@ -358,6 +358,7 @@ SMALLEST = {
     "lenet300_3": ("LeNet300, MNIST, 3 % kept, 16 values", "error 2.2 in 14 / 9 kB"),
     "lenet300_3_teacher": ("the same, teacher", "error 2.2 in 14 / 9 kB"),
     "lenet300_2.2_teacher": ("LeNet300, MNIST, 2.2 % kept, 8 values, teacher", "error 2.2 in 14 / 9 kB"),
+    "lenet300_2.5_moved": ("LeNet300, MNIST, 2.5 % kept, 8 values, teacher, moved", "error 2.2 in 14 / 9 kB"),
 }
 
 
