@@ -323,7 +323,7 @@ POINTS = {
     "resnet20": [
         WITHOUT[1],
         WITHOUT[4],
-        *(Point(order, weight, 5, 0.2) for order, weight in ((1, 5.5), (2, 5.0), (3, 5.0))),
+        *(Point(order, weight, 5, 0.2) for order, weight in ((1, 5.5), (1, 5.75), (2, 5.0), (3, 5.0))),
     ],
 }
 
