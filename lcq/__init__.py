@@ -17,6 +17,7 @@ from lcq.methods.curvature import curvature as curvature
 from lcq.methods.descent import Descent as Descent
 from lcq.methods.differentiable_entropy import block_entropy as block_entropy
 from lcq.methods.differentiable_entropy import entropy_centres as entropy_centres
+from lcq.methods.flops import flops as flops
 from lcq.methods.hemp import compress_warm as compress_warm
 from lcq.methods.hemp import hemp as hemp
 from lcq.methods.lc import c_step as c_step
@@ -56,7 +57,6 @@ from lcq.schemes.levels import Ternary as Ternary
 from lcq.schemes.lowrank import LowRank as LowRank
 from lcq.schemes.prune import Prune as Prune
 from lcq.schemes.uniform import Uniform as Uniform
-from lcq.trace import flops as flops
 from lcq.tree import compress as compress
 from lcq.tree import decompress as decompress
 from lcq.tree import ratio as ratio

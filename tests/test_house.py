@@ -45,7 +45,7 @@ ROOMS = {
     "methods": Room(
         4,
         "base blocks forms rules products trace tree unfold schemes",
-        "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature "
+        "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature flops "
         "layerwise assembly quantize smooth_binary differentiable_entropy hemp refit",
     ),
     "artifact": Room(

@@ -1,7 +1,6 @@
 """What parameters are followed to, and where they cannot be. That products compute what the function does, see
 tests/methods/test_walk.py."""
 
-import functools
 import re
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lcq.trace import flops, trace
+from lcq.trace import trace
 
 X = jax.ShapeDtypeStruct((5, 4), jnp.float32)
 
@@ -245,29 +244,3 @@ def test_errors_name_the_leaf_the_equation_and_the_remedy(case):
     assert remedy in message and "lcq.Rule('w', None)" in message
     assert "->" not in message or "as an output" in message or re.search(r"test_trace\.py:\d+", message), message
     trace(fn, shapes(**sizes), X, [])
-
-
-# Operations
-
-
-def test_flops():
-    """Of a dense and a grouped convolutional layer, a scan over layers and a head; not of scores, lookups and norms."""
-
-    def fn(p, tokens):
-        x = p["embed"][tokens] * p["norm"]
-        x = convolve(x, p["kernel"], feature_group_count=2) + p["bias"]
-        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["stack"])[0]
-        scores = jnp.einsum("bsd,btd->bst", x, x)
-        return jnp.einsum("bst,btd,vd->bsv", scores, x, p["embed"])
-
-    params = shapes(embed=(7, 4), norm=(4,), kernel=(3, 2, 4), bias=(4,), stack=(3, 4, 4))
-    found = flops(fn, params, jax.ShapeDtypeStruct((2, 5), jnp.int32))
-    layers = [("stack", "dot", (1, 10, 4, 4), 2 * 10 * 4 * 4)] * 3
-    head = ("embed", "dot", (1, 10, 4, 7), 2 * 10 * 4 * 7)
-    assert list(map(tuple, found)) == [("kernel", "conv", (2, 10, 6, 2), 2 * 2 * 10 * 6 * 2), *layers, head]
-
-
-def test_flops_of_what_cannot_be_seen():
-    loop = functools.partial(lax.while_loop, lambda x: x.sum() > 0)
-    with pytest.raises(ValueError, match=r"^w: .* w -> while at"):
-        flops(lambda p, x: loop(lambda x: x @ p["w"], x), shapes(w=(4, 4)), X)
