@@ -22,8 +22,8 @@ ResNet-20's convolutions start with weights of one size, which batch norm allows
 smallest weights lost them all before the others changed. lambda_H falls as a cosine to 0 in the first part of a run,
 lambda_E grows to its end; the levels are estimated at the start and at the end. Sizes are whole files, as `lcq.save`
 writes them: blocks of codes by rANS, header and all; LeNet-5's biases in float32, ResNet-20's batch norm folded to a
-scale and a bias, in bfloat16 as its other bias. The summary interpolates log bytes between points of a curve at errors
-that both reach, on held-back and on test images. After every epoch all there is goes to OUT/NAME.ckpt.
+scale and a bias, in bfloat16 as its other bias. The summary interpolates log bytes between points of a curve, which
+goes on level past its last, on held-back and on test images. After every epoch all there is goes to OUT/NAME.ckpt.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 LC with one budget of kept weights over all kernels and biases in bfloat16, in 250 epochs; from there LC with one
 codebook of the kept weights' values too, in 60; then centres and biases tuned with masks and codes fixed, and the coded
 file. Data, weights and batches are those of lenet300.py. The test set is read once a recipe. A recipe with moved images
-sees each training image in five places, and so for a fifth of the epochs.
+sees each training image in five places, in one pass over all of these for an L step.
 """
 
 import argparse
