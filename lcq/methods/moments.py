@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lcq.blocks import compute_dtype, explicit_sharding
 
@@ -22,8 +22,8 @@ class Moments(NamedTuple):
     """Running sums over batches, m rows in all, N inputs. A pytree; vmapped over groups it has a leading axis.
 
     Attributes:
-        count: m, int32.
-        shift: s [N], the mean of the first batch of Y.
+        count: m, int32: the rows that count, of this group.
+        shift: s [N], the mean of the first batch of Y that has a row.
         sum_y: sum of Y - s, [N].
         sum_gap: sum of X - Y, [N].
         gram: (Y - s)'(Y - s), [N, N].
@@ -47,9 +47,9 @@ class Statistics(NamedTuple):
         gram: H = Y'Y, [N, N].
         drift: D = Y'(X - Y), [N, N]; None for 0.
         gap: K = (X - Y)'(X - Y), [N, N]; None if it is 0 or not known.
-        mean_x: [N].
+        mean_x: [N]; 0 where no row counts.
         mean_y: [N].
-        count: m.
+        count: m, the rows that count; 0 for an expert without any.
     """
 
     gram: Any
@@ -66,6 +66,7 @@ def gather(
     moments: Moments | None = None,
     *,
     gap: bool = False,
+    rows: Bool[Array, "m"] | None = None,
 ) -> Moments:
     """Adds one batch: H += Y'Y, D += Y'(X - Y), K += (X - Y)'(X - Y), with Y shifted.
 
@@ -74,6 +75,7 @@ def gather(
         x: the same in the original net; None if X is Y, which saves half of the work.
         moments: of the batches before; None for the first.
         gap: whether to sum K, which only the value of the residual needs, not its minimum.
+        rows: which of the rows count; the others may be anything, NaN too. None for all.
 
     Returns:
         Sums in float32 or wider.
@@ -91,11 +93,16 @@ def gather(
         raise ValueError(f"wanted the same x= and gap= for every batch; those before had (x, gap) = {before}")
     wide = compute_dtype(y.dtype if x is None else jnp.promote_types(x.dtype, y.dtype))
     y = y.astype(wide)
-    shift = y.mean(0) if moments is None else moments.shift
-    moved = y - shift
-    away = None if x is None else x.astype(wide) - y
+    if moments is None:
+        shift = mean(y, rows)
+    elif rows is None:
+        shift = moments.shift
+    else:  # without rows so far all sums are zero, and any shift fits them
+        shift = jnp.where(moments.count > 0, moments.shift, mean(y, rows))
+    moved = counted(y - shift, rows)
+    away = None if x is None else counted(x.astype(wide) - y, rows)
     batch = Moments(
-        count=jnp.int32(len(y)),
+        count=jnp.int32(len(y)) if rows is None else rows.sum(dtype=jnp.int32),
         shift=shift,
         sum_y=moved.sum(0),
         sum_gap=jnp.zeros_like(shift) if away is None else away.sum(0),
@@ -122,7 +129,8 @@ def finish(moments: Moments, centred: bool = False) -> Statistics:
         Both kinds are made from the shifted sums, with no product of large means to cancel.
     """
     count = moments.count.astype(moments.shift.dtype)
-    moved, away = moments.sum_y / count, moments.sum_gap / count  # the means of Y - s and of X - Y
+    share = 1 / jnp.maximum(count, 1)
+    moved, away = moments.sum_y * share, moments.sum_gap * share  # the means of Y - s and of X - Y
     if centred:
         gram = moments.gram - count * _outer(moved, moved)
         drift = None if moments.drift is None else moments.drift - count * _outer(moved, away)
@@ -134,6 +142,16 @@ def finish(moments: Moments, centred: bool = False) -> Statistics:
         drift = None if moments.drift is None else moments.drift + count * _outer(shift, away)
     mean_y = moments.shift + moved
     return Statistics(gram, drift, gap, mean_y + away, mean_y, moments.count)
+
+
+def counted(a: Float[Array, "m N"], rows: Bool[Array, "m"] | None) -> Float[Array, "m N"]:
+    """a with zeros in the rows that do not count."""
+    return a if rows is None else jnp.where(rows[:, None], a, jnp.zeros((), a.dtype))
+
+
+def mean(a: Float[Array, "m N"], rows: Bool[Array, "m"] | None) -> Float[Array, "N"]:
+    """The mean of the rows that count; 0 without any."""
+    return a.mean(0) if rows is None else counted(a, rows).sum(0) / jnp.maximum(rows.sum(), 1).astype(a.dtype)
 
 
 def _outer(a: Array, b: Array) -> Array:

@@ -65,6 +65,29 @@ def test_without_x():
     assert int(alone.count) == 100
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_rows_that_do_not_count(centred):
+    """They are NaN here, and the first batch has no other; the shift is the mean of the first that do."""
+    x, y = inputs(90, 7, 30.0)
+    rows = np.random.default_rng(3).random(90) < 0.4
+    rows[:20] = False
+    x[~rows], y[~rows] = np.nan, np.inf
+    moments = None
+    for part in (slice(0, 20), slice(20, 50), slice(50, 90)):
+        x_part, y_part, counts = (jnp.asarray(a[part]) for a in (x, y, rows))
+        moments = gather(y_part, x_part, moments, gap=True, rows=counts)
+    assert_close(finish(moments, centred), oracle(x[rows], y[rows], centred))
+    whole = finish(gather(jnp.asarray(y), jnp.asarray(x), gap=True, rows=jnp.asarray(rows)), centred)
+    assert_close(whole, oracle(x[rows], y[rows], centred))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_no_row_counts(centred):
+    y = jnp.full((3, 2), jnp.nan)
+    statistics = finish(gather(y, y, gap=True, rows=jnp.zeros(3, bool)), centred)
+    assert all((np.asarray(a) == 0).all() for a in statistics)
+
+
 @pytest.mark.parametrize("before", [{}, {"x": 1}, {"x": 1, "gap": True}])
 @pytest.mark.parametrize("now", [{}, {"x": 1}, {"x": 1, "gap": True}])
 def test_every_batch_is_gathered_alike(before, now):
