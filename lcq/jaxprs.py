@@ -30,6 +30,9 @@ LAYOUT = {
 }
 """Primitives that move the elements of their first operand."""
 
+IN_PLACE = {"convert_element_type", "stop_gradient", "name", "copy", "copy_p", "reduce_precision"}
+"""Changes of layout that leave every element where it is; they commute with taking a slice."""
+
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan", "ragged_dot", "ragged_dot_general"}
 

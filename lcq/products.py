@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from lcq import unfold
-
-IN_PLACE = {"convert_element_type", "stop_gradient", "name", "copy", "copy_p", "reduce_precision"}
-"""Changes of layout that leave every element where it is; they commute with taking a slice."""
+from lcq.jaxprs import IN_PLACE
 
 
 class Step(NamedTuple):
@@ -67,11 +66,13 @@ class Placed:
     def then(self, step: Step) -> "Placed":
         return dataclasses.replace(self, steps=(*self.steps, step))
 
-    def at(self, i: int) -> "Placed | None":
-        """Slice i along the first axis, if that can be said as an index."""
+    def at(self, i: int, shape: tuple[int, ...]) -> "Placed":
+        """Slice i along the first axis, of this shape: as an index, if no step is in its way."""
         if all(step.primitive.name in IN_PLACE for step in self.steps):
             return dataclasses.replace(self, index=(*self.index, i))
-        return None
+        params = {"start_indices": (i, *(0,) * len(shape)), "limit_indices": (i + 1, *shape), "strides": None}
+        cut = Step(jax.lax.slice_p, params, (), 0)
+        return self.then(cut).then(Step(jax.lax.squeeze_p, {"dimensions": (0,)}, (), 0))
 
     def chain(self) -> str:
         where = self.path + "".join(f"[{i}]" for i in self.index)
@@ -223,3 +224,29 @@ class Shift(NamedTuple):
     path: str
     sign: int
     elements: np.ndarray
+
+
+def per_neuron(product: Product, steps: tuple[Step, ...], places: np.ndarray, onto: tuple[int, ...]) -> Any:
+    """The place in the bias of each neuron [G, n]; None unless neurons and places go one to one."""
+    g, _, _, n = product.shape
+    moves = [step for step in steps if step.primitive.name not in IN_PLACE]
+    with jax.ensure_compile_time_eval():
+        number = product.spread(jnp.arange(g * n, dtype=jnp.int32).reshape(g, n))
+        neurons = functools.reduce(lambda a, step: step(a), moves, jnp.broadcast_to(number, product.y.shape))
+    if neurons.shape != onto:
+        return None
+    of, at = np.asarray(neurons).reshape(-1), np.broadcast_to(places, onto).reshape(-1)
+    result = np.empty(g * n, np.int64)
+    result[of] = at
+    one_to_one = (result[of] == at).all() and len(np.unique(result)) == g * n
+    return result.reshape(g, n) if one_to_one else None
+
+
+def uses_of_each(places: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """How many of these arrays each of the numbers below size is in."""
+    often = np.zeros(size, np.int64)
+    for each in places:
+        inside = np.zeros(size, bool)
+        inside[each] = True
+        often += inside
+    return often

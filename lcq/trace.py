@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from lcq import joined
 from lcq.jaxprs import CALLS, LAYOUT, OPAQUE, PRODUCTS, bind, evaluate, inner, opened, scan_of, struct, weighs, where
-from lcq.products import IN_PLACE, Placed, Product, Shift, Step
+from lcq.obstacles import cannot_follow, not_whole, shared_in_part
+from lcq.products import Placed, Product, Shift, Step, per_neuron, uses_of_each
 from lcq.rules import flatten
 
 
@@ -100,6 +102,8 @@ class _Value:
         param: whether it follows from a parameter.
         placed: set while it is nothing but a parameter, moved.
         result: set while it is nothing but a product's result, moved.
+        pieces: set while it is a concatenation, moved, of values of which some are followed.
+        axis: along which these are joined.
         reads: equations that use it.
     """
 
@@ -108,7 +112,14 @@ class _Value:
     param: bool = False
     placed: Placed | None = None
     result: "_Result | None" = None
+    pieces: "tuple[_Value, ...]" = ()
+    axis: int = 0
     reads: int = 0
+
+    @property
+    def joint(self) -> joined.Joint:
+        """How its pieces make it."""
+        return joined.Joint(self.axis, tuple(np.shape(piece.array)[self.axis] for piece in self.pieces))
 
 
 class _Result(NamedTuple):
@@ -133,6 +144,7 @@ class _Follower:
         self.uses: dict[str, list[_Use]] = {path: [] for path in leaves}
         self.reached = {path: np.zeros(math.prod(np.shape(leaf)), bool) for path, leaf in self._chosen()}
         self.fresh: set[int] = set()
+        self.source: str | None = None
 
     def _chosen(self) -> Iterator[tuple[str, Any]]:
         return ((path, leaf) for path, leaf in self.leaves.items() if path in self.selected)
@@ -158,6 +170,10 @@ class _Follower:
             return self.run(closed, ins)
         if name == "scan" and any(self._followed(value) for value in ins):
             return self._unroll(eqn, ins)
+        if name in joined.JOINS and any(self._followed(value) for value in ins):
+            return [self._join(eqn, ins)]
+        if any(value.pieces for value in ins) and (apart := self._apart(eqn, ins)) is not None:
+            return apart
         if name in PRODUCTS and (side := self._side(eqn, ins)) is not None:
             return [self._product(eqn, ins, side)]
         if name in LAYOUT and all(not isinstance(value.array, jax.core.Tracer) for value in ins[1:]):
@@ -166,7 +182,53 @@ class _Follower:
         return self._plain(eqn, ins)
 
     def _followed(self, value: _Value) -> bool:
+        if value.pieces:
+            return any(map(self._followed, value.pieces))
         return value.placed is not None and value.placed.path in self.selected
+
+    def _join(self, eqn: Any, ins: list[_Value]) -> _Value:
+        """A concatenation of followed parameters, and perhaps of other things."""
+        axis = eqn.params[joined.JOINS[eqn.primitive.name]]
+        (array,) = bind(eqn, [value.array for value in ins])
+        pieces = []
+        for value in ins:
+            if not self._followed(value):
+                self._end(value, eqn)
+                value = _Value(value.array, value.data, value.param)
+            if eqn.primitive.name == "stack":
+                (value,) = self._within(eqn, lambda a: jnp.expand_dims(a, axis), value)
+            pieces.append(value)
+        return _Value(array, any(value.data for value in ins), True, pieces=tuple(pieces), axis=axis)
+
+    def _apart(self, eqn: Any, ins: list[_Value]) -> list[_Value] | None:
+        """An equation on a concatenation, as equations on its pieces; None if it is none on each of them."""
+        side = next(i for i, value in enumerate(ins) if value.pieces)
+        value = ins[side]
+        if eqn.primitive.name in PRODUCTS:
+            product = joined.product(eqn, side, value.joint)
+            return None if product is None else self._within(eqn, product, ins[1 - side], *value.pieces)
+        arrays = [value.array for value in ins]
+        if any(isinstance(array, jax.core.Tracer) for array in arrays[1:]):
+            return None
+        moved = joined.moved(eqn, value.joint, np.shape(value.array), arrays[1:])
+        if moved is None:
+            return None
+        arrays = bind(eqn, arrays)
+        return [self._part(eqn, value, out, array) for out, array in zip(moved, arrays, strict=True)]
+
+    def _part(self, eqn: Any, value: _Value, part: joined.Moved, array: Any) -> _Value:
+        """A moved concatenation, or the one piece that is left of it."""
+        pieces = [made for i, move in part.pieces for made in self._within(eqn, move, value.pieces[i])]
+        if len(pieces) == 1:
+            return pieces[0]
+        return _Value(array, value.data, value.param, pieces=tuple(pieces), axis=part.axis)
+
+    def _within(self, eqn: Any, function: Callable[..., Any], *values: _Value) -> list[_Value]:
+        """The equations of a function, run in the place of another equation."""
+        outer, self.source = self.source, self.source or where(eqn)
+        results = self.run(jax.make_jaxpr(function)(*(value.array for value in values)), values)
+        self.source = outer
+        return results
 
     def _plain(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         """An equation that is left as it is; parameters end here."""
@@ -184,14 +246,16 @@ class _Follower:
         data, param = any(v.data for v in ins), any(v.param for v in ins)
         return [_Value(out, data, param) for out in outs]
 
-    def _end(self, value: _Value, eqn: Any, added: Any = None) -> None:
+    def _end(self, value: _Value, eqn: Any, added: Any = None, *, within: str = "") -> None:
         """A value is used by an equation, or returned (None): if it is a parameter, its way ends."""
         value.reads += 1
+        for piece in value.pieces:
+            self._end(piece, eqn, within=" -> concatenate")
         if value.placed is None:
             return
         opaque = eqn is not None and eqn.primitive.name in OPAQUE
         if self._followed(value) and (self.strict or opaque):
-            raise ValueError(_cannot_follow(value.placed, eqn))
+            raise ValueError(cannot_follow(value.placed.path, value.placed.chain() + within, eqn, self.source))
         self.uses[value.placed.path].append(_Use(value.placed, added))
 
     def _addition(self, eqn: Any, ins: list[_Value], i: int) -> Any:
@@ -232,7 +296,7 @@ class _Follower:
 
     def _side(self, eqn: Any, ins: list[_Value]) -> int | None:
         """Which operand of a product is a parameter to follow; None if the product is left as it is."""
-        sides = [i for i, value in enumerate(ins) if self._followed(value)]
+        sides = [i for i, value in enumerate(ins) if self._followed(value) and not value.pieces]
         if not sides:
             return None
         other = ins[1 - sides[0]]
@@ -252,7 +316,7 @@ class _Follower:
             struct(jax.typeof(x.array)),
             struct(jax.typeof(w.array)),
             struct(aval),
-            where(eqn),
+            self.source or where(eqn),
         )
         self.products.append(product)
         if self.strict:
@@ -269,12 +333,8 @@ class _Follower:
         places = product.weight.elements(self.leaves[product.path].shape).reshape(-1)
         seen = reached[places]
         if seen.any() and not seen.all():
-            raise ValueError(
-                f"{product.path}: wanted products that share all or none of their weights; got "
-                f"{product.weight.chain()} -> {product.primitive.name} at {product.source} with {int(seen.sum())} of "
-                f"{len(seen)} used before; "
-                f"exclude it with lcq.Rule({product.path!r}, None)"
-            )
+            way, name, used = product.weight.chain(), product.primitive.name, int(seen.sum())
+            raise ValueError(shared_in_part(product.path, way, name, product.source, used, len(seen)))
         if not seen.any():
             self.fresh.add(product.number)
         reached[places] = True
@@ -283,18 +343,14 @@ class _Follower:
         """Raises unless every element of every selected leaf has reached a product."""
         for path, reached in self.reached.items():
             if not reached.all():
-                raise ValueError(
-                    f"{path}: wanted a leaf that products use; got {int(reached.sum())} of {reached.size} weights in "
-                    "products (is it closed over, or unused?); pass it through params, or exclude it with "
-                    f"lcq.Rule({path!r}, None)"
-                )
+                raise ValueError(not_whole(path, int(reached.sum()), reached.size))
 
     def _unroll(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
         """A scan, round by round."""
         body, fixed, carries = scan_of(eqn)
         length = eqn.params["length"]
         constants, carry = ins[:fixed], ins[fixed : fixed + carries]
-        slices = [self._rounds(value, length) for value in ins[fixed + carries :]]
+        slices = [self._rounds(value, eqn) for value in ins[fixed + carries :]]
         order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
         ys: list[list[_Value]] = [[_Value(None)] * length for _ in eqn.outvars[carries:]]
         for i in order:
@@ -305,14 +361,19 @@ class _Follower:
                 column[i] = value
         return [*carry, *map(_stack, ys)]
 
-    def _rounds(self, value: _Value, length: int) -> list[_Value]:
+    def _rounds(self, value: _Value, eqn: Any) -> list[_Value]:
         """What each round of a scan gets of one of its inputs."""
+        length = eqn.params["length"]
+        if value.pieces:
+            joint, shape = value.joint, np.shape(value.array)
+            parts = [joined.taken(joint, shape, i) for i in range(length)]
+            return [self._part(eqn, value, *each) for each in zip(parts, jnp.unstack(value.array), strict=True)]
         if value.placed is None:
             return [_Value(a, value.data, value.param) for a in jnp.unstack(value.array)]
         rounds = []
         for i in range(length):
             array = jax.lax.dynamic_index_in_dim(value.array, i, 0, keepdims=False)
-            rounds.append(_Value(array, param=True, placed=value.placed.at(i) or _sliced(value.placed, array, i)))
+            rounds.append(_Value(array, param=True, placed=value.placed.at(i, jax.typeof(array).shape)))
         return rounds
 
     def shifts(self) -> dict[int, Shift]:
@@ -323,71 +384,19 @@ class _Follower:
                 continue
             shape = np.shape(self.leaves[path])
             places = [use.placed.elements(shape) for use in uses]
-            often = _count(places, math.prod(shape))
+            often = uses_of_each(places, math.prod(shape))
             for use, each in zip(uses, places, strict=True):
                 if use.added is None or (often[each] > 1).any():
                     continue
                 value, sign, onto = use.added
                 assert value.result is not None
                 if all(v.reads == 1 for v in (value, *value.result.before)):
-                    elements = _per_neuron(self.products[value.result.number], value.result.steps, each, onto)
+                    elements = per_neuron(self.products[value.result.number], value.result.steps, each, onto)
                     if elements is not None:
                         found[value.result.number] = Shift(path, sign, elements)
         return found
 
 
-def _per_neuron(product: Product, steps: tuple[Step, ...], places: np.ndarray, onto: tuple[int, ...]) -> Any:
-    """The place in the bias of each neuron [G, n]; None unless neurons and places go one to one."""
-    g, _, _, n = product.shape
-    moves = [step for step in steps if step.primitive.name not in IN_PLACE]
-    with jax.ensure_compile_time_eval():
-        number = product.spread(jnp.arange(g * n, dtype=jnp.int32).reshape(g, n))
-        neurons = functools.reduce(lambda a, step: step(a), moves, jnp.broadcast_to(number, product.y.shape))
-    if neurons.shape != onto:
-        return None
-    of, at = np.asarray(neurons).reshape(-1), np.broadcast_to(places, onto).reshape(-1)
-    result = np.empty(g * n, np.int64)
-    result[of] = at
-    one_to_one = (result[of] == at).all() and len(np.unique(result)) == g * n
-    return result.reshape(g, n) if one_to_one else None
-
-
-def _count(places: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """How many of these arrays each of the numbers below size is in."""
-    often = np.zeros(size, np.int64)
-    for each in places:
-        inside = np.zeros(size, bool)
-        inside[each] = True
-        often += inside
-    return often
-
-
 def _stack(values: list[_Value]) -> _Value:
     data, param = any(v.data for v in values), any(v.param for v in values)
     return _Value(jnp.stack([v.array for v in values]), data, param)
-
-
-def _sliced(placed: Placed, array: Any, i: int) -> Placed:
-    """Slice i of a parameter after steps that an index cannot be moved before."""
-    shape = jax.typeof(array).shape
-    params = {"start_indices": (i, *(0,) * len(shape)), "limit_indices": (i + 1, *shape), "strides": None}
-    cut = Step(jax.lax.slice_p, params, (), 0)
-    return placed.then(cut).then(Step(jax.lax.squeeze_p, {"dimensions": (0,)}, (), 0))
-
-
-def _cannot_follow(placed: Placed, eqn: Any) -> str:
-    """What the leaf met, and what to do about it."""
-    exclude = f"exclude it with lcq.Rule({placed.path!r}, None)"
-    if eqn is None:
-        return f"{placed.path}: wanted a leaf that only products use; got {placed.chain()} as an output; {exclude}"
-    name = eqn.primitive.name
-    if name == "gather":
-        remedy = f"a lookup can only be rounded to nearest: quantize(..., nearest=[lcq.Rule(...)]), or {exclude}"
-    elif name in OPAQUE:
-        remedy = f"write it as a lax.scan or without control flow, or {exclude}"
-    elif name in PRODUCTS:
-        remedy = f"it is multiplied with a parameter, or not contracted: fold the two before, or {exclude}"
-    else:
-        remedy = f"fold this into the parameter before, or {exclude}"
-    got = f"{placed.chain()} -> {name} at {where(eqn)}"
-    return f"{placed.path}: wanted a leaf that only products use; got {got}; {remedy}"

@@ -28,9 +28,11 @@ ROOMS = {
     "unfold": Room(1),
     "forms": Room(2, "base blocks packing", "checks codes cast sparse factors sums"),
     "rules": Room(2, "base unfold"),
-    "products": Room(2, "unfold"),
+    "products": Room(2, "jaxprs unfold"),
     "jaxprs": Room(0),
-    "trace": Room(3, "jaxprs products rules"),
+    "joined": Room(1, "jaxprs"),
+    "obstacles": Room(1, "jaxprs"),
+    "trace": Room(3, "jaxprs joined obstacles products rules"),
     "tree": Room(3, "base forms rules unfold"),
     "schemes": Room(
         3,

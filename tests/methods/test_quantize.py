@@ -278,6 +278,27 @@ class ConvNorm(nn.Module):
         return nn.Dense(SIZE, dtype=jnp.bfloat16)(x)
 
 
+def test_concatenated_kernels():
+    """flax's own LSTM concatenates its kernels in the step; each is rounded by what it sees."""
+    cell = nn.RNN(nn.OptimizedLSTMCell(8))
+    x = jnp.asarray(draw(4, 6, 5))
+    params = cell.init(jax.random.key(0), x)
+    done = lcq.quantize(cell.apply, params, [x], [lcq.Rule("(.*/)?kernel", lcq.Uniform(4, per="channel"))])
+    y, z = cell.apply(params, x), cell.apply(lcq.decompress(done.forms), x)
+    assert ((y - z) ** 2).sum() / (y**2).sum() < 0.05
+    assert sum(isinstance(leaf, lcq.Form) for leaf in flatten(done.forms)[0].values()) == 8
+
+
+def test_concatenated_kernels_are_rounded_as_one():
+    """Columns are rounded one by one: [W1 W2] as W1 and W2 give the same codes as the leaf that holds both."""
+    params, batches = problem()
+    apart = {"w1": params["w1"][:, :3], "w2": params["w1"][:, 3:]}
+    done = quantize(lambda p, x: x @ jnp.concatenate([p["w1"], p["w2"]], 1), apart, batches)
+    whole = quantize(lambda p, x: x @ p["w"], {"w": params["w1"]}, batches, [lcq.Rule("w", UNIFORM)])
+    both = dense(done)
+    np.testing.assert_array_equal(np.concatenate([both["w1"], both["w2"]], 1), dense(whole)["w"])
+
+
 def test_flax_variables():
     """A batch norm's mean moves against the result; the dense layer computes in bfloat16."""
     model, x = ConvNorm(), draw(12, 2, 2, SIZE) + 1

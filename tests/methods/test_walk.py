@@ -228,9 +228,49 @@ def calls_in_calls():
     return Case(fn, params, [{"x": x, "key": jax.random.key(i)} for i, x in enumerate(data(5, 4))], "w.")
 
 
+def joined_along_either_side():
+    """As an LSTM's gates; then its inputs are two kernels, one of them two, beside a constant; then seen transposed."""
+
+    def fn(p, x):
+        x = jnp.tanh(x @ jnp.concatenate([p["a"], p["b"]], 1) + jnp.concatenate([p["bias"], p["bias"]]))
+        whole = jnp.concatenate([jnp.block([[p["c"], p["d"]]]), jnp.ones((2, 4)), p["e"]])
+        return x @ whole.astype(jnp.bfloat16).astype(jnp.float32)[::-1, 1:3] + x @ whole[::-1, :1] + x @ whole[::-1, 3:]
+
+    params = {"a": draw(4, 3), "b": draw(4, 5), "bias": draw(4), "c": draw(3, 3), "d": draw(3, 1), "e": draw(3, 4)}
+    return Case(fn, params, data(5, 4), "[a-e]")
+
+
+def joined_layers():
+    """Stacked for a scan and a loop, on the first axis and on the last; as experts; rows of two layers in one array."""
+
+    def fn(p, x):
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([p["a"], p["b"].T]))[0]
+        whole = jnp.stack([p["a"], p["b"]], 2)
+        x = x + lax.scan(lambda x, w: (jnp.tanh(w @ x.T).T, None), x, whole.transpose(2, 0, 1), reverse=True)[0]
+        x = x + lax.fori_loop(0, 2, lambda i, x: jnp.tanh(x @ whole[:, :, i]), x)
+        y = jnp.einsum("bi,eoi->ebo", x, jnp.stack([p["a"].T, p["b"]], 0)[:, ::-1])
+        q, k = jnp.concatenate([p["c"].reshape(-1), p["d"].reshape(-1)]).reshape(2, 4, 3)
+        return jnp.einsum("ebi,eio->beo", y, jnp.stack([q, k])).reshape(len(x), -1)
+
+    return Case(fn, {"a": draw(4, 4), "b": draw(4, 4, seed=1), "c": draw(4, 3), "d": draw(12)}, data(5, 4), "[a-d]")
+
+
+def joined_filters():
+    """Of a convolution, along its outputs and along its inputs."""
+
+    def fn(p, x):
+        conv = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jnp.tanh(conv(x, jnp.concatenate([p["a"], p["b"]], 3), (1, 2), "SAME"))
+        return conv(x, jnp.concatenate([p["c"], p["d"].swapaxes(0, 1)], 2), (1, 1), "SAME")
+
+    params = {"a": draw(2, 3, 2, 3), "b": draw(2, 3, 2, 1), "c": draw(2, 1, 1, 2), "d": draw(1, 2, 3, 2)}
+    return Case(fn, params, data(2, 4, 5, 2), "[a-d]")
+
+
 CASES = [
     *(linen_conv, nnx_net, weights_on_the_left, transformer, linen_scan, reversed_scan_of_slices, fori_loop),
     *(convolutions, channels_first, short_floats, used_twice, experts, slices, recurrent, calls_in_calls),
+    *(joined_along_either_side, joined_layers, joined_filters),
 ]
 
 
