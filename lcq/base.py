@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.blocks import Per, block_counts, compute_dtype
+from lcq.registry import register_node
 
 
 def static(**kwargs: Any) -> Any:
@@ -252,8 +253,9 @@ FORMS: dict[str, type[Form]] = {}
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))
 def tree_form(cls: type[_F]) -> type[_F]:
-    """Makes a class a frozen dataclass and a pytree."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+    """Makes a class a frozen dataclass and a pytree, which jax.export and flax.serialization can write."""
+    cls = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+    return register_node(cls, tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("static")))
 
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))

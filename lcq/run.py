@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lcq import jaxprs
 from lcq.base import Form, is_form
-from lcq.forms import Codes, Sparse, Sum
+from lcq.forms import Codes, Sparse, Sum, check_restored
 from lcq.jaxprs import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, REMAT
 from lcq.kernels.columns import columns
 from lcq.kernels.laid import Laid
@@ -134,7 +134,7 @@ def packed(fn: Callable[..., Any]) -> Packed:
         arrays and numbers, as under jax.jit. A form that fn returns comes back dense.
 
     Raises:
-        ValueError: when called with a leaf that is no array, form or number.
+        ValueError: when called with a leaf that is no array, form or number, or a dict that was a form.
 
     Example:
         >>> import lcq
@@ -151,6 +151,7 @@ def packed(fn: Callable[..., Any]) -> Packed:
 
 
 def _check(forms: Any, args: Any, kwargs: Any) -> None:
+    check_restored(forms)
     pairs, _ = jax.tree_util.tree_flatten_with_path({"params": forms, "args": args, "kwargs": kwargs})
     for keys, leaf in pairs:
         if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):

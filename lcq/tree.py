@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcq.base import Form, is_form
+from lcq.forms import check_restored
 from lcq.rules import Rule, Task, flatten, resolve
 
 
@@ -56,7 +57,12 @@ def _project(task: Task, leaves: dict[str, Any], weights: Mapping[str, Any]) -> 
 
 
 def decompress(tree: Any) -> Any:
-    """Replaces every form by its dense array Delta(Theta)."""
+    """Replaces every form by its dense array Delta(Theta).
+
+    Raises:
+        ValueError: a dict that was a form, restored from a checkpoint without a target.
+    """
+    check_restored(tree)
     return jax.tree.map(lambda leaf: leaf.dense() if is_form(leaf) else leaf, tree, is_leaf=is_form)
 
 
@@ -109,6 +115,7 @@ def sizes(tree: Any) -> dict[str, Size]:
         >>> sizes(compress(w, [lcq.Rule("kernel", lcq.Binary(scale=True))]))["kernel"]
         Size(dense=1024, bits=64, form='Codes')
     """
+    check_restored(tree)
     result = {}
     seen: set[str] = set()
     for path, leaf in flatten(tree)[0].items():

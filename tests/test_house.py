@@ -23,10 +23,11 @@ class Room(NamedTuple):
 
 ROOMS = {
     "blocks": Room(0),
-    "base": Room(1, "blocks"),
+    "registry": Room(0),
+    "base": Room(1, "blocks registry"),
     "packing": Room(1),
     "unfold": Room(1),
-    "forms": Room(2, "base blocks packing", "checks codes cast sparse factors sums"),
+    "forms": Room(2, "base blocks packing registry", "checks codes cast sparse factors sums restored"),
     "rules": Room(2, "base unfold"),
     "products": Room(2, "jaxprs unfold"),
     "jaxprs": Room(0),
@@ -41,12 +42,12 @@ ROOMS = {
     ),
     "kernels": Room(
         3,
-        "base forms jaxprs packing unfold",
+        "base forms jaxprs packing registry unfold",
         "reference laid columns xnor_xla codes_xla lists xnor_pallas_tpu xnor_pallas_gpu signs matmul",
     ),
     "methods": Room(
         4,
-        "base blocks forms rules products trace tree unfold schemes",
+        "base blocks forms registry rules products trace tree unfold schemes",
         "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature flops "
         "layerwise assembly quantize smooth_binary differentiable_entropy hemp refit",
     ),
@@ -64,7 +65,7 @@ ROOMS = {
     "plan": Room(6, "base rules tree artifact notation report"),
     "hull": Room(0),
     "budget": Room(7, "hull artifact base rules tree notation report plan"),
-    "layers": Room(5, "base forms unfold kernels", "binary frozen linen nnx"),
+    "layers": Room(5, "base forms registry unfold kernels", "binary frozen linen nnx"),
     "plot": Room(7, "base rules report"),
     "page": Room(7, "base chart rules artifact report"),
     "terminal": Room(7, "report"),
@@ -353,7 +354,7 @@ BAD = [
         "imports_go_down",
         "lcq/layers/linen.py",
         "from lcq import schemes",
-        "may import base forms unfold kernels",
+        "may import base forms registry unfold kernels",
     ),
     (
         "imports_go_down",

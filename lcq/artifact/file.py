@@ -23,6 +23,7 @@ from lcq.artifact.container import NAMES, open_container
 from lcq.artifact.layouts import Contents, check_plan, coded_layout, contents_of, plain_layout
 from lcq.artifact.paths import Leaf, check_paths, flatten, is_empty, nest
 from lcq.base import is_form
+from lcq.forms import check_restored
 
 LIMIT = 16 * 2**30
 """Bytes that a file may declare unless told otherwise: its streams, and its forms made dense."""
@@ -51,8 +52,9 @@ def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None, coded: bo
 
     Raises:
         ValueError: a leaf that is no number or not on this host, a NaN or an infinity in a form, or keys that a file
-            cannot hold; names the leaf. A plan that is no TOML, or longer than 4 MiB.
+            cannot hold, or a dict that was a form; names the leaf. A plan that is no TOML, or longer than 4 MiB.
     """
+    check_restored(tree)
     text = None if plan is None else _plan_text(plan)
     encoder = Encoder()
     leaves, _ = flatten(tree)

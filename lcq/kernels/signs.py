@@ -10,10 +10,12 @@ from jaxtyping import Array, Shaped
 
 from lcq.kernels import xnor_xla
 from lcq.kernels.columns import pack_columns, pack_signs
+from lcq.registry import register_node
 
 Layout = Literal["xla", "tpu", "gpu"]
 
 
+@functools.partial(register_node, static=("size", "count", "layout"))
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["size", "count", "layout"])
 @dataclasses.dataclass(frozen=True)
 class Signs:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
@@ -22,9 +23,11 @@ from lcq.kernels.matmul import binary_matmul
 from lcq.kernels.reference import fields
 from lcq.kernels.signs import Layout, Signs, signs
 from lcq.layers.binary import Window, affine, binarize, check_window
+from lcq.registry import register_node
 from lcq.unfold import patches
 
 
+@functools.partial(register_node, static=("inputs", "window"), made={"window": lambda fields: Window(**fields)})
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["weights", "taps", "alpha", "bias", "threshold"],
@@ -53,6 +56,7 @@ class Frozen:
     threshold: "Threshold | None" = None
 
 
+@functools.partial(register_node, static=("channels",))
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words"], meta_fields=["channels"])
 @dataclasses.dataclass(frozen=True)
 class Bits:
@@ -235,6 +239,9 @@ class Threshold(NamedTuple):
 
     least: Array
     direction: Array
+
+
+jax.export.register_namedtuple_serialization(Threshold, serialized_name="lcq.layers.frozen.Threshold")
 
 
 def fold_threshold(

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from lcq.base import Form
+from lcq.registry import register_empty
 from lcq.rules import Rule, Task, flatten, resolve
 from lcq.tree import check_finite, take
 
 
+@register_empty
 @jax.tree_util.register_static
 class Tasks(tuple[Task, ...]):
     """Tasks as a node of a state without arrays."""

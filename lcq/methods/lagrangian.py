@@ -22,6 +22,7 @@ import optax
 from lcq.base import Form, join_leafwise, split_leafwise
 from lcq.blocks import compute_dtype
 from lcq.methods.coupling import Geometric, gradient, proximal
+from lcq.registry import register_empty
 from lcq.rules import Task, flatten
 from lcq.tree import check_finite, take
 
@@ -31,6 +32,7 @@ _INFINITE = 1e30
 """A mu so large that a cost does not count: Theta = w."""
 
 
+@register_empty
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:

@@ -1,0 +1,53 @@
+"""Dicts that were forms: what checkpoints give when they are restored without a target."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lcq.base import FORMS, is_form
+from lcq.registry import MARK, name_of
+
+
+def check_restored(tree: Any) -> None:
+    """Refuses a tree with dicts in place of forms. Their shapes and kinds are in no checkpoint but flax's.
+
+    A dict of nothing but `values`, as orbax makes of a `Cast`, may be anyone's and passes.
+
+    Raises:
+        ValueError: a dict with the fields of a form.
+
+    Example:
+        >>> import lcq, flax.serialization as fs, jax.numpy as jnp
+        >>> forms = {"w": lcq.KMeans(2).project(jnp.array([-1., 1., 3.]))}
+        >>> check_restored(fs.msgpack_restore(fs.to_bytes(forms)))
+        Traceback (most recent call last):
+        ...
+        ValueError: w: wanted a form; got a dict that was Codes: it was restored without a target; ...
+    """
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_form(node) or _kind(node) is not None)
+    for keys, node in pairs:
+        if (kind := _kind(node)) is not None:
+            path = jax.tree_util.keystr(keys, simple=True, separator="/") or "the tree"
+            raise ValueError(
+                f"{path}: wanted a form; got a dict that was {kind}: it was restored without a target; restore into a "
+                "tree of forms, such as lcq.compress(params, rules), by flax.serialization.from_bytes(forms, data) or "
+                "checkpointer.restore(path, forms), or use lcq.save and lcq.load, which need none"
+            )
+
+
+def _kind(node: Any) -> str | None:
+    """The name of the form that a dict was, by its mark or by its fields."""
+    if not isinstance(node, Mapping):
+        return None
+    if MARK in node and (name := name_of(node)) is not None:
+        return name
+    if set(node) == {"parts"} and isinstance(parts := node["parts"], list | tuple | Mapping):
+        some = list(parts.values() if isinstance(parts, Mapping) else parts)
+        return "Sum" if some and all(_kind(part) or set(part) == _fields("Cast") for part in some) else None
+    return next((name for name in FORMS if name not in ("Cast", "Sum") and set(node) == _fields(name)), None)
+
+
+def _fields(name: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(FORMS[name]) if not f.metadata.get("static")}
