@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.blocks import Per, block_counts, compute_dtype
+from lcq.dtypes import native
 from lcq.registry import register_node
 
 
@@ -172,7 +173,7 @@ class Scheme(abc.ABC):
                 not broadcast.
         """
         single = not isinstance(x, tuple)
-        xs = (x,) if single else x
+        xs = tuple(map(native, (x,) if single else x))
         if previous is not None and single:
             previous = (previous,)
         if self.costly and mu is None:
@@ -221,6 +222,7 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
     if not isinstance(weights, tuple) or len(weights) != len(xs):
         got = f"{len(weights)} of them" if isinstance(weights, tuple) else type(weights).__name__
         raise ValueError(f"weights: wanted a tuple of {len(xs)} arrays; got {got}; pass one for each array of x")
+    weights = tuple(map(native, weights))
     for h, x in zip(weights, xs, strict=True):
         if not hasattr(h, "dtype") or not any(jnp.issubdtype(h.dtype, t) for t in (jnp.floating, jnp.integer, bool)):
             got = str(h.dtype) if hasattr(h, "dtype") else type(h).__name__

@@ -10,6 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from lcq.dtypes import wider
+
 Per = None | str | int | tuple[int, ...]
 """What shares one codebook or scale; see `block_counts`."""
 
@@ -228,7 +230,7 @@ def _of_mean_one(weights: Sequence[Array], how: Sequence[Blocks]) -> list[Array]
 
 def compute_dtype(dtype: DTypeLike) -> Any:
     """The dtype of sums and statistics over leaves of `dtype`: float32, or wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return wider(dtype, jnp.float32)
 
 
 def explicit_sharding(x: Array) -> jax.sharding.NamedSharding | None:

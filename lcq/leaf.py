@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lcq.base import Form
+from lcq.dtypes import wider
 from lcq.jaxprs import LAYOUT
 from lcq.moving import move, pick, stack
 from lcq.products import Step
@@ -81,9 +82,9 @@ class Leaf:
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
         narrowest = jnp.dtype(self.form.dtype)
-        if jnp.promote_types(dtype, narrowest) == dtype:
+        if wider(dtype, narrowest) == dtype:
             return dataclasses.replace(self, wide=str(dtype))
-        if jnp.promote_types(dtype, narrowest) == narrowest:
+        if wider(dtype, narrowest) == narrowest:
             return Leaf(dataclasses.replace(self.form, dtype=str(dtype)), self.way)
         return None
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from lcq.base import Form, Scheme, check_weights, is_form, share
+from lcq.dtypes import native
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,7 @@ def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     leaves: dict[str, Any] = {}
     for keys, (_, leaf) in zip(bare_keys([keys for keys, _ in pairs]), pairs, strict=True):
         path = "/".join(str(key_of(key)) for key in keys)
+        leaf = native(leaf)
         if path in leaves:
             raise ValueError(f"{path}: two leaves have this path; rename one of them")
         leaves[path] = leaf

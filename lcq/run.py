@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from lcq import jaxprs
 from lcq.base import Form, is_form
+from lcq.dtypes import native_tree, wider
 from lcq.forms import Codes, Sparse, Sum, check_restored
 from lcq.jaxprs import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, REMAT
 from lcq.kernels.columns import columns
@@ -98,6 +99,7 @@ class Packed:
 
     def _run(self, runner: "_Runner", forms: Any, args: Any, kwargs: Any) -> Any:
         leaves, structure = flatten(forms)
+        args, kwargs = native_tree((args, kwargs))
         shapes = [_shape(leaf) if is_form(leaf) else leaf for leaf in leaves.values()]
         whole = jax.make_jaxpr(self.fn, return_shape=True)
         closed, out = whole(jax.tree.unflatten(structure, shapes), *args, **kwargs)
@@ -294,7 +296,7 @@ class _Runner:
         axes = None if isinstance(leaf.form, Laid) else order_of(matrix, leaf.form.shape, len(lead))
         self.views[(*frame, side)] = None if axes is None else _View(axes, n)
         x = product.inputs(self._dense(ins[1 - side], (*frame, 1 - side)))
-        if jnp.promote_types(x.dtype, form.dtype) != dtype:
+        if wider(x.dtype, form.dtype) != dtype:
             x = x.astype(dtype)  # an accumulator wider than the operands
         with _precision(eqn.params["precision"]):
             y = matmul(x.reshape(*lead, m, k), form)

@@ -22,13 +22,14 @@ class Room(NamedTuple):
 
 
 ROOMS = {
-    "blocks": Room(0),
+    "dtypes": Room(-1),
+    "blocks": Room(0, "dtypes"),
     "registry": Room(0),
-    "base": Room(1, "blocks registry"),
+    "base": Room(1, "blocks dtypes registry"),
     "packing": Room(1),
     "unfold": Room(1),
-    "forms": Room(2, "base blocks packing registry", "checks codes cast sparse factors sums restored"),
-    "rules": Room(2, "base unfold"),
+    "forms": Room(2, "base blocks dtypes packing registry", "checks codes cast sparse factors sums restored"),
+    "rules": Room(2, "base dtypes unfold"),
     "products": Room(2, "jaxprs unfold"),
     "jaxprs": Room(0),
     "joined": Room(1, "jaxprs"),
@@ -37,42 +38,42 @@ ROOMS = {
     "tree": Room(3, "base forms rules unfold"),
     "schemes": Room(
         3,
-        "base blocks forms",
+        "base blocks dtypes forms",
         "cast levels uniform lloyd entropy histogram exact_kmeans kmeans selection prune lowrank additive",
     ),
     "kernels": Room(
         3,
-        "base forms jaxprs packing registry unfold",
+        "base dtypes forms jaxprs packing registry unfold",
         "reference laid columns xnor_xla codes_xla lists xnor_pallas_tpu xnor_pallas_gpu signs matmul",
     ),
     "methods": Room(
         4,
-        "base blocks forms registry rules products trace tree unfold schemes",
+        "base blocks dtypes forms registry rules products trace tree unfold schemes",
         "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature flops "
         "layerwise assembly quantize smooth_binary differentiable_entropy hemp refit",
     ),
     "artifact": Room(
         4,
-        "base forms packing rules tree",
+        "base dtypes forms packing rules tree",
         "paths lanes tables rans rates codec container layouts file checkpoint",
     ),
     "moving": Room(4, "base forms kernels"),
-    "leaf": Room(5, "base jaxprs moving products"),
-    "run": Room(6, "base forms jaxprs kernels leaf moving products rules"),
+    "leaf": Room(5, "base dtypes jaxprs moving products"),
+    "run": Room(6, "base dtypes forms jaxprs kernels leaf moving products rules"),
     "notation": Room(4, "base rules schemes"),
     "report": Room(5, "artifact base forms rules tree"),
     "chart": Room(5),
     "plan": Room(6, "base rules tree artifact notation report"),
     "hull": Room(0),
     "budget": Room(7, "hull artifact base rules tree notation report plan"),
-    "layers": Room(5, "base forms registry unfold kernels", "binary frozen linen nnx"),
+    "layers": Room(5, "base dtypes forms registry unfold kernels", "binary frozen linen nnx"),
     "plot": Room(7, "base rules report"),
     "page": Room(7, "base chart rules artifact report"),
     "terminal": Room(7, "report"),
     "__init__": Room(
         8,
-        "base blocks packing unfold forms rules products trace tree schemes kernels methods artifact run notation "
-        "report plan budget",
+        "base blocks dtypes packing unfold forms rules products trace tree schemes kernels methods artifact run "
+        "notation report plan budget",
     ),
     "examples": Room(9, "__init__ layers", "data models transformers train"),
     "demo": Room(10, "__init__ examples plot rules report terminal"),
@@ -330,7 +331,7 @@ BAD = [
     ("imports_go_down", "lcq/base.py", "def f():\n    from lcq import forms", "base.py:2: imports 'forms'"),
     ("imports_go_down", "lcq/forms/codes.py", "from lcq import rules", "floor 2 from floor 2"),
     ("imports_go_down", "lcq/tree.py", "import lcq", "'__init__', floor 8 from floor 3"),
-    ("imports_go_down", "lcq/schemes/kmeans.py", "from ..rules import Rule", "may import base blocks forms"),
+    ("imports_go_down", "lcq/schemes/kmeans.py", "from ..rules import Rule", "may import base blocks dtypes forms"),
     ("imports_go_down", "lcq/packing.py", "from lcq.attic import x", "not in ROOMS"),
     (
         "imports_go_down",
@@ -354,7 +355,7 @@ BAD = [
         "imports_go_down",
         "lcq/layers/linen.py",
         "from lcq import schemes",
-        "may import base forms registry unfold kernels",
+        "may import base dtypes forms registry unfold kernels",
     ),
     (
         "imports_go_down",

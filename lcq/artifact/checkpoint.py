@@ -22,6 +22,7 @@ from lcq.artifact.container import DTYPES
 from lcq.artifact.file import host_array, replacing
 from lcq.artifact.paths import Leaf, flatten, is_empty, nest
 from lcq.base import is_form
+from lcq.dtypes import native
 
 _DAMAGED = (
     ValueError,
@@ -119,7 +120,7 @@ def _read_npz(path: Path) -> Any:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 for name in archive.files:
-                    arrays[name] = archive[name]
+                    arrays[name] = native(archive[name])
         except _DAMAGED as error:
             raise ValueError(f"{path}: not an npz file of numbers, or damaged: {error}") from error
     for name, array in arrays.items():

@@ -3,11 +3,11 @@
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from lcq.base import Form, leafwise, register_form
+from lcq.dtypes import nearest_number
 from lcq.forms.checks import check_float, check_shape
 
 
@@ -36,7 +36,7 @@ class Cast(Form):
         return self
 
     def dense(self) -> Array:
-        return jnp.asarray(self.values).astype(self.dtype)
+        return nearest_number(self.values, self.dtype)
 
     def check_stored(self) -> None:
         check_shape(self.values.shape)

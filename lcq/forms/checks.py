@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from lcq import packing
-
-_FLOATS = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
+from lcq.dtypes import FORMATS
 
 
 def check_shape(shape: tuple[int, ...]) -> None:
@@ -20,8 +19,8 @@ def check_shape(shape: tuple[int, ...]) -> None:
 
 def check_float(name: str, dtype: str) -> None:
     """Raises ValueError unless `dtype` is the name of a floating-point dtype."""
-    if dtype not in _FLOATS:
-        raise ValueError(f"{name}: wanted one of {', '.join(_FLOATS)}; got {dtype[:40]!r}")
+    if dtype not in FORMATS:
+        raise ValueError(f"{name}: wanted one of {', '.join(FORMATS)}; got {dtype[:40]!r}")
 
 
 def check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:

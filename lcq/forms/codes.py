@@ -12,6 +12,7 @@ from jaxtyping import Array
 from lcq import packing
 from lcq.base import Form, leafwise, register_form, static
 from lcq.blocks import blocks, compute_dtype, explicit_sharding
+from lcq.dtypes import nearest_number
 from lcq.forms.checks import check_blocks, check_codes, check_float, check_shape
 
 _SELECT = 8
@@ -90,7 +91,7 @@ class Codes(Form):
             value = value - self.zero.reshape(cut.stat)
         if self.scale is not None:
             value = value * self.scale.reshape(cut.stat)
-        return value.reshape(codes.shape).astype(self.dtype)
+        return nearest_number(value.reshape(codes.shape), self.dtype)
 
     def check_stored(self) -> None:
         if self.packed is None:

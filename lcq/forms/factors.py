@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lcq.base import Form, own, register_form, static
+from lcq.dtypes import nearest_number
 from lcq.forms.checks import check_float, check_shape
 
 
@@ -80,7 +81,7 @@ class Factors(Form):
         return left if self.right is None else jnp.matmul(left, jnp.asarray(self.right), precision="highest")
 
     def dense(self) -> Array:
-        return from_matrix(self._matrix(), self.tail, self.separable).astype(self.dtype)
+        return nearest_number(from_matrix(self._matrix(), self.tail, self.separable), self.dtype)
 
     def layers(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Kernels of the two layers that do what the one did, for fine-tuning: no activation between, the bias second.

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from lcq import packing
 from lcq.base import Form, leafwise, register_form, static
+from lcq.dtypes import nearest_number
 from lcq.forms.checks import check_blocks, check_codes, check_float, check_shape
 from lcq.forms.codes import Codes
 
@@ -119,7 +120,8 @@ class Sparse(Form):
         values = form.values
         if form.levels is not None:
             values = Codes(values, levels=form.levels, dtype=str(form.levels.dtype)).dense()
-        return jnp.where(form.mask, values, 0).astype(self.dtype)
+        values = nearest_number(values, self.dtype)
+        return jnp.where(form.mask, values, jnp.zeros_like(values))
 
     def check_stored(self) -> None:
         if self.packed is None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from jaxtyping import Array
 
 from lcq.base import Form, register_form
+from lcq.dtypes import nearest_number
 from lcq.forms.checks import check_float
 
 
@@ -48,7 +49,7 @@ class Sum(Form):
         total = self.parts[0].dense()
         for part in self.parts[1:]:
             total = total + part.dense()
-        return total.astype(self.dtype)
+        return nearest_number(total, self.dtype)
 
     def check_stored(self) -> None:
         check_float("dtype", self.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcq.base import own, tree_form
+from lcq.dtypes import wider
 from lcq.forms import Sparse
 from lcq.kernels.codes_xla import tile_by_tile
 from lcq.kernels.laid import Laid
@@ -50,7 +51,7 @@ class Lists(Laid):
         *stacked, length, n = self.places.shape
         groups = math.prod(stacked)
         places, values = (a.reshape(groups, length, n) for a in (self.places, self.values))
-        wide = jnp.promote_types(values.dtype, jnp.float32)
+        wide = wider(values.dtype, jnp.float32)
         group, column = jnp.arange(groups)[:, None, None], jnp.arange(n)
         zeros = jnp.zeros((groups, self.rows, n), wide)
         full = zeros.at[group, places, column].add(values.astype(wide), mode="promise_in_bounds")
@@ -102,7 +103,7 @@ def list_product(x: Float[Array, "m k"], laid: Lists) -> Float[Array, "m n"]:
     Few rows go entry by entry of all lists, many with one tile of columns after another made dense. A NaN or infinity
     in x that no list names is not lost: it makes the row NaN, as the zeros of the dense product do.
     """
-    wide = jnp.promote_types(jnp.promote_types(x.dtype, laid.values.dtype), jnp.float32)
+    wide = wider(x.dtype, laid.values.dtype, jnp.float32)
     x, values = x.astype(wide), laid.values.astype(wide)
 
     def add(y: Array, entry: tuple[Array, Array]) -> tuple[Array, None]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int32, Num, UInt32
 
 from lcq import jaxprs
 from lcq.base import Form
+from lcq.dtypes import native, wider
 from lcq.forms import Codes, Factors, Sum
 from lcq.kernels import codes_xla, xnor_xla
 from lcq.kernels.columns import Columns, columns
@@ -66,7 +67,8 @@ def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -
         raise ValueError(f"wanted a form laid out as the matrix it is; got axes {form.axes} of {list(form.shape)}")
     if kernel is not None:
         _check(kernel, form)
-    dtype = jnp.promote_types(x.dtype, form.dtype)
+    x = native(x)
+    dtype = wider(x.dtype, form.dtype)
     if isinstance(form, Laid) and jnp.iscomplexobj(x):
         return jax.lax.complex(*(matmul(part, form, kernel=kernel) for part in (x.real, x.imag))).astype(dtype)
     if isinstance(form, Sum):

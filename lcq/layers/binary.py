@@ -21,6 +21,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num, Shaped
 
+from lcq.dtypes import wider
+
 _ROUNDING = 0.01
 """Of binary weights in bfloat16."""
 
@@ -272,7 +274,7 @@ def affine(
     y: Num[Array, "*batch n"], alpha: Float[Array, " n"] | None, bias: Float[Array, " n"] | None, dtype: DTypeLike
 ) -> Float[Array, "*batch n"]:
     """alpha y + bias in float32 or wider, then in `dtype`; None is 1, and 0."""
-    z = y.astype(jnp.promote_types(dtype, jnp.float32))
+    z = y.astype(wider(dtype, jnp.float32))
     z = z if alpha is None else z * alpha
     return (z if bias is None else z + bias).astype(dtype)
 

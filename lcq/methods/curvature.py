@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lcq.dtypes import native_tree
 from lcq.methods.walk import walk
 from lcq.rules import Rule, flatten, resolve
 from lcq.trace import trace
@@ -44,7 +45,7 @@ def curvature(
 
     Source: diagonal of the Hessian that GPTQ (arXiv 2210.17323) uses; Kim et al., arXiv 2306.07629, for codebooks.
     """
-    batches, leaves = list(batches), flatten(params)[0]
+    batches, leaves = [native_tree(batch) for batch in batches], flatten(params)[0]
     if not batches:
         raise ValueError("wanted at least one batch of inputs; got none")
     chosen = [path for task in resolve(rules, params) for path in task.paths]

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from lcq.base import Form, is_form
 from lcq.blocks import blocks, compute_dtype, cut_axes, explicit_sharding, join_axes
+from lcq.dtypes import wider
 from lcq.forms import Codes
 from lcq.rules import flatten
 
@@ -206,7 +207,7 @@ def _expected(rows: Float[Array, "b ..."], tau: Float[Array, "b n"], i: int) -> 
 def _histogram(taus: tuple[Array, ...], cells: tuple[Array, ...], size: int) -> Float[Array, "..."]:
     """p, an array of n axes of length K: what the corners of every cell hold, added up and then put in its place."""
     order = taus[0].shape[1]
-    many, wide = (size - 1) ** order, functools.reduce(jnp.promote_types, (tau.dtype for tau in taus))
+    many, wide = (size - 1) ** order, wider(*(tau.dtype for tau in taus))
     lanes = max(min(_LANES, (1 << 16) // (many * 2**order)), 1)
     table = jnp.zeros((lanes * many, 2**order), wide)
     for tau, cell in zip(taus, cells, strict=True):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lcq.blocks import compute_dtype
+from lcq.dtypes import wider
 from lcq.forms import Codes
 from lcq.methods.alphabet import block_count, choose, choose_all, row_block, value
 
@@ -153,7 +154,7 @@ def follow(
     Returns:
         The form with new codes; ||X w - Y q||^2 per neuron.
     """
-    wide = functools.reduce(jnp.promote_types, (x.dtype, y.dtype), compute_dtype(w.dtype))
+    wide = wider(x.dtype, y.dtype, compute_dtype(w.dtype))
     w, x, y = w.astype(wide), x.T.astype(wide), y.T.astype(wide)
     group = jnp.arange(len(w)) // (len(w) // block_count(form))
     norms = (y * y).sum(1)

@@ -7,7 +7,6 @@ where H_n is `block_entropy` and Q(w) the nearest level of each weight.
 Source: Tartaglione, Lathuiliere, Fiandrotti, Cagnazzo & Grangetto, arXiv 2107.05298.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float
 
 from lcq.base import Form, Quantizer, join_leafwise, split_leafwise
 from lcq.blocks import compute_dtype, cut_axes, join_axes
+from lcq.dtypes import wider
 from lcq.methods.baselines import Tasks
 from lcq.methods.differentiable_entropy import (
     Layout,
@@ -153,7 +153,7 @@ def hemp(
             )
         check_bins(max(levels[path].shape[-1] for path in counted), order)
         tables = jax.tree.map(lambda a: jnp.array(a, copy=True), tables)
-        wide = functools.reduce(jnp.promote_types, (table.dtype for table in levels.values()))
+        wide = wider(*(table.dtype for table in levels.values()))
         return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, tables, jnp.full([], jnp.inf, wide))
 
     def update(grads: Any, state: HempState, params: Any = None, **extra: Any) -> tuple[Any, HempState]:

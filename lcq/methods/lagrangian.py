@@ -21,6 +21,7 @@ import optax
 
 from lcq.base import Form, join_leafwise, split_leafwise
 from lcq.blocks import compute_dtype
+from lcq.dtypes import nearest_number
 from lcq.methods.coupling import Geometric, gradient, proximal
 from lcq.registry import register_empty
 from lcq.rules import Task, flatten
@@ -183,7 +184,8 @@ def add_gradient(grads: Any, state: Lagrangian, params: Any, mu: Any) -> Any:
     slopes, structure = flatten(grads)
     for path, (w, delta, multiplier) in _coupled(state, params).items():
         slope = slopes[path]
-        slopes[path] = (slope + gradient(w, delta, multiplier, mu)).astype(slope.dtype)
+        pull = gradient(w, delta, multiplier, mu)
+        slopes[path] = nearest_number(slope.astype(pull.dtype) + pull, slope.dtype)
     return jax.tree.unflatten(structure, slopes.values())
 
 
@@ -193,8 +195,8 @@ def pull(updates: Any, state: Lagrangian, params: Any, mu: Any, s: Any) -> Any:
     sizes = flatten(s)[0]
     for path, (w, delta, multiplier) in _coupled(state, params).items():
         size = sizes[path] if path in sizes else sizes[""]
-        moved = proximal(w + moves[path], delta, multiplier, mu, size)
-        moves[path] = (moved - w).astype(moves[path].dtype)
+        moved = proximal(w + moves[path].astype(w.dtype), delta, multiplier, mu, size)
+        moves[path] = nearest_number(moved - w, moves[path].dtype)
     return jax.tree.unflatten(structure, moves.values())
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lcq.dtypes import native_tree
 from lcq.methods.coupling import Geometric, geometric, linear_step
 from lcq.methods.lagrangian import Info, Lagrangian, Problem, add_gradient, pull, solve, start
 from lcq.rules import Rule, flatten, resolve
@@ -120,6 +121,7 @@ def lc(
         return learning_rate(steps) if callable(learning_rate) else learning_rate
 
     def init(params: Any) -> LCState:
+        params = native_tree(params)
         steps = jnp.zeros([], jnp.int32)
         inner_state = at_rate(rate(steps)).init(params)
         if isinstance(params, Placeholder):
@@ -131,6 +133,7 @@ def lc(
     def update(grads: Any, state: LCState, params: Any = None, **extra: Any) -> tuple[Any, LCState]:
         if params is None:
             raise ValueError("lc couples the gradients to the parameters: call update(grads, state, params)")
+        grads, params = native_tree((grads, params))
         inner_state, steps, lagrangian = state
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)

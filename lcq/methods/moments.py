@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lcq.blocks import compute_dtype, explicit_sharding
+from lcq.blocks import explicit_sharding
+from lcq.dtypes import wider
 
 _HALVES = 512
 """From this many inputs on, and from as many rows, H is computed in quadrants, one of which is a transpose."""
@@ -91,7 +92,7 @@ def gather(
     before = None if moments is None else (moments.drift is not None, moments.gap is not None)
     if before not in (None, (x is not None, gap and x is not None)):
         raise ValueError(f"wanted the same x= and gap= for every batch; those before had (x, gap) = {before}")
-    wide = compute_dtype(y.dtype if x is None else jnp.promote_types(x.dtype, y.dtype))
+    wide = wider(jnp.float32, *(a.dtype for a in (x, y) if a is not None))
     y = y.astype(wide)
     if moments is None:
         shift = mean(y, rows)

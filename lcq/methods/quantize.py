@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lcq.base import Form, Quantizer, is_form
+from lcq.dtypes import native_tree, nearest_number
 from lcq.methods.assembly import Assembly
 from lcq.methods.descent import Descent
 from lcq.methods.layerwise import Recursion, Rounded, everywhere, round_product
@@ -205,7 +206,7 @@ def _checked(batches: Iterable[Any]) -> list[Any]:
     """The batches, all of the same structure, shapes and dtypes."""
     if hasattr(batches, "shape"):
         raise ValueError(f"wanted an iterable of batches; got one array {list(batches.shape)}; pass [batch]")
-    batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
+    batches = [jax.tree.map(jnp.asarray, native_tree(batch)) for batch in batches]
     if not batches:
         raise ValueError("wanted at least one batch of inputs; got none")
     described = [jax.tree.map(jax.typeof, batch) for batch in batches]
@@ -258,7 +259,7 @@ def _without_blocks(rule: Rule) -> Any:
 
 
 def _like(values: np.ndarray, leaf: Any) -> Array:
-    return jax.device_put(jnp.asarray(values, leaf.dtype), leaf.sharding if isinstance(leaf, jax.Array) else None)
+    return jax.device_put(nearest_number(values, leaf.dtype), leaf.sharding if isinstance(leaf, jax.Array) else None)
 
 
 def _record(product: Product, method: Rounding, rounded: Rounded, error: float, seconds: float) -> Record:

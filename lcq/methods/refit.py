@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array
 
 from lcq.base import is_form, straight_through
+from lcq.dtypes import native_tree, nearest_number
 from lcq.forms import Codes
 from lcq.rules import flatten
 
@@ -88,7 +89,7 @@ def tune(
 
     number = 0
     for number, batch in enumerate(batches if steps is None else itertools.islice(batches, steps), 1):
-        numbers, state, value = step(numbers, state, net.rest, batch)
+        numbers, state, value = step(numbers, state, net.rest, native_tree(batch))
         if on_step is not None:
             on_step(number, value)
     if number < (steps or 1):
@@ -192,7 +193,7 @@ class _Net:
             if slot is None:
                 flat.append(other)
             else:
-                flat.append(slot.fill(numbers).astype(slot.dtype) if rounded else slot.fill(numbers))
+                flat.append(nearest_number(slot.fill(numbers), slot.dtype) if rounded else slot.fill(numbers))
         return jax.tree.unflatten(self._forms, flat)
 
     def dense(self, numbers: dict[str, Array], rest: list[Any]) -> Any:
@@ -204,7 +205,7 @@ class _Net:
 
     def finish(self, numbers: dict[str, Array], steps: int) -> Any:
         """The tree with stored forms."""
-        rounded = {name: a.astype(self.given[name].dtype) for name, a in numbers.items()}
+        rounded = {name: nearest_number(a, self.given[name].dtype) for name, a in numbers.items()}
         wide = {name: a.astype(_wide(a.dtype)) for name, a in rounded.items()}
         bad = [name for name, a in wide.items() if not bool(jnp.isfinite(a).all())]
         if bad:
@@ -264,9 +265,11 @@ def recalibrate(step: Callable[[Any, Any], Any], statistics: Any, batches: Itera
         >>> recalibrate(step, {"mean": jnp.zeros(2)}, [jnp.array([[1., 2.], [3., 4.]])])["mean"]
         Array([2., 3.], dtype=float32)
     """
+    statistics = native_tree(statistics)
     zeros = jax.tree.map(jnp.zeros_like, statistics)
     total, share, count = zeros, None, 0
     for batch in batches:
+        batch = native_tree(batch)
         from_zero = step(zeros, batch)
         if share is None:
             from_one = step(jax.tree.map(jnp.ones_like, statistics), batch)

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.blocks import compute_dtype
+from lcq.dtypes import wider
 from lcq.forms import Codes
 from lcq.methods.alphabet import choose, choose_all, draw, scaled, spaced
 from lcq.methods.following import Order, Recursion, alive, dot, falling, recurse
@@ -230,7 +231,7 @@ def sweep(
 
 
 def wide(w: Array, statistics: Statistics) -> Array:
-    return w.astype(jnp.promote_types(compute_dtype(w.dtype), statistics.gram.dtype))
+    return w.astype(wider(compute_dtype(w.dtype), statistics.gram.dtype))
 
 
 def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lcq.dtypes import wider
 from lcq.products import Product
 from lcq.trace import Program
 
@@ -125,9 +126,13 @@ def _multiplier(key: "Structure") -> Any:
         first, second = product(x, w), product(y, v)
         if shift is not None:
             second = second + product.spread(shift).astype(second.dtype)
-        wide = first.astype(jnp.promote_types(first.dtype, jnp.float32))
+        wide = first.astype(wider(first.dtype, jnp.float32))
         size = jnp.maximum(jnp.abs(wide).max(), jnp.finfo(wide.dtype).tiny)  # or squares could overflow
-        return first, second, jnp.stack([(((wide - second) / size) ** 2).sum(), ((wide / size) ** 2).sum(), size])
+        return (
+            first,
+            second,
+            jnp.stack([(((wide - second.astype(wide.dtype)) / size) ** 2).sum(), ((wide / size) ** 2).sum(), size]),
+        )
 
     return multiply
 

@@ -3,39 +3,39 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from lcq import forms
 from lcq.base import Form, Scheme
+from lcq.dtypes import format_name, nearest_number
 
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Scheme):
-    """Delta = x rounded to a shorter floating-point format, to nearest even.
+    """Delta = x rounded to the nearest finite number of a shorter floating-point format, to the even one on ties.
 
     Attributes:
-        format: name of the stored dtype: "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2" or "float32".
+        format: name of the stored dtype: "bfloat16", "float16", "float8_e4m3fn" or another of `lcq.dtypes.FORMATS`.
 
     Raises:
-        ValueError: a dtype that is not floating-point.
+        ValueError: no name of a floating-point format.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> Cast("bfloat16").project(jnp.array([1.0, 0.1])).dense()
         Array([1.        , 0.10009766], dtype=float32)
+        >>> Cast("float8_e4m3fn").project(jnp.array([500.0, -0.5])).dense()
+        Array([448. ,  -0.5], dtype=float32)
     """
 
     format: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        name = jnp.dtype(self.format).name
-        if not jnp.issubdtype(jnp.dtype(name), jnp.floating):
-            raise ValueError(f"wanted a floating-point dtype such as 'bfloat16'; got {self.format!r}")
-        object.__setattr__(self, "format", name)
+        object.__setattr__(self, "format", format_name(self.format))
 
     def check(self, shape: tuple[int, ...]) -> None:
         del shape
 
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         del previous, mu, weights  # the nearest number is the nearest one for any weight
-        return tuple(forms.Cast(x.astype(self.format), dtype=str(x.dtype)) for x in xs)
+        return tuple(forms.Cast(nearest_number(x, self.format), dtype=str(x.dtype)) for x in xs)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool
 
 from lcq.base import Form, Scheme
 from lcq.blocks import Per, block_counts, blocks, compute_dtype, cut, cut_axes, explicit_sharding, join_axes
+from lcq.dtypes import format_name, nearest_number
 from lcq.forms import Sparse
 from lcq.schemes.kmeans import KMeans
 from lcq.schemes.selection import largest, largest_in_runs, shrinkage
@@ -80,10 +81,7 @@ class Prune(Scheme):
         self._check_amount()
         object.__setattr__(self, "_is_part", isinstance(self.kept, float))
         if isinstance(self.values, str):
-            name = jnp.dtype(self.values).name
-            if not jnp.issubdtype(jnp.dtype(name), jnp.floating):
-                raise ValueError(f"values: wanted a floating-point dtype or KMeans(...); got {self.values!r}")
-            object.__setattr__(self, "values", name)
+            object.__setattr__(self, "values", format_name(self.values, "values"))
         elif self.values is not None and not (isinstance(self.values, KMeans) and self.values.per is None):
             raise ValueError(f"values: wanted a dtype's name, or KMeans(...) without per=; got {self.values!r}")
 
@@ -143,7 +141,7 @@ class Prune(Scheme):
         return tuple(
             Sparse(
                 mask,
-                values if self.values else values.astype(x.dtype),
+                values if self.values else nearest_number(values, x.dtype),
                 levels,
                 group=self._lengths(x.shape),
                 share=share,
@@ -238,7 +236,7 @@ class Prune(Scheme):
         """Kept values, or their codes and the codebook; zero where nothing is kept."""
         if not isinstance(self.values, KMeans):
             kept = (jnp.where(mask, x, 0) for x, mask in zip(xs, masks, strict=True))
-            return [(k.astype(self.values or k.dtype), None) for k in kept]
+            return [(nearest_number(k, self.values or k.dtype), None) for k in kept]
         if weights is None:
             some = functools.reduce(jnp.logical_or, map(jnp.any, masks))
             whole = cut(xs, None)._replace(weights=tuple(mask | ~some for mask in masks))  # a bool takes a byte
