@@ -1,11 +1,17 @@
 """Codes of b bits <-> uint32 words: one little-endian bit stream, code i at bits b*i .. b*i + b - 1."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt, UInt32
 
 _ROWS = 1 << 12
 """Rows of 32 codes at a time on the host, where each code takes 8 bytes on its way."""
+
+_FEW = 1 << 12
+"""Up to so many codes it is faster to go through an array of single bits, as array operations count, not codes."""
 
 
 def width(levels: int) -> int:
@@ -35,6 +41,10 @@ def pack(codes: UInt[np.ndarray, "..."], bits: int) -> UInt32[np.ndarray, " word
     flat = np.asarray(codes).reshape(-1)
     if flat.size and int(flat.max()) >> bits:
         raise ValueError(f"wanted codes below {1 << bits} ({bits} bits); got {int(flat.max())}")
+    if flat.size <= _FEW:
+        apart = np.zeros(32 * word_count(flat.size, bits), np.uint8)
+        apart[: flat.size * bits].reshape(flat.size, bits)[...] = flat[:, None] >> np.arange(bits, dtype=flat.dtype) & 1
+        return np.packbits(apart, bitorder="little").view("<u4").astype(np.uint32)
     rows = -(-flat.size // 32)
     packed = np.empty((rows, bits), np.uint32)
     for first in range(0, rows if bits else 0, _ROWS):
@@ -59,6 +69,11 @@ def unpack(words: UInt32[Array, " words"], bits: int, shape: tuple[int, ...]) ->
         Array([[1, 0],
                [3, 2]], dtype=uint8)
     """
+    return _unpack(words, bits, tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "shape"), inline=True)  # eager, a hundred steps are one
+def _unpack(words: Array, bits: int, shape: tuple[int, ...]) -> Array:
     size = int(np.prod(shape))
     dtype = jnp.uint8 if bits <= 8 else jnp.uint16
     if bits == 0:
@@ -101,7 +116,12 @@ def unpack_host(words: UInt32[np.ndarray, " words"], bits: int, size: int) -> UI
         >>> unpack_host(np.array([177], np.uint32), 2, 4)
         array([1, 0, 3, 2], dtype=uint8)
     """
-    codes = np.zeros((-(-size // 32), 32), np.uint8 if bits <= 8 else np.uint16)
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    if size <= _FEW:
+        apart = np.unpackbits(words.astype("<u4").view(np.uint8), count=size * bits, bitorder="little")
+        places = np.arange(bits).astype(dtype)
+        return np.bitwise_or.reduce(np.left_shift(apart.reshape(size, bits), places), axis=1, dtype=dtype)
+    codes = np.zeros((-(-size // 32), 32), dtype)
     grid = np.zeros((len(codes), bits), np.uint32)
     grid.reshape(-1)[: words.size] = words
     for i in range(32 if bits else 0):

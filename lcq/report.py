@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,13 +131,20 @@ class Table:
         return text(self)
 
 
-def table(tree: Any, reference: Any = None, *, on_disk: int | None = None) -> Table:
+def table(
+    tree: Any,
+    reference: Any = None,
+    *,
+    on_disk: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Table:
     """Bits, entropy, coded bytes and distortion of every leaf of a compressed tree, and their totals.
 
     Args:
         tree: as given by `compress`, `extract` or `load`.
         reference: the weights it came from; adds ||w - Delta(Theta)||^2 / ||w||^2.
         on_disk: bytes of the file it is in.
+        progress: called after each leaf with its number from 1, how many there are, and its path.
 
     Returns:
         A value with `rows` and `total`; print it, or give it to rich.
@@ -152,14 +159,19 @@ def table(tree: Any, reference: Any = None, *, on_disk: int | None = None) -> Ta
         >>> total.bits, total.bytes, round(total.ratio, 2)
         (128, 16, 8.5)
     """
-    priced = _priced(tree, rows(tree))
-    if reference is None:
-        return Table(priced, on_disk)
-    leaves, originals = flatten(tree)[0], flatten(reference)[0]
-    if leaves.keys() != originals.keys():
+    leaves = flatten(tree)[0]
+    originals = None if reference is None else flatten(reference)[0]
+    if originals is not None and leaves.keys() != originals.keys():
         odd = sorted(leaves.keys() ^ originals.keys())
         raise ValueError(f"wanted a reference with the same leaves; only in one of the two: {', '.join(odd[:4])}")
-    return Table(tuple(_measured(row, leaves[row.path], originals[row.path]) for row in priced), on_disk)
+    seen, made = set[str](), list[Row]()
+    for number, row in enumerate(rows(tree), 1):
+        leaf = leaves[row.path]
+        priced = _priced(row, leaf, seen)
+        made.append(priced if originals is None else _measured(priced, leaf, originals[row.path]))
+        if progress is not None:
+            progress(number, len(leaves), row.path)
+    return Table(tuple(made), on_disk)
 
 
 def rows(tree: Any) -> tuple[Row, ...]:
@@ -219,18 +231,13 @@ def text(renderable: Any) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def _priced(tree: Any, rows: tuple[Row, ...]) -> tuple[Row, ...]:
-    """The rows with entropies and coded sizes; what joint leaves share counts at the first of them."""
-    leaves, seen, priced = flatten(tree)[0], set[str](), []
-    for row in rows:
-        leaf = leaves[row.path]
-        price = rate(leaf)
-        shared = getattr(leaf, "shared", None)
-        again = leaf.shared_bits if shared in seen else 0
-        if shared is not None:
-            seen.add(shared)
-        priced.append(row._replace(entropy=price.entropy - again, coded=price.coded - again))
-    return tuple(priced)
+def _priced(row: Row, leaf: Any, seen: set[str]) -> Row:
+    """The row with entropy and coded size; what joint leaves share counts at the first of them, and is then `seen`."""
+    price, shared = rate(leaf), getattr(leaf, "shared", None)
+    again = leaf.shared_bits if shared in seen else 0
+    if shared is not None:
+        seen.add(shared)
+    return row._replace(entropy=price.entropy - again, coded=price.coded - again)
 
 
 def _sum(numbers: Iterable[Any]) -> Any:

@@ -9,7 +9,7 @@ import os
 import reprlib
 import secrets
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,14 @@ class ArtifactError(ValueError):
     """A file is not what it should be: damaged, of another kind or version, too large, or of another tree."""
 
 
-def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None, coded: bool = True) -> int:
+def save(
+    path: str | os.PathLike[str],
+    tree: Any,
+    *,
+    plan: Any = None,
+    coded: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> int:
     """Writes a tree of forms and arrays to an `.lcq` file; working forms are packed.
 
     The file appears whole or not at all: it is written beside its place, synced, and renamed. Equal trees give equal
@@ -46,6 +53,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None, coded: bo
         plan: an `lcq.Plan`, or its text, to be kept in the file: how the tree was made, for `lcq.read_plan`.
         coded: whether codes and masks are entropy-coded, which is smaller; without, every stream is a tensor that any
             reader of safetensors opens.
+        progress: called after each stream of a coded file with its number from 1, how many there are, and its name.
 
     Returns:
         Bytes of the file.
@@ -59,7 +67,7 @@ def save(path: str | os.PathLike[str], tree: Any, *, plan: Any = None, coded: bo
     encoder = Encoder()
     leaves, _ = flatten(tree)
     records = [encoder.encode(_to_host(leaf)) for leaf in leaves]
-    pieces = (coded_layout if coded else plain_layout)(records, encoder, text)
+    pieces = (coded_layout if coded else plain_layout)(records, encoder, text, progress)
     if jax.process_index() == 0:
         with replacing(path) as file:
             for piece in pieces:

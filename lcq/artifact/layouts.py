@@ -72,18 +72,23 @@ class Contents(NamedTuple):
     read: Callable[[str, bool], Any]
 
 
-def plain_layout(records: list[Any], encoder: Encoder, plan: str | None) -> list[Any]:
+Progress = Callable[[int, int, str], None] | None
+"""Called after each stream with its number from 1, how many there are, and its name."""
+
+
+def plain_layout(records: list[Any], encoder: Encoder, plan: str | None, progress: Progress = None) -> list[Any]:
     """A file of version 1, in pieces."""
+    del progress  # nothing takes long
     streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
     digests = {name: digest(flat(array)) for name, array in streams.items()}
     index = to_json({"leaves": records, "digests": digests} | _said(plan))
     return [header({"version": "1", "index": index}, streams), *(flat(array).data for array in streams.values())]
 
 
-def coded_layout(records: list[Any], encoder: Encoder, plan: str | None) -> list[Any]:
+def coded_layout(records: list[Any], encoder: Encoder, plan: str | None, progress: Progress = None) -> list[Any]:
     """A file of version 2, in pieces."""
     entries, pieces = [], []
-    for name, array in encoder.streams.items():
+    for number, (name, array) in enumerate(encoder.streams.items(), 1):
         piece, codes = flat(array).data, encoder.codes.get(name)
         if codes is not None:
             levels, count = codes
@@ -92,6 +97,8 @@ def coded_layout(records: list[Any], encoder: Encoder, plan: str | None) -> list
         entries.append([name, NAMES[array.dtype], [*array.shape], piece.nbytes, digest(piece, _SHORT)])
         entries[-1] += [[*codes]] if codes is not None else []
         pieces.append(piece)
+        if progress is not None:
+            progress(number, len(encoder.streams), name)
     deflate = zlib.compressobj(9, wbits=-15)
     index = deflate.compress(to_json({"leaves": records, "streams": entries} | _said(plan)).encode()) + deflate.flush()
     tensors = {"index": len(index), "data": sum(piece.nbytes for piece in pieces)}

@@ -16,6 +16,7 @@ n of which table, states and words are smallest together, and of like ones the l
 What is damaged raises ValueError or, where the format cannot know, gives other codes: digests are the file's affair.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -35,6 +36,9 @@ _ROWS = 1 << 17  # more lanes rather than more rows
 _LANES = 1 << 14
 _CHUNK = 1 << 20  # codes whose histogram is made at once
 _SOME = 1 << 16  # blocks, or groups of 8, that are taken apart at once
+_FEW = 512  # up to so many codes, once two n cannot pay, only the largest power of two is tried, for what repeats
+_SYMBOL = 0.6  # bytes for a symbol in a table, about, above the bound
+_SPARSE = 4  # times as many symbols as blocks: these are sorted rather than counted in a table
 
 
 class _Blocks(NamedTuple):
@@ -44,6 +48,15 @@ class _Blocks(NamedTuple):
     table: tables.Table
     lanes: int
     size: float
+
+
+class _Counted(NamedTuple):
+    """Blocks of n: which there are, in order, how often each, and bytes that a stream of them does not go below."""
+
+    n: int
+    present: np.ndarray
+    counts: np.ndarray
+    bound: float
 
 
 def encode(codes: UInt[np.ndarray, "..."], levels: int, *, block: int | None = None, lanes: int | None = None) -> bytes:
@@ -138,8 +151,7 @@ def entropy(codes: UInt[np.ndarray, "..."], levels: int, block: int = 1) -> floa
     if not (block >= 1 and 1 <= levels**block <= _ALPHABET):
         raise ValueError(f"wanted {levels}^n from 1 to {_ALPHABET}; got n = {block}")
     counts = _histogram(np.asarray(codes).reshape(-1), levels, block)
-    counts = counts[counts > 0]
-    return float((counts * np.log2(counts.sum() / counts)).sum() / max(1, counts.sum()) / block)
+    return tables.entropy_bits(counts[counts > 0]) / max(1, int(counts.sum())) / block
 
 
 class _Stream(NamedTuple):
@@ -203,26 +215,51 @@ def _plan(codes: np.ndarray, levels: int, block: int | None, wanted: int | None)
     """Estimates every n from its histogram; encodes nothing. n = 0 is raw."""
     least = float(_raw_bytes(codes.size, levels))
     plan = _Blocks(0, tables.Table(b"", _NOTHING, 0.0), 0, least)
-    for n in BLOCKS if block is None else (block,):
-        if n > codes.size or levels**n > _ALPHABET:
-            break
-        counts = _histogram(codes, levels, n)
-        total = int(counts.sum())
-        present = counts[counts > 0]
-        bound = float((present * np.log2(total / present)).sum()) + present.size  # a table has a bit for each, or more
-        if bound > 8 * least * _LIKE:
+    for counted in _promising(codes, levels, BLOCKS if block is None else (block,)):
+        if counted.bound > least * _LIKE:
             continue
+        n, total = counted.n, codes.size // counted.n
+        counts = np.zeros(levels**n, np.int64)
+        counts[counted.present] = counted.counts
         table = tables.fit(counts)
         used = 0
-        if present.size > 1:
+        if counted.counts.size > 1:
             used = _lanes(table.bits / 8, total) if wanted is None else min(wanted, total)
         size = 3 + _rest_bytes(codes.size % n, levels) + len(table.data) + table.bits / 8 + 3 * used
         if size <= least * _LIKE:
             plan = _Blocks(n, table, used, size)
         least = min(least, size)
-        if present.size == 1:
+        if counted.counts.size == 1:
             break
     return plan
+
+
+def _promising(codes: np.ndarray, levels: int, blocks: Sequence[int]) -> Iterator[_Counted]:
+    """Blocks of every n; of few codes those that are likely best, if any can pay: a fit takes longer than a count."""
+    fitting = [n for n in blocks if n <= codes.size and levels**n <= _ALPHABET]
+    if codes.size > _FEW:
+        yield from (_counted(codes, levels, n) for n in fitting)
+        return
+    found, futile = list[_Counted](), 0
+    for n in fitting:
+        if futile > 1 and (n & n - 1 or 2 * n in fitting):
+            continue
+        counted = _counted(codes, levels, n)
+        futile = futile + 1 if counted.bound > _raw_bytes(codes.size, levels) else 0
+        found += [counted] * (not futile)
+    yield from sorted(found, key=lambda counted: counted.bound + _SYMBOL * counted.counts.size)[:1]
+
+
+def _counted(codes: np.ndarray, levels: int, n: int) -> _Counted:
+    if levels**n > _SPARSE * codes.size:
+        present, counts = np.unique(_symbols(codes, levels, n).astype(np.int64), return_counts=True)
+    else:
+        counts = _histogram(codes, levels, n)
+        present = np.flatnonzero(counts)
+        counts = counts[present]
+    bits = tables.entropy_bits(counts) + tables.least_bits(present, levels**n)
+    head = 9 if counts.size > 1 else 6  # n, the fixed bytes of a table, and of a lane
+    return _Counted(n, present, counts, bits / 8 + _rest_bytes(codes.size % n, levels) + head)
 
 
 def _lanes(payload: float, count: int) -> int:

@@ -34,6 +34,7 @@ PRECISIONS = (8, 10, 12, 14, 16)
 
 _LETTERS = 18
 _NESTED = 0xF0
+_FINEST = 64  # slots a counted symbol, above which frequencies say no more about few of them
 _WORTH = 1e-4  # of all bits: what more precision must save, as small tables are faster
 
 
@@ -63,35 +64,61 @@ def fit(counts: Int[np.ndarray, " alphabet"], nested: bool = True) -> Table:
         (array([185,  47,   0,  24]), 6)
     """
     present = np.flatnonzero(counts)
-    gaps = np.diff(present, prepend=-1) - 1
-    order = min(range(16), key=lambda k: int(_gap_widths(gaps, k).sum()))
+    count, total = counts[present], int(counts.sum())
+    gaps, order, told = _gaps(present)
+    entropy = entropy_bits(count)
     found, best = None, np.inf
     for precision in PRECISIONS:
-        if present.size > 1 << precision:
+        if present.size > 1 << precision or (found and 1 << precision > _FINEST * total):
             continue
-        ideal = counts[present] * (2.0**precision / counts.sum()) - 1
+        ideal = count * (2.0**precision / total) - 1
         weights = np.clip(np.rint(ideal), 0, 65535).astype(np.int64)
         weights *= weights.min() < weights.max()  # equal ones need not be told
-        fixed = float(_gap_widths(gaps, order).sum()) + present.size * int(_classes(weights).max()).bit_length()
+        fixed = float(told + present.size * int(_classes(weights).max()).bit_length())
         if nested:
             fixed = min(fixed, _letter_bits(weights, counts.size))
         for digits in range(16):
-            coarse = _coarse(weights, digits)
-            frequencies = _frequencies(coarse, precision)
-            bits = _bits(counts[present], frequencies) + float(counts.sum()) * 4.0 ** (precision - 20)
-            total = fixed + float(_digit_widths(weights, digits).sum()) + bits
-            if total < best * (1 - _WORTH):
-                found, best = (precision, digits, weights, frequencies, bits), total
+            known = fixed + float(_digit_widths(weights, digits).sum())
+            if known + entropy >= best * (1 - _WORTH):
+                break  # more digits cost more, and no frequencies code below the entropy
+            frequencies = _frequencies(_coarse(weights, digits), precision)
+            bits = _bits(count, frequencies) + total * 4.0 ** (precision - 20)
+            if known + bits < best * (1 - _WORTH):
+                found, best = (precision, digits, weights, frequencies, bits), known + bits
             if int(weights.max()) < 2 << digits:
                 break
     assert found is not None
     precision, digits, weights, frequencies, bits = found
     data = _write_plain(present, gaps, weights, order, precision, digits)
-    if nested:
+    if nested and _least_nested(weights, counts.size, digits) < len(data):
         data = min(data, _write_nested(present, weights, counts.size, precision, digits), key=len)
     dense = np.zeros(counts.size, np.int64)
     dense[present] = frequencies
     return Table(data, dense, bits)
+
+
+def least_bits(present: Int[np.ndarray, " present"], alphabet: int) -> float:
+    """Bits that no table goes below in saying which symbols of an alphabet are present, be it plain or nested.
+
+    Example:
+        >>> least_bits(np.array([3, 200]), 256) < 8 * len(fit(np.bincount([3, 200], minlength=256)).data)
+        True
+    """
+    absent = alphabet - present.size
+    if not absent:
+        return float(present.size)
+    nested = entropy_bits(np.array([present.size, absent]))
+    return max(float(present.size), min(float(_gaps(present)[2]), nested))
+
+
+def entropy_bits(counts: Int[np.ndarray, " present"]) -> float:
+    """Bits of all counted symbols at their entropy; none of the counts is 0.
+
+    Example:
+        >>> entropy_bits(np.array([2, 1, 1]))
+        6.0
+    """
+    return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
 def read(data: UInt8[np.ndarray, " bytes"], alphabet: int, nested: bool = True) -> tuple[np.ndarray, int]:
@@ -190,16 +217,33 @@ def _coarse(weights: np.ndarray, digits: int) -> np.ndarray:
     return _from_digits(_classes(weights), *_cut(weights, digits))
 
 
-def _gap_widths(gaps: np.ndarray, order: int) -> np.ndarray:
-    return 2 * _classes(gaps + (1 << order)) - 1 - order
+def _gaps(present: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The gaps between present symbols, the k that says them in the fewest bits, and these bits."""
+    gaps = present.copy()
+    gaps[1:] -= present[:-1] + 1
+    orders = np.arange(min(16, int(gaps.max()).bit_length() + 1))  # above, every k adds a bit to each
+    widths = 2 * _classes(gaps[:, None] + (1 << orders)).sum(axis=0) - (1 + orders) * gaps.size
+    order = int(np.argmin(widths))
+    return gaps, order, int(widths[order])
+
+
+def _letters(weights: np.ndarray, alphabet: int) -> np.ndarray:
+    """How often each letter of a nested table occurs, without those that do not."""
+    counts = np.bincount(_classes(weights), minlength=_LETTERS)
+    counts[-1] = alphabet - weights.size
+    return counts[counts > 0]
 
 
 def _letter_bits(weights: np.ndarray, alphabet: int) -> float:
     """About what nested classes cost."""
-    counts = np.bincount(_classes(weights), minlength=_LETTERS)
-    counts[-1] = alphabet - weights.size
-    used = counts[counts > 0]
-    return float((used * np.log2(alphabet / used)).sum()) + 8 * (9 + used.size)
+    used = _letters(weights, alphabet)
+    return entropy_bits(used) + 8 * (9 + used.size)
+
+
+def _least_nested(weights: np.ndarray, alphabet: int, digits: int) -> float:
+    """Bytes that a nested table does not go below: a state of 32 bits holds 16 bits of its letters at most."""
+    letters = entropy_bits(_letters(weights, alphabet))
+    return 5 + (letters + float(_digit_widths(weights, digits).sum())) / 8
 
 
 def _write_plain(

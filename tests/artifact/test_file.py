@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lcq
 from lcq.artifact import container, layouts
 from lcq.artifact import file as file_module
 from lcq.artifact.file import ArtifactError, load, read_index, save
@@ -820,3 +822,33 @@ def test_fuzzed_headers_are_refused_or_load_to_forms_that_work(path, whole):
             if is_form(leaf):
                 assert leaf.dense().shape == leaf.shape
     assert loaded > 10
+
+
+def small_leaves(count):
+    rng = np.random.default_rng(0)
+    return {f"layers.{i}.lora_A": rng.normal(size=(8, 32)).astype(np.float32) for i in range(count)}
+
+
+def test_thousands_of_small_leaves(tmp_path):
+    forms = lcq.compress(small_leaves(200), [lcq.Rule(".*", lcq.KMeans(4))])
+    seen = []
+    start = time.process_time()
+    lcq.save(tmp_path / "a.lcq", forms, progress=lambda *call: seen.append(call))
+    assert time.process_time() - start < 1
+    assert seen[0] == (1, 400, "layers.0.lora_A.codes") and seen[-1][:2] == (400, 400)
+    start = time.process_time()
+    lcq.table(forms)
+    assert time.process_time() - start < 0.3
+    start = time.process_time()
+    back = lcq.load(tmp_path / "a.lcq")
+    assert time.process_time() - start < 0.5
+    for name, form in forms.items():
+        np.testing.assert_array_equal(back[name].dense(), form.dense())
+
+
+@pytest.mark.parametrize("scheme", [lcq.KMeans(8, rate=0.05), lcq.KMeans(2), lcq.Uniform(4, per=8), lcq.Prune(kept=40)])
+def test_small_leaves_of_other_kinds(tmp_path, scheme):
+    forms = lcq.compress(small_leaves(100), [lcq.Rule(".*", scheme)])
+    start = time.process_time()
+    lcq.save(tmp_path / "a.lcq", forms)
+    assert time.process_time() - start < 0.4

@@ -338,6 +338,19 @@ def test_blocks_of_a_markov_source_reach_their_entropy(block):
     assert len(rans.encode(codes, 4)) <= 1.001 * len(rans.encode(codes, 4, block=block))
 
 
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+@pytest.mark.parametrize("concentration", [0.1, 1.0, None])
+def test_few_codes_are_hardly_longer_than_by_trying_every_block(levels, concentration):
+    rng, ours, best = np.random.default_rng(levels), 0, 0
+    for size in (40, 256, 512):
+        chances = None if concentration is None else rng.dirichlet(np.full(levels, concentration))
+        random = rng.choice(levels, size, p=chances).astype(np.uint8)
+        for codes in (random, np.resize(random[:8], size)):
+            tried = [rans.encode(codes, levels, block=n) for n in rans.BLOCKS if n <= size and levels**n <= 1 << 16]
+            ours, best = ours + len(rans.encode(codes, levels)), best + min(map(len, tried))
+    assert ours <= 1.02 * best
+
+
 @pytest.mark.parametrize("density", [0.1, 0.01])
 def test_masks_cost_less_than_a_bit(density):
     mask = (RNG.random(200_000) < density).astype(np.uint8)
