@@ -6,18 +6,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import rich.table
 from rich import box
 from rich.text import Text
 
 from lcq.artifact.rates import rate
-from lcq.base import Form, Scheme
+from lcq.base import Scheme
 from lcq.hull import Point, along, sweep
+from lcq.knapsack import best_choice
 from lcq.notation import right_side
 from lcq.plan import Plan
-from lcq.report import text
+from lcq.report import dense_of, text
 from lcq.rules import Rule, Task, flatten, resolve
 from lcq.tree import check_finite, sizes
 
@@ -53,14 +53,16 @@ class Pareto:
         choices: one for each leaf that has candidates, in the order of the tree.
         other: bits of everything else, stored as it is.
         budget: bits that there were.
-        curve: (bytes, distortion) of the whole tree at every stop of the sweep, from the smallest size to where no
-            candidate has less distortion.
+        curve: (bytes, distortion) of the whole tree at every stop along the convex hulls, from the smallest size to
+            where no candidate has less distortion.
+        bound: what no choice within the budget goes below; `distortion` itself if this is known to be the best.
     """
 
     choices: tuple[Choice, ...]
     other: int
     budget: int
     curve: tuple[tuple[int, float], ...]
+    bound: float = 0.0
 
     @property
     def plan(self) -> Plan:
@@ -79,7 +81,7 @@ class Pareto:
 
     @property
     def unused(self) -> int:
-        """Bits of the budget that are left: too few for the next step, or nothing is left to improve."""
+        """Bits of the budget that are left: too few to buy anything, or nothing is left to improve."""
         return self.budget - self.bits
 
     @property
@@ -125,12 +127,11 @@ def pareto(
 ) -> Pareto:
     """Chooses a scheme for every leaf so that the tree fits a budget and the sum of all distortions is least.
 
-        min sum_i D_i  subject to  sum_i B_i <= B*,    D_i = sum h (w - Delta(Theta))^2,  B_i the bits of leaf i
+        min sum_i D_i  subject to  sum_i B_i <= B,    D_i = sum h (w - Delta(Theta))^2,  B_i the bits of leaf i
 
-    Exact, among all combinations of the candidates, for B* = `result.bits`, the size that is reached. B* is the largest
-    within the budget of the sizes on the lower convex hull, so what is `unused` is less than one step of one leaf from
-    a candidate to the next on its hull; a combination off the hull may use it up and distort a little less. The result
-    is direct compression at its best; `lcq.lc(.., result.plan, ..)` starts from it and trains.
+    Exact, among all combinations of the candidates, for tens of leaves and often for thousands; else near it. How near
+    is known: no choice goes below `result.bound`. The result is direct compression at its best;
+    `lcq.lc(.., result.plan, ..)` starts from it and trains.
 
     Args:
         params: a tree of arrays.
@@ -156,7 +157,7 @@ def pareto(
         >>> [(choice.path, choice.scheme.k, choice.bits) for choice in best.choices], best.bytes
         ([('a', 4, 136), ('b', 2, 68)], 26)
 
-    Source: Shoham & Gersho 1988, see `lcq.hull`.
+    Source: Shoham & Gersho 1988, see `lcq.hull`; between the hull's sizes branch and bound, see `lcq.knapsack`.
     """
     leaves = flatten(params)[0]
     tasks = _tasks(params, candidates)
@@ -181,14 +182,13 @@ def pareto(
             f"wanted a budget of at least {-(-totals[0] // 8)} bytes, {totals[0] / numbers:.4g} bits for each of "
             f"{numbers} numbers; got {budget // 8} bytes; {-(-other // 8)} are of leaves without candidates"
         )
-    for leaf, i in steps[: sum(total <= budget for total in totals) - 1]:
-        place[leaf] = i
+    places, bound = best_choice(points, budget - other)
     choices = []
-    for path, of_leaf, i in zip(tasks, points, place, strict=True):
+    for path, of_leaf, i in zip(tasks, points, places, strict=True):
         task = tasks[path][i]
         choices.append(Choice(path, tuple(np.shape(leaves[path])), task.scheme if task else None, *of_leaf[i]))
     curve = tuple((-(-total // 8), error) for total, (_, error) in zip(totals, sizes_and_errors, strict=True))
-    return Pareto(tuple(choices), other, budget, curve)
+    return Pareto(tuple(choices), other, budget, curve, bound)
 
 
 def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[Task | None]]:
@@ -223,17 +223,12 @@ def _budget(size: int | None, bits_per_weight: float | None, numbers: int) -> in
     return math.floor(bits)
 
 
-@jax.jit
-def _dense(form: Form) -> jax.Array:
-    return form.dense()
-
-
 def _point(leaf: Any, task: Task | None, h: Any, coded: bool) -> Point:
     """What a candidate costs, and sum h (w - Delta(Theta))^2 in float64."""
     if task is None:
         return Point(leaf.size * leaf.dtype.itemsize * 8, 0.0)
     (form,) = task.project((leaf,), weights=None if h is None else (h,))
-    error = (np.asarray(leaf, np.float64) - np.asarray(_dense(form), np.float64)) ** 2
+    error = (np.asarray(leaf, np.float64) - np.asarray(dense_of(form), np.float64)) ** 2
     distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
     if not math.isfinite(distortion):
         raise ValueError(f"{task.name}: {task.scheme} cannot hold its largest numbers; drop this candidate")

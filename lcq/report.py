@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import rich.table
 from rich import box
@@ -223,6 +224,12 @@ def describe(leaf: Any) -> str:
     return ", ".join(words)
 
 
+@jax.jit
+def dense_of(form: Form) -> jax.Array:
+    """Delta(Theta), compiled once for all forms of one structure and shape."""
+    return form.dense()
+
+
 def text(renderable: Any) -> str:
     """A rich renderable as plain text, as wide as it needs to be."""
     console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
@@ -250,5 +257,5 @@ def _measured(row: Row, leaf: Any, original: Any) -> Row:
     if row.shape != tuple(np.shape(original)):
         raise ValueError(f"{row.path}: wanted a reference of shape {list(row.shape)}; got {list(np.shape(original))}")
     w = np.asarray(original, np.float64)
-    delta = np.asarray(leaf.dense() if isinstance(leaf, Form) else leaf, np.float64)
+    delta = np.asarray(dense_of(leaf) if isinstance(leaf, Form) else leaf, np.float64)
     return row._replace(error=float(np.sum((w - delta) ** 2)), energy=float(np.sum(w**2)))

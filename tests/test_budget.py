@@ -14,10 +14,12 @@ import optax
 import pytest
 
 import lcq
+from lcq.artifact import rans
 from lcq.artifact.file import read_index
 from lcq.base import Scheme
 from lcq.budget import Choice, Pareto
 from lcq.budget import pareto as pareto_of_files
+from lcq.examples import data, models
 
 pareto = functools.partial(pareto_of_files, coded=False)
 
@@ -77,8 +79,44 @@ def test_every_point_of_the_curve_is_the_best_of_its_size(weighted):
         assert measured(tree, best.plan, given) == (best.bits, pytest.approx(error, rel=1e-9))
         if i:
             less = pareto(tree, {".*/kernel": CANDIDATES}, bytes=size - 1, weights=h)
-            assert less.bytes == curve[i - 1][0] and less.unused == 8 * (size - 1) - less.bits >= 0
-            assert len(set(less.choices) ^ set(best.choices)) == 2  # one leaf, one step
+            assert less.unused == 8 * (size - 1) - less.bits >= 0 and less.distortion > error
+            wanted = min(d for b, d in every if b <= 8 * (size - 1))
+            assert less.distortion == less.bound == pytest.approx(wanted, rel=1e-9) and wanted <= curve[i - 1][1]
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize(
+    "budget", [{"bytes": 3000}, {"bytes": 2411}, {"bits_per_weight": 3.3}, {"bits_per_weight": 2.7}]
+)
+def test_a_budget_for_few_leaves(coded, budget):
+    net = models.small_digits_net()
+    tree = net.init(jax.random.key(0), data.digits().x_train[:1])["params"]
+    schemes = [lcq.KMeans(2), lcq.KMeans(4), lcq.KMeans(16)]
+    found = pareto_of_files(tree, {"(.*/)?kernel": schemes}, coded=coded, **budget)
+    w, paths = lcq.rules.flatten(tree)[0], [f"dense{i}/kernel" for i in range(3)]
+    cost = {}
+    for path, scheme in itertools.product(paths, schemes):
+        form = scheme.project(w[path]).pack()
+        size = 8 * len(rans.encode(codes_of(form), scheme.k)) if coded else w[path].size * (scheme.k - 1).bit_length()
+        error = np.sum((np.asarray(w[path], np.float64) - np.asarray(form.dense(), np.float64)) ** 2)
+        cost[path, scheme] = size + 32 * scheme.k, float(error)
+    rest = sum(32 * a.size for path, a in w.items() if path not in paths)
+    limit = 8 * budget["bytes"] if "bytes" in budget else budget["bits_per_weight"] * sum(a.size for a in w.values())
+    best = math.inf
+    for chosen in itertools.product(schemes, repeat=3):
+        each = [cost[pair] for pair in zip(paths, chosen, strict=True)]
+        if rest + sum(bits for bits, _ in each) <= limit:
+            best = min(best, math.fsum(error for _, error in each))
+    assert found.distortion == pytest.approx(best, rel=1e-6) and found.bits <= limit
+    assert found.bound == found.distortion
+    if budget == {"bytes": 3000} and not coded:
+        rules = found.plan
+        forms = lcq.compress(tree, rules)
+        assert sum(size.bits for size in lcq.sizes(forms).values()) == found.bits
+
+
+def codes_of(form):
+    return np.asarray(form.unpack().codes).reshape(-1)
 
 
 def test_weights_matter_as_they_are():
