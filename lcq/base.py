@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lcq.axes import block_lengths
 from lcq.blocks import Per, block_counts, compute_dtype
 from lcq.dtypes import native
 from lcq.registry import register_node
@@ -141,6 +142,20 @@ class Scheme(abc.ABC):
         `weights` are as `check_weights` returns them; they are passed only if a caller has given some.
         """
 
+    @property
+    def cuts(self) -> tuple[Per, ...]:
+        """What of its settings cuts a leaf into blocks along its axes."""
+        return ()
+
+    def oriented(self, layout: str, rank: int) -> "Scheme":
+        """This scheme for leaves of `rank` axes with another layout, see `lcq.axes`.
+
+        Raises:
+            ValueError: a layout for which it has no projection.
+        """
+        del layout, rank
+        return self
+
     def cost(self, forms: tuple[Form, ...]) -> Any:
         """C(Theta); zero for schemes that are constraints."""
         del forms
@@ -209,6 +224,14 @@ class Quantizer(Scheme):
 
     def check(self, shape: tuple[int, ...]) -> None:
         block_counts(self.per, shape)
+
+    @property
+    def cuts(self) -> tuple[Per, ...]:
+        return (self.per,)
+
+    def oriented(self, layout: str, rank: int) -> "Scheme":
+        same: Any = self  # a dataclass, as all schemes are
+        return self if self.per is None else dataclasses.replace(same, per=block_lengths(self.per, layout, rank))
 
 
 def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:

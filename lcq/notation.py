@@ -106,7 +106,7 @@ def make(scheme: Callable[..., Scheme], settings: dict[str, Any]) -> Scheme:
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule of "PATTERN=SCHEME", "PATTERN=SCHEME; joint", "PATTERN=SCHEME; stacked=N" or "PATTERN=None".
+    """The rule of "PATTERN=SCHEME", "PATTERN=SCHEME; joint", "..; stacked=N", "..; layout=oi" or "PATTERN=None".
 
     The pattern ends at the last "=" that a scheme's name follows, so both sides may contain others.
 
@@ -115,7 +115,7 @@ def parse_rule(text: str) -> Rule:
 
     Example:
         >>> parse_rule("(.*/)?kernel=Cast('bfloat16'); stacked=1")
-        Rule(pattern='(.*/)?kernel', scheme=Cast(format='bfloat16'), joint=False, stacked=1)
+        Rule(pattern='(.*/)?kernel', scheme=Cast(format='bfloat16'), joint=False, stacked=1, layout=None)
     """
     for found in reversed(list(_RULE.finditer(text))):
         scheme, *options = _split(text[found.end() :])
@@ -132,8 +132,12 @@ def parse_rule(text: str) -> Rule:
             chosen["joint"] = True
         elif key == "stacked" and value.isascii() and value.isdigit():
             chosen["stacked"] = int(value)
+        elif key == "layout" and value:
+            chosen["layout"] = value.strip("'\"")
         else:
-            raise ValueError(f"{text}: wanted '; joint' or '; stacked=N' after the scheme; got {option.strip()!r}")
+            raise ValueError(
+                f"{text}: wanted '; joint', '; stacked=N' or '; layout=oi' after the scheme; got {option.strip()!r}"
+            )
     return Rule(text[: found.start()].strip(), None if is_none(scheme) else parse_scheme(scheme), **chosen)
 
 
@@ -152,7 +156,8 @@ def format_rule(rule: Rule) -> str:
 def right_side(rule: Rule) -> str:
     """What follows the "=" of a rule; a scheme of the user's own, which has no text, is its repr."""
     scheme = format_scheme(rule.scheme) if rule.scheme is not None and has_text(rule.scheme) else repr(rule.scheme)
-    return scheme + "; joint" * rule.joint + f"; stacked={rule.stacked}" * (rule.stacked > 0)
+    layout = "" if rule.layout is None else f"; layout={rule.layout}"
+    return scheme + "; joint" * rule.joint + f"; stacked={rule.stacked}" * (rule.stacked > 0) + layout
 
 
 def is_none(scheme: str) -> bool:

@@ -14,10 +14,10 @@ from lcq.artifact.file import read_index
 from lcq.base import Scheme
 from lcq.notation import format_scheme, is_none, make, parse_scheme, right_side, settings_of
 from lcq.report import Row, Table, rows
-from lcq.rules import Rule, Task, flatten, resolve
+from lcq.rules import Rule, Task, checked, flatten, resolve
 from lcq.tree import replace, take
 
-_KEYS: dict[str, type] = {"pattern": str, "scheme": str, "joint": bool, "stacked": int}
+_KEYS: dict[str, type] = {"pattern": str, "scheme": str, "joint": bool, "stacked": int, "layout": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Plan(Sequence[Rule]):
     """Rules in order of precedence, as one value: give it wherever rules are wanted, print it, keep it in a file.
 
     Its text is TOML, a [[rule]] for each with `pattern`, `scheme` ("None" for none) and, where they say something,
-    `joint` and `stacked`. `read_plan` gives back an equal plan, and `lcq.save(path, tree, plan=plan)` keeps it beside
-    the forms.
+    `joint`, `stacked` and `layout`. `read_plan` gives back an equal plan, and `lcq.save(path, tree, plan=plan)` keeps
+    it beside the forms.
 
     Attributes:
         rules: the first one that matches a leaf decides.
@@ -50,10 +50,7 @@ class Plan(Sequence[Rule]):
     rules: Sequence[Rule]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", tuple(self.rules))
-        for rule in self.rules:
-            if not isinstance(rule, Rule):
-                raise ValueError(f"wanted rules such as lcq.Rule('(.*/)?kernel', lcq.KMeans(4)); got {rule!r}")
+        object.__setattr__(self, "rules", checked(self.rules))
 
     @overload
     def __getitem__(self, index: int) -> Rule: ...
@@ -77,7 +74,7 @@ def parse_plan(text: str) -> Plan:
 
     Example:
         >>> parse_plan('rule = [{pattern = ".*/bias", scheme = "Cast"}]')[0]
-        Rule(pattern='.*/bias', scheme=Cast(format='bfloat16'), joint=False, stacked=0)
+        Rule(pattern='.*/bias', scheme=Cast(format='bfloat16'), joint=False, stacked=0, layout=None)
     """
     try:
         document = tomllib.loads(text)
@@ -179,7 +176,8 @@ def _toml(rule: Rule) -> str:
     """A rule as a [[rule]] table."""
     scheme = "None" if rule.scheme is None else format_scheme(rule.scheme)
     lines = ["[[rule]]", f"pattern = {_quoted(rule.pattern, literal=True)}", f"scheme = {_quoted(scheme)}"]
-    return "\n".join(lines + ["joint = true"] * rule.joint + [f"stacked = {rule.stacked}"] * (rule.stacked > 0))
+    lines += ["joint = true"] * rule.joint + [f"stacked = {rule.stacked}"] * (rule.stacked > 0)
+    return "\n".join(lines if rule.layout is None else [*lines, f"layout = {_quoted(rule.layout)}"])
 
 
 def _quoted(text: str, literal: bool = False) -> str:
@@ -203,7 +201,7 @@ def _rule(number: int, table: Any) -> Rule:
             if (key in table or key in ("pattern", "scheme")) and type(table.get(key)) is not kind:
                 got = repr(table[key])[:200] if key in table else "none"
                 raise ValueError(f"wanted {key}: {kind.__name__}; got {got}")
-        settings = {key: table[key] for key in ("joint", "stacked") if key in table}
+        settings = {key: table[key] for key in ("joint", "stacked", "layout") if key in table}
         return Rule(table["pattern"], None if is_none(table["scheme"]) else parse_scheme(table["scheme"]), **settings)
     except (ValueError, OverflowError, RecursionError) as error:
         shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # it may quote a stranger's file

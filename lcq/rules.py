@@ -3,15 +3,19 @@
 import collections
 import dataclasses
 import difflib
+import math
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from lcq.axes import check_layout, mixes_layers, warning
 from lcq.base import Form, Scheme, check_weights, is_form, share
+from lcq.blocks import block_counts
 from lcq.dtypes import native
 
 
@@ -25,19 +29,30 @@ class Rule:
         scheme: how; None leaves the leaves alone.
         joint: all matching leaves share one Theta (one codebook, one budget), stored and counted once.
         stacked: the first `stacked` axes of a leaf count independent layers or experts, each with a Theta of its own.
+        layout: what the axes behind those are, a letter for each: "o" outputs, "i" inputs, any other a window; None for
+            "io" and "hwio", kernels of JAX. per="channel" tells apart the outputs, and per=g runs along the inputs:
+            "oi" for weights of PyTorch, filters too, "ioo" for [inputs, heads, units]. Not for `per` as a tuple, which
+            says lengths itself. In `quantize` products say what is what.
 
     Example:
         >>> import lcq
         >>> Rule("(.*/)?bias", lcq.Cast("bfloat16"))
-        Rule(pattern='(.*/)?bias', scheme=Cast(format='bfloat16'), joint=False, stacked=0)
+        Rule(pattern='(.*/)?bias', scheme=Cast(format='bfloat16'), joint=False, stacked=0, layout=None)
+        >>> w = {"weight": jnp.array([[1.0, 2.0, 3.0], [40.0, 50.0, 60.0]])}  # (out, in)
+        >>> form = lcq.compress(w, [Rule("weight", lcq.Uniform(8, per="channel"), layout="oi")])["weight"]
+        >>> form.scale.shape
+        (2, 1)
     """
 
     pattern: str
     scheme: Scheme | None
     joint: bool = False
     stacked: int = 0
+    layout: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"wanted a regular expression; got {self.pattern!r}; write it as a string")
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -46,8 +61,21 @@ class Rule:
             raise ValueError(
                 f"rule {self.pattern!r}: wanted a scheme such as lcq.KMeans(4), or None; got {self.scheme!r}"
             )
-        if self.stacked < 0:
-            raise ValueError(f"rule {self.pattern!r}: wanted stacked >= 0; got {self.stacked}")
+        if isinstance(self.stacked, bool) or not isinstance(self.stacked, int) or self.stacked < 0:
+            raise ValueError(
+                f"rule {self.pattern!r}: wanted stacked >= 0; got {self.stacked!r}; count the axes of layers"
+            )
+        if self.layout is None:
+            return
+        try:
+            check_layout(self.layout)
+        except ValueError as error:
+            raise ValueError(f"rule {self.pattern!r}: {error}") from error
+        if self.scheme is not None and any(isinstance(per, tuple) for per in self.scheme.cuts):
+            raise ValueError(
+                f"rule {self.pattern!r}: wanted layout= or lengths as a tuple; got {self.scheme} and layout="
+                f"{self.layout!r}, which both say what the axes are; drop one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +186,39 @@ def key_of(key: Any) -> Any:
     return str(key)
 
 
+def checked(rules: Any) -> tuple[Rule, ...]:
+    """Rules as a tuple.
+
+    Raises:
+        ValueError: anything else, with what was meant.
+    """
+    like = "[lcq.Rule('(.*/)?kernel', lcq.KMeans(4))]"
+    if isinstance(rules, Rule):
+        raise ValueError(f"wanted a list of rules; got one rule, {rules!r}; put it into brackets: [rule]")
+    if isinstance(rules, Scheme):
+        raise ValueError(
+            f"wanted a list of rules; got the scheme {rules!r}; say for which leaves: [lcq.Rule('.*', scheme)]"
+        )
+    if isinstance(rules, Mapping):
+        raise ValueError(
+            f"wanted a list of rules such as {like}; got a {type(rules).__name__}; "
+            "write [lcq.Rule(pattern, scheme) for pattern, scheme in rules.items()]"
+        )
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise ValueError(
+            f"wanted a list of rules such as {like}; got {rules!r}; make lcq.Rule(pattern, scheme) of each"
+        )
+    rules = tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise ValueError(f"wanted rules such as {like}; got {rule!r}; make lcq.Rule(pattern, scheme) of it")
+    return rules
+
+
 def resolve(rules: Sequence[Rule], tree: Any) -> tuple[Task, ...]:
     """Assigns every leaf of `tree` to the first rule that matches it.
+
+    Warns of leaves whose layers would share scales or codebooks because the rule does not say that they are stacked.
 
     Args:
         rules: in order of precedence.
@@ -169,11 +228,10 @@ def resolve(rules: Sequence[Rule], tree: Any) -> tuple[Task, ...]:
         Tasks in the order of the tree's leaves, a joint task at its first leaf.
 
     Raises:
-        ValueError: a rule that decides no leaf (with the nearest paths), or a leaf its scheme cannot take.
+        ValueError: rules that are none, a rule that decides no leaf (with the nearest paths), or a leaf its scheme
+            cannot take.
     """
-    for rule in rules:
-        if not isinstance(rule, Rule):
-            raise ValueError(f"wanted rules such as [lcq.Rule('(.*/)?kernel', lcq.KMeans(4))]; got {rule!r}")
+    rules = checked(rules)
     leaves, _ = flatten(tree)
     chosen: list[list[str]] = [[] for _ in rules]
     for path in leaves:
@@ -184,45 +242,91 @@ def resolve(rules: Sequence[Rule], tree: Any) -> tuple[Task, ...]:
     tasks = []
     for matched, rule in zip(chosen, rules, strict=True):
         if not matched:
-            raise ValueError(_unmatched(rule, rules, list(leaves)))
+            raise ValueError(_unmatched(rule, rules, list(leaves), tree))
         if rule.scheme is None:
             continue
-        for path in matched:
-            _check(path, leaves[path], rule)
+        schemes = [_fitted(path, leaves[path], rule) for path in matched]
         groups = [tuple(matched)] if rule.joint else [(path,) for path in matched]
         if rule.joint and rule.stacked and len({leaves[p].shape[: rule.stacked] for p in matched}) > 1:
             raise ValueError(
                 f"rule {rule.pattern!r}: jointly stacked leaves must agree in their leading axes: {matched}"
             )
-        tasks += [Task(group, rule.scheme, rule.stacked) for group in groups]
+        if rule.joint and len(set(schemes)) > 1:
+            raise ValueError(
+                f"rule {rule.pattern!r}: joint leaves with a layout must have equally many axes: {matched}"
+            )
+        tasks += [Task(group, scheme, rule.stacked) for group, scheme in zip(groups, schemes, strict=False)]
+        if rule.layout is None and rule.scheme.cuts:
+            _warn(rule, matched, leaves)
     order = {path: i for i, path in enumerate(leaves)}
     return tuple(sorted(tasks, key=lambda task: order[task.name]))
 
 
-def _check(path: str, leaf: Any, rule: Rule) -> None:
+def _warn(rule: Rule, paths: Sequence[str], leaves: Mapping[str, Any]) -> None:
+    """Says which leaves seem to be stacks of layers that share what `per` should give each of them."""
     assert rule.scheme is not None
+    named = [per for per in rule.scheme.cuts if per is not None and not isinstance(per, tuple)]
+    if not named:
+        return
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
+    for path in paths:
+        shape, n = shapes[path], rule.stacked
+        if mixes_layers(path, shapes, n):
+            before, one = (math.prod(block_counts(named[0], shape[i:])) for i in (n, n + 1))
+            words = warning(path, shape, named[0], n, before, shape[n] * one)
+            warnings.warn(words, stacklevel=4)  # where the caller was called that resolves rules
+
+
+def leave_out(path: str) -> str:
+    """The rule that leaves a leaf alone, as it is written."""
+    return f"lcq.Rule({re.escape(path)!r}, None)"
+
+
+def _fitted(path: str, leaf: Any, rule: Rule) -> Scheme:
+    """The scheme of a rule for one of its leaves."""
+    assert rule.scheme is not None
+    name, remedy = path or "params, which is one leaf without a name", f"exclude it with {leave_out(path)} before it"
+    if is_form(leaf):
+        raise ValueError(
+            f"{name}: rule {rule.pattern!r} wants a floating-point array; got a form, {type(leaf).__name__}, which is "
+            f"compressed already; make it dense with lcq.decompress, or {remedy}"
+        )
     if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
         got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
+        raise ValueError(f"{name}: rule {rule.pattern!r} wants a floating-point array; got {got}; {remedy}")
+    if leaf.size == 0:
+        got = f"{leaf.dtype}{list(leaf.shape)}"
+        raise ValueError(f"{name}: rule {rule.pattern!r} wants at least one weight; got {got}, an empty leaf; {remedy}")
+    if leaf.ndim < rule.stacked:
         raise ValueError(
-            f"{path}: rule {rule.pattern!r} wants a floating-point array; got {got}; "
-            f"exclude it with Rule({path!r}, None) before that rule"
+            f"{name}: rule {rule.pattern!r} wants {rule.stacked} stacked axes; got {leaf.dtype}{list(leaf.shape)}; "
+            f"lower stacked=, or {remedy}"
         )
-    if leaf.size == 0 or leaf.ndim < rule.stacked:
-        raise ValueError(
-            f"{path}: rule {rule.pattern!r} wants at least one weight and {rule.stacked} stacked axes; "
-            f"got {leaf.dtype}{list(leaf.shape)}"
-        )
+    shape = leaf.shape[rule.stacked :]
     try:
-        rule.scheme.check(leaf.shape[rule.stacked :])
+        scheme = rule.scheme if rule.layout is None else rule.scheme.oriented(rule.layout, len(shape))
+        scheme.check(shape)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{name}: {error}; change rule {rule.pattern!r}, or {remedy}") from error
+    return scheme
 
 
-def _unmatched(rule: Rule, rules: Sequence[Rule], paths: list[str]) -> str:
+def _unmatched(rule: Rule, rules: Sequence[Rule], paths: list[str], tree: Any) -> str:
     taken = [path for path in paths if re.fullmatch(rule.pattern, path)]
     if taken:
         return (
             f"rule {rule.pattern!r} decides no leaf: earlier rules take {', '.join(taken[:4])}; move it up or drop it"
+        )
+    if paths == [""]:
+        return (
+            f"rule {rule.pattern!r} matches no leaf: params is one leaf, which has no name; give it one, "
+            "{'kernel': params}, or take scheme.project(params)"
+        )
+    nothing = [path for path in _places_of_none(tree) if re.fullmatch(rule.pattern, path)]
+    if nothing:
+        return (
+            f"rule {rule.pattern!r} decides no leaf: {', '.join(nothing[:4])} is None, without weights; drop the rule, "
+            "or give the leaf an array"
         )
     plain = re.sub(r"[\\^$.|?*+(){}\[\]]", "", rule.pattern)
     near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.0)
@@ -230,3 +334,8 @@ def _unmatched(rule: Rule, rules: Sequence[Rule], paths: list[str]) -> str:
         f"rule {rule.pattern!r} matches no leaf (a pattern must match the whole path); "
         f"the nearest of {len(paths)} paths: {', '.join(near) or 'none, the tree is empty'}"
     )
+
+
+def _places_of_none(tree: Any) -> list[str]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is None or is_form(node))
+    return ["/".join(str(key_of(key)) for key in keys) for keys, leaf in pairs if leaf is None]

@@ -219,7 +219,7 @@ GOOD = "[[rule]]\npattern = 'a'\nscheme = 'Binary'\n"
         (GOOD + "stacked = true", "rule 1: wanted stacked: int; got True"),
         (GOOD + "stacked = 1.0", "rule 1: wanted stacked: int; got 1.0"),
         (GOOD + "stacked = -1", "rule 1: rule 'a': wanted stacked >= 0; got -1"),
-        (GOOD + "stakced = 1", "rule 1: wanted only pattern, scheme, joint, stacked; got 'stakced'"),
+        (GOOD + "stakced = 1", "rule 1: wanted only pattern, scheme, joint, stacked, layout; got 'stakced'"),
         (GOOD + GOOD.replace("Binary", "Bniary"), "rule 2: wanted a scheme; got 'Bniary'; known schemes: KMeans(k"),
         (GOOD + GOOD.replace("Binary", "Binary(per=0)").replace("'a'", "'('"), "rule 2: wanted a regular expression"),
         (GOOD.replace("'a'", "'a{99999999999}'"), "rule 1: "),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lcq.base import Form, Scheme, share
-from lcq.blocks import compute_dtype
+from lcq.blocks import Per, compute_dtype
 from lcq.forms import Sum
 
 _COLD, _WARM = 30, 4
@@ -70,6 +70,13 @@ class Additive(Scheme):
     def check(self, shape: tuple[int, ...]) -> None:
         for part in self.parts:
             part.check(shape)
+
+    @property
+    def cuts(self) -> tuple[Per, ...]:
+        return tuple(per for part in self.parts for per in part.cuts)
+
+    def oriented(self, layout: str, rank: int) -> Scheme:
+        return Additive(*(part.oriented(layout, rank) for part in self.parts))
 
     def cost(self, forms: tuple[Form, ...]) -> Any:
         """The sum of the schemes' costs."""

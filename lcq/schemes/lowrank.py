@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lcq.axes import outputs_last
 from lcq.base import Form, Scheme
 from lcq.blocks import compute_dtype, explicit_sharding
 from lcq.forms import Factors
@@ -76,6 +77,14 @@ class LowRank(Scheme):
 
     def check(self, shape: tuple[int, ...]) -> None:
         check_matrix_shape(shape, self.separable)
+
+    def oriented(self, layout: str, rank: int) -> Scheme:
+        if rank > 2 and not outputs_last(layout, rank):
+            raise ValueError(
+                f"{self} wants one axis of outputs, the last; got layout={layout!r} and {rank} axes; "
+                "transpose or reshape the leaf before"
+            )
+        return self
 
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         del previous

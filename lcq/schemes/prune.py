@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from lcq.axes import block_lengths, inputs_axis
 from lcq.base import Form, Scheme
 from lcq.blocks import Per, block_counts, blocks, compute_dtype, cut, cut_axes, explicit_sharding, join_axes
 from lcq.dtypes import format_name, nearest_number
@@ -38,7 +39,7 @@ class Prune(Scheme):
 
     Attributes:
         kept: at most so many groups: a part of all (a float up to 1), a number (an int), or "n:m", n of every m
-            consecutive weights along the input axis, the last but one. The largest, ties by position.
+            consecutive weights along the input axis. The largest, ties by position.
         radius: bound of the l1 norm, of the sum of norms if there are groups: what is beyond is shrunk towards zero.
         penalty: alpha; then `mu` is needed. Keeps groups with ||x_g||^2 > 2 alpha/mu (l0), or shrinks norms by alpha/mu
             (l1); alpha counts groups.
@@ -47,6 +48,7 @@ class Prune(Scheme):
             last axis, an output unit or filter; an int or a tuple for blocks, see `lcq.blocks.block_counts`.
         values: how kept values are stored: None as they are, the name of a shorter dtype such as "bfloat16", or
             KMeans(16) and the like for a codebook, fitted to the weights that are kept; one for each task.
+        axis: of inputs, for "n:m", counted from the end.
 
     Raises:
         ValueError: none or several of kept, radius and penalty, or one out of range.
@@ -66,6 +68,7 @@ class Prune(Scheme):
     norm: str = "l0"
     group: Per = None
     values: str | KMeans | None = None
+    axis: int = -2
     _is_part: bool = dataclasses.field(init=False, repr=False, default=False)  # 1.0 == 1, but all is not one
 
     def __post_init__(self) -> None:
@@ -95,6 +98,8 @@ class Prune(Scheme):
             raise ValueError(f"wanted kept= a number >= 0, or a part of all as a float up to 1.0; got {kept!r}")
         elif isinstance(kept, float) and not 0 <= kept <= 1:
             raise ValueError(f"wanted kept= a part of all between 0.0 and 1.0, or a number as an int; got {kept!r}")
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int) or self.axis >= 0:
+            raise ValueError(f"wanted axis= a number below 0, counted from the last axis; got {self.axis!r}")
         for name in ("radius", "penalty"):
             if (amount := getattr(self, name)) is not None and not 0 <= amount < math.inf:
                 raise ValueError(f"wanted {name} >= 0 and finite; got {amount!r}")
@@ -122,10 +127,22 @@ class Prune(Scheme):
     def check(self, shape: tuple[int, ...]) -> None:
         if self._runs is None:
             self._counts(shape)
-        elif len(shape) < 2 or shape[-2] % self._runs[1]:
+        elif len(shape) < max(2, -self.axis) or shape[self.axis] % self._runs[1]:
+            which = "the last but one" if self.axis == -2 else f"number {self.axis}"
+            some = [m for m in range(2, 9) if len(shape) >= max(2, -self.axis) and shape[self.axis] % m == 0]
+            fitting = f", such as 'n:{some[-1]}'" if some else ""
             raise ValueError(
-                f"kept={self.kept!r} wants an input axis, the last but one, that {self._runs[1]} divides; got {shape}"
+                f"kept={self.kept!r} wants an input axis, {which}, that {self._runs[1]} divides; "
+                f"got {shape}; choose an m that does{fitting}, or a part of all such as kept=0.5"
             )
+
+    @property
+    def cuts(self) -> tuple[Per, ...]:
+        return (self.group,)
+
+    def oriented(self, layout: str, rank: int) -> Scheme:
+        group = block_lengths(self.group, layout, rank)
+        return dataclasses.replace(self, group=group, axis=inputs_axis(layout, rank) if self._runs else self.axis)
 
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         wide = tuple(x.astype(compute_dtype(x.dtype)) for x in xs)
@@ -175,8 +192,10 @@ class Prune(Scheme):
         """The mask of the n largest of every m along the input axis."""
         assert self._runs is not None
         n, m = self._runs
-        *stacked, inputs, outputs = sizes.shape
-        return largest_in_runs(sizes.reshape(*stacked, inputs // m, m, outputs), n).reshape(sizes.shape)
+        turned = jnp.moveaxis(sizes, self.axis, -2)
+        *stacked, inputs, outputs = turned.shape
+        mask = largest_in_runs(turned.reshape(*stacked, inputs // m, m, outputs), n).reshape(turned.shape)
+        return jnp.moveaxis(mask, -2, self.axis)
 
     def _shrink(
         self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any
