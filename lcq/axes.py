@@ -1,8 +1,8 @@
 """Which axes of a leaf are its outputs and which its inputs: a layout, and what it makes of `per`.
 
 A layout has a letter for each axis: "o" outputs, whose every index is a channel; "i" inputs, along which groups run;
-any other letter a window, such as h and w of a filter. Kernels of JAX, the default, are "io" and "hwio"; those of PyTorch
-"oi" and "oihw"; attention in flax has "ioo", [inputs, heads, units], and "iio" for its output.
+any other letter a window, such as h and w of a filter. Kernels of JAX, the default, are "io" and "hwio"; those of
+PyTorch "oi" and "oihw"; attention in flax has "ioo", [inputs, heads, units], and "iio" for its output.
 """
 
 import re
@@ -105,11 +105,11 @@ def mixes_layers(path: str, shapes: Mapping[str, Sequence[int]], stacked: int) -
 
 
 def _stack_together(path: str, shapes: Mapping[str, Sequence[int]], stacked: int) -> bool:
-    """Whether all leaves below one node begin with the same axis, matrices and vectors too."""
+    """Whether all leaves below one node begin with the same axis, what would be vectors without it too."""
     above = _parts(path)[:-1]
     for depth in range(len(above), -1, -1):
         below = [tuple(s[stacked:]) for name, s in shapes.items() if _parts(name)[:depth] == above[:depth]]
-        if len({s[:1] for s in below}) == 1 and len({len(s) for s in below}) > 1:
+        if len({s[:1] for s in below}) == 1 and len({len(s) for s in below}) > 1 and min(map(len, below)) > 1:
             return True
     return False
 
