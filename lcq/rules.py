@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from lcq.axes import check_layout, mixes_layers, warning
@@ -162,6 +163,22 @@ def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
             raise ValueError(f"{path}: two leaves have this path; rename one of them")
         leaves[path] = leaf
     return leaves, structure
+
+
+def check_numbers(leaves: Mapping[str, Any]) -> None:
+    """Refuses leaves that are neither arrays (or shape structs, or keys) nor forms nor numbers.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for path, leaf in leaves.items():
+        known = hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex) or is_form(leaf)
+        if not known or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSUMm"):
+            got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
+            raise ValueError(
+                f"{path or 'params'}: wanted an array, a form or a number; got {got}; leave it out of the tree, and "
+                "close over it: lambda params, x: fn(params, it, x)"
+            )
 
 
 def bare_keys(all_keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

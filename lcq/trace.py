@@ -22,7 +22,7 @@ from lcq import joined
 from lcq.jaxprs import CALLS, LAYOUT, OPAQUE, PRODUCTS, bind, evaluate, inner, opened, scan_of, struct, weighs, where
 from lcq.obstacles import cannot_follow, not_whole, shared_in_part
 from lcq.products import Placed, Product, Shift, Step, per_neuron, uses_of_each
-from lcq.rules import flatten
+from lcq.rules import check_numbers, flatten
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +71,7 @@ def trace(
         ValueError: names the leaf, the way it went, the equation it cannot be followed through, and the remedy.
     """
     leaves, structure = flatten(params)
+    check_numbers(leaves)
 
     def flat(values: Sequence[Any], batch: Any) -> Any:
         return fn(jax.tree.unflatten(structure, values), batch)

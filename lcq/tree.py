@@ -9,7 +9,7 @@ import numpy as np
 
 from lcq.base import Form, is_form
 from lcq.forms import check_restored
-from lcq.rules import Rule, Task, flatten, resolve
+from lcq.rules import Rule, Task, check_numbers, flatten, resolve
 
 
 def compress(params: Any, rules: Sequence[Rule], *, weights: Mapping[str, Any] | None = None) -> Any:
@@ -109,6 +109,9 @@ def sizes(tree: Any) -> dict[str, Size]:
 
     Exact for stored forms; in the working layout an estimate where the cost depends on the values.
 
+    Raises:
+        ValueError: a leaf that is no array, form or number; names it.
+
     Example:
         >>> import lcq
         >>> w = {"bias": jnp.zeros(2), "kernel": jnp.ones((8, 4))}
@@ -118,7 +121,9 @@ def sizes(tree: Any) -> dict[str, Size]:
     check_restored(tree)
     result = {}
     seen: set[str] = set()
-    for path, leaf in flatten(tree)[0].items():
+    leaves, _ = flatten(tree)
+    check_numbers(leaves)
+    for path, leaf in leaves.items():
         if not is_form(leaf):
             leaf = np.asarray(leaf) if not hasattr(leaf, "dtype") else leaf
             result[path] = Size(32 * leaf.size, leaf.size * leaf.dtype.itemsize * 8, "-")
@@ -132,6 +137,14 @@ def sizes(tree: Any) -> dict[str, Size]:
 
 
 def ratio(tree: Any) -> float:
-    """Bits of the tree in float32 over bits as stored: 32 (P1 + P0) / (bits(Theta) + 32 P0)."""
+    """Bits of the tree in float32 over bits as stored: 32 (P1 + P0) / (bits(Theta) + 32 P0).
+
+    Raises:
+        ValueError: no numbers in it, or a leaf that is no array, form or number.
+    """
     rows = sizes(tree).values()
+    if not any(row.bits for row in rows):
+        raise ValueError(
+            "wanted a tree with at least one number; got none; pass the tree that compress or extract gave"
+        )
     return sum(row.dense for row in rows) / sum(row.bits for row in rows)

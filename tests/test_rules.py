@@ -1,9 +1,12 @@
 """Which leaf goes where, and what is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -138,3 +141,148 @@ def test_weights_of_joint_leaves():
 def test_a_joint_task_is_one_task():
     (task,) = resolve([lcq.Rule(KERNEL, lcq.KMeans(2), joint=True)], PARAMS)
     assert task.paths == ("dense0/kernel", "dense1/kernel")
+
+
+# What is no rule, and no leaf for one
+
+SCHEME = lcq.KMeans(2)
+WEIGHTS = {"k": jnp.arange(32.0).reshape(8, 4)}
+RULE = lcq.Rule("k", SCHEME)
+
+
+def product(p, x):
+    return x @ p["k"]
+
+
+TAKE_RULES = {  # every public function of parameters and rules
+    "compress": lcq.compress,
+    "dry_run": lcq.dry_run,
+    "lc": lambda p, rules: lcq.lc(optax.sgd(0.1), rules, mu=0.1, every=2).init(p),
+    "hemp": lambda p, rules: lcq.hemp(optax.sgd(0.1), rules).init(p),
+    "smooth_binary": lambda p, rules: lcq.smooth_binary(rules).compress(p),
+    "iterated_direct": lambda p, rules: lcq.iterated_direct(optax.sgd(0.1), rules, every=2).init(p),
+    "straight_through_training": lambda p, rules: lcq.straight_through_training(optax.sgd(0.1), rules).init(p),
+    "quantize": lambda p, rules: lcq.quantize(product, p, [jnp.ones((4, 8))], rules),
+    "quantize, nearest": lambda p, rules: lcq.quantize(product, p, [jnp.ones((4, 8))], [], nearest=rules),
+    "curvature": lambda p, rules: lcq.curvature(lambda p, x: product(p, x).sum(), p, [jnp.ones((4, 8))], rules),
+    "Plan": lambda p, rules: lcq.Plan(rules),
+}
+
+NO_RULES = {
+    "one rule": (RULE, r"got one rule, Rule\(.*put it into brackets: \[rule\]"),
+    "a scheme": (SCHEME, r"got the scheme KMeans.*\[lcq.Rule\('\.\*', scheme\)\]"),
+    "a dict": ({"k": SCHEME}, r"got a dict; write \[lcq.Rule\(pattern, scheme\) for"),
+    "text": ("k=KMeans(2)", r"got 'k=KMeans\(2\)'; make"),
+    "nothing": (None, r"got None; make"),
+    "pairs": ([("k", SCHEME)], r"got \('k', KMeans.*; make lcq.Rule\(pattern, scheme\) of it"),
+    "schemes": ([SCHEME], r"got KMeans.*; make lcq.Rule\(pattern, scheme\) of it"),
+}
+
+
+@pytest.mark.parametrize("take", TAKE_RULES)
+@pytest.mark.parametrize("case", NO_RULES)
+def test_rules_that_are_no_list(monkeypatch, take, case):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    rules, complaint = NO_RULES[case]
+    with pytest.raises(ValueError, match=f"^wanted .*rules.*{complaint}"):
+        TAKE_RULES[take](WEIGHTS, rules)
+
+
+@pytest.mark.parametrize("take", ["compress", "lc", "hemp", "quantize", "Plan"])
+def test_rules_that_can_be_seen_once(monkeypatch, take):
+    """A generator is a list of rules, too, whoever looks at it how often."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    scheme = lcq.Uniform(4) if take == "quantize" else SCHEME
+    assert TAKE_RULES[take](WEIGHTS, (rule for rule in [lcq.Rule("k", scheme)])) is not None
+
+
+NO_LEAVES = {  # a leaf beside k that the rule takes, too, and what is said of it
+    "a function": (jax.nn.relu, r"b: rule '.*' wants a floating-point array; got \w+; exclude it with"),
+    "text": ("relu", r"b: .* got str; exclude it with"),
+    "a number": (2.0, r"b: .* got float; exclude it with"),
+    "integers": (jnp.arange(3), r"b: .* got int32\[3\]; exclude it with"),
+    "empty": (
+        jnp.zeros((0, 4)),
+        r"b: .* wants at least one weight; got float32\[0, 4\], an empty leaf; exclude it with",
+    ),
+    "a form": (
+        lcq.Binary().project(jnp.ones(4)),
+        r"b: .* got a form, Codes, .*; make it dense with lcq.decompress",
+    ),
+}
+
+
+@pytest.mark.parametrize("take", sorted({*TAKE_RULES} - {"Plan"}))
+@pytest.mark.parametrize("case", NO_LEAVES)
+def test_leaves_that_no_rule_can_take(take, case):
+    """Said by name, and the remedy is as it would be written."""
+    leaf, complaint = NO_LEAVES[case]
+    params = WEIGHTS | {"b": leaf}
+    scheme = lcq.Binary() if take == "smooth_binary" else lcq.Uniform(4)
+    if case == "a form" and take.startswith(("quantize", "curvature")):
+        return  # stays as it is
+    with pytest.raises(ValueError, match=complaint) as error:
+        TAKE_RULES[take](params, [lcq.Rule(".*", scheme)])
+    spelt = re.search(r"exclude it with (lcq\.Rule\(.*?, None\))", str(error.value))[1]
+    assert eval(spelt, {"lcq": lcq}) == lcq.Rule("b", None)
+
+
+def test_leaves_that_are_no_arrays():
+    """Where they would be traced or counted; `compress` leaves alone what no rule selects."""
+    rules = [lcq.Rule("k", lcq.Uniform(4))]
+    for other in (jax.nn.relu, "relu", np.array(["a"])):
+        params = WEIGHTS | {"act": other}
+        forms = lcq.compress(params, rules)
+        assert forms["act"] is other
+        calls = [lambda f=TAKE_RULES[name], p=params: f(p, rules) for name in ("quantize", "curvature", "dry_run")]
+        calls += [lambda f=f, t=forms: f(t) for f in (lcq.table, lcq.sizes, lcq.ratio)]
+        calls += [lambda p=params: lcq.pareto(p, {"k": [lcq.KMeans(2)]}, bytes=1000)]
+        for call in calls:
+            with pytest.raises(ValueError, match=r"^act: wanted an array, a form or a number; got .*; leave it out"):
+                call()
+    keyed = WEIGHTS | {"key": jax.random.key(0)}
+    assert lcq.table(keyed).total.bits == 32 * 32 + 64
+
+
+def test_a_tree_that_is_one_leaf():
+    w = WEIGHTS["k"]
+    assert lcq.compress(w, [lcq.Rule(".*", SCHEME)]).shape == (8, 4)
+    for take in ("compress", "dry_run", "lc", "quantize"):
+        with pytest.raises(ValueError, match=r"rule 'k' matches no leaf: params is one leaf, .*\{'kernel': params\}"):
+            TAKE_RULES[take](w, [lcq.Rule("k", lcq.Uniform(4))])
+    with pytest.raises(ValueError, match=r"^params, which is one leaf without a name: rule .* got int32"):
+        lcq.compress(jnp.arange(3), [lcq.Rule(".*", SCHEME)])
+
+
+def test_leaves_that_are_none():
+    for take in ("compress", "dry_run", "lc", "quantize"):
+        with pytest.raises(ValueError, match=r"rule 'a/b' decides no leaf: a/b is None, without weights; drop"):
+            TAKE_RULES[take](WEIGHTS | {"a": {"b": None}}, [lcq.Rule("k", lcq.Uniform(4)), lcq.Rule("a/b", SCHEME)])
+    assert "a" in lcq.compress(WEIGHTS | {"a": None}, [RULE])
+    for nothing in (None, {}, {"a": None}):
+        with pytest.raises(ValueError, match=r"the tree is empty|is None"):
+            lcq.compress(nothing, [lcq.Rule("a", SCHEME)])
+        with pytest.raises(ValueError, match="wanted a tree with at least one number; got none"):
+            lcq.ratio(nothing)
+
+
+def test_runs_that_do_not_divide():
+    w = {"a": {"k": jnp.ones((6, 4))}}
+    for layout, m in ((None, 4), ("oi", 3)):
+        with pytest.raises(
+            ValueError, match=rf"^a/k: kept='1:{m}' wants an input axis, .* that {m} divides; got \(6, 4\)"
+        ):
+            lcq.compress(w, [lcq.Rule("a/k", lcq.Prune(kept=f"1:{m}"), layout=layout)])
+    with pytest.raises(ValueError, match=r"an m that does, such as 'n:6', .* change rule .*, or exclude it with lcq"):
+        lcq.compress(w, [lcq.Rule("a/k", lcq.Prune(kept="2:4"))])
+    with pytest.raises(ValueError, match=r"^a/k: kept='2:4' wants an input axis"):
+        lcq.compress({"a": {"k": jnp.ones(8)}}, [lcq.Rule("a/k", lcq.Prune(kept="2:4"))])
+
+
+def test_settings_of_a_rule_that_are_none(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="wanted a regular expression; got 3; write it as a string"):
+        lcq.Rule(3, SCHEME)
+    for stacked in ("1", True, -1, 1.5):
+        with pytest.raises(ValueError, match=r"rule 'k': wanted stacked >= 0; got"):
+            lcq.Rule("k", SCHEME, stacked=stacked)

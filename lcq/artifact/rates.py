@@ -38,7 +38,8 @@ def rate(leaf: Any) -> Rate:
     if isinstance(leaf, tuple):
         return sum(map(rate, leaf), Rate(0.0, 0))
     if not is_form(leaf):
-        bits = 0 if leaf is None else 8 * np.asarray(leaf).nbytes
+        array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)  # a key is no numpy array
+        bits = 0 if leaf is None else 8 * array.size * array.dtype.itemsize
         return Rate(bits, bits)
     form = leaf.pack()
     total = Rate(0.0, 0)

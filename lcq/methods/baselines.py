@@ -13,7 +13,7 @@ import optax
 
 from lcq.base import Form
 from lcq.registry import register_empty
-from lcq.rules import Rule, Task, flatten, resolve
+from lcq.rules import Rule, Task, checked, flatten, resolve
 from lcq.tree import check_finite, take
 
 
@@ -48,7 +48,7 @@ def iterated_direct(
     """
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"wanted every= a positive int; got {every!r}")
-    inner, rules = optax.with_extra_args_support(inner), tuple(rules)
+    inner, rules = optax.with_extra_args_support(inner), checked(rules)
 
     def init(params: Any) -> IteratedState:
         tasks = Tasks(resolve(rules, params))
@@ -93,7 +93,7 @@ def straight_through_training(
 
     Source: Courbariaux, Bengio & David, arXiv 1511.00363; learned codebooks as in arXiv 1707.04319.
     """
-    inner, rules = optax.with_extra_args_support(inner), tuple(rules)
+    inner, rules = optax.with_extra_args_support(inner), checked(rules)
 
     def init(params: Any) -> StraightThroughState:
         tasks = Tasks(resolve(rules, params))

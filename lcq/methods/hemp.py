@@ -30,7 +30,7 @@ from lcq.methods.differentiable_entropy import (
     levels_of,
 )
 from lcq.methods.lc import Placeholder
-from lcq.rules import Rule, Task, flatten, resolve
+from lcq.rules import Rule, Task, checked, flatten, resolve
 from lcq.schemes.levels import code_dtype
 from lcq.tree import check_finite, replace, take
 
@@ -125,7 +125,7 @@ def hemp(
 
     Source: arXiv 2107.05298, section 3; S: Tartaglione et al., "LOBSTER", arXiv 2011.09905.
     """
-    rules, inner = tuple(rules), optax.with_extra_args_support(inner)
+    rules, inner = checked(rules), optax.with_extra_args_support(inner)
     _check_settings(rules, order, every, small, layout)
     numbers = {"entropy_weight": entropy_weight, "error_weight": error_weight, "learning_rate": learning_rate}
     for name, number in numbers.items():

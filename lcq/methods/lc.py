@@ -23,7 +23,7 @@ from flax import nnx
 from lcq.dtypes import native_tree
 from lcq.methods.coupling import Geometric, geometric, linear_step
 from lcq.methods.lagrangian import Info, Lagrangian, Problem, add_gradient, pull, solve, start
-from lcq.rules import Rule, flatten, resolve
+from lcq.rules import Rule, checked, flatten, resolve
 from lcq.tree import check_finite, replace
 
 _LARGE_GAP = 0.01
@@ -109,7 +109,7 @@ def lc(
 
     Source: arXiv 1707.01209, fig. 3 (augmented Lagrangian); clipped learning rate: arXiv 1707.04319, section 3.3.
     """
-    rules = tuple(rules)
+    rules = checked(rules)
     schedule, (first, rest) = _schedule(mu), _periods(every)
     _check_settings(inner, rules, every, learning_rate, coupling)
     step_size: Any = linear_step(inner) if coupling == "proximal" else coupling

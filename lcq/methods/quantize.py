@@ -20,7 +20,7 @@ from lcq.methods.resolving import GPTQ, Qronos
 from lcq.methods.rounding import GPFQ, SPFQ, Nearest, Rounding
 from lcq.methods.walk import walk
 from lcq.products import Product
-from lcq.rules import Rule, Task, flatten, resolve
+from lcq.rules import Rule, Task, checked, flatten, resolve
 from lcq.trace import trace
 from lcq.tree import check_finite
 
@@ -222,6 +222,7 @@ def _resolve(
     rules: Sequence[Rule], nearest: Sequence[Rule], dense: Any, given: dict[str, Form]
 ) -> tuple[dict[str, Rule], list[Task]]:
     """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
+    rules, nearest = checked(rules), checked(nearest)
     for rule in rules:
         per = getattr(rule.scheme, "per", None)
         if isinstance(per, tuple):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from lcq.base import straight_through
 from lcq.blocks import Per, block_counts, blocks, compute_dtype
 from lcq.forms import Codes
-from lcq.rules import Rule, flatten, resolve
+from lcq.rules import Rule, checked, flatten, resolve
 from lcq.schemes.levels import Binary
 from lcq.tree import check_finite
 
@@ -361,7 +361,7 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
 
     Source: Shulman, arXiv 2107.01400; see the module for what is from it and what is not.
     """
-    rules = tuple(rules)
+    rules = checked(rules)
     if not any(isinstance(rule, Rule) and rule.scheme is not None for rule in rules):
         raise ValueError("wanted a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.Binary(per='channel'))")
     if not isinstance(binarization, Binarization | None):
