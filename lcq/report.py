@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lcq import forms
 from lcq.artifact.rates import rate
+from lcq.axes import shares
 from lcq.base import Form, share
 from lcq.rules import flatten
 from lcq.tree import sizes
@@ -35,6 +36,8 @@ class Row(NamedTuple):
         scheme: what it asks for.
         entropy: `bits` with codes at their entropy, None where there are no concrete arrays.
         coded: bits that an entropy-coded file takes for it, names and digests aside; None likewise.
+        blocks: along which axes it has scales, codebooks or groups of their own, such as "axis 3", or "32 of axis 0,
+            axis 1" for one for each 32; "" for one in all.
     """
 
     path: str
@@ -48,6 +51,7 @@ class Row(NamedTuple):
     scheme: str | None = None
     entropy: float | None = None
     coded: int | None = None
+    blocks: str = ""
 
     @property
     def bytes(self) -> int:
@@ -105,6 +109,9 @@ class Table:
         for name in ["rule", "scheme"] if dry else []:
             grid.add_column(name, overflow="fold")
         grid.add_column("form", overflow="fold")
+        cut = any(row.blocks for row in self.rows)
+        if cut:
+            grid.add_column("one per", overflow="fold")
         prices = ["entropy", "coded bytes"] if priced else []
         for name in ["bits", "bytes", "ratio", *prices, *(["distortion"] if measured else [])]:
             grid.add_column(name, justify="right", no_wrap=True)
@@ -112,6 +119,7 @@ class Table:
         def add(row: Row, **style: Any) -> None:
             shape = "x".join(map(str, row.shape)) if row is not total else ""
             words = [row.path, shape, *([row.rule or "", row.scheme or ""] if dry else []), row.form]
+            words += [row.blocks] if cut else []
             far = "" if row.distortion is None else f"{row.distortion:.2e}"
             numbers = [f"{row.bits:,}", f"{row.bytes:,}", f"{row.ratio:.2f}"]
             if row.entropy is not None and row.coded is not None:
@@ -124,7 +132,13 @@ class Table:
         add(total, style="bold")
         if self.on_disk is not None:
             ratio = total.dense / 8 / self.on_disk if self.on_disk else math.inf
-            words = ["on disk", *[""] * (4 if dry else 2), f"{8 * self.on_disk:,}", f"{self.on_disk:,}", f"{ratio:.2f}"]
+            words = [
+                "on disk",
+                *[""] * ((4 if dry else 2) + cut),
+                f"{8 * self.on_disk:,}",
+                f"{self.on_disk:,}",
+                f"{ratio:.2f}",
+            ]
             grid.add_row(*words, *[""] * (len(prices) + measured), style="bold")
         return grid
 
@@ -179,7 +193,14 @@ def rows(tree: Any) -> tuple[Row, ...]:
     """A row for each leaf; arrays may be shape structs."""
     leaves = flatten(tree)[0]
     return tuple(
-        Row(path, tuple(np.shape(leaves[path])), describe(leaves[path]), size.dense, size.bits)
+        Row(
+            path,
+            tuple(np.shape(leaves[path])),
+            describe(leaves[path]),
+            size.dense,
+            size.bits,
+            blocks=apart(leaves[path]),
+        )
         for path, size in sizes(tree).items()
     )
 
@@ -228,6 +249,25 @@ def describe(leaf: Any) -> str:
 def dense_of(form: Form) -> jax.Array:
     """Delta(Theta), compiled once for all forms of one structure and shape."""
     return form.dense()
+
+
+def apart(leaf: Any) -> str:
+    """Along which axes of a leaf scales, codebooks or groups are told apart, in words; "" for one in all.
+
+    Example:
+        >>> import jax.numpy as jnp, lcq
+        >>> apart(lcq.Uniform(4, per=3).project(jnp.ones((6, 5)))), apart(lcq.Uniform(4).project(jnp.ones((6, 5))))
+        ('3 of axis 0, axis 1', '')
+    """
+    if isinstance(leaf, forms.Sum):
+        return "; ".join(dict.fromkeys(filter(None, map(apart, leaf.parts))))
+    if isinstance(leaf, forms.Sparse) and leaf.group:
+        lengths = (1,) * (len(leaf.shape) - len(leaf.group)) + leaf.group
+        return shares(leaf.shape, [n // g for n, g in zip(leaf.shape, lengths, strict=True)])
+    if not isinstance(leaf, forms.Codes):
+        return ""
+    numbers = [a.shape[: len(leaf.shape)] for a in (leaf.scale, leaf.levels, leaf.zero) if a is not None]
+    return shares(leaf.shape, numbers[0]) if numbers else ""
 
 
 def text(renderable: Any) -> str:

@@ -81,7 +81,7 @@ def replace(structure: Any, leaves: dict[str, Any], tasks: Sequence[Task], forms
 
 def check_finite(path: str, leaf: Any) -> None:
     """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     with jax.ensure_compile_time_eval():  # a concrete leaf may be met inside a trace
         finite = bool(jnp.isfinite(leaf).all())

@@ -51,7 +51,7 @@ ROOMS = {
         4,
         "base blocks dtypes forms registry rules products trace tree unfold schemes",
         "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature flops "
-        "layerwise assembly quantize smooth_binary differentiable_entropy hemp refit",
+        "layerwise assembly quantize preview smooth_binary differentiable_entropy hemp refit",
     ),
     "artifact": Room(
         4,
@@ -62,9 +62,9 @@ ROOMS = {
     "leaf": Room(5, "base dtypes jaxprs moving products"),
     "run": Room(6, "base dtypes forms jaxprs kernels leaf moving products rules"),
     "notation": Room(4, "base rules schemes"),
-    "report": Room(5, "artifact base forms rules tree"),
+    "report": Room(5, "artifact axes base forms rules tree"),
     "chart": Room(5),
-    "plan": Room(6, "base rules tree artifact notation report"),
+    "plan": Room(6, "base methods rules tree artifact notation report"),
     "hull": Room(0),
     "knapsack": Room(1, "hull"),
     "budget": Room(7, "hull knapsack artifact base rules tree notation report plan"),

@@ -259,3 +259,95 @@ def test_nested_schemes_in_a_plan(monkeypatch):
     monkeypatch.setitem(notation.SCHEMES, "Total", Total)
     plan = lcq.Plan([lcq.Rule("w", Total(lcq.KMeans(2, per="channel"), Total(lcq.Binary())))])
     assert parse_plan(str(plan)) == plan and "Total(KMeans(2, per='channel'), Total(Binary()))" in str(plan)
+
+
+# Previews of `quantize`
+
+
+def heads(p, x):
+    y = jnp.einsum("bi,ihd->bhd", x, p["q"])
+    return jnp.einsum("bhd,hdo->bo", jnp.tanh(y), p["out"])
+
+
+def stack(p, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["layers"])[0] @ p["head"].T
+
+
+def filters(p, x):
+    image = x.reshape(-1, 2, 2, 2)
+    return jax.lax.conv_general_dilated(image, p["k"], (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+
+
+def experts(p, x):
+    return jnp.einsum("ebd,edf->ebf", jnp.stack([x, x + 1]), p["w"]).sum(0) @ p["v"]
+
+
+def slices(p, x):
+    a, b = jnp.split(p["w"], [3], 1)
+    return (x @ a).sum() + x @ b + p["table"][0, :5]
+
+
+PREVIEWS = {
+    "heads": (heads, {"q": (8, 2, 4), "out": (2, 4, 6)}, {}),
+    "stack": (stack, {"layers": (3, 8, 8), "head": (4, 8)}, {}),
+    "filters": (filters, {"k": (4, 2, 2, 2)}, {}),
+    "experts": (experts, {"w": (2, 8, 4), "v": (4, 4)}, {"stacked": 1}),
+    "slices": (slices, {"w": (8, 8), "table": (4, 8)}, {}),
+}
+
+
+@pytest.mark.parametrize("per", [None, "channel", 4])
+@pytest.mark.parametrize("case", PREVIEWS)
+@pytest.mark.filterwarnings("ignore:.*without stacked:UserWarning")
+def test_dry_run_with_a_function_is_what_quantize_costs(case, per):
+    fn, shapes, settings = PREVIEWS[case]
+    rng = np.random.default_rng(0)
+    tree = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    batch = jnp.asarray(rng.normal(size=(5, 8)), jnp.float32)
+    scheme = lcq.Uniform(3, per=per, zero_point=case == "slices")
+    rules = [lcq.Rule("w|layers", scheme, **settings), lcq.Rule(".*", scheme)] if "stacked" in settings else []
+    rules = rules or [lcq.Rule(".*", scheme)]
+    near = [lcq.Rule("table", lcq.Uniform(4, per="channel"))] if "table" in shapes else []
+    structs = jax.eval_shape(lambda: (tree, batch))
+    planned = dry_run(structs[0], rules, fn, structs[1], nearest=near)
+    done = lcq.quantize(fn, tree, [batch], rules, "nearest", nearest=near, search=False, centred=False)
+    real = lcq.table(done.forms)
+    assert [(r.path, r.shape, r.form, r.bits, r.blocks) for r in planned.rows] == [
+        (r.path, r.shape, r.form, r.bits, r.blocks) for r in real.rows
+    ]
+    assert {row.path: row.rule for row in planned.rows} == {
+        path: "table" if path == "table" else next(r.pattern for r in rules if path in r.pattern or r.pattern == ".*")
+        for path in shapes
+    }
+
+
+def test_dry_run_of_groups_that_only_products_have():
+    """[64, 4, 16] has no 32 along its last axis but one, but products of it have."""
+    tree = {"w": jnp.zeros((64, 4, 16)), "v": jnp.zeros((64, 3))}
+    rules = [lcq.Rule(".", lcq.Uniform(4, per=32))]
+    with pytest.warns(
+        UserWarning, match=r"^w: compress cannot take this rule: per=32 cuts axis 1 .* counted as for quan"
+    ):
+        planned = {row.path: row for row in dry_run(tree, rules).rows}
+    assert (
+        planned["w"].bits == planned["w"].dense // 8 + 2 * 64 * 32 and planned["w"].blocks == "32 inputs of a product"
+    )
+    assert planned["v"].blocks == "32 of axis 0, axis 1" and planned["w"].scheme == "Uniform(4, per=32)"
+    with pytest.warns(UserWarning):
+        assert dry_run({"w": tree["w"]}, rules).total.bits == planned["w"].bits
+    products = dry_run(
+        tree, rules, lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"]).sum() + x @ p["v"], jnp.zeros((2, 64))
+    )
+    assert {row.path: row.bits for row in products.rows} == {path: row.bits for path, row in planned.items()}
+    with pytest.raises(ValueError, match=r"w: per=32 cuts axis 0 .* the inputs of its product"):
+        dry_run({"w": tree["w"]}, rules, lambda p, x: jnp.einsum("bd,ihd->bih", x, p["w"]), jnp.zeros((2, 16)))
+    with pytest.raises(ValueError, match=r"per=\(3, 1\) cuts axis 0 of shape \(64, 3\)"):
+        dry_run({"v": tree["v"]}, [lcq.Rule("v", lcq.Uniform(4, per=3), layout="io")])
+    with pytest.raises(ValueError, match="wanted fn and batch with nearest="):
+        dry_run(tree, [], nearest=rules)
+
+
+def test_dry_run_with_a_function_leaves_forms():
+    tree = {"w": jnp.ones((8, 4)), "v": lcq.Uniform(2).project(jnp.ones((4, 2)))}
+    planned = dry_run(tree, [lcq.Rule("w", lcq.Uniform(4))], lambda p, x: x @ p["w"] @ p["v"], jnp.ones((3, 8)))
+    assert [row.form for row in planned.rows] == ["codes K=4, fixed, scaled", "codes K=16, fixed, scaled"]

@@ -97,3 +97,30 @@ def test_a_reference_must_fit():
         table(tree, {key: value for key, value in params().items() if key != "bias"})
     with pytest.raises(ValueError, match="bias: wanted a reference of shape"):
         table(tree, params() | {"bias": jnp.ones(8)})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "words"),
+    [
+        (lcq.Uniform(4), {}, ""),
+        (lcq.Uniform(4, per="channel"), {}, "axis 2"),
+        (lcq.Uniform(4, per=2), {}, "2 of axis 1, axis 2"),
+        (lcq.Uniform(4, per="channel"), {"stacked": 1}, "axis 0, axis 2"),
+        (lcq.KMeans(2, per="channel"), {"layout": "oiw"}, "axis 0"),
+        (lcq.KMeans(2, per=2), {"layout": "ioo"}, "2 of axis 0, axis 1, axis 2"),
+        (lcq.Prune(kept=2, group="channel"), {"layout": "wio"}, "axis 2"),
+        (lcq.Prune(kept=2, group="channel"), {"stacked": 1}, "axis 0, axis 2"),
+        (lcq.Additive(lcq.Binary(per="channel"), lcq.Prune(kept=2)), {"layout": "wio"}, "axis 2"),
+        (lcq.LowRank(1), {}, ""),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:w. per=:UserWarning")
+def test_tables_say_along_which_axes_there_are_scales(scheme, settings, words):
+    """Of forms in either layout, and before there are any."""
+    tree, rules = {"w": jnp.arange(192.0).reshape(4, 6, 8), "b": jnp.ones(3)}, [lcq.Rule("w", scheme, **settings)]
+    forms = lcq.compress(tree, rules)
+    stored = {"w": forms["w"].pack(), "b": forms["b"]}
+    for report in (lcq.dry_run(tree, rules), table(forms), table(stored)):
+        assert {row.path: row.blocks for row in report.rows} == {"b": "", "w": words}
+        assert ("one per" in str(report)) == bool(words) and words in str(report)

@@ -43,7 +43,7 @@ class Assembly:
         assert self._form is not None
         table, which = np.unique(np.concatenate(self._rows), axis=0, return_inverse=True)
         block = which.reshape(-1)[self._block]
-        first = tuple(slice(None, None, _period(axis, block)) for axis in range(block.ndim))
+        first = tuple(slice(None, None, period(axis, block)) for axis in range(block.ndim))
         numbers = table[block[first]]
         fields: dict[str, Any] = {}
         for name in ("scale", "zero", "levels"):
@@ -70,7 +70,7 @@ def _rows(form: Codes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.broadcast_to(number, shape)
 
 
-def _period(axis: int, block: np.ndarray) -> int:
+def period(axis: int, block: np.ndarray) -> int:
     """The greatest length into which an axis can be cut so that blocks do not change inside."""
     rows = np.moveaxis(block, axis, 0)
     changes = np.flatnonzero((rows[1:] != rows[:-1]).any(tuple(range(1, rows.ndim)))) + 1

@@ -146,7 +146,7 @@ def quantize(
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, original.values())
-    chosen, direct = _resolve(rules, nearest, dense, given)
+    chosen, direct = decide(rules, nearest, dense, given)
     result = {**original, **given}
     other = dict(original)
     for task in direct:
@@ -218,7 +218,7 @@ def _checked(batches: Iterable[Any]) -> list[Any]:
     return batches
 
 
-def _resolve(
+def decide(
     rules: Sequence[Rule], nearest: Sequence[Rule], dense: Any, given: dict[str, Form]
 ) -> tuple[dict[str, Rule], list[Task]]:
     """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
