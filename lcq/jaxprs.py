@@ -34,7 +34,8 @@ IN_PLACE = {"convert_element_type", "stop_gradient", "name", "copy", "copy_p", "
 """Changes of layout that leave every element where it is; they commute with taking a slice."""
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
-OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan", "ragged_dot", "ragged_dot_general"}
+RAGGED = "ragged_dot_general"
+OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan"}
 
 
 def primitive(
@@ -151,7 +152,24 @@ def weighs(eqn: Any, side: int) -> bool:
     """Whether operand `side` of a product is contracted like a weight: not without contraction, and no image."""
     if eqn.primitive.name == "dot_general":
         return len(eqn.params["dimension_numbers"][0][0]) > 0
+    if eqn.primitive.name == RAGGED:
+        return side == 1 and _has_experts(eqn)
     return side == 1 and eqn.params["batch_group_count"] == 1
+
+
+def _has_experts(eqn: Any) -> bool:
+    """Whether a ragged product multiplies the first rows with the first slice of its weight, and so on."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contract, _), (batch, _) = numbers.dot_dimension_numbers
+    x, _, sizes = (var.aval for var in eqn.invars)
+    free = [axis for axis in range(len(x.shape)) if axis not in (*contract, *batch)]
+    return (
+        len(contract) > 0
+        and len(numbers.rhs_group_dimensions) == 1
+        and tuple(numbers.lhs_ragged_dimensions) == tuple(free[:1])
+        and len(sizes.shape) in (1, 1 + len(batch))
+        and eqn.params["group_offset"] is None
+    )
 
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:

@@ -10,7 +10,7 @@ With `jaxprs` the only file that uses jax's internal names.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from lcq import joined
-from lcq.jaxprs import CALLS, LAYOUT, OPAQUE, PRODUCTS, bind, evaluate, inner, opened, scan_of, struct, weighs, where
-from lcq.obstacles import cannot_follow, not_whole, shared_in_part
-from lcq.products import Placed, Product, Shift, Step, per_neuron, uses_of_each
+from lcq import joined, positions
+from lcq.jaxprs import (
+    CALLS,
+    LAYOUT,
+    OPAQUE,
+    PRODUCTS,
+    RAGGED,
+    bind,
+    evaluate,
+    inner,
+    opened,
+    scan_of,
+    struct,
+    weighs,
+    where,
+)
+from lcq.obstacles import cannot_follow
+from lcq.products import Placed, Product, Shift, Step, Unit, per_neuron, uses_of_each
 from lcq.rules import check_numbers, flatten
+from lcq.units import Units
+from lcq.values import Result, Value, count, stack, unstack
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +50,7 @@ class Program:
         consts: values of its constants.
         paths: of the parameters, in order.
         products: those with a followed parameter, in order of their equations.
-        first: numbers of the products that are the first to use their weights.
+        units: the weights that are rounded together, in the order of their first products.
         shifts: by product, the bias or mean that can take a constant added to its result.
     """
 
@@ -42,8 +58,13 @@ class Program:
     consts: Sequence[Any]
     paths: tuple[str, ...]
     products: tuple[Product, ...]
-    first: frozenset[int]
+    units: tuple[Unit, ...]
     shifts: dict[int, Shift]
+
+    @property
+    def first(self) -> frozenset[int]:
+        """Numbers of the products that are the first to use their weights."""
+        return frozenset(unit.uses[0] for unit in self.units)
 
     @staticmethod
     def product_of(eqn: Any) -> int | None:
@@ -52,11 +73,17 @@ class Program:
 
 
 _product_p = core.Primitive("lcq_product")
-_product_p.def_abstract_eval(lambda x, w, *, number, aval: aval)
+_product_p.def_abstract_eval(lambda x, w, *rest, number, aval, extras: aval)
 
 
 def trace(
-    fn: Callable[[Any, Any], Any], params: Any, batch: Any, selected: Collection[str], *, strict: bool = True
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batch: Any,
+    selected: Collection[str],
+    *,
+    strict: bool = True,
+    counts: Sequence[Any] | None = None,
 ) -> Program:
     """Follows parameters of fn to the products that use them.
 
@@ -66,6 +93,8 @@ def trace(
         batch: a tree of arrays or shape structs.
         selected: paths of the leaves to follow.
         strict: whether selected leaves must reach products, whole, and nothing else.
+        counts: for every leaf of the batch a boolean array of its leading axes, which positions count, or None; those
+            that are not None become inputs of the trace, after the batch's.
 
     Raises:
         ValueError: names the leaf, the way it went, the equation it cannot be followed through, and the remedy.
@@ -79,61 +108,27 @@ def trace(
     values = list(leaves.values())
     closed = jax.make_jaxpr(flat)(values, batch)
     follower = _Follower(leaves, frozenset(selected), strict)
-    whole = jax.make_jaxpr(functools.partial(follower.run_whole, closed))(values, jax.tree.leaves(batch))
+    given = jax.tree.leaves(batch)
+    masks = [None] * len(given) if counts is None else counts
+    whole = jax.make_jaxpr(functools.partial(follower.run_whole, closed))(values, given, masks)
     if strict:
-        follower.check_coverage()
+        follower.units.check()
     jaxpr, consts = opened(whole)
     return Program(
         jaxpr,
         tuple(consts),
         tuple(leaves),
         tuple(follower.products),
-        frozenset(follower.fresh),
+        tuple(follower.units.units),
         follower.shifts(),
     )
-
-
-@dataclasses.dataclass(eq=False)
-class _Value:
-    """What is known of a variable while the equations are run again.
-
-    Attributes:
-        array: its tracer, or a constant.
-        data: whether it follows from the batch.
-        param: whether it follows from a parameter.
-        placed: set while it is nothing but a parameter, moved.
-        result: set while it is nothing but a product's result, moved.
-        pieces: set while it is a concatenation, moved, of values of which some are followed.
-        axis: along which these are joined.
-        reads: equations that use it.
-    """
-
-    array: Any
-    data: bool = False
-    param: bool = False
-    placed: Placed | None = None
-    result: "_Result | None" = None
-    pieces: "tuple[_Value, ...]" = ()
-    axis: int = 0
-    reads: int = 0
-
-    @property
-    def joint(self) -> joined.Joint:
-        """How its pieces make it."""
-        return joined.Joint(self.axis, tuple(np.shape(piece.array)[self.axis] for piece in self.pieces))
-
-
-class _Result(NamedTuple):
-    number: int
-    steps: tuple[Step, ...]
-    before: tuple[_Value, ...]
 
 
 class _Use(NamedTuple):
     """Where a followed leaf ends that is not selected; `added` says to which result."""
 
     placed: Placed
-    added: tuple[_Value, int, tuple[int, ...]] | None
+    added: tuple[Value, int, tuple[int, ...]] | None
 
 
 class _Follower:
@@ -143,51 +138,49 @@ class _Follower:
         self.leaves, self.selected, self.strict = leaves, selected, strict
         self.products: list[Product] = []
         self.uses: dict[str, list[_Use]] = {path: [] for path in leaves}
-        self.reached = {path: np.zeros(math.prod(np.shape(leaf)), bool) for path, leaf in self._chosen()}
-        self.fresh: set[int] = set()
+        self.units = Units({path: leaf for path, leaf in leaves.items() if path in selected})
         self.source: str | None = None
 
-    def _chosen(self) -> Iterator[tuple[str, Any]]:
-        return ((path, leaf) for path, leaf in self.leaves.items() if path in self.selected)
-
-    def run_whole(self, closed: Any, values: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
+    def run_whole(self, closed: Any, values: Sequence[Any], batch: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
         params = [
-            _Value(value, param=True, placed=Placed(path) if jnp.issubdtype(value.dtype, jnp.floating) else None)
+            Value(value, param=True, placed=Placed(path) if jnp.issubdtype(value.dtype, jnp.floating) else None)
             for path, value in zip(self.leaves, values, strict=True)
         ]
-        args = [*params, *(_Value(leaf, data=True) for leaf in batch)]
+        args = [*params]
+        for leaf, mask in zip(batch, masks, strict=True):
+            args.append(Value(leaf, data=True, mask=None if mask is None else positions.leading(mask, leaf.shape)))
         results = self.run(closed, args)
         for result in results:
             self._end(result, None)
         return [result.array for result in results]
 
-    def run(self, closed: Any, args: Sequence[_Value]) -> list[_Value]:
+    def run(self, closed: Any, args: Sequence[Value]) -> list[Value]:
         """Evaluates equations, all calls inlined."""
-        return evaluate(closed, args, self._equation, _Value)
+        return evaluate(closed, args, self._equation, Value)
 
-    def _equation(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+    def _equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
         name = eqn.primitive.name
         if name in CALLS and (closed := inner(eqn)) is not None:
             return self.run(closed, ins)
-        if name == "scan" and any(self._followed(value) for value in ins):
+        if name == "scan" and any(self._followed(value) or value.mask is not None for value in ins):
             return self._unroll(eqn, ins)
         if name in joined.JOINS and any(self._followed(value) for value in ins):
             return [self._join(eqn, ins)]
         if any(value.pieces for value in ins) and (apart := self._apart(eqn, ins)) is not None:
             return apart
-        if name in PRODUCTS and (side := self._side(eqn, ins)) is not None:
+        if (name in PRODUCTS or name == RAGGED) and (side := self._side(eqn, ins)) is not None:
             return [self._product(eqn, ins, side)]
         if name in LAYOUT and all(not isinstance(value.array, jax.core.Tracer) for value in ins[1:]):
             if (moved := self._move(eqn, ins)) is not None:
                 return moved
         return self._plain(eqn, ins)
 
-    def _followed(self, value: _Value) -> bool:
+    def _followed(self, value: Value) -> bool:
         if value.pieces:
             return any(map(self._followed, value.pieces))
         return value.placed is not None and value.placed.path in self.selected
 
-    def _join(self, eqn: Any, ins: list[_Value]) -> _Value:
+    def _join(self, eqn: Any, ins: list[Value]) -> Value:
         """A concatenation of followed parameters, and perhaps of other things."""
         axis = eqn.params[joined.JOINS[eqn.primitive.name]]
         (array,) = bind(eqn, [value.array for value in ins])
@@ -195,13 +188,13 @@ class _Follower:
         for value in ins:
             if not self._followed(value):
                 self._end(value, eqn)
-                value = _Value(value.array, value.data, value.param)
+                value = Value(value.array, value.data, value.param)
             if eqn.primitive.name == "stack":
                 (value,) = self._within(eqn, lambda a: jnp.expand_dims(a, axis), value)
             pieces.append(value)
-        return _Value(array, any(value.data for value in ins), True, pieces=tuple(pieces), axis=axis)
+        return Value(array, any(value.data for value in ins), True, pieces=tuple(pieces), axis=axis)
 
-    def _apart(self, eqn: Any, ins: list[_Value]) -> list[_Value] | None:
+    def _apart(self, eqn: Any, ins: list[Value]) -> list[Value] | None:
         """An equation on a concatenation, as equations on its pieces; None if it is none on each of them."""
         side = next(i for i, value in enumerate(ins) if value.pieces)
         value = ins[side]
@@ -217,21 +210,24 @@ class _Follower:
         arrays = bind(eqn, arrays)
         return [self._part(eqn, value, out, array) for out, array in zip(moved, arrays, strict=True)]
 
-    def _part(self, eqn: Any, value: _Value, part: joined.Moved, array: Any) -> _Value:
+    def _part(self, eqn: Any, value: Value, part: joined.Moved, array: Any) -> Value:
         """A moved concatenation, or the one piece that is left of it."""
         pieces = [made for i, move in part.pieces for made in self._within(eqn, move, value.pieces[i])]
         if len(pieces) == 1:
             return pieces[0]
-        return _Value(array, value.data, value.param, pieces=tuple(pieces), axis=part.axis)
+        return Value(array, value.data, value.param, pieces=tuple(pieces), axis=part.axis)
 
-    def _within(self, eqn: Any, function: Callable[..., Any], *values: _Value) -> list[_Value]:
+    def _within(self, eqn: Any, function: Callable[..., Any], *values: Value) -> list[Value]:
         """The equations of a function, run in the place of another equation."""
         outer, self.source = self.source, self.source or where(eqn)
         results = self.run(jax.make_jaxpr(function)(*(value.array for value in values)), values)
         self.source = outer
         return results
 
-    def _plain(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+    def _counted(self, eqn: Any, ins: list[Value], results: list[Value]) -> list[Value]:
+        return count(eqn, ins, results, self.source or where(eqn))
+
+    def _plain(self, eqn: Any, ins: list[Value]) -> list[Value]:
         """An equation that is left as it is; parameters end here."""
         for i, value in enumerate(ins):
             self._end(value, eqn, self._addition(eqn, ins, i))
@@ -245,9 +241,9 @@ class _Follower:
         else:
             outs = bind(eqn, arrays)
         data, param = any(v.data for v in ins), any(v.param for v in ins)
-        return [_Value(out, data, param) for out in outs]
+        return self._counted(eqn, ins, [Value(out, data, param) for out in outs])
 
-    def _end(self, value: _Value, eqn: Any, added: Any = None, *, within: str = "") -> None:
+    def _end(self, value: Value, eqn: Any, added: Any = None, *, within: str = "") -> None:
         """A value is used by an equation, or returned (None): if it is a parameter, its way ends."""
         value.reads += 1
         for piece in value.pieces:
@@ -259,7 +255,7 @@ class _Follower:
             raise ValueError(cannot_follow(value.placed.path, value.placed.chain() + within, eqn, self.source))
         self.uses[value.placed.path].append(_Use(value.placed, added))
 
-    def _addition(self, eqn: Any, ins: list[_Value], i: int) -> Any:
+    def _addition(self, eqn: Any, ins: list[Value], i: int) -> Any:
         """(result, sign, shape) if operand i is a parameter added to the result of a product, in that order or not."""
         if eqn.primitive.name not in ("add", "add_any", "sub") or ins[i].placed is None:
             return None
@@ -268,7 +264,7 @@ class _Follower:
             return None
         return other, -1 if eqn.primitive.name == "sub" else 1, tuple(eqn.outvars[0].aval.shape)
 
-    def _move(self, eqn: Any, ins: list[_Value]) -> list[_Value] | None:
+    def _move(self, eqn: Any, ins: list[Value]) -> list[Value] | None:
         """A change of layout of a parameter or of a product's result; None if it is neither, or copies elements."""
         value = ins[0]
         size = sum(math.prod(var.aval.shape) for var in eqn.outvars)
@@ -286,25 +282,29 @@ class _Follower:
         for i, out in enumerate(outs):
             step = Step(eqn.primitive, params, rest, i)
             if value.placed is not None:
-                moved.append(_Value(out, param=True, placed=value.placed.then(step)))
+                moved.append(Value(out, param=True, placed=value.placed.then(step)))
             elif value.result is not None:
                 number, steps, before = value.result
-                result = _Result(number, (*steps, step), (*before, value))
-                moved.append(_Value(out, value.data, value.param, result=result))
+                result = Result(number, (*steps, step), (*before, value))
+                moved.append(Value(out, value.data, value.param, result=result))
         if value.result is not None:
             value.reads += 1
-        return moved
+        return self._counted(eqn, ins, moved)
 
-    def _side(self, eqn: Any, ins: list[_Value]) -> int | None:
+    def _side(self, eqn: Any, ins: list[Value]) -> int | None:
         """Which operand of a product is a parameter to follow; None if the product is left as it is."""
-        sides = [i for i, value in enumerate(ins) if self._followed(value) and not value.pieces]
+        sides = [i for i, value in enumerate(ins[:2]) if self._followed(value) and not value.pieces]
         if not sides:
             return None
         other = ins[1 - sides[0]]
         return sides[0] if (other.data or not other.param) and weighs(eqn, sides[0]) else None
 
-    def _product(self, eqn: Any, ins: list[_Value], side: int) -> _Value:
+    def _product(self, eqn: Any, ins: list[Value], side: int) -> Value:
         x, w = ins[1 - side], ins[side]
+        extras = {"sizes": ins[2].array} if eqn.primitive.name == RAGGED else {}
+        (value,) = self._counted(eqn, ins, [Value(None, data=True, param=True)])
+        if value.mask is not None:
+            extras["counts"] = value.mask
         assert w.placed is not None
         aval = eqn.outvars[0].aval
         number = len(self.products)
@@ -319,50 +319,37 @@ class _Follower:
             struct(aval),
             self.source or where(eqn),
         )
+        mixed = positions.varies(x.mask, product.contracted)
+        product = dataclasses.replace(
+            product, lost=f"{product.primitive.name} at {product.source}" if mixed else value.lost
+        )
         self.products.append(product)
         if self.strict:
-            self._reach(product)
+            self.units.add(product)
         x.reads += 1
-        y = _product_p.bind(x.array, w.array, number=number, aval=aval)
-        value = _Value(y, data=True, param=True)
-        value.result = _Result(number, (), ())
+        y = _product_p.bind(x.array, w.array, *extras.values(), number=number, aval=aval, extras=tuple(extras))
+        value.array = y
+        if product.kind != "ragged":  # a bias would differ from row to row
+            value.result = Result(number, (), ())
         return value
 
-    def _reach(self, product: Product) -> None:
-        """Notes which elements of the leaf this product uses: all new, or all seen before."""
-        reached = self.reached[product.path]
-        places = product.weight.elements(self.leaves[product.path].shape).reshape(-1)
-        seen = reached[places]
-        if seen.any() and not seen.all():
-            way, name, used = product.weight.chain(), product.primitive.name, int(seen.sum())
-            raise ValueError(shared_in_part(product.path, way, name, product.source, used, len(seen)))
-        if not seen.any():
-            self.fresh.add(product.number)
-        reached[places] = True
-
-    def check_coverage(self) -> None:
-        """Raises unless every element of every selected leaf has reached a product."""
-        for path, reached in self.reached.items():
-            if not reached.all():
-                raise ValueError(not_whole(path, int(reached.sum()), reached.size))
-
-    def _unroll(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+    def _unroll(self, eqn: Any, ins: list[Value]) -> list[Value]:
         """A scan, round by round."""
         body, fixed, carries = scan_of(eqn)
         length = eqn.params["length"]
         constants, carry = ins[:fixed], ins[fixed : fixed + carries]
         slices = [self._rounds(value, eqn) for value in ins[fixed + carries :]]
         order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
-        ys: list[list[_Value]] = [[_Value(None)] * length for _ in eqn.outvars[carries:]]
+        ys: list[list[Value]] = [[Value(None)] * length for _ in eqn.outvars[carries:]]
         for i in order:
             results = self.run(body, [*constants, *carry, *(each[i] for each in slices)])
             carry = results[:carries]
             for column, value in zip(ys, results[carries:], strict=True):
                 self._end(value, eqn)
                 column[i] = value
-        return [*carry, *map(_stack, ys)]
+        return [*carry, *map(stack, ys)]
 
-    def _rounds(self, value: _Value, eqn: Any) -> list[_Value]:
+    def _rounds(self, value: Value, eqn: Any) -> list[Value]:
         """What each round of a scan gets of one of its inputs."""
         length = eqn.params["length"]
         if value.pieces:
@@ -370,11 +357,11 @@ class _Follower:
             parts = [joined.taken(joint, shape, i) for i in range(length)]
             return [self._part(eqn, value, *each) for each in zip(parts, jnp.unstack(value.array), strict=True)]
         if value.placed is None:
-            return [_Value(a, value.data, value.param) for a in jnp.unstack(value.array)]
+            return unstack(value)
         rounds = []
         for i in range(length):
             array = jax.lax.dynamic_index_in_dim(value.array, i, 0, keepdims=False)
-            rounds.append(_Value(array, param=True, placed=value.placed.at(i, jax.typeof(array).shape)))
+            rounds.append(Value(array, param=True, placed=value.placed.at(i, jax.typeof(array).shape)))
         return rounds
 
     def shifts(self) -> dict[int, Shift]:
@@ -396,8 +383,3 @@ class _Follower:
                     if elements is not None:
                         found[value.result.number] = Shift(path, sign, elements)
         return found
-
-
-def _stack(values: list[_Value]) -> _Value:
-    data, param = any(v.data for v in values), any(v.param for v in values)
-    return _Value(jnp.stack([v.array for v in values]), data, param)

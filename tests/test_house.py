@@ -35,7 +35,10 @@ ROOMS = {
     "jaxprs": Room(0),
     "joined": Room(1, "jaxprs"),
     "obstacles": Room(1, "jaxprs"),
-    "trace": Room(3, "jaxprs joined obstacles products rules"),
+    "positions": Room(0),
+    "units": Room(3, "obstacles products"),
+    "values": Room(3, "joined positions products"),
+    "trace": Room(4, "jaxprs joined obstacles positions products rules units values"),
     "tree": Room(3, "base forms rules unfold"),
     "schemes": Room(
         3,
@@ -48,10 +51,11 @@ ROOMS = {
         "reference laid columns xnor_xla codes_xla lists xnor_pallas_tpu xnor_pallas_gpu signs matmul",
     ),
     "methods": Room(
-        4,
+        5,
         "base blocks dtypes forms registry rules products trace tree unfold schemes",
-        "coupling lagrangian lc baselines moments alphabet following rounding resolving descent walk curvature flops "
-        "layerwise assembly quantize preview smooth_binary differentiable_entropy hemp refit",
+        "coupling lagrangian lc baselines moments alphabet following rounding resolving descent schedule pieces "
+        "walk batches gathering curvature flops layerwise assembly quantize preview smooth_binary "
+        "differentiable_entropy hemp refit",
     ),
     "artifact": Room(
         4,

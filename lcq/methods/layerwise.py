@@ -2,24 +2,21 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from lcq.blocks import compute_dtype, explicit_sharding
 from lcq.forms import Codes
 from lcq.methods.alphabet import scaled
 from lcq.methods.following import alive, cheaper, follow
-from lcq.methods.moments import Moments, Statistics, finish, gather
+from lcq.methods.gathering import matrices, statistics
+from lcq.methods.moments import Statistics, counted, mean
 from lcq.methods.rounding import GPFQ, Rounding, correction, sweep
-from lcq.methods.walk import Structure
-from lcq.products import Product
+from lcq.methods.walk import Use
 from lcq.rules import Rule, Task
 
 Recursion = Literal["auto", "blocked", "follow"]
@@ -29,9 +26,6 @@ _COARSE = np.float32(1.15) ** np.arange(-4, 5, dtype=np.float32)
 
 _FINE = np.float32(1.018) ** np.arange(-4, 5, dtype=np.float32)
 """.. and then around the best of them: as many, for one compilation."""
-
-_ROWS = 4096
-"""Rows of a convolution's inputs that are made at a time."""
 
 
 class Rounded(NamedTuple):
@@ -43,6 +37,7 @@ class Rounded(NamedTuple):
         recursion: blocked or follow.
         factor: of the scheme's scale, the median over neurons.
         dead: inputs that are always zero.
+        rows: that counted, of the group with the most.
     """
 
     form: Codes
@@ -50,12 +45,12 @@ class Rounded(NamedTuple):
     recursion: str
     factor: float
     dead: int
+    rows: int
 
 
 def round_product(
-    product: Product,
+    uses: Sequence[Use],
     w: Float[Array, "G N n"],
-    inputs: Sequence[tuple[Any, Any]],
     rule: Rule,
     method: Rounding,
     *,
@@ -64,12 +59,12 @@ def round_product(
     recursion: Recursion,
     key: Any,
 ) -> Rounded:
-    """Rounds the weights of one product.
+    """Rounds the weights of one product, or of several with the same weights.
 
     Args:
-        product: which.
-        w: its weights in the canonical layout.
-        inputs: the data operand for every batch in the original and in the quantized net.
+        uses: all products with these weights, and for every batch their inputs in the original and in the quantized
+            net; the statistics of all are summed.
+        w: the weights in the canonical layout.
         rule: its scheme gives the alphabet.
         method: how to round.
         centred: whether a bias is free to follow.
@@ -80,18 +75,20 @@ def round_product(
     Raises:
         ValueError: NaN or infinite activations, or `recursion="follow"` for another method than GPFQ.
     """
+    product = uses[0].product
     form, tied = _alphabet(product.path, w, rule)
     search = search and not (form.scale is None and form.levels is None)
     if recursion == "follow" and not isinstance(method, GPFQ):
         raise ValueError(f"wanted recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
     if recursion == "auto":
-        _, rows, many, neurons = product.shape
+        _, _, many, neurons = product.shape
         runs = len(_COARSE) + len(_FINE) + 1 if search else 1
-        count = rows * len(inputs)
-        recursion = cheaper(count, many, neurons, runs) if isinstance(method, GPFQ) else "blocked"
-    problem = (_Inputs if recursion == "follow" else _Sums).of(product, inputs, centred)
+        count = sum(use.product.shape[1] * len(use.inputs) for use in uses)
+        able = isinstance(method, GPFQ) and product.kind != "ragged"  # each expert would follow the rows of all
+        recursion = cheaper(count, many, neurons, runs) if able else "blocked"
+    problem = (_Inputs if recursion == "follow" else _Sums).of(uses, centred)
     if not bool(jnp.isfinite(problem.squares).all()):
-        _, where = next(_not_finite(inputs), (None, "in either net, but too large to square"))
+        _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(
             f"{product.path}: wanted finite inputs; got NaN or infinite activations {where} at {product.source}; "
             "look at the batches, or at the weights before"
@@ -107,7 +104,7 @@ def round_product(
     form = problem.codes(method, w, form, key)
     shift = problem.correction(w, form) if centred else None
     dead = int((~jax.vmap(alive)(problem.squares)).sum())
-    return Rounded(form, shift, recursion, float(np.median(factor)), dead)
+    return Rounded(form, shift, recursion, float(np.median(factor)), dead, int(problem.counts.max()))
 
 
 def _alphabet(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
@@ -140,11 +137,12 @@ def _columns(form: Codes) -> int:
     return 1 if form.scale is None else form.scale.shape[-1]
 
 
-def _not_finite(inputs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, str]]:
-    for batch, pair in enumerate(inputs):
-        for x, net in zip(pair, ("original", "quantized"), strict=True):
-            if not bool(jnp.isfinite(x).all()):
-                yield batch, f"in the {net} net, batch {batch},"
+def _not_finite(uses: Sequence[Use]) -> Iterator[tuple[int, str]]:
+    for use in uses:
+        for batch, pair in enumerate(use.inputs):
+            for operand, net in zip(pair, ("original", "quantized"), strict=True):
+                if not bool(jnp.isfinite(operand.x).all()):
+                    yield batch, f"in the {net} net, batch {batch},"
 
 
 class _Sums(NamedTuple):
@@ -153,14 +151,13 @@ class _Sums(NamedTuple):
     statistics: Statistics
 
     @classmethod
-    def of(cls, product: Product, inputs: Sequence[tuple[Any, Any]], centred: bool) -> "_Sums":
-        key = Structure(product.structure, product)
-        moments: Any = None
-        same = all(x is y for x, y in inputs)
-        alone = all(len(a.sharding.device_set) == 1 for x, y in inputs for a in (x, y) if isinstance(a, jax.Array))
-        for x, y in inputs:
-            moments = _gather(key, product.parts(_ROWS) if alone else 1)(y, None if same else x, moments)
-        return cls(jax.vmap(functools.partial(finish, centred=centred))(moments))
+    def of(cls, uses: Sequence[Use], centred: bool) -> "_Sums":
+        return cls(statistics(uses, centred))
+
+    @property
+    def counts(self) -> Array:
+        """Rows that count, of every group."""
+        return self.statistics.count
 
     @property
     def squares(self) -> Array:
@@ -178,48 +175,6 @@ class _Sums(NamedTuple):
         return jax.vmap(correction)(w, self.statistics.mean_x, self.statistics.mean_y, form)
 
 
-@functools.lru_cache(maxsize=256)
-def _gather(key: Structure, parts: int) -> Callable[..., Moments]:
-    """Adds one batch of a product's inputs to its moments, compiled once for all products of this kind.
-
-    A convolution's inputs become matrices part by part, which stay in the cache and need less memory.
-    """
-    product: Product = key.thing
-
-    def one(moments: Any, part: tuple[Any, Any]) -> tuple[Any, None]:
-        y, x = part
-        return jax.vmap(gather)(product.inputs(y), None if x is None else product.inputs(x), moments), None
-
-    def sums(y: Any, x: Any, moments: Any) -> Any:
-        if parts == 1:
-            return one(moments, (y, x))[0]
-        cut = jax.tree.map(lambda a: product.cut(a, parts), (y, x))
-        if moments is None:
-            first = jax.tree.map(lambda a: a[0], cut)
-            rows = product.inputs(first[0])
-            moments = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, None, first)[0])
-            moments = moments._replace(shift=rows.astype(compute_dtype(rows.dtype)).mean(1))
-        return jax.lax.scan(one, moments, cut)[0]
-
-    @jax.jit
-    def add(y: Any, x: Any, moments: Any) -> Any:
-        spread = explicit_sharding(y)
-        if spread is None:
-            return sums(y, x, moments)
-        whole, axes = NamedSharding(spread.mesh, P()), spread.mesh.axis_names
-        return jax.sharding.auto_axes(sums, axes=axes, out_sharding=whole)(y, x, moments)
-
-    return add
-
-
-def everywhere(a: Any) -> Any:
-    """The whole array on every device, if it is spread over a mesh with explicit axes, which cannot be reshaped."""
-    if not isinstance(a, jax.Array) or explicit_sharding(a) is None:
-        return a
-    assert isinstance(a.sharding, NamedSharding)
-    return jax.device_put(a, NamedSharding(a.sharding.mesh, P()))
-
-
 class _Inputs(NamedTuple):
     """The same on the inputs of all batches, [G, M, N], by the literal recursion."""
 
@@ -227,18 +182,16 @@ class _Inputs(NamedTuple):
     y: Array
     mean_x: Array
     mean_y: Array
+    counts: Array
 
     @classmethod
-    def of(cls, product: Product, inputs: Sequence[tuple[Any, Any]], centred: bool) -> "_Inputs":
-        def whole(parts: Sequence[Any]) -> Array:
-            rows = jnp.concatenate([product.inputs(jnp.asarray(everywhere(part))) for part in parts], 1)
-            return rows.astype(compute_dtype(rows.dtype))
-
-        x, y = (whole(parts) for parts in zip(*inputs, strict=True))
-        mean_x, mean_y = x.mean(1), y.mean(1)
+    def of(cls, uses: Sequence[Use], centred: bool) -> "_Inputs":
+        x, y, rows = matrices(uses)
+        mean_x, mean_y = (jax.vmap(mean)(a, rows) for a in (x, y))
         if centred:
             x, y = x - mean_x[:, None], y - mean_y[:, None]
-        return cls(x, y, mean_x, mean_y)
+        count = jnp.int32(x.shape[1]) if rows is None else rows.sum(1)
+        return cls(jax.vmap(counted)(x, rows), jax.vmap(counted)(y, rows), mean_x, mean_y, count)
 
     @property
     def squares(self) -> Array:

@@ -3,25 +3,27 @@
 import dataclasses
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from lcq.base import Form, Quantizer, is_form
-from lcq.dtypes import native_tree, nearest_number
+from lcq.dtypes import nearest_number
 from lcq.methods.assembly import Assembly
+from lcq.methods.batches import Mask, checked_batches, traced
 from lcq.methods.descent import Descent
-from lcq.methods.layerwise import Recursion, Rounded, everywhere, round_product
+from lcq.methods.gathering import everywhere
+from lcq.methods.layerwise import Recursion, Rounded, round_product
 from lcq.methods.resolving import GPTQ, Qronos
 from lcq.methods.rounding import GPFQ, SPFQ, Nearest, Rounding
-from lcq.methods.walk import walk
-from lcq.products import Product
-from lcq.rules import Rule, Task, checked, flatten, resolve
-from lcq.trace import trace
+from lcq.methods.walk import Outcome, Use, Visit, walk
+from lcq.products import Shift, region
+from lcq.rules import Rule, Task, check_numbers, checked, flatten, resolve
+from lcq.trace import Program
 from lcq.tree import check_finite
 
 METHODS: dict[str, Rounding] = {
@@ -39,7 +41,7 @@ class Record(NamedTuple):
     """What was done at one product.
 
     Attributes:
-        path: of the leaf; with indices where a leaf holds several layers.
+        path: of the leaf; with indices where a leaf holds several layers or kernels, such as w[2] or qkv[:, 0:64].
         shape: (G, M, N, n) of one batch: groups, rows, inputs and neurons, see `lcq.unfold`.
         levels: of the codebook.
         method: such as GPFQ(order='natural').
@@ -51,6 +53,10 @@ class Record(NamedTuple):
         error: ||Y - Y'||^2 / ||Y||^2 of the product's result in the original and in the quantized net, all before it
             quantized too.
         seconds: spent on it.
+        uses: products of these weights whose inputs were summed: steps of a recurrent cell, branches, tied layers.
+        others: products that have them in another layout (a transpose): they see the codes, and have no say.
+        rows: of the inputs that counted, over all batches and uses; of the expert with the most.
+        lost: the equation behind which it was not known which positions count, so that all did; "" if it was.
     """
 
     path: str
@@ -64,6 +70,10 @@ class Record(NamedTuple):
     dead: int
     error: float
     seconds: float
+    uses: int = 1
+    others: int = 0
+    rows: int = 0
+    lost: str = ""
 
 
 class Quantized(NamedTuple):
@@ -86,6 +96,7 @@ def quantize(
     method: str | Rounding = "gpfq",
     *,
     nearest: Sequence[Rule] = (),
+    mask: Mask = None,
     centred: bool = True,
     search: bool = True,
     recursion: Recursion = "auto",
@@ -98,10 +109,17 @@ def quantize(
         min over q in the alphabet of ||X w - Y q||^2,  X a product's inputs in the original net, Y in the quantized one
 
     The function is traced once and walked once, with two values for each variable, the original and the quantized one;
-    at the first product of each leaf (each layer of a stacked one) the method rounds its weights on the statistics
-    H = Y'Y and D = Y'(X - Y) of all batches; later uses see the codes. The alphabet is the scheme's projection of
+    for each leaf (each layer of a stacked one, each slice of a fused one) the method rounds its weights on the
+    statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The alphabet is the scheme's projection of
     the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
     among them.
+
+    Uses: weights with several uses (a recurrent cell's steps, siamese branches, tied layers) are rounded once, on the
+    sums over all of them. Where a use depends on an earlier one, X is from the original net as ever, and Y from the net
+    in which all weights are quantized whose first use came before these weights' first, while these and later ones are
+    not yet; then that stretch of the net is run again with their codes, for later weights, and for the errors. A use in
+    another layout (a transpose) sees the codes and has no say. A `ragged_dot` is a product for each expert; one without
+    rows keeps its scale and gets the nearest codes.
 
     Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `host`), H and D
     of one product, and one batch's inputs of it as a matrix (of a convolution, 4,096 rows at a time).
@@ -109,12 +127,19 @@ def quantize(
     Args:
         fn: (params, batch) -> anything; any function of jax arrays: linen's `apply`, nnx through `split` and `merge`.
         params: a tree of arrays; leaves that are forms already stay as they are.
-        batches: unlabelled inputs of fn, of equal shapes, all kept until the end; may be sharded over a mesh.
+        batches: unlabelled inputs of fn, all kept until the end; may be sharded over a mesh. Of any shapes: a trace and
+            a compilation for each.
         rules: schemes of the leaves: `Uniform`, `Levels` and its kin, or `KMeans`. per="channel" means a neuron of the
             product whatever the leaf's layout, and per=g groups of g of its inputs. Other schemes, such as `Cast`,
             are projected as `compress` does.
         method: "gpfq", "gptq", "qronos", "descent", "nearest", "spfq", or a `Rounding` with settings of your own.
         nearest: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
+        mask: which positions of a batch count; None for all. Either a function of the batch that gives a boolean array
+            (or 0 and 1) of the leading axes of its leaves, such as lambda tokens: tokens != 0, or a tree with such an
+            array or None for every leaf; or the path of the leaf that is that array, such as "attention_mask". It is
+            followed through fn, see `lcq.positions`; positions that do not count are left out of all statistics, of
+            means and of errors. Where it cannot be followed a warning names leaf and equation, and `Record.lost` keeps
+            it; then all rows count.
         centred: whether biases and batch-norm means that are added to a product, and nothing else, absorb the change
             of its mean; weights are then rounded on centred statistics.
         search: whether to search the scale; else the scheme's own is kept.
@@ -122,11 +147,13 @@ def quantize(
             bytes.
         key: a random key, for methods that draw.
         host: whether activations between products are kept in the host's memory.
-        progress: called after each product with its number from 1, how many there are, and its record.
+        progress: called with each record, its number from 1 and how many there are; for weights whose uses depend on
+            each other when the last of them are rounded.
 
     Raises:
-        ValueError: no batch, batches of different shapes, NaN activations, a leaf that cannot be followed to a product,
-            or a rule that cannot be applied; names the leaf and the remedy.
+        ValueError: no batch, batches of different structure, a leaf or a part of a batch that is no array, a mask that
+            fits none, NaN activations, a leaf that cannot be followed to a product, or a rule that cannot be applied;
+            names the leaf and the remedy.
 
     Example:
         >>> import lcq
@@ -141,8 +168,12 @@ def quantize(
 
     Source: Lybrand & Saab, arXiv 2010.15979; the walk, centring and the choice of scales are lcq's.
     """
-    method, batches = _method(method), _checked(batches)
+    method, batches = _method(method), checked_batches(batches)
     leaves, structure = flatten(params)
+    check_numbers(leaves)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path}: wanted an array, whose values are rounded; got {leaf}; pass the parameters")
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, original.values())
@@ -152,22 +183,31 @@ def quantize(
     for task in direct:
         for path, form in zip(task.paths, task.project(tuple(original[p] for p in task.paths)), strict=True):
             result[path], other[path] = form, form.dense()
-    program = trace(fn, dense, batches[0], chosen)
+    programs, inputs = traced(fn, dense, batches, chosen, mask)
+    _warn_of_lost(programs)
     assemblies = {path: Assembly(original[path]) for path in chosen}
     updates: dict[str, np.ndarray] = {}
     records: list[Record] = []
-    for visit in walk(program, original, other, batches, host=host):
-        product, start = visit.product, time.perf_counter()
-        if product.number not in program.first:
+    waiting: list[tuple[Record, Outcome]] = []
+
+    def tell() -> None:
+        while waiting and waiting[0][1].error is not None:
+            record, outcome = waiting.pop(0)
+            records.append(record._replace(error=outcome.error or 0.0))
+            if progress is not None:
+                progress(len(records), len(programs[0].units), records[-1])
+
+    for visit in walk(programs, original, other, inputs, host=host):
+        unit, product, start = visit.unit, visit.product, time.perf_counter()
+        if unit is None:
             visit.finish()
             continue
-        shift = program.shifts.get(product.number) if centred else None
+        shift = _shift(visit.uses, programs) if centred else None
         if shift is not None and shift.path in given:
             shift = None
         rounded = round_product(
-            product,
+            visit.uses,
             product.weights(product.weight.moved(everywhere(original[product.path]))),
-            visit.inputs,
             chosen[product.path],
             method,
             centred=shift is not None,
@@ -181,10 +221,12 @@ def quantize(
         if shift is not None:
             update = updates.setdefault(shift.path, np.array(original[shift.path], np.float32, order="C"))
             update.reshape(-1)[shift.elements] += shift.sign * np.asarray(rounded.correction)
-        error = visit.finish(rounded.correction)
-        records.append(_record(product, method, rounded, error, time.perf_counter() - start))
-        if progress is not None:
-            progress(len(records), len(program.first), records[-1])
+        record = _record(visit, method, rounded, np.shape(original[product.path]))
+        outcome = visit.finish(rounded.correction)
+        waiting.append((record._replace(seconds=time.perf_counter() - start), outcome))
+        del visit
+        tell()
+    tell()
     result.update({path: assembly.form() for path, assembly in assemblies.items()})
     for path, update in updates.items():
         result[path] = _like(update, original[path])
@@ -200,22 +242,6 @@ def _method(method: str | Rounding) -> Rounding:
     if isinstance(method, Rounding):
         return method
     raise ValueError(f"wanted method one of {', '.join(METHODS)}, or a rounding such as lcq.GPFQ(); got {method!r}")
-
-
-def _checked(batches: Iterable[Any]) -> list[Any]:
-    """The batches, all of the same structure, shapes and dtypes."""
-    if hasattr(batches, "shape"):
-        raise ValueError(f"wanted an iterable of batches; got one array {list(batches.shape)}; pass [batch]")
-    batches = [jax.tree.map(jnp.asarray, native_tree(batch)) for batch in batches]
-    if not batches:
-        raise ValueError("wanted at least one batch of inputs; got none")
-    described = [jax.tree.map(jax.typeof, batch) for batch in batches]
-    for i, other in enumerate(described):
-        if jax.tree.flatten(other) != jax.tree.flatten(described[0]):
-            raise ValueError(f"wanted batches of equal shapes; got {described[0]} and, batch {i}, {other}; drop it")
-    if any(0 in np.shape(leaf) for leaf in jax.tree.leaves(batches[0])):
-        raise ValueError(f"wanted batches with at least one example; got {described[0]}")
-    return batches
 
 
 def decide(
@@ -263,20 +289,47 @@ def _like(values: np.ndarray, leaf: Any) -> Array:
     return jax.device_put(nearest_number(values, leaf.dtype), leaf.sharding if isinstance(leaf, jax.Array) else None)
 
 
-def _record(product: Product, method: Rounding, rounded: Rounded, error: float, seconds: float) -> Record:
-    path = product.path + "".join(f"[{i}]" for i in product.weight.index)
-    scale = 1.0 if rounded.form.scale is None else float(np.median(rounded.form.scale))
-    centred = rounded.correction is not None
+def _shift(uses: Sequence[Use], programs: Sequence[Program]) -> Shift | None:
+    """What takes up the change of the mean: a bias of weights with one use, the same in all traces."""
+    found = [programs[use.batches[0]].shifts.get(use.product.number) for use in uses]
+    if len(found) != len(set(programs)) or found[0] is None:
+        return None
+    alike = all(
+        other is not None and other.path == found[0].path and np.array_equal(other.elements, found[0].elements)
+        for other in found
+    )
+    return found[0] if alike else None
+
+
+def _warn_of_lost(programs: Sequence[Program]) -> None:
+    """Says once for each leaf where it is not known any more which positions count."""
+    lost = {product.path: product.lost for program in programs for product in program.products if product.lost}
+    for path, where in lost.items():
+        warnings.warn(
+            f"{path}: wanted to follow mask= to its inputs; got lost at {where}, so all of their rows count; move that "
+            "out of the function, or exclude the leaf",
+            stacklevel=3,
+        )
+
+
+def _record(visit: Visit, method: Rounding, rounded: Rounded, shape: tuple[int, ...]) -> Record:
+    """Without the error, which may not be known yet, and the time."""
+    assert visit.unit is not None
+    product = visit.product
     return Record(
-        path,
+        product.path + region(visit.unit.places, shape, len(product.weight.index)),
         product.shape,
         rounded.form.size_of_table,
         str(method),
         rounded.recursion,
-        centred,
+        rounded.correction is not None,
         rounded.factor,
-        scale,
+        1.0 if rounded.form.scale is None else float(np.median(rounded.form.scale)),
         rounded.dead,
-        error,
-        seconds,
+        np.nan,
+        0.0,
+        len(visit.unit.uses),
+        len(visit.unit.others),
+        rounded.rows,
+        next((use.product.lost for use in visit.uses if use.product.lost), ""),
     )
