@@ -374,4 +374,11 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
             )
         if scheme is not None and rule.joint:
             raise ValueError(f"rule {rule.pattern!r}: wanted groups inside of leaves; got joint=True; drop it")
-    return SmoothBinary(rules, GroupPower() if binarization is None else binarization)
+    chosen = GroupPower() if binarization is None else binarization
+    for rule in rules:
+        if rule.layout is not None and chosen.alpha == "constant":
+            raise ValueError(
+                f"rule {rule.pattern!r}: the constant alpha has all axes but the last as inputs: wanted no layout; got "
+                f"{rule.layout!r}; transpose the leaf, or take alpha='mean'"
+            )
+    return SmoothBinary(rules, chosen)

@@ -413,3 +413,13 @@ def test_binary_layers_take_what_was_compressed_and_freeze_it():
     y = np.where(x >= 0, 1, -1) @ np.asarray(layer.kernel[...], np.float64)
     np.testing.assert_allclose(layer(x), y, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(layers.freeze(layer)(x), layer(x))
+
+
+def test_leaves_with_a_layout():
+    """Groups are the layout's; a constant alpha, which knows inputs by their place, is refused."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)), jnp.float32)
+    rules = [lcq.Rule("w", lcq.Binary(per="channel"), layout="oi")]
+    turned = lcq.smooth_binary([lcq.Rule("w", lcq.Binary(per="channel"))])({"w": w.T}, 0.5)["w"].T
+    np.testing.assert_allclose(lcq.smooth_binary(rules)({"w": w}, 0.5)["w"], turned, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"rule 'w': the constant alpha .* wanted no layout; got 'oi'; transpose"):
+        lcq.smooth_binary(rules, lcq.GroupPower("constant"))
