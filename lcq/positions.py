@@ -5,6 +5,7 @@ A mask is boolean and broadcasts against its array: of length 1 along axes on wh
     elementwise, normalisation    a position counts where it does in all operands
     moved, sorted, looked up      the mask is moved with it, by the same numbers
     reduced, contracted           what is left counts where anything did
+    carried by a scan             in each step where the step's inputs do, afterwards where any step did
     convolved, pooled             the position under the middle of the window decides; any, where windows do not overlap
 
 What is joined to masked positions and has no mask of its own (a class token) counts; what is padded does not.
@@ -69,12 +70,12 @@ def both(*masks: Any) -> Any:
     return functools.reduce(jnp.logical_and, found) if found else None
 
 
-def reduced(mask: Any, axes: Sequence[int]) -> Any:
+def reduced(mask: Any, axes: Sequence[Any]) -> Any:
     """Without these axes: what is left counts where anything did."""
     return None if mask is None else mask.any(tuple(axes))
 
 
-def varies(mask: Any, axes: Sequence[int]) -> bool:
+def varies(mask: Any, axes: Sequence[Any]) -> bool:
     """Whether it depends on one of these axes."""
     return mask is not None and any(mask.shape[axis] > 1 for axis in axes)
 
@@ -162,6 +163,18 @@ def _joined(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[An
     axes = {a for a in range(len(shapes[0])) if a == axis or any(varies(mask, [a]) for mask in masks)}
     parts = [_whole(mask, shape, list(axes)) for mask, shape in zip(masks, shapes, strict=True)]
     return [jax.lax.concatenate(parts, axis)]
+
+
+def _stacked(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+    """As a concatenation: the new axis has no mask of its own."""
+    mask = both(*masks)
+    return [jnp.expand_dims(mask, eqn.params["axis"])]
+
+
+def _unstacked(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+    axis, many = eqn.params["axis"], len(eqn.outvars)
+    slices = jnp.unstack(masks[0], axis=axis)
+    return list(slices) if len(slices) == many else [slices[0]] * many
 
 
 def _padded(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
@@ -341,7 +354,9 @@ def _slid(
         there = ((seen >= 0) & (seen < before)).reshape([*shape, window])
         taken = jnp.take(mask, np.clip(seen, 0, before - 1), axis)
         return (jnp.moveaxis(taken, axis + 1, -1) & there).any(-1)
-    middle = np.clip((first + (span - 1 - low - high) // 2) // base_dilation, 0, before - 1)
+    twice = 2 * first + span - 1 - low - high  # the middle, in pixels of the dilated image
+    nearest = twice // 2 if base_dilation == 1 else (twice + base_dilation) // (2 * base_dilation)
+    middle = np.clip(nearest, 0, before - 1)
     return mask if np.array_equal(middle, np.arange(before)) else jnp.take(mask, middle, axis)
 
 
@@ -354,6 +369,8 @@ _RULES: dict[str, Callable[..., list[Any] | None]] = {
     "slice": _sliced,
     "split": _split,
     "concatenate": _joined,
+    "stack": _stacked,
+    "unstack": _unstacked,
     "pad": _padded,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update,

@@ -38,7 +38,7 @@ from lcq.obstacles import cannot_follow
 from lcq.products import Placed, Product, Shift, Step, Unit, per_neuron, uses_of_each
 from lcq.rules import check_numbers, flatten
 from lcq.units import Units
-from lcq.values import Result, Value, count, stack, unstack
+from lcq.values import Result, Value, carried, count, stack, unstack
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -341,12 +341,18 @@ class _Follower:
         slices = [self._rounds(value, eqn) for value in ins[fixed + carries :]]
         order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
         ys: list[list[Value]] = [[Value(None)] * length for _ in eqn.outvars[carries:]]
+        seen = None
         for i in order:
+            here = next((each[i].examples for each in slices if each[i].examples is not None), None)
+            if here is not None:  # a sequence: in this step the state counts where what it takes in does
+                carry, seen = [carried(value, here) for value in carry], here if seen is None else seen | here
             results = self.run(body, [*constants, *carry, *(each[i] for each in slices)])
             carry = results[:carries]
             for column, value in zip(ys, results[carries:], strict=True):
                 self._end(value, eqn)
                 column[i] = value
+        if seen is not None:
+            carry = [carried(value, seen) for value in carry]
         return [*carry, *map(stack, ys)]
 
     def _rounds(self, value: Value, eqn: Any) -> list[Value]:

@@ -40,6 +40,13 @@ class Value:
     reads: int = 0
 
     @property
+    def examples(self) -> Any:
+        """Its mask along the first axis, if it depends on no other; else None."""
+        if self.mask is None or not self.mask.ndim or positions.varies(self.mask, range(1, self.mask.ndim)):
+            return None
+        return self.mask.reshape(-1)
+
+    @property
     def joint(self) -> joined.Joint:
         """How its pieces make it."""
         return joined.Joint(self.axis, tuple(np.shape(piece.array)[self.axis] for piece in self.pieces))
@@ -62,10 +69,19 @@ def count(eqn: Any, ins: Sequence[Value], results: list[Value], source: str) -> 
     found = None if lost else positions.follow(eqn, arrays, masks, data)
     for i, result in enumerate(results):
         if found is None:
-            result.lost = lost or f"{eqn.primitive.name} at {source}"
+            result.lost = lost or " at ".join(filter(None, (eqn.primitive.name, source)))
         else:
             result.mask = found[i]
     return results
+
+
+def carried(value: Value, examples: Any) -> Value:
+    """The state of a scan over positions, of which these examples count; others as they are."""
+    shape = np.shape(value.array)
+    if value.placed is not None or value.pieces or value.lost or not shape or shape[0] != len(examples):
+        return value
+    value.reads += 1
+    return Value(value.array, value.data, value.param, mask=positions.leading(examples, shape))
 
 
 def unstack(value: Value) -> list[Value]:
