@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from lcq import joined, positions
+from lcq import joined, positions, shards
 from lcq.jaxprs import (
     CALLS,
     LAYOUT,
@@ -164,6 +164,8 @@ class _Follower:
             return self.run(closed, ins)
         if name == "scan" and any(self._followed(value) or value.mask is not None for value in ins):
             return self._unroll(eqn, ins)
+        if name == "shard_map" and any(self._followed(value) for value in ins) and (function := shards.whole(eqn)):
+            return self._within(eqn, function, *ins)
         if name in joined.JOINS and any(self._followed(value) for value in ins):
             return [self._join(eqn, ins)]
         if any(value.pieces for value in ins) and (apart := self._apart(eqn, ins)) is not None:

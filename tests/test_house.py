@@ -34,11 +34,12 @@ ROOMS = {
     "products": Room(2, "jaxprs unfold"),
     "jaxprs": Room(0),
     "joined": Room(1, "jaxprs"),
+    "shards": Room(1, "jaxprs"),
     "obstacles": Room(1, "jaxprs"),
     "positions": Room(0),
     "units": Room(3, "obstacles products"),
     "values": Room(3, "joined positions products"),
-    "trace": Room(4, "jaxprs joined obstacles positions products rules units values"),
+    "trace": Room(4, "jaxprs joined obstacles positions products rules shards units values"),
     "tree": Room(3, "base forms rules unfold"),
     "schemes": Room(
         3,

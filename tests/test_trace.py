@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import lcq
 from lcq.trace import trace
@@ -225,6 +226,17 @@ ERRORS = {  # fn, shapes, the way and the equation, the remedy
         {"w": (4, 4)},
         "w -> while",
         "write it as a lax.scan",
+    ),
+    "in parts of a mesh, in a cond": (
+        lambda p, x: jax.shard_map(
+            lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w + 1),
+            mesh=jax.make_mesh((1,), ("d",)),
+            in_specs=(P(), P()),
+            out_specs=P(),
+        )(p["w"], x),
+        W,
+        "w -> shard_map",
+        "without control flow",
     ),
     "returned": (lambda p, x: (x @ p["w"], p["w"].T), W, "w -> transpose as an output", "exclude it"),
     "given out by a scan": (

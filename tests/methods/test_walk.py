@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from lcq.methods import pieces
 from lcq.methods import walk as walking
@@ -268,10 +270,42 @@ def joined_filters():
     return Case(fn, params, data(2, 4, 5, 2), "[a-d]")
 
 
+def parts_of_a_mesh():
+    """Rows of the data on one axis, columns and then rows of the weights on the other; a scan with a mean over all."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def fn(p, x):
+        def part(w, up, down, b, x):
+            x = lax.scan(lambda x, _: (jnp.tanh(x @ w) + lax.pmean(x.sum(), "data"), None), x, None, 2)[0]
+            y = lax.psum(jnp.tanh(x @ up + b) @ down, "model") * (1 + lax.axis_index("data"))
+            return y, lax.all_gather(y, "data", axis=0, tiled=True).sum(0)
+
+        specs = P(), P(None, "model"), P("model"), P("model"), P("data")
+        both = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(P("data"), P("data")))
+        y, sums = both(p["w"], p["up"], p["down"], p["b"], x)
+        return jnp.concatenate([y, sums.reshape(2, -1).repeat(2, 0)], 1)
+
+    params = {"w": draw(4, 4), "up": draw(4, 6), "down": draw(6, 3), "b": draw(6)}
+    return Case(fn, params, data(4, 4), "w|up|down", ["up + b"])
+
+
+def rows_of_a_mesh():
+    """Only the data are split, over both axes of the mesh; a kernel is one of a stack."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def fn(p, x):
+        part = jax.jit(lambda w, x: (jax.nn.softmax(x @ w[0]) @ w[1], jnp.float32(1)))
+        both = jax.shard_map(part, mesh=mesh, in_specs=(P(), P(("a", "b"))), out_specs=(P(("a", "b")), P()))
+        y, one = both(p["w"], x)
+        return y * one
+
+    return Case(fn, {"w": draw(2, 4, 4)}, data(8, 4), "w")
+
+
 CASES = [
     *(linen_conv, nnx_net, weights_on_the_left, transformer, linen_scan, reversed_scan_of_slices, fori_loop),
     *(convolutions, channels_first, short_floats, used_twice, experts, slices, recurrent, calls_in_calls),
-    *(joined_along_either_side, joined_layers, joined_filters),
+    *(joined_along_either_side, joined_layers, joined_filters, parts_of_a_mesh, rows_of_a_mesh),
 ]
 
 
