@@ -17,13 +17,13 @@ from lcq.methods.curvature import curvature as curvature
 from lcq.methods.descent import Descent as Descent
 from lcq.methods.differentiable_entropy import block_entropy as block_entropy
 from lcq.methods.differentiable_entropy import entropy_centres as entropy_centres
+from lcq.methods.ending import compress_warm as compress_warm
 from lcq.methods.flops import flops as flops
-from lcq.methods.hemp import compress_warm as compress_warm
 from lcq.methods.hemp import hemp as hemp
 from lcq.methods.lc import c_step as c_step
 from lcq.methods.lc import extract as extract
 from lcq.methods.lc import lc as lc
-from lcq.methods.lc import metrics as metrics
+from lcq.methods.progress import metrics as metrics
 from lcq.methods.quantize import Quantized as Quantized
 from lcq.methods.quantize import Record as Record
 from lcq.methods.quantize import quantize as quantize

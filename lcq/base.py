@@ -21,9 +21,9 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
-def leafwise() -> Any:
-    """A dataclass field that has the compressed leaf's shape in the working layout."""
-    return dataclasses.field(metadata={"leafwise": True, "own": True})
+def leafwise(*, mask: bool = False) -> Any:
+    """A dataclass field that has the compressed leaf's shape in the working layout; a mask is one of bools."""
+    return dataclasses.field(metadata={"leafwise": True, "own": True, "mask": mask})
 
 
 def own(**kwargs: Any) -> Any:
@@ -320,17 +320,26 @@ def join_leafwise(rest: Form, arrays: Sequence[Array]) -> Form:
     return _map_leafwise(lambda _: next(left), rest)
 
 
-def _map_leafwise(f: Callable[[Any], Any], node: Any) -> Any:
-    """Applies f to the leafwise fields of a form and of the forms in it, in the order of fields."""
+def cast_masks(form: _F, dtype: Any) -> _F:
+    """A working form with its masks, and those of the forms in it, in another dtype.
+
+    Optimizer states hold masks as uint8, forms as bool: wrappers that mix states by arithmetic, such as
+    `optax.contrib.sam`, leave a uint8 what it is and make an int32 of a bool, with which no C step can go on.
+    """
+    return _map_leafwise(lambda mask: mask.astype(dtype), form, kind="mask")
+
+
+def _map_leafwise(f: Callable[[Any], Any], node: Any, kind: str = "leafwise") -> Any:
+    """Applies f to the leafwise fields of a form and of the forms in it, in the order of fields; or to its masks."""
     if isinstance(node, tuple):
-        return tuple(_map_leafwise(f, part) for part in node)
+        return tuple(_map_leafwise(f, part, kind) for part in node)
     if not isinstance(node, Form):
         return node
     changed = {}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if not field.metadata.get("static"):
-            changed[field.name] = f(value) if field.metadata.get("leafwise") else _map_leafwise(f, value)
+            changed[field.name] = f(value) if field.metadata.get(kind) else _map_leafwise(f, value, kind)
     return dataclasses.replace(node, **changed)
 
 

@@ -54,9 +54,9 @@ ROOMS = {
     "methods": Room(
         5,
         "base blocks dtypes forms registry rules products trace tree unfold schemes",
-        "coupling lagrangian lc baselines moments alphabet following rounding resolving descent schedule pieces "
-        "walk batches gathering curvature flops layerwise assembly quantize preview smooth_binary "
-        "differentiable_entropy hemp refit",
+        "given objective coupling lagrangian lc baselines moments alphabet following rounding resolving "
+        "descent schedule pieces walk batches gathering curvature flops layerwise assembly quantize preview "
+        "smooth_binary differentiable_entropy hemp ending progress refit",
     ),
     "artifact": Room(
         4,

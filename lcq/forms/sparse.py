@@ -34,7 +34,7 @@ class Sparse(Form):
         gap: bits of a gap code in the stored layout; None for a bit mask.
     """
 
-    mask: Any = leafwise()
+    mask: Any = leafwise(mask=True)
     values: Any = leafwise()
     levels: Any = None
     group: tuple[int, ...] = static(default=())

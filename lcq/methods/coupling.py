@@ -5,6 +5,7 @@
 Functions on arrays; `lc` applies them to the selected leaves of a tree.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -72,6 +73,14 @@ def gradient(
     return pull if multiplier is None else pull - multiplier
 
 
+def penalty(
+    w: Float[Array, "*leaf"], delta: Float[Array, "*leaf"], multiplier: Float[Array, "*leaf"] | None, mu: Any
+) -> Float[Array, ""]:
+    """The coupling itself, mu/2 ||w - Delta - lambda/mu||^2 >= 0; `gradient` is its gradient."""
+    away = w - delta if multiplier is None else w - delta - multiplier / mu
+    return 0.5 * mu * jnp.sum(away**2)
+
+
 def proximal(
     v: Float[Array, "*leaf"],
     delta: Float[Array, "*leaf"],
@@ -108,7 +117,8 @@ def linear_step(inner: Callable[[Any], optax.GradientTransformation]) -> Callabl
         full = jax.lax.fori_loop(0, _SETTLE, step, half)
         return jnp.stack([-half[0] / g, -full[0] / g])
 
-    with jax.ensure_compile_time_eval():
+    linear = False
+    with jax.ensure_compile_time_eval(), contextlib.suppress(TypeError):  # one that wants a value= is not
         found = jax.vmap(per_gradient)(jnp.array([1.0, 1e-3, 1e3]))
         slope = float(found[0, 1])
         linear = slope > 0 and bool((abs(found / slope - 1) < 1e-3).all())

@@ -277,10 +277,29 @@ def levels_of(path: str, form: Form) -> Float[Array, "*counts n"]:
     table = jnp.asarray(np.asarray(form.values, np.float32) if form.levels is None else form.levels)
     table = table.astype(compute_dtype(table.dtype))
     if form.zero is not None:
-        table = table - jnp.asarray(form.zero)[..., None]
+        table = table - jnp.asarray(form.zero).astype(table.dtype)[..., None]
     if form.scale is not None:
-        table = table * jnp.asarray(form.scale)[..., None]
+        scale = jnp.asarray(form.scale).astype(table.dtype)[..., None]
+        table = jnp.where(scale < 0, (table * scale)[..., ::-1], table * scale)
     return table.reshape(-1) if math.prod(table.shape[:-1]) == 1 else table
+
+
+def codes_of(form: Codes, ranks: Int[Array, "*leaf"]) -> Int[Array, "*leaf"]:
+    """The codes of the levels with these ranks, from the lowest; where a scale is negative they count downwards."""
+    if form.scale is None:
+        return ranks
+    scale = jnp.asarray(form.scale)
+    counts = scale.shape
+    negative = (scale < 0).reshape(blocks(ranks.shape, counts).stat)
+    cut = cut_axes(ranks, counts)
+    return join_axes(jnp.where(negative, form.size_of_table - 1 - cut, cut), ranks.shape)
+
+
+def nearest(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> tuple[Array, Array]:
+    """The rank of the nearest level, from the lowest, and Q(w), that level; the lower one on ties."""
+    index, lower, upper = bracket(w, levels)
+    above = w.astype(lower.dtype) > 0.5 * lower + 0.5 * upper
+    return index + above.astype(index.dtype), jnp.where(above, upper, lower)
 
 
 def check_order(order: Any) -> int:

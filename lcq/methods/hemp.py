@@ -7,6 +7,8 @@ where H_n is `block_entropy` and Q(w) the nearest level of each weight.
 Source: Tartaglione, Lathuiliere, Fiandrotti, Cagnazzo & Grangetto, arXiv 2107.05298.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,25 +16,36 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
-from lcq.base import Form, Quantizer, join_leafwise, split_leafwise
-from lcq.blocks import compute_dtype, cut_axes, join_axes
-from lcq.dtypes import wider
+from lcq.base import Quantizer, is_form, join_leafwise, split_leafwise
+from lcq.blocks import blocks, compute_dtype, cut_axes, join_axes
+from lcq.dtypes import native_tree, nearest_number, wider
+from lcq.forms import Codes
 from lcq.methods.baselines import Tasks
 from lcq.methods.differentiable_entropy import (
     Layout,
     block_entropy,
     blocks_of,
-    bracket,
     check_bins,
     check_order,
+    codes_of,
     levels_of,
+    nearest,
 )
+from lcq.methods.given import RESTORED, abstract, check_state, slope_of, start_inner, weights_of
+from lcq.methods.lagrangian import first_forms
 from lcq.methods.lc import Placeholder
+from lcq.methods.objective import refuse_used
 from lcq.rules import Rule, Task, checked, flatten, resolve
 from lcq.schemes.levels import code_dtype
-from lcq.tree import check_finite, replace, take
+from lcq.tree import check_finite, take
+
+_NO_FUNCTION = (
+    "hemp adds terms to its step that depend on the loss's own slopes and are the gradient of no function, so none can "
+    "be searched or judged; take one that needs none, such as optax.adam, or put what reads the loss behind it, as "
+    "optax.chain(lcq.hemp(...), optax.contrib.reduce_on_plateau())"
+)
 
 
 class HempState(NamedTuple):
@@ -43,7 +56,10 @@ class HempState(NamedTuple):
         steps: updates made, int32.
         tasks: what the rules select, static.
         tables: the codebook of every task and leaf, forms without codes.
-        entropy: H_n of the parameters that the last update was given, in bits per weight; infinite before the first.
+        entropy: H_n of the parameters that the last update was given, in bits per weight; before the first its bound,
+            log2 of the largest codebook.
+        shares: by task and leaf, the share of these weights that are nearest to the most common level of their
+            codebook, the mean over codebooks; 0 before the first update.
     """
 
     inner: Any
@@ -51,6 +67,7 @@ class HempState(NamedTuple):
     tasks: Any
     tables: Any
     entropy: Any
+    shares: Any
 
 
 def hemp(
@@ -80,9 +97,11 @@ def hemp(
     H_n is taken without them.
 
     Args:
-        inner: any optax optimizer; an extra argument is passed on. lambda_H is easier to choose with Adam: its steps,
-            in units of a weight's own gradients, hold the weights that matter and let the others go, where those of
-            SGD let all go or none (`benchmarks/hemp.py`).
+        inner: any optax optimizer that needs the gradient alone. Extra arguments are passed on, but if it uses one that
+            describes the loss (`value`, `grad`, `value_fn`, `obj_fn`, `grad_fn`) that is refused: the terms are the
+            gradient of no function. lambda_H is easier to choose with Adam: its steps, in units of a weight's own
+            gradients, hold the weights that matter and let the others go, where those of SGD let all go or none
+            (`benchmarks/hemp.py`).
         rules: which leaves, and the codebook of each: `KMeans`, `Levels`, `Uniform` and their like. Weights cannot grow
             beyond the outermost levels, so these are better wide than few.
         order: n; a file of blocks of n weights has about H_n bits per weight.
@@ -90,7 +109,7 @@ def hemp(
             (c_b - c_{b-1})): what does not move within a run needs more, and leaves of small weights go first; give
             those that a batch norm follows weights of one size. A code that becomes rare becomes dear, so that H_n
             falls faster and faster: a schedule that falls in time, with an eye on `entropy` of the state, ends before
-            all weights have one code.
+            all weights have one code. `lcq.largest_weight` finds one, see docs/guides/entropy_weight.md.
         error_weight: lambda_E, likewise: how fast weights go to their levels, by this part of the way an update. Where
             lambda_E |w - Q(w)| exceeds what the other terms can do, no weight changes its level any more.
         learning_rate: eta, likewise: a factor of both. 1 is the paper's update, which does not depend on the rate of
@@ -104,13 +123,15 @@ def hemp(
 
     Returns:
         A `GradientTransformationExtraArgs` whose `update` needs `params`. Its state holds codebooks and nothing of a
-        leaf's shape. `compress_warm(opt_state, params)` is the compressed net. Under `optax.inject_hyperparams` name
+        leaf's shape. `compress_warm(opt_state, params)` is the compressed net, `lcq.metrics(opt_state)` says how far
+        the run is, and whether leaves lost their weights to one level. Under `optax.inject_hyperparams` name
         static_args=("inner", "order", "every", "small", "pooled", "layout"); under vmap, as for `lcq.lc`, levels would
         be estimated at every update.
 
     Raises:
         ValueError: at construction for settings out of range and schemes without codebooks; in `init` for rules that do
-            not fit the parameters, codebooks of a single level, and weights that are not finite.
+            not fit the parameters, codebooks of a single level, and weights that are not finite; in `update` for a leaf
+            without a gradient, a state that lost its types, and an optimizer that uses `value` and the like.
 
     Example:
         >>> import lcq
@@ -132,15 +153,16 @@ def hemp(
         if isinstance(number, int | float) and not 0 <= number < float("inf"):
             raise ValueError(f"wanted {name}= a number >= 0, or a schedule; got {number}")
 
-    def init(params: Any) -> HempState:
-        inner_state = inner.init(params)
+    def first_state(params: Any, blank: bool) -> HempState:
+        inner_state = start_inner(inner, params)
         if isinstance(params, Placeholder):
-            return HempState(inner_state, 0, 0, 0, 0)
+            return HempState(inner_state, 0, 0, 0, 0, 0)
         tasks, leaves = Tasks(resolve(rules, params)), flatten(params)[0]
         for task in tasks:
             for path in task.paths:
                 check_finite(path, leaves[path])
-        tables = _estimate(tasks, leaves, None)
+        forms = [first_forms(task, take(leaves, task), blank) for task in tasks]
+        tables = tuple(tuple(split_leafwise(form)[1] for form in of_task) for of_task in forms)
         levels = _levels_by_path(tasks, tables)
         for path, table in levels.items():
             if table.shape[-1] < 2:
@@ -154,15 +176,24 @@ def hemp(
         check_bins(max(levels[path].shape[-1] for path in counted), order)
         tables = jax.tree.map(lambda a: jnp.array(a, copy=True), tables)
         wide = wider(*(table.dtype for table in levels.values()))
-        return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, tables, jnp.full([], jnp.inf, wide))
+        bound = jnp.full([], math.log2(max(levels[path].shape[-1] for path in counted)), wide)
+        shares = tuple(tuple(jnp.zeros([], jnp.float32) for _ in task.paths) for task in tasks)
+        return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, tables, bound, shares)
+
+    def init(params: Any) -> HempState:
+        if abstract(params):
+            return jax.eval_shape(functools.partial(first_state, blank=True), params)
+        return first_state(native_tree(params), blank=False)
 
     def update(grads: Any, state: HempState, params: Any = None, **extra: Any) -> tuple[Any, HempState]:
         if params is None:
             raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
+        check_state(state, HempState, "hemp", sound=is_sound(state))
+        grads, params = native_tree((grads, params))
+        refuse_used(functools.partial(inner.update, grads, state.inner, params), extra, _NO_FUNCTION)
         leaves, slopes, tables = flatten(params)[0], flatten(grads)[0], state.tables
         for path in (path for task in state.tasks for path in task.paths):
-            if not hasattr(slopes.get(path), "dtype"):
-                raise ValueError(f"{path}: wanted the gradient of the loss; got none; exclude the leaf by a rule")
+            slope_of(slopes, path, weights_of(leaves, path, "hemp"))
         if every is not None:
             due = (state.steps > 0) & (state.steps % every == 0)
             tables = jax.lax.cond(due, lambda t: _estimate(state.tasks, leaves, t), lambda t: t, tables)
@@ -177,51 +208,20 @@ def hemp(
         eta, of_entropy, of_error = (
             value(state.steps) if callable(value) else value for value in (learning_rate, entropy_weight, error_weight)
         )
+        shares = {}
         for path, w in ws.items():
-            step = of_error * (w - _nearest(w, levels[path])) + of_entropy * pushes.get(path, 0)
+            ranks, goal = nearest(w, levels[path])
+            shares[path] = share_of(ranks, levels[path])
+            step = of_error * (w - goal) + of_entropy * pushes.get(path, 0)
             insensitive = jax.nn.relu(1 - jnp.abs(slopes[path].astype(w.dtype)))
             moved = _clip(w + moves[path].astype(w.dtype) - eta * insensitive * step, levels[path])
-            moves[path] = (moved - w).astype(moves[path].dtype)
+            moves[path] = nearest_number(moved - w, moves[path].dtype)
         updates = jax.tree.unflatten(structure, moves.values())
-        steps = optax.safe_increment(state.steps)
-        return updates, HempState(inner_state, steps, state.tasks, tables, entropy.astype(state.entropy.dtype))
+        steps, entropy = optax.safe_increment(state.steps), entropy.astype(state.entropy.dtype)
+        by_task = tuple(tuple(shares[path] for path in task.paths) for task in state.tasks)
+        return updates, HempState(inner_state, steps, state.tasks, tables, entropy, by_task)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def compress_warm(opt_state: Any, params: Any) -> Any:
-    """`lcq.compress` with the codebooks of a run of `hemp` as a warm start, so that it ends beside them.
-
-    Args:
-        opt_state: an optimizer state with one HEMP state anywhere inside.
-        params: the parameters, as given to `update`, or a running mean of them.
-
-    Returns:
-        `params` with forms in the working layout at the selected leaves.
-
-    Raises:
-        ValueError: no HEMP state, or several; weights that are not finite.
-    """
-    nodes = jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=lambda node: isinstance(node, HempState))
-    found = [node for node in nodes if isinstance(node, HempState)]
-    if len(found) != 1:
-        remedy = "pass the part that holds one of them" if found else "was the optimizer made by lcq.hemp?"
-        raise ValueError(f"wanted one HEMP state in the optimizer state; got {len(found)}: {remedy}")
-    leaves, structure = flatten(params)
-    forms = []
-    for task, tables in zip(found[0].tasks, found[0].tables, strict=True):
-        for path in task.paths:
-            if path not in leaves:
-                raise ValueError(f"{path}: wanted the parameters that hemp was given; they have no such leaf")
-            check_finite(path, leaves[path])
-        forms.append(_project(task, leaves, tables))
-    return replace(structure, leaves, found[0].tasks, forms)
-
-
-def _nearest(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[Array, "*leaf"]:
-    """Q(w), the lower level on ties."""
-    _, lower, upper = bracket(w, levels)
-    return jnp.where(w > 0.5 * lower + 0.5 * upper, upper, lower)
 
 
 def _clip(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[Array, "*leaf"]:
@@ -231,6 +231,46 @@ def _clip(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[
     return join_axes(x, w.shape)
 
 
+def share_of(ranks: Integer[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[Array, ""]:
+    """The share of a leaf's weights that have the most common level of their codebook: the mean over codebooks."""
+    counts = levels.shape[:-1] or (1,) * ranks.ndim
+    cut, within = cut_axes(ranks, counts), blocks(ranks.shape, counts)
+
+    def most(k: Any, most: Array) -> Array:
+        return jnp.maximum(most, jnp.sum(cut == k, within.axes, keepdims=True, dtype=jnp.int32))
+
+    largest = jax.lax.fori_loop(0, levels.shape[-1], most, jnp.zeros(within.stat, jnp.int32))
+    return jnp.mean(largest.astype(jnp.float32)) / within.size
+
+
+def is_sound(state: Any) -> bool:
+    """Whether a state's types are there, which a checkpoint may have lost at any depth."""
+    if not isinstance(state, HempState) or not isinstance(state.tasks, Tasks):
+        return False
+    return all(map(is_form, jax.tree.leaves(state.tables, is_leaf=is_form)))
+
+
+def find_hemp(opt_state: Any) -> HempState:
+    """The one HEMP state in an optimizer state, without nnx variables.
+
+    Raises:
+        ValueError: none, several, or one that lost its types.
+    """
+    found = hemp_states(opt_state)
+    if len(found) != 1:
+        nothing = f"was the optimizer made by lcq.hemp? {RESTORED}"
+        remedy = "pass the part that holds one of them" if found else nothing
+        raise ValueError(f"wanted one HEMP state in the optimizer state; got {len(found)}: {remedy}")
+    check_state(found[0], HempState, "hemp", sound=is_sound(found[0]))
+    return found[0]
+
+
+def hemp_states(opt_state: Any) -> list[HempState]:
+    """Every HEMP state in an optimizer state, without nnx variables."""
+    nodes = jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=lambda node: isinstance(node, HempState))
+    return [node for node in nodes if isinstance(node, HempState)]
+
+
 def _levels_by_path(tasks: Tasks, tables: Any) -> dict[str, Array]:
     """The levels of every selected leaf."""
     pairs = zip(tasks, tables, strict=True)
@@ -238,29 +278,24 @@ def _levels_by_path(tasks: Tasks, tables: Any) -> dict[str, Array]:
 
 
 def _estimate(tasks: Tasks, leaves: dict[str, Any], tables: Any) -> Any:
-    """The codebooks of the leaves, from earlier ones if there are any; those stay if weights are not finite."""
+    """The codebooks of the leaves, from earlier ones, which stay if weights are not finite."""
     new = []
-    for task, warm in zip(tasks, tables or (None,) * len(tasks), strict=True):
-        forms = tuple(split_leafwise(form)[1] for form in _project(task, leaves, warm))
-        if warm is not None:
-            finite = jnp.stack([jnp.isfinite(leaves[path]).all() for path in task.paths]).all()
-            forms = jax.tree.map(lambda a, b, ok=finite: jnp.where(ok, a, b), forms, warm)
-        new.append(forms)
+    for task, warm in zip(tasks, tables, strict=True):
+        forms = task.project(take(leaves, task), nearest_forms(task, leaves, warm))
+        rest = tuple(split_leafwise(form)[1] for form in forms)
+        finite = jnp.stack([jnp.isfinite(leaves[path]).all() for path in task.paths]).all()
+        new.append(jax.tree.map(lambda a, b, ok=finite: jnp.where(ok, a, b), rest, warm))
     return tuple(new)
 
 
-def _project(task: Task, leaves: dict[str, Any], tables: Any) -> tuple[Form, ...]:
-    """The forms of a task; `tables` are earlier ones without codes, which then are those of the nearest levels."""
-    ws = take(leaves, task)
-    if tables is None:
-        return task.project(ws)
-    warm = []
-    for w, table in zip(ws, tables, strict=True):
-        levels = levels_of(task.name, table)
-        index, lower, upper = bracket(jnp.asarray(w), levels)
-        codes = (index + (w > 0.5 * lower + 0.5 * upper)).astype(code_dtype(levels.shape[-1]))
-        warm.append(join_leafwise(table, [codes]))
-    return task.project(ws, tuple(warm))
+def nearest_forms(task: Task, leaves: dict[str, Any], tables: Any) -> tuple[Codes, ...]:
+    """The forms of a task with the codebooks of `tables`, forms without codes, and the nearest level of each weight."""
+    forms: list[Any] = []
+    for path, table in zip(task.paths, tables, strict=True):
+        w, levels = jnp.asarray(leaves[path]), levels_of(path, table)
+        codes = codes_of(table, nearest(w, levels)[0]).astype(code_dtype(levels.shape[-1]))
+        forms.append(join_leafwise(table, [codes]))
+    return tuple(forms)
 
 
 def _counted(leaves: dict[str, Any], levels: dict[str, Array], small: float, order: int) -> list[str]:

@@ -19,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcq.base import Form, join_leafwise, split_leafwise
+from lcq.base import Form, cast_masks, join_leafwise, split_leafwise
 from lcq.blocks import compute_dtype
 from lcq.dtypes import nearest_number
-from lcq.methods.coupling import Geometric, gradient, proximal
+from lcq.methods.coupling import Geometric, gradient, penalty, proximal
+from lcq.methods.given import slope_of, weights_of
+from lcq.methods.objective import Term
 from lcq.registry import register_empty
 from lcq.rules import Task, flatten
-from lcq.tree import check_finite, take
+from lcq.tree import check_finite
 
 _ROUNDING = 1e-4
 """Relative rise of an objective that float32 sums explain."""
@@ -60,7 +62,8 @@ class Lagrangian(NamedTuple):
         problem: tasks and penalty weights, static.
         c_steps: C steps made, int32; mu = problem.mu.at(c_steps).
         multipliers: lambda, shaped like the parameters; `optax.MaskedNode()` at leaves under no rule.
-        codes: leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise.
+        codes: leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise; those
+            that are bool in a form are uint8 here, see `lcq.base.cast_masks`.
         tables: what else the forms hold (codebooks, scales), per task and leaf.
         info: scalars of the last C step.
     """
@@ -73,17 +76,17 @@ class Lagrangian(NamedTuple):
     info: Any
 
 
-def start(params: Any, problem: Problem, multipliers: bool) -> Lagrangian:
+def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False) -> Lagrangian:
     """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost), and lambda = 0.
 
-    Every array is a fresh one, so that parameters and state can be donated together.
+    Every array is a fresh one, so that parameters and state can be donated together. `blank`: only shapes are wanted.
     """
     leaves, _ = flatten(params)
     for task in problem.tasks:
         for path in task.paths:
             check_finite(path, leaves[path])
     all_ws = [_wide(leaves, task) for task in problem.tasks]
-    forms = [task.project(ws, mu=_INFINITE) for task, ws in zip(problem.tasks, all_ws, strict=True)]
+    forms = [first_forms(task, ws, blank) for task, ws in zip(problem.tasks, all_ws, strict=True)]
     codes, tables = _split(problem, forms)
     lagrange = {
         path: jnp.zeros_like(w)
@@ -100,6 +103,14 @@ def start(params: Any, problem: Problem, multipliers: bool) -> Lagrangian:
         info=_info(_Sums(away, away, jnp.float32(0), zero), sum(map(_square, all_ws)), zero, zero),
     )
     return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
+
+
+def first_forms(task: Task, ws: tuple[Any, ...], blank: bool) -> tuple[Form, ...]:
+    """Pi(w). Where only shapes are wanted a scheme that is solved on the host gets zeros: it cannot be traced."""
+    if not (blank and task.scheme.host):
+        return task.project(ws, mu=_INFINITE)
+    with jax.ensure_compile_time_eval():
+        return task.project(tuple(jnp.zeros(w.shape, w.dtype) for w in ws), mu=_INFINITE)
 
 
 def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagrangian]:
@@ -172,47 +183,75 @@ def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
     codes = [flatten(tree)[0] for tree in state.codes]
     return [
         tuple(
-            join_leafwise(rest, [tree[path] for tree in codes if path in tree])
+            cast_masks(join_leafwise(rest, [tree[path] for tree in codes if path in tree]), bool)
             for path, rest in zip(task.paths, tables, strict=True)
         )
         for task, tables in zip(state.problem.tasks, state.tables, strict=True)
     ]
 
 
-def add_gradient(grads: Any, state: Lagrangian, params: Any, mu: Any) -> Any:
-    """Adds the coupling's gradient to those of the selected leaves."""
-    slopes, structure = flatten(grads)
-    for path, (w, delta, multiplier) in _coupled(state, params).items():
-        slope = slopes[path]
-        pull = gradient(w, delta, multiplier, mu)
-        slopes[path] = nearest_number(slope.astype(pull.dtype) + pull, slope.dtype)
-    return jax.tree.unflatten(structure, slopes.values())
+def coupling_term(state: Lagrangian, mu: Any) -> Term:
+    """The coupling mu/2 ||w - Delta - lambda/mu||^2 of the L step, as a function of the parameters."""
+    fixed = _targets(state)
+
+    def coupled(params: Any) -> dict[str, tuple[Any, Any, Any]]:
+        ws = _wide_by_path(state, params)
+        return {path: (ws[path], *parts) for path, parts in fixed.items()}
+
+    def value(params: Any) -> Any:
+        return functools.reduce(jnp.add, (penalty(*parts, mu) for parts in coupled(params).values()))
+
+    def slope(params: Any) -> dict[str, Any]:
+        return {path: gradient(*parts, mu) for path, parts in coupled(params).items()}
+
+    def add(grads: Any, params: Any) -> Any:
+        slopes, structure = flatten(grads)
+        for path, more in slope(params).items():
+            given = slope_of(slopes, path, more)
+            slopes[path] = nearest_number(given.astype(more.dtype) + more, given.dtype)
+        return jax.tree.unflatten(structure, slopes.values())
+
+    return Term(value, slope, add)
+
+
+def check_slopes(grads: Any, state: Lagrangian, params: Any) -> None:
+    """Refuses gradients that lack one of a selected leaf."""
+    slopes = flatten(grads)[0]
+    for path, w in _wide_by_path(state, params).items():
+        slope_of(slopes, path, w)
 
 
 def pull(updates: Any, state: Lagrangian, params: Any, mu: Any, s: Any) -> Any:
     """Follows the inner optimizer's updates by the proximal step at the selected leaves; s as in `proximal`."""
     moves, structure = flatten(updates)
-    sizes = flatten(s)[0]
-    for path, (w, delta, multiplier) in _coupled(state, params).items():
-        size = sizes[path] if path in sizes else sizes[""]
+    sizes, ws = flatten(s)[0], _wide_by_path(state, params)
+    for path, (delta, multiplier) in _targets(state).items():
+        w, size = ws[path], sizes[path] if path in sizes else sizes[""]
         moved = proximal(w + moves[path].astype(w.dtype), delta, multiplier, mu, size)
         moves[path] = nearest_number(moved - w, moves[path].dtype)
     return jax.tree.unflatten(structure, moves.values())
 
 
-def _coupled(state: Lagrangian, params: Any) -> dict[str, tuple[Any, Any, Any]]:
-    """(w, Delta(Theta), lambda or None) of every selected leaf, by path."""
-    leaves, lagrange = flatten(params)[0], flatten(state.multipliers)[0]
+def _targets(state: Lagrangian) -> dict[str, tuple[Any, Any]]:
+    """(Delta(Theta), lambda or None) of every selected leaf, by path."""
+    lagrange = flatten(state.multipliers)[0]
     return {
-        path: (w, form.dense(), lagrange.get(path))
+        path: (form.dense(), lagrange.get(path))
         for task, forms in zip(state.problem.tasks, theta(state), strict=True)
-        for path, w, form in zip(task.paths, _wide(leaves, task), forms, strict=True)
+        for path, form in zip(task.paths, forms, strict=True)
     }
+
+
+def _wide_by_path(state: Lagrangian, params: Any) -> dict[str, Any]:
+    """Every selected weight in float32 or wider, by path."""
+    leaves = flatten(params)[0]
+    return {path: w for task in state.problem.tasks for path, w in zip(task.paths, _wide(leaves, task), strict=True)}
 
 
 def _wide(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
     """The weights of a task in float32 or wider."""
-    return tuple(jnp.asarray(w, compute_dtype(w.dtype)) for w in take(leaves, task))
+    ws = (weights_of(leaves, path, "lc") for path in task.paths)
+    return tuple(jnp.asarray(w, compute_dtype(w.dtype)) for w in ws)
 
 
 def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Any]], Any]:
@@ -220,7 +259,7 @@ def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[s
     codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leafwise for task in problem.tasks))]
     tables = []
     for task, of_task in zip(problem.tasks, forms, strict=True):
-        parts = [split_leafwise(form) for form in of_task]
+        parts = [split_leafwise(cast_masks(form, jnp.uint8)) for form in of_task]
         tables.append(tuple(rest for _, rest in parts))
         for path, (arrays, _) in zip(task.paths, parts, strict=True):
             for chosen, array in zip(codes, arrays, strict=False):

@@ -11,6 +11,7 @@ Source: Carreira-Perpinan, arXiv 1707.01209; Carreira-Perpinan & Idelbayev, arXi
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,13 +21,21 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lcq.base import is_form
 from lcq.dtypes import native_tree
 from lcq.methods.coupling import Geometric, geometric, linear_step
-from lcq.methods.lagrangian import Info, Lagrangian, Problem, add_gradient, pull, solve, start
+from lcq.methods.given import RESTORED, abstract, check_state, start_inner, weights_of
+from lcq.methods.lagrangian import Info, Lagrangian, Problem, check_slopes, coupling_term, pull, solve, start
+from lcq.methods.objective import add_term, keeps_value, refuse_used, take_term
 from lcq.rules import Rule, checked, flatten, resolve
 from lcq.tree import check_finite, replace
 
 _LARGE_GAP = 0.01
+
+_PROXIMAL = (
+    "with a proximal coupling it sees the loss alone, and is pulled to Theta after its step, which is not one along a "
+    "function that could be searched; use coupling='gradient'"
+)
 
 _placeholders: list[Any] = []
 optax.tree.map_params(lambda params: _placeholders.append(params), lambda leaf: leaf, None)
@@ -84,6 +93,10 @@ def lc(
             scalar or a tree like the parameters.
         multipliers: False for the quadratic-penalty method, lambda = 0: larger gap at the same mu.
 
+    What `update` is given beside the gradients to describe the loss (`value`, `grad`, `value_fn`, `obj_fn`, `grad_fn`)
+    it hands on with the coupling mu/2 ||w - Delta(Theta) - lambda/mu||^2 or its gradient added, so that line searches
+    search what is minimised. docs/guides/optax_wrappers.md says which optimizers go inside, which outside.
+
     Returns:
         A `GradientTransformationExtraArgs` whose `update` needs `params`. Its state holds one copy of the selected
         weights (lambda) and their codes. Under `optax.inject_hyperparams` name static_args=("inner", "mu",
@@ -92,7 +105,8 @@ def lc(
 
     Raises:
         ValueError: at construction for settings that do not fit together; in `init` for rules that do not fit the
-            parameters and for weights that are not finite.
+            parameters and for weights that are not finite; in `update` for a leaf without a gradient, a state that
+            lost its types, and an optimizer that uses `value` and the like under a proximal coupling.
 
     Example:
         >>> import jax, lcq, optax
@@ -120,31 +134,43 @@ def lc(
     def rate(steps: Any) -> Any:
         return learning_rate(steps) if callable(learning_rate) else learning_rate
 
-    def init(params: Any) -> LCState:
-        params = native_tree(params)
+    def first_state(params: Any, blank: bool) -> LCState:
         steps = jnp.zeros([], jnp.int32)
-        inner_state = at_rate(rate(steps)).init(params)
+        inner_state = start_inner(at_rate(rate(steps)), params)
         if isinstance(params, Placeholder):
             return LCState(inner_state, 0, _placeholder(params, rules))
         if learning_rate is not None:
             _check_rate_is_not_kept(inner_state)
-        return LCState(inner_state, steps, start(params, Problem(resolve(rules, params), schedule), multipliers))
+        problem = Problem(resolve(rules, params), schedule)
+        return LCState(inner_state, steps, start(params, problem, multipliers, blank))
+
+    def init(params: Any) -> LCState:
+        if abstract(params):
+            return jax.eval_shape(functools.partial(first_state, blank=True), params)
+        return first_state(native_tree(params), blank=False)
 
     def update(grads: Any, state: LCState, params: Any = None, **extra: Any) -> tuple[Any, LCState]:
         if params is None:
             raise ValueError("lc couples the gradients to the parameters: call update(grads, state, params)")
         grads, params = native_tree((grads, params))
+        check_state(state, LCState, "lc", sound=_is_sound(getattr(state, "lagrangian", None)))
         inner_state, steps, lagrangian = state
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
             lagrangian = jax.lax.cond(due, lambda: solve(lagrangian, params)[1], lambda: lagrangian)
         weight, eta = schedule.at(lagrangian.c_steps), rate(steps)
         if coupling == "gradient":
-            eta = None if eta is None else jnp.minimum(eta, 1 / weight)
-            grads = add_gradient(grads, lagrangian, params, weight)
-            updates, inner_state = at_rate(eta).update(grads, inner_state, params, **extra)
+            term = coupling_term(lagrangian, weight)
+            coupled = term.add(grads, params)
+            optimizer = at_rate(None if eta is None else jnp.minimum(eta, 1 / weight))
+            updates, inner_state = optimizer.update(coupled, inner_state, params, **add_term(extra, params, term))
+            if keeps_value(inner_state):
+                inner_state = take_term(inner_state, optax.apply_updates(params, updates), term)
         else:
-            updates, inner_state = at_rate(eta).update(grads, inner_state, params, **extra)
+            check_slopes(grads, lagrangian, params)
+            optimizer = at_rate(eta)
+            refuse_used(functools.partial(optimizer.update, grads, inner_state, params), extra, _PROXIMAL)
+            updates, inner_state = optimizer.update(grads, inner_state, params, **extra)
             updates = pull(updates, lagrangian, params, weight, step_size(inner_state, eta))
         return updates, LCState(inner_state, optax.safe_increment(steps), lagrangian)
 
@@ -167,7 +193,7 @@ def c_step(opt_state: Any, params: Any) -> Any:
     Raises:
         ValueError: no LC state in `opt_state`, or several.
     """
-    _find(opt_state)
+    find_lagrangian(opt_state)
     return jax.tree.map(
         lambda node: solve(node, params)[1] if _is_lagrangian(node) else node,
         nnx.as_pure(opt_state),
@@ -192,11 +218,11 @@ def extract(opt_state: Any, params: Any) -> Any:
         UserWarning: ||w - Delta(Theta)||^2 > 1 % of ||w||^2: the penalty schedule ended early, and the compressed
             net is not the trained one.
     """
-    state = _find(opt_state)
+    state = find_lagrangian(opt_state)
     leaves, structure = flatten(params)
     for task in state.problem.tasks:
         for path in task.paths:
-            check_finite(path, leaves[path])
+            check_finite(path, weights_of(leaves, path, "lc"))
     if skipped := int(state.info.skipped):
         raise ValueError(
             f"wanted finite weights at every C step; {skipped} were skipped for NaN or infinite ones: the run "
@@ -217,38 +243,37 @@ def extract(opt_state: Any, params: Any) -> Any:
     return replace(structure, leaves, state.problem.tasks, stored)
 
 
-def metrics(opt_state: Any) -> dict[str, Any]:
-    """Scalars for a logger, of the last C step (of direct compression before the first).
-
-    Args:
-        opt_state: an optimizer state with one LC state anywhere inside.
-
-    Returns:
-        gap: ||w - Delta(Theta)||^2 / ||w||^2 over the selected leaves, the measure of convergence.
-        distortion: ||x - Delta(Theta)||^2 with x = w - lambda/mu, what the C step minimised.
-        multiplier_norm: ||lambda||.
-        kept_back: projections dropped because they were farther from x than the Theta before.
-        skipped: C steps not made because weights were not finite.
-        penalty_weight: mu of the current L step.
-        c_steps: C steps made.
-    """
-    state = _find(opt_state)
-    weight = state.problem.mu.at(state.c_steps)
-    return {**state.info._asdict(), "penalty_weight": weight, "c_steps": state.c_steps}
-
-
 def _is_lagrangian(node: Any) -> bool:
     return isinstance(node, Lagrangian)
 
 
-def _find(opt_state: Any) -> Lagrangian:
-    """The one Lagrangian in an optimizer state, without nnx variables."""
+def lagrangians(opt_state: Any) -> list[Lagrangian]:
+    """Every Lagrangian in an optimizer state, without nnx variables."""
     nodes = jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=_is_lagrangian)
-    found = [node for node in nodes if _is_lagrangian(node)]
+    return [node for node in nodes if _is_lagrangian(node)]
+
+
+def find_lagrangian(opt_state: Any) -> Lagrangian:
+    """The one Lagrangian in an optimizer state, without nnx variables.
+
+    Raises:
+        ValueError: none, several, or one that lost its types.
+    """
+    found = lagrangians(opt_state)
     if len(found) != 1:
-        remedy = "pass the part that holds one of them" if found else "was the optimizer made by lcq.lc?"
+        nothing = f"was the optimizer made by lcq.lc? {RESTORED}"
+        remedy = "pass the part that holds one of them" if found else nothing
         raise ValueError(f"wanted one LC state in the optimizer state; got {len(found)}: {remedy}")
+    check_state(found[0], Lagrangian, "lc", sound=_is_sound(found[0]))
     return found[0]
+
+
+def _is_sound(lagrangian: Any) -> bool:
+    """Whether a state's types are there, which a checkpoint may have lost at any depth."""
+    if not _is_lagrangian(lagrangian) or not isinstance(lagrangian.problem, Problem):
+        return False
+    forms = jax.tree.leaves(lagrangian.tables, is_leaf=is_form)
+    return isinstance(lagrangian.info, Info) and isinstance(lagrangian.codes, tuple) and all(map(is_form, forms))
 
 
 def _schedule(mu: Any) -> Geometric:

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import lcq
 from lcq.methods.differentiable_entropy import block_entropy, entropy_centres
-from lcq.methods.hemp import HempState, compress_warm, hemp
+from lcq.methods.ending import compress_warm
+from lcq.methods.hemp import HempState, hemp
 
 RNG = np.random.default_rng(0)
 FOUR, THREE = np.array([-1.3, -0.4, 0.1, 0.9]), np.array([-0.8, 0.0, 1.1])
