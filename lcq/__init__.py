@@ -41,6 +41,7 @@ from lcq.methods.smooth_binary import Binarization as Binarization
 from lcq.methods.smooth_binary import GroupPower as GroupPower
 from lcq.methods.smooth_binary import StraightSign as StraightSign
 from lcq.methods.smooth_binary import smooth_binary as smooth_binary
+from lcq.methods.weighing import largest_weight as largest_weight
 from lcq.plan import Plan as Plan
 from lcq.plan import dry_run as dry_run
 from lcq.plan import read_plan as read_plan

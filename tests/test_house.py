@@ -56,7 +56,7 @@ ROOMS = {
         "base blocks dtypes forms registry rules products trace tree unfold schemes",
         "given objective coupling lagrangian lc baselines moments alphabet following rounding resolving "
         "descent schedule pieces walk batches gathering curvature flops layerwise assembly quantize preview "
-        "smooth_binary differentiable_entropy hemp ending progress refit",
+        "smooth_binary differentiable_entropy hemp ending progress weighing refit",
     ),
     "artifact": Room(
         4,

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from lcq.rules import flatten
+from lcq.rules import flatten, leave_out
 
 
 def abstract(params: Any) -> bool:
@@ -67,8 +67,8 @@ def slope_of(slopes: dict[str, Any], path: str, w: Any, what: str = "the gradien
     if not hasattr(slope, "dtype") or slope.dtype == jax.dtypes.float0:
         got = "none" if slope is None else getattr(slope, "dtype", type(slope).__name__)
         raise ValueError(
-            f"{named(path)}: wanted {what}; got {got}; differentiate with respect to this leaf, or exclude it by "
-            f"lcq.Rule({path!r}, None)"
+            f"{named(path)}: wanted {what}; got {got}; differentiate with respect to this leaf, or exclude it "
+            f"with {leave_out(path)} before its rule"
         )
     if slope.shape != w.shape:
         raise ValueError(

@@ -86,7 +86,7 @@ def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False)
         for path in task.paths:
             check_finite(path, leaves[path])
     all_ws = [_wide(leaves, task) for task in problem.tasks]
-    forms = [first_forms(task, ws, blank) for task, ws in zip(problem.tasks, all_ws, strict=True)]
+    forms = [first_forms(task, ws, blank, _INFINITE) for task, ws in zip(problem.tasks, all_ws, strict=True)]
     codes, tables = _split(problem, forms)
     lagrange = {
         path: jnp.zeros_like(w)
@@ -105,12 +105,12 @@ def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False)
     return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
 
 
-def first_forms(task: Task, ws: tuple[Any, ...], blank: bool) -> tuple[Form, ...]:
+def first_forms(task: Task, ws: tuple[Any, ...], blank: bool, mu: Any = None) -> tuple[Form, ...]:
     """Pi(w). Where only shapes are wanted a scheme that is solved on the host gets zeros: it cannot be traced."""
     if not (blank and task.scheme.host):
-        return task.project(ws, mu=_INFINITE)
+        return task.project(ws, mu=mu)
     with jax.ensure_compile_time_eval():
-        return task.project(tuple(jnp.zeros(w.shape, w.dtype) for w in ws), mu=_INFINITE)
+        return task.project(tuple(jnp.zeros(w.shape, w.dtype) for w in ws), mu=mu)
 
 
 def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagrangian]:

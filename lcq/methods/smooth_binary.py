@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from lcq.base import straight_through
 from lcq.blocks import Per, block_counts, blocks, compute_dtype
 from lcq.forms import Codes
+from lcq.methods.given import abstract
 from lcq.rules import Rule, checked, flatten, resolve
 from lcq.schemes.levels import Binary
 from lcq.tree import check_finite
@@ -239,7 +240,7 @@ class SmoothBinary:
         """The tree with W in place of w at the selected leaves.
 
         Args:
-            params: real weights w.
+            params: real weights w; shape structs give shape structs, here and in the other functions.
             t: progress of the training from 0 to 1, a number or a traced scalar.
             alphas: learned ones, see `alphas`.
 
@@ -260,7 +261,8 @@ class SmoothBinary:
         """
         leaves, _ = flatten(params)
         for task in resolve(self.rules, params):
-            check_finite(task.name, leaves[task.name])
+            if not abstract(leaves[task.name]):
+                check_finite(task.name, leaves[task.name])
         return self._put(params, alphas, self.binarization.project)
 
     def gap(self, params: Any, t: Any) -> dict[str, Array]:
@@ -299,7 +301,9 @@ class SmoothBinary:
         return [task.name for task in resolve(self.rules, params)]
 
     def _put(self, params: Any, alphas: Mapping[str, Any] | None, f: Callable[[Array, Per, Any], Any]) -> Any:
-        """The tree with f(w, group, alpha) at the selected leaves."""
+        """The tree with f(w, group, alpha) at the selected leaves; of shape structs, the shapes of it."""
+        if abstract(params):
+            return jax.eval_shape(lambda params, alphas: self._put(params, alphas, f), params, alphas)
         tasks = resolve(self.rules, params)
         leaves, structure = flatten(params)
         if alphas is not None and set(alphas) != {task.name for task in tasks}:
