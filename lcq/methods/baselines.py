@@ -14,7 +14,7 @@ import optax
 
 from lcq.base import Form, cast_masks, is_form, straight_through
 from lcq.dtypes import native_tree
-from lcq.methods.given import abstract, check_state, slope_of, start_inner, weights_of
+from lcq.methods.given import abstract, check_arrays, check_state, slope_of, start_inner, weights_of
 from lcq.methods.lagrangian import first_forms
 from lcq.methods.objective import at, forget
 from lcq.registry import register_empty
@@ -62,12 +62,12 @@ def iterated_direct(
         tasks, inner_state = Tasks(resolve(rules, params)), start_inner(inner, params)
         return IteratedState(inner_state, jnp.zeros([], jnp.int32), tasks, _first(tasks, params, blank))
 
-    def init(params: Any) -> IteratedState:
+    def init(params: Any) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: IteratedState, params: Any = None, **extra: Any) -> tuple[Any, IteratedState]:
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, IteratedState]:
         _check(grads, state, params, IteratedState, "iterated_direct")
         grads, params = native_tree((grads, params))
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
@@ -114,15 +114,16 @@ def straight_through_training(
 
     def first_state(params: Any, blank: bool) -> StraightThroughState:
         tasks, inner_state = Tasks(resolve(rules, params)), start_inner(inner, params)
+        check_arrays(params)
         latent = jax.tree.map(lambda w: jnp.array(w, copy=True), params)
         return StraightThroughState(inner_state, latent, tasks, _first(tasks, params, blank))
 
-    def init(params: Any) -> StraightThroughState:
+    def init(params: Any) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: StraightThroughState, params: Any = None, **extra: Any) -> Any:
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         _check(grads, state, params, StraightThroughState, "straight_through_training")
         grads, params = native_tree((grads, params))
 

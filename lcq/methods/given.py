@@ -33,13 +33,22 @@ def start_inner(inner: optax.GradientTransformation, params: Any) -> Any:
     try:
         return inner.init(params)
     except (TypeError, AttributeError) as error:
-        for path, leaf in flatten(params)[0].items():
-            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
-                raise ValueError(
-                    f"{named(path)}: wanted an array; got {type(leaf).__name__}, which the optimizer cannot take: "
-                    "keep what is no array out of the parameters, or put optax.masked around the optimizer"
-                ) from error
+        check_arrays(params, error)
         raise
+
+
+def check_arrays(params: Any, cause: Exception | None = None) -> None:
+    """Refuses leaves that are neither arrays nor numbers.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for path, leaf in flatten(params)[0].items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise ValueError(
+                f"{named(path)}: wanted an array; got {type(leaf).__name__}, which the optimizer cannot take: keep "
+                "what is no array out of the parameters, or put optax.masked around the optimizer"
+            ) from cause
 
 
 def weights_of(leaves: dict[str, Any], path: str, method: str) -> Any:

@@ -180,12 +180,12 @@ def hemp(
         shares = tuple(tuple(jnp.zeros([], jnp.float32) for _ in task.paths) for task in tasks)
         return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, tables, bound, shares)
 
-    def init(params: Any) -> HempState:
+    def init(params: Any) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: HempState, params: Any = None, **extra: Any) -> tuple[Any, HempState]:
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, HempState]:
         if params is None:
             raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
         check_state(state, HempState, "hemp", sound=is_sound(state))

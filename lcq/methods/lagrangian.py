@@ -183,7 +183,7 @@ def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
     codes = [flatten(tree)[0] for tree in state.codes]
     return [
         tuple(
-            cast_masks(join_leafwise(rest, [tree[path] for tree in codes if path in tree]), bool)
+            cast_masks(join_leafwise(rest, [jnp.asarray(tree[path]) for tree in codes if path in tree]), bool)
             for path, rest in zip(task.paths, tables, strict=True)
         )
         for task, tables in zip(state.problem.tasks, state.tables, strict=True)

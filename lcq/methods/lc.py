@@ -144,12 +144,12 @@ def lc(
         problem = Problem(resolve(rules, params), schedule)
         return LCState(inner_state, steps, start(params, problem, multipliers, blank))
 
-    def init(params: Any) -> LCState:
+    def init(params: Any) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: LCState, params: Any = None, **extra: Any) -> tuple[Any, LCState]:
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LCState]:
         if params is None:
             raise ValueError("lc couples the gradients to the parameters: call update(grads, state, params)")
         grads, params = native_tree((grads, params))

@@ -136,7 +136,7 @@ def refuse_used(update: Callable[..., Any], extra: dict[str, Any], why: str) -> 
     Raises:
         ValueError: one is used; names it.
     """
-    arrays = {key: extra[key] for key in ("value", "grad") if extra.get(key) is not None}
+    arrays = {key: extra[key] for key in ("grad", "value") if extra.get(key) is not None}
     functions = {key: _refused(key, why) for key in (*_VALUES, *_SLOPES) if extra.get(key) is not None}
     if not arrays and not functions:
         return
@@ -146,7 +146,7 @@ def refuse_used(update: Callable[..., Any], extra: dict[str, Any], why: str) -> 
     for eqn in reversed(traced.eqns):
         if any(id(var) in live for var in eqn.outvars):
             live.update(map(id, eqn.invars))
-    names = (key for key, tree in arrays.items() for _ in jax.tree.leaves(tree))
+    names = (key for key, tree in arrays.items() for _ in jax.tree.leaves(tree))  # a dict's leaves come by its keys
     used = sorted({key for key, var in zip(names, traced.invars, strict=True) if id(var) in live})
     if used:
         raise ValueError(_message(used[0], why))

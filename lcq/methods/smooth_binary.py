@@ -265,7 +265,7 @@ class SmoothBinary:
                 check_finite(task.name, leaves[task.name])
         return self._put(params, alphas, self.binarization.project)
 
-    def gap(self, params: Any, t: Any) -> dict[str, Array]:
+    def gap(self, params: Any, t: Any) -> dict[str, Any]:
         """How far W is from binary, by path and for each group: mean_G b^4 / (mean_G b^2)^2 - 1.
 
         Zero just where all |b| of a group are equal, and else positive; -1 for a group of b = 0. (Of `GroupPower`
@@ -283,7 +283,7 @@ class SmoothBinary:
         leaves, _ = flatten(self._put(params, None, gap))
         return {path: leaves[path] for path in self._paths(params)}
 
-    def alphas(self, params: Any) -> dict[str, Array]:
+    def alphas(self, params: Any) -> dict[str, Any]:
         """An alpha for every group of every selected leaf, by path, to be trained beside the parameters.
 
         They start at what the setting gives. Give the optimizer both, as {"params": params, "alphas": alphas}, and keep

@@ -210,3 +210,74 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(problem, tx, plain, tmp_p
     assert isinstance(restored["opt_state"], LCState)
     resumed = problem.train(tx, restored["params"], state=restored["opt_state"], steps=6)
     assert_same(resumed, plain)
+
+
+def test_line_search_sees_the_coupling():
+    """A line search is given value, grad and value_fn, and with those of the loss it would search another function."""
+    key = jax.random.key(0)
+    x, y = jax.random.normal(key, (64, 8)), jax.random.normal(jax.random.key(2), (64, 6))
+    params = {"kernel": jax.random.normal(key, (8, 6)) * 0.5}
+
+    def loss(p):
+        return ((x @ p["kernel"] - y) ** 2).mean()
+
+    mu = lcq.geometric(1e-2, 1.6, steps=20)
+    tx = lcq.lc(optax.lbfgs(), [lcq.Rule("kernel", lcq.KMeans(2))], mu=mu, every=6)
+
+    def step(carry, _):
+        params, state = carry
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=160))((params, tx.init(params)))
+    assert lcq.metrics(state)["gap"] < 1e-6
+
+
+MASKED = {
+    "prune": lcq.Prune(kept=4),
+    "codes": lcq.Prune(kept=4, values=lcq.KMeans(2)),
+    "sum": lcq.Additive(lcq.Binary(), lcq.Prune(kept=2)),
+    "cast": lcq.Cast("bfloat16"),
+    "low rank": lcq.LowRank(1),
+}
+
+
+@pytest.mark.parametrize("scheme", MASKED)
+@pytest.mark.parametrize("method", ["lc", "iterated_direct", "straight_through_training"])
+def test_masks_survive_sharpness_aware_minimisation(scheme, method):
+    """SAM mixes states by arithmetic, which makes int32 of bool: no array of a state is one."""
+    params, rules = {"k": jnp.arange(1.0, 9.0).reshape(2, 4)}, [lcq.Rule("k", MASKED[scheme])]
+    inner = optax.sgd(0.01)
+    tx = {
+        "lc": lambda: lcq.lc(inner, rules, mu=lcq.geometric(0.1, 1.5, steps=10), every=4),
+        "iterated_direct": lambda: lcq.iterated_direct(inner, rules, every=4),
+        "straight_through_training": lambda: lcq.straight_through_training(inner, rules),
+    }[method]()
+    assert not any(leaf.dtype == bool for leaf in jax.tree.leaves(tx.init(params)))
+    tx = optax.contrib.sam(tx, optax.chain(optax.contrib.normalize(), optax.sgd(0.05)))
+    state, update = tx.init(params), jax.jit(tx.update)
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(state)]
+    for _ in range(20):
+        updates, state = update(jax.tree.map(lambda a: a - 3, params), state, params)
+        params = optax.apply_updates(params, updates)
+        assert dtypes == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    assert update._cache_size() == 1 and np.isfinite(params["k"]).all()
+    if method == "lc":
+        forms = lcq.extract(state, params)
+        if scheme in ("prune", "codes"):
+            assert int((lcq.decompress(forms)["k"] != 0).sum()) <= 4
+            assert forms["k"].unpack().mask.dtype == bool
+
+
+def test_a_state_of_hemp_survives_arithmetic():
+    """An infinity would: 0 inf is NaN."""
+    params = {"k": jnp.linspace(-1, 1, 24).reshape(4, 6)}
+    tx = lcq.hemp(optax.sgd(0.01), [lcq.Rule("k", lcq.KMeans(2))], order=1, small=0)
+    tx = optax.contrib.sam(tx, optax.sgd(0.01))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(4):
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert update._cache_size() == 1 and 0 < lcq.metrics(state)["entropy"] <= 1
