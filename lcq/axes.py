@@ -131,10 +131,11 @@ def warning(path: str, shape: Sequence[int], per: str | int, stacked: int, befor
         after: with another stacked axis.
     """
     rest = len(shape) - stacked
+    lengths = (1, *(0,) * (rest - 3), per, 1) if isinstance(per, int) else (1, *(0,) * (rest - 2), 1)
     layouts = {3: "'wio' for a window, 'ioo' or 'iio' for heads", 4: "'hwio' or 'oihw' for filters"}
     return (
         f"{path}: per={per!r} without stacked={stacked + 1}: axis {len(shape) - 1} of {list(shape)} is the channel, "
         f"and all {shape[stacked]} of axis {stacked} share each of {before:,} scales or codebooks; if they are layers "
-        f"or experts, lcq.Rule(..., stacked={stacked + 1}) gives each its own, {after:,} in all; if not, say so with "
-        f"layout=, {layouts.get(rest, 'a letter for each axis')}"
+        f"or experts, lcq.Rule(..., stacked={stacked + 1}), or per={lengths}, gives each its own, {after:,} in all; if "
+        f"not, say so with layout=, {layouts.get(rest, 'a letter for each axis')}"
     )

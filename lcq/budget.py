@@ -193,11 +193,19 @@ def pareto(
 
 def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[Task | None]]:
     """Of each leaf that has candidates, its projection by each of them; None for the leaf as it is."""
+    if not isinstance(candidates, Mapping):
+        raise ValueError(
+            "wanted candidates by pattern, such as {'(.*/)?kernel': [lcq.KMeans(2), lcq.KMeans(4)]}; "
+            f"got {candidates!r}; name the leaves that choose, '.*' for all"
+        )
     found: dict[str, list[Task | None]] = {}
     earlier: list[Rule] = []
     for pattern, schemes in candidates.items():
-        if isinstance(schemes, Scheme) or not schemes:
-            raise ValueError(f"{pattern!r}: wanted a list of schemes to choose from; got {schemes!r}")
+        listed = isinstance(schemes, Sequence) and not isinstance(schemes, str) and len(schemes) > 0
+        if not listed or not all(scheme is None or isinstance(scheme, Scheme) for scheme in schemes):
+            raise ValueError(
+                f"{pattern!r}: wanted a list of schemes to choose from; got {schemes!r}; such as [lcq.KMeans(2), None]"
+            )
         tasks: list[tuple[Task, ...] | None] = []
         for scheme in schemes:
             if scheme is not None and scheme.costly:

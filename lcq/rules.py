@@ -172,13 +172,18 @@ def check_numbers(leaves: Mapping[str, Any]) -> None:
         ValueError: names the first.
     """
     for path, leaf in leaves.items():
-        known = hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex) or is_form(leaf)
-        if not known or (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSUMm"):
+        if not is_number(leaf):
             got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
             raise ValueError(
                 f"{path or 'params'}: wanted an array, a form or a number; got {got}; leave it out of the tree, and "
                 "close over it: lambda params, x: fn(params, it, x)"
             )
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is an array of numbers, a shape struct, a key, a form or a number."""
+    known = hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex) or is_form(leaf)
+    return known and not (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSUMm")
 
 
 def bare_keys(all_keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

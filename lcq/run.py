@@ -25,7 +25,7 @@ from lcq.kernels.matmul import matmul
 from lcq.leaf import Leaf, Way, laid_out
 from lcq.moving import move, order_of
 from lcq.products import Placed, Product
-from lcq.rules import flatten
+from lcq.rules import flatten, is_number
 
 _PLACES = 2
 """At more places a convolution's kernel is decoded for it: patches of its images cost more than words save."""
@@ -156,7 +156,7 @@ def _check(forms: Any, args: Any, kwargs: Any) -> None:
     check_restored(forms)
     pairs, _ = jax.tree_util.tree_flatten_with_path({"params": forms, "args": args, "kwargs": kwargs})
     for keys, leaf in pairs:
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex)):
+        if not is_number(leaf):
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
             raise ValueError(
                 f"{path}: wanted an array, a form or a number; got {type(leaf).__name__} {str(leaf)[:60]!r}; close "

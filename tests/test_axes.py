@@ -224,10 +224,13 @@ def test_a_second_stacked_axis_is_warned_of_where_others_have_it_too():
 
 def test_what_the_warning_says_is_what_stacked_gives():
     w = {"layers": {"w": draw(3, 8, 6)}}
-    for scheme, before, after in ((CHANNEL, 6, 18), (lcq.Uniform(4, per=4), 12, 36)):
-        rule = lcq.Rule("layers/w", scheme)
-        words = rf"^layers/w: .* all 3 of axis 0 share each of {before} scales .* stacked=1\) .* {after} in all"
-        with pytest.warns(UserWarning, match=words):
-            form = lcq.compress(w, [rule])["layers"]["w"]
+    for scheme, before, after, lengths in ((CHANNEL, 6, 18, (1, 0, 1)), (lcq.Uniform(4, per=4), 12, 36, (1, 4, 1))):
+        with pytest.warns(UserWarning) as caught:
+            form = lcq.compress(w, [lcq.Rule("layers/w", scheme)])["layers"]["w"]
+        words = str(caught[0].message)
+        assert words.startswith("layers/w: ") and f"all 3 of axis 0 share each of {before} scales" in words
+        assert f"lcq.Rule(..., stacked=1), or per={lengths}, gives each its own, {after} in all" in words
         stacked = lcq.compress(w, [lcq.Rule("layers/w", scheme, stacked=1)])["layers"]["w"]
-        assert (form.scale.size, stacked.scale.size) == (before, after)
+        same = lcq.compress(w, [lcq.Rule("layers/w", lcq.Uniform(4, per=lengths))])["layers"]["w"]
+        assert (form.scale.size, stacked.scale.size, same.scale.size) == (before, after, after)
+        np.testing.assert_array_equal(stacked.dense(), same.dense())

@@ -286,3 +286,16 @@ def test_settings_of_a_rule_that_are_none(monkeypatch):
     for stacked in ("1", True, -1, 1.5):
         with pytest.raises(ValueError, match=r"rule 'k': wanted stacked >= 0; got"):
             lcq.Rule("k", SCHEME, stacked=stacked)
+
+
+@pytest.mark.parametrize("candidates", [[RULE], RULE, SCHEME, None, {"k": SCHEME}, {"k": []}, {"k": ["KMeans(2)"]}])
+def test_candidates_that_are_none(monkeypatch, candidates):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"^wanted candidates by pattern|^'k': wanted a list of schemes"):
+        lcq.pareto(WEIGHTS, candidates, bytes=1000)
+
+
+def test_arrays_of_no_numbers_on_forms():
+    params = lcq.compress(WEIGHTS, [RULE]) | {"words": np.array(["a"])}
+    with pytest.raises(ValueError, match=r"^params/words: wanted an array, a form or a number; got ndarray"):
+        lcq.packed(product)(params, jnp.ones((2, 8)))
