@@ -72,11 +72,11 @@ class _Leaf(NamedTuple):
 
     @property
     def weights(self) -> int:
-        return self.row.dense // 32
+        return math.prod(self.row.shape)
 
 
 class _Size(NamedTuple):
-    """Bits of a layer: of its forms and its arrays, coded; of both with codes at a fixed width; in float32."""
+    """Bits of a layer: of its forms and its arrays, coded; of both with codes at a fixed width; as they were."""
 
     form: int = 0
     kept: int = 0
@@ -152,13 +152,15 @@ def _headline(report: Table, leaves: Sequence[_Leaf]) -> str:
     total = report.total
     size = -(-(total.coded or 0) // 8) if report.on_disk is None else report.on_disk
     fixed, entropy, coded = (_rate(leaves, field) for field in ("bits", "entropy", "coded"))
+    before = f"smaller than before: {total.dense // 8:,} bytes in {escape(total.dtype)}"
     tiles = [
         (f"{size:,}", "bytes, entropy-coded" if report.on_disk is None else "bytes on disk"),
-        (f"{total.dense / 8 / size if size else 1:.2f}&times;", f"smaller than float32: {total.dense // 8:,} bytes"),
+        (f"{total.dense / 8 / size if size else 1:.2f}&times;", before),
         (f"{coded:.2f}", f"bits a compressed weight, coded; {entropy:.2f} by entropy, {fixed:.2f} at fixed width"),
     ]
     if total.distortion is not None:
-        tiles.append((f"{total.distortion:.3g}", "distortion ‖w &minus; Δ(Θ)‖² / ‖w‖² of all leaves"))
+        whose = "compressed" if total.compressed else "floating-point"
+        tiles.append((f"{total.distortion:.3g}", f"distortion ‖w &minus; Δ(Θ)‖² / ‖w‖² of the {whose} leaves"))
     cards = "".join(f'<div class="tile"><b>{number}</b><span>{words}</span></div>' for number, words in tiles)
     return f'<div class="tiles">{cards}</div>'
 
@@ -194,7 +196,7 @@ def _sizes(leaves: Sequence[_Leaf]) -> str:
         bars.append(f'<div class="row"><span>{escape(name)}</span><span class="size">{size}</span>')
         bars.append(f'<div class="bar">{parts}</div></div>')
     keys = '<span class="key"></span>compressed <span class="key kept"></span>stored as arrays'
-    words = "Entropy-coded, of what codes at a fixed width take; and how many times less than float32."
+    words = "Entropy-coded, of what codes at a fixed width take; and how many times less than before."
     return f"<h2>Size by layer</h2><p>{keys}<br>{words}</p>{''.join(bars)}"
 
 
@@ -268,7 +270,7 @@ def _figure(leaf: _Leaf) -> str:
 
 def _grid(report: Table) -> str:
     """The table as it is printed, in HTML."""
-    columns = report.__rich__().columns
+    columns = report.grid().columns
     classes = [' class="n"' if column.justify == "right" else "" for column in columns]
 
     def line(tag: str, words: Sequence[Any]) -> str:
@@ -281,5 +283,6 @@ def _grid(report: Table) -> str:
     unfolded = " open" if many <= _OPEN else ""
     return (
         f"<h2>Leaves</h2><details{unfolded}><summary>{many:,} leaves and their sum</summary>"
+        f"<p>{escape(report.note)}</p>"
         f'<p class="narrow">It scrolls sideways.</p><div class="wide-table"><table>{body}</table></div></details>'
     )

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.table
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.text import Text
 
 from lcq import forms
 from lcq.artifact.rates import rate
 from lcq.axes import shares
-from lcq.base import Form, share
+from lcq.base import FORMS, Form, share
 from lcq.rules import flatten
 from lcq.tree import sizes
 
@@ -28,7 +29,7 @@ class Row(NamedTuple):
         path: of the leaf.
         shape: of the leaf; () in sums.
         form: what is stored, in words.
-        dense: bits of the leaf as float32, the reference of every ratio.
+        dense: bits of the leaf as it was, in its own dtype: what every ratio compares with.
         bits: bits of what is stored, codes at a fixed width; what joint leaves share counts at the first of them.
         error: ||w - Delta(Theta)||^2, if there was a reference.
         energy: ||w||^2 likewise.
@@ -38,6 +39,8 @@ class Row(NamedTuple):
         coded: bits that an entropy-coded file takes for it, names and digests aside; None likewise.
         blocks: along which axes it has scales, codebooks or groups of their own, such as "axis 3", or "32 of axis 0,
             axis 1" for one for each 32; "" for one in all.
+        dtype: of the leaf as it was; of several leaves, all there are.
+        compressed: whether a form is stored; in a sum, of any leaf.
     """
 
     path: str
@@ -52,6 +55,8 @@ class Row(NamedTuple):
     entropy: float | None = None
     coded: int | None = None
     blocks: str = ""
+    dtype: str = "float32"
+    compressed: bool = False
 
     @property
     def bytes(self) -> int:
@@ -85,8 +90,13 @@ class Table:
 
     @property
     def total(self) -> Row:
-        """All rows together; nothing is left out."""
-        measured = [row for row in self.rows if row.error is not None and row.energy is not None]
+        """All rows together; of bits nothing is left out, of distortion all but the compressed leaves, whose it is.
+
+        If no leaf is compressed, it is that of all floating-point leaves.
+        """
+        compressed = [row for row in self.rows if row.compressed]
+        floating = (row for row in self.rows if jnp.issubdtype(row.dtype, jnp.floating))
+        measured = [row for row in compressed or floating if row.error is not None]
         return Row(
             path="total",
             shape=(),
@@ -97,9 +107,22 @@ class Table:
             coded=_sum(row.coded for row in self.rows),
             error=math.fsum(row.error or 0 for row in measured) if measured else None,
             energy=math.fsum(row.energy or 0 for row in measured) if measured else None,
+            dtype=", ".join(sorted({row.dtype for row in self.rows})),
+            compressed=bool(compressed),
         )
 
-    def __rich__(self) -> rich.table.Table:
+    @property
+    def note(self) -> str:
+        """What ratios compare with, and of which leaves the total distortion is."""
+        whose = "the compressed" if self.total.compressed else "floating-point"
+        far = f"; total distortion: of {whose} leaves" if self.total.error is not None else ""
+        return f"ratio: to the leaves as they were, in {self.total.dtype}{far}"
+
+    def __rich__(self) -> Group:
+        return Group(self.grid(), *([Text(self.note)] if self.rows else []))
+
+    def grid(self) -> rich.table.Table:
+        """The lines and columns, without the note."""
         dry = any(row.rule is not None for row in self.rows)
         measured = any(row.error is not None for row in self.rows)
         priced = self.total.coded is not None
@@ -157,7 +180,7 @@ def table(
 
     Args:
         tree: as given by `compress`, `extract` or `load`.
-        reference: the weights it came from; adds ||w - Delta(Theta)||^2 / ||w||^2.
+        reference: the weights it came from; adds ||w - Delta(Theta)||^2 / ||w||^2, and ratios are to their dtypes.
         on_disk: bytes of the file it is in.
         progress: called after each leaf with its number from 1, how many there are, and its path.
 
@@ -200,9 +223,15 @@ def rows(tree: Any) -> tuple[Row, ...]:
             size.dense,
             size.bits,
             blocks=apart(leaves[path]),
+            dtype=_dtype(leaves[path]).name,
+            compressed=isinstance(leaves[path], Form),
         )
         for path, size in sizes(tree).items()
     )
+
+
+def _dtype(leaf: Any) -> Any:
+    return jnp.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
 
 
 def describe(leaf: Any) -> str:
@@ -239,15 +268,19 @@ def describe(leaf: Any) -> str:
         case Form():
             words = [type(leaf).__name__.lower()]
         case _:
-            words = [f"array {leaf.dtype if hasattr(leaf, 'dtype') else np.asarray(leaf).dtype}"]
+            words = [f"array {_dtype(leaf)}"]
     if isinstance(leaf, Form) and leaf.shared is not None:
         words.append(f"shared with {leaf.shared}")
     return ", ".join(words)
 
 
+def dense_of(form: Form) -> Any:
+    """Delta(Theta), by one program for all forms of one structure and shape; step by step of what is no pytree."""
+    return _dense(form) if FORMS.get(type(form).__name__) is type(form) else form.dense()
+
+
 @jax.jit
-def dense_of(form: Form) -> jax.Array:
-    """Delta(Theta), compiled once for all forms of one structure and shape."""
+def _dense(form: Form) -> jax.Array:
     return form.dense()
 
 
@@ -296,6 +329,9 @@ def _sum(numbers: Iterable[Any]) -> Any:
 def _measured(row: Row, leaf: Any, original: Any) -> Row:
     if row.shape != tuple(np.shape(original)):
         raise ValueError(f"{row.path}: wanted a reference of shape {list(row.shape)}; got {list(np.shape(original))}")
-    w = np.asarray(original, np.float64)
-    delta = np.asarray(dense_of(leaf) if isinstance(leaf, Form) else leaf, np.float64)
-    return row._replace(error=float(np.sum((w - delta) ** 2)), energy=float(np.sum(w**2)))
+    dtype = _dtype(original)
+    wide = np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
+    w = np.asarray(original, wide)
+    delta = np.asarray(dense_of(leaf) if isinstance(leaf, Form) else leaf, wide)
+    error, energy = (float(np.sum(np.abs(x) ** 2)) for x in (w - delta, w))
+    return row._replace(error=error, energy=energy, dense=8 * w.size * dtype.itemsize, dtype=dtype.name)

@@ -1,5 +1,6 @@
 """Verbs on parameter trees: compress, decompress, and what a tree costs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ class Size(NamedTuple):
     """Bits of one leaf before and after.
 
     Attributes:
-        dense: bits of the leaf as float32, the reference of every ratio.
+        dense: bits of the leaf as it was, in its own dtype: what every ratio compares with.
         bits: bits of what is stored, without what another leaf already counted.
         form: name of the form, "-" for a plain array.
     """
@@ -126,21 +127,31 @@ def sizes(tree: Any) -> dict[str, Size]:
     for path, leaf in leaves.items():
         if not is_form(leaf):
             leaf = np.asarray(leaf) if not hasattr(leaf, "dtype") else leaf
-            result[path] = Size(32 * leaf.size, leaf.size * leaf.dtype.itemsize * 8, "-")
+            bits = leaf.size * leaf.dtype.itemsize * 8
+            result[path] = Size(bits, bits, "-")
             continue
         bits = leaf.bits
         if leaf.shared is not None:
             bits -= leaf.shared_bits if leaf.shared in seen else 0
             seen.add(leaf.shared)
-        result[path] = Size(32 * int(np.prod(leaf.shape)), bits, type(leaf).__name__)
+        dense = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize * 8
+        result[path] = Size(dense, bits, type(leaf).__name__)
     return result
 
 
 def ratio(tree: Any) -> float:
-    """Bits of the tree in float32 over bits as stored: 32 (P1 + P0) / (bits(Theta) + 32 P0).
+    """Bits of the tree as it was over bits as stored: b (P1 + P0) / (bits(Theta) + b P0), every leaf in its own dtype.
+
+    Of P1 numbers that are compressed and P0 that are not; b is 32 in float32 and 16 in bfloat16.
 
     Raises:
         ValueError: no numbers in it, or a leaf that is no array, form or number.
+
+    Example:
+        >>> import lcq
+        >>> w = {"kernel": jnp.ones((8, 4), jnp.bfloat16)}
+        >>> ratio(compress(w, [lcq.Rule("kernel", lcq.Binary())]))
+        8.0
     """
     rows = sizes(tree).values()
     if not any(row.bits for row in rows):

@@ -61,7 +61,7 @@ ROOMS = {
     "artifact": Room(
         4,
         "base dtypes forms packing rules tree",
-        "paths lanes tables rans rates codec container layouts file checkpoint",
+        "paths lanes tables rans rates codec container layouts file shards checkpoint",
     ),
     "moving": Room(4, "base forms kernels"),
     "leaf": Room(5, "base dtypes jaxprs moving products"),

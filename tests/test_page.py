@@ -94,8 +94,11 @@ def test_it_holds_what_the_table_holds(make, measured):
     expected = table(tree, reference, on_disk=1234)
     assert [row[0] for row in read.rows] == ["leaf", *(row.path for row in expected.rows), "total", "on disk"]
     assert [" ".join(filter(None, row)).split() for row in read.rows] == [
-        line.split() for line in str(expected).splitlines() if line.strip() and "─" not in line
+        line.split()
+        for line in str(expected).splitlines()
+        if line.strip() and "─" not in line and line != expected.note
     ]
+    assert expected.note in str(expected).splitlines() and expected.note in read.text
     assert read.count("svg") == charts(tree, reference)
     assert "1,234" in read.text and "A net" in read.text
     assert ("distortion" in [row[-1] for row in read.rows]) == measured

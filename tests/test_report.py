@@ -32,7 +32,7 @@ def test_everything_is_counted():
     assert report.total.form == "66 numbers"
 
 
-def test_distortion_is_relative_and_totals_are_of_all_leaves():
+def test_distortion_is_relative_and_totals_are_of_the_compressed_leaves():
     w = params()
     tree = lcq.compress(w, RULES)
     report = table(tree, w)
@@ -41,10 +41,36 @@ def test_distortion_is_relative_and_totals_are_of_all_leaves():
     by_path = {row.path: row for row in report.rows}
     assert by_path["b/kernel"].distortion == pytest.approx(np.sum((kernel - back) ** 2) / np.sum(kernel**2))
     assert by_path["count"].distortion == 0
-    assert report.total.distortion == pytest.approx(
-        sum(row.error for row in report.rows) / sum(row.energy for row in report.rows)
-    )
-    assert table(tree).total.distortion is None
+    w, dense = ({k: np.float64(v) for k, v in lcq.rules.flatten(t)[0].items() if k != "count"} for t in (w, dense))
+    far = sum(np.sum((w[k] - dense[k]) ** 2) for k in w) / sum(np.sum(w[k] ** 2) for k in w)
+    assert report.total.distortion == pytest.approx(far)
+    assert "total distortion: of the compressed leaves" in str(report)
+    assert table(tree).total.distortion is None and "distortion" not in str(table(tree))
+
+
+@pytest.mark.parametrize("more", [np.arange(512), np.full(9, 1e4, np.float32), np.full(3, 1e3j, np.complex64)])
+def test_total_distortion_leaves_out_what_is_not_compressed(more):
+    """Position numbers, or a bias that stays as it is, have nothing to lose, and may be large."""
+    w = {"kernel": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}
+    rules = [lcq.Rule("kernel", lcq.Uniform(3))]
+    alone, both = (table(lcq.compress(t, rules), t).total for t in (w, w | {"more": more}))
+    assert both.distortion == alone.distortion > 1e-3
+    moved = w | {"more": more}
+    plain = table(moved, w | {"more": more}).total
+    assert plain.distortion == 0 and not plain.compressed
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 16), ("float16", 16), ("float32", 32)])
+def test_ratios_are_to_the_dtype_that_the_net_had(dtype, bits):
+    w = {"kernel": jnp.linspace(-1, 1, 128).reshape(16, 8).astype(dtype), "bias": jnp.ones(8, dtype)}
+    rules = [lcq.Rule("kernel", lcq.Binary(scale=False))]
+    tree = lcq.compress(w, rules)
+    wanted = bits * 136 / (128 + bits * 8)
+    assert lcq.ratio(tree) == table(tree).total.ratio == lcq.dry_run(w, rules).total.ratio == wanted
+    assert f"ratio: to the leaves as they were, in {dtype}" in str(table(tree))
+    wide = {name: x.astype(jnp.float32) for name, x in w.items()}
+    assert table(tree, wide).total.ratio == 32 * 136 / (128 + bits * 8)
+    assert lcq.ratio(w) == 1
 
 
 def test_it_prints_whole_and_takes_no_markup():

@@ -33,7 +33,7 @@ def test_sizes_leave_nothing_out_and_count_a_joint_codebook_once():
         stored = forms["a"]["kernel"].pack()
         assert sum(size.bits for size in lcq.sizes(forms).values()) == expected
         assert lcq.sizes({"a": stored})["a"].bits == 32 * 2 + 128
-    assert lcq.sizes(forms)["c"] == (160, 80, "-")
+    assert lcq.sizes(forms)["c"] == (80, 80, "-")
 
 
 def test_decompress_gives_dense_arrays_of_the_leaves_dtypes():

@@ -1,4 +1,4 @@
-"""Parameters of other tools, in and out: .safetensors, .npz, and folders of orbax.
+"""Parameters of other tools, in and out: .safetensors, whole or in shards, .npz, and folders of orbax.
 
 The first two hold a flat list of named arrays. Names are split at "/", and only there, into nested dicts:
 "dense0/kernel" becomes {"dense0": {"kernel": ..}}, while "layers.0.weight" stays one key. So a rule's pattern is
@@ -9,18 +9,18 @@ import importlib.util
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from lcq.artifact.container import DTYPES
 from lcq.artifact.file import host_array, replacing
 from lcq.artifact.paths import Leaf, flatten, is_empty, nest
+from lcq.artifact.shards import INDEX, is_sharded, read_tensors
 from lcq.base import is_form
 from lcq.dtypes import native
 
@@ -37,46 +37,97 @@ _DAMAGED = (
 )
 
 
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        tree: nested dicts of numpy arrays.
+        metadata: strings by name, of a safetensors header.
+    """
+
+    tree: Any
+    metadata: dict[str, str]
+
+
+_TORCH = "; of torch's files, which may run code, make one with safetensors.torch.save_file"
+_HINTS = {".lcq": "; lcq.load and lcq.save are for .lcq files", ".json": "; an index of shards ends in " + INDEX}
+_HINTS |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _TORCH)
+
+
 def read(path: str | os.PathLike[str]) -> Any:
     """Nested dicts of numpy arrays from a .safetensors or .npz file, or a folder that orbax wrote.
 
-    Lists of an orbax checkpoint stay lists, and tuples become lists.
+    A safetensors checkpoint in shards is read whole: give its folder or its index, see `lcq.artifact.shards`. Lists of
+    an orbax checkpoint stay lists, and tuples become lists.
 
     Raises:
-        ValueError: another kind of file, a damaged one, or arrays of a dtype without a name in numpy.
+        ValueError: another kind of file, a damaged one, shards that are not whole, or arrays of a dtype without a name
+            in numpy.
         FileNotFoundError: there is nothing at `path`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write(f"{folder}/net.safetensors", {"dense0": {"bias": np.zeros(2)}}, {"format": "np"})
+        ...     read_checkpoint(folder)
+        Checkpoint(tree={'dense0': {'bias': array([0., 0.])}}, metadata={'format': 'np'})
+    """
+    return read_checkpoint(path).tree
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """What `read` gives, with the metadata of safetensors files.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read`.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    kind = "orbax" if path.is_dir() else path.suffix
+    if is_sharded(path) and not (path / "_METADATA").exists():
+        kind = ".safetensors"
+    else:
+        kind = "orbax" if path.is_dir() else path.suffix
     return _reader(path, kind, {".safetensors": _read_safetensors, ".npz": _read_npz, "orbax": _read_orbax})(path)
 
 
-def write(path: str | os.PathLike[str], tree: Any) -> None:
+def write(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a tree of arrays as the kind its name says: .safetensors, .npz, or a new orbax folder if it has no suffix.
 
     Files appear whole or not at all, and replace what was there; an orbax folder must be new.
 
+    Args:
+        path: of the file or folder.
+        tree: of arrays.
+        metadata: strings by name for the header of a .safetensors file; the other kinds have no place for them.
+
     Raises:
         ValueError: another kind, a form (call `lcq.decompress` first), a leaf that is no array, a dtype that the kind
-            cannot hold, or, in a file, None or an empty container; names the leaf.
+            cannot hold, or, in a file, None or an empty container; names the leaf. Metadata for another kind.
     """
     path = Path(path)
-    writers = {".safetensors": _write_safetensors, ".npz": _write_npz, "": _write_orbax}
-    writer = _reader(path, path.suffix, writers)
+    check_kind(path)
+    if metadata and path.suffix != ".safetensors":
+        raise ValueError(f"{path}: wanted a .safetensors file for metadata; got {', '.join(metadata)}; leave it out")
     leaves = [_to_host(leaf) for leaf in flatten(tree)[0]]
     if path.suffix and any(is_empty(leaf) for leaf in leaves):
         bad = next(leaf for leaf in leaves if is_empty(leaf))
         raise ValueError(
             f"{bad.path}: wanted an array; got {bad.value!r}, which {path.suffix} cannot hold; leave it out"
         )
-    writer(path, leaves)
+    if path.suffix == ".safetensors":
+        return _write_safetensors(path, leaves, dict(metadata or {}))
+    (_write_npz if path.suffix else _write_orbax)(path, leaves)
 
 
-def _reader(path: Path, kind: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+def check_kind(path: Path) -> None:
+    """Raises ValueError unless the name says a kind that `write` knows."""
+    _reader(path, path.suffix, dict.fromkeys((".safetensors", ".npz", "")))
+
+
+def _reader(path: Path, kind: str, known: Mapping[str, Any]) -> Any:
     if kind not in known:
-        hint = "; lcq.load and lcq.save are for .lcq files" if kind == ".lcq" else ""
+        hint = _HINTS.get(kind, "")
         raise ValueError(f"{path}: wanted a .safetensors or .npz file, or an orbax folder without suffix{hint}")
     return known[kind]
 
@@ -95,39 +146,34 @@ def _nested(path: Path, arrays: dict[str, np.ndarray]) -> Any:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_safetensors(path: Path) -> Any:
-    try:
-        tensors = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or damaged: {error}") from error
-    arrays = {}
-    for name, entry in tensors:
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name}: wanted one of {', '.join(DTYPES)}; got {entry['dtype']}")
-        arrays[name] = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return _nested(path, arrays)
+def _read_safetensors(path: Path) -> Checkpoint:
+    tensors = read_tensors(path)
+    return Checkpoint(_nested(path, tensors.arrays), tensors.metadata)
 
 
-def _write_safetensors(path: Path, leaves: list[Leaf]) -> None:
-    data = safetensors.numpy.save({leaf.path: leaf.value for leaf in leaves})
+def _write_safetensors(path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
+    data = safetensors.numpy.save({leaf.path: leaf.value for leaf in leaves}, metadata or None)
     with replacing(path) as file:
         file.write(data)
 
 
-def _read_npz(path: Path) -> Any:
-    arrays = {}
+def _read_npz(path: Path) -> Checkpoint:
+    arrays, name = dict[str, Any](), ""
     with open(path, "rb") as file:
         try:
             with np.load(file, allow_pickle=False) as archive:
                 for name in archive.files:
                     arrays[name] = native(archive[name])
         except _DAMAGED as error:
-            raise ValueError(f"{path}: not an npz file of numbers, or damaged: {error}") from error
+            where = f"{path}: {name}" if name else path
+            raise ValueError(f"{where}: not an npz file of numbers, or damaged: {error}") from error
     for name, array in arrays.items():
         if array.dtype not in DTYPES.values():
-            hint = "; npz drops the names of dtypes such as bfloat16" if array.dtype.kind == "V" else ""
+            hint = "; leave it out, or convert it first"
+            if array.dtype.kind == "V":
+                hint = "; npz drops the names of dtypes such as bfloat16: write .safetensors instead"
             raise ValueError(f"{path}: {name}: wanted numbers; got {array.dtype}{hint}")
-    return _nested(path, arrays)
+    return Checkpoint(_nested(path, arrays), {})
 
 
 def _write_npz(path: Path, leaves: list[Leaf]) -> None:
@@ -148,7 +194,7 @@ def _orbax(path: Path) -> Any:
     return orbax.checkpoint
 
 
-def _read_orbax(path: Path) -> Any:
+def _read_orbax(path: Path) -> Checkpoint:
     ocp = _orbax(path)
     if not (path / "_METADATA").exists():
         inside = sorted(
@@ -158,7 +204,7 @@ def _read_orbax(path: Path) -> Any:
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path.absolute()).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        return checkpointer.restore(path.absolute(), restore_args=as_numpy)
+        return Checkpoint(checkpointer.restore(path.absolute(), restore_args=as_numpy), {})
 
 
 def _write_orbax(path: Path, leaves: list[Leaf]) -> None:

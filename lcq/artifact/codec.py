@@ -132,6 +132,21 @@ def check_form(form: Form) -> None:
                 raise ValueError(f"{name}: wanted finite numbers; got {int((~finite).sum())} NaN or infinite")
 
 
+def code_streams(record: Any, form: Any) -> dict[str, tuple[np.ndarray, int, int]]:
+    """Of a leaf's record and value the streams that are packed codes: these, of how many levels, and how many codes."""
+    if isinstance(form, tuple):
+        parts = zip(record["tuple"], form, strict=True)
+        return {name: codes for part in parts for name, codes in code_streams(*part).items()}
+    found: dict[str, tuple[np.ndarray, int, int]] = {}
+    for field, written in record["arrays"].items() if is_form(form) else ():
+        value, (levels, count) = getattr(form, field), form.alphabets.get(field, (1, 0))
+        if isinstance(written, str) and levels > 1:
+            found[written] = (value, levels, count)
+        elif isinstance(written, dict):
+            found |= code_streams(written, value)
+    return found
+
+
 def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
     """The leaf of a record.
 

@@ -9,7 +9,7 @@ import os
 import reprlib
 import secrets
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,8 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcq.artifact.codec import Encoder, decode
-from lcq.artifact.container import NAMES, open_container
-from lcq.artifact.layouts import Contents, check_plan, coded_layout, contents_of, plain_layout
+from lcq.artifact.container import NAMES, bytes_of, open_container
+from lcq.artifact.layouts import (
+    Contents,
+    Said,
+    check_metadata,
+    check_plan,
+    coded_layout,
+    contents_of,
+    plain_layout,
+)
 from lcq.artifact.paths import Leaf, check_paths, flatten, is_empty, nest
 from lcq.base import is_form
 from lcq.forms import check_restored
@@ -38,6 +46,7 @@ def save(
     tree: Any,
     *,
     plan: Any = None,
+    metadata: Mapping[str, str] | None = None,
     coded: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
@@ -51,6 +60,8 @@ def save(
         tree: forms, arrays, Python numbers (stored as arrays without axes), None; in dicts, lists, tuples, dataclasses,
             flax states, and other pytrees.
         plan: an `lcq.Plan`, or its text, to be kept in the file: how the tree was made, for `lcq.read_plan`.
+        metadata: strings by name, such as those of a safetensors header, to be kept in the file for whoever makes it a
+            checkpoint again; `read_metadata` of this module gives them back.
         coded: whether codes and masks are entropy-coded, which is smaller; without, every stream is a tensor that any
             reader of safetensors opens.
         progress: called after each stream of a coded file with its number from 1, how many there are, and its name.
@@ -60,14 +71,18 @@ def save(
 
     Raises:
         ValueError: a leaf that is no number or not on this host, a NaN or an infinity in a form, or keys that a file
-            cannot hold, or a dict that was a form; names the leaf. A plan that is no TOML, or longer than 4 MiB.
+            cannot hold, or a dict that was a form; names the leaf. A plan that is no TOML, or longer than 4 MiB;
+            metadata that are no strings, or as long.
     """
     check_restored(tree)
-    text = None if plan is None else _plan_text(plan)
+    said: Said = {} if plan is None else {"plan": _plan_text(plan)}
+    if metadata:
+        check_metadata(kept := dict(metadata))
+        said |= {"metadata": dict(sorted(kept.items()))}
     encoder = Encoder()
     leaves, _ = flatten(tree)
     records = [encoder.encode(_to_host(leaf)) for leaf in leaves]
-    pieces = (coded_layout if coded else plain_layout)(records, encoder, text, progress)
+    pieces = (coded_layout if coded else plain_layout)(records, encoder, said, progress)
     if jax.process_index() == 0:
         with replacing(path) as file:
             for piece in pieces:
@@ -124,6 +139,45 @@ def read_index(path: str | os.PathLike[str]) -> Contents:
         try:
             return _contents(file, LIMIT)
         except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{os.fspath(path)}: {error}") from error
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings that were saved with a file as `metadata`; only the index is read.
+
+    Raises:
+        ArtifactError, OSError: as `read_index`.
+    """
+    return read_index(path).metadata
+
+
+def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tuple[Any, Leaf]]:
+    """Every leaf of a file with its record, one after another; nothing is made dense, and only one is held.
+
+    All that `load` checks is checked, every digest among it, but the size of all leaves together and of their dense
+    forms: of one leaf at a time the streams and their decoding count.
+
+    Args:
+        path: of the file.
+        limit: bytes that one leaf may take.
+
+    Raises:
+        ArtifactError, OSError: as `load`.
+    """
+    with open(path, "rb") as file:
+        try:
+            held, declared = _declared(file, int(min(limit, 1 << 62)))
+            for record, leaf in zip(held.records, declared, strict=True):
+                used: dict[str, Any] = {}
+                decode(record, lambda name: used.setdefault(name, held.structs[name]))  # noqa: B023
+                size = sum(bytes_of(struct) + held.decoding.get(name, 0) for name, struct in used.items())
+                if size > limit:
+                    raise ValueError(
+                        f"{leaf.path[:200]}: wanted at most {limit:.0f} bytes for a leaf; the file declares {size}; "
+                        "raise limit= if you trust it"
+                    )
+                yield record, decode(record, lambda name: held.read(name, False))
+        except (ValueError, RecursionError, MemoryError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
 
@@ -204,6 +258,21 @@ def _contents(file: BufferedReader, limit: int) -> Contents:
 
 
 def _read(file: BufferedReader, limit: int, on_device: bool) -> list[Leaf]:
+    held, leaves = _declared(file, limit)
+    forms = sum(
+        math.prod(leaf.value.shape) * jnp.dtype(leaf.value.dtype).itemsize for leaf in leaves if is_form(leaf.value)
+    )
+    if forms + held.bytes > limit:
+        raise ValueError(
+            f"wanted at most {limit} bytes; the file declares {held.bytes} of streams and {forms} of forms made "
+            "dense; raise limit= if you trust it"
+        )
+    arrays = {name: held.read(name, on_device) for name in held.structs}
+    return [decode(record, arrays.__getitem__) for record in held.records]
+
+
+def _declared(file: BufferedReader, limit: int) -> tuple[Contents, list[Leaf]]:
+    """What a file holds, and its leaves with shape structs for arrays, checked as far as that goes."""
     held = _contents(file, limit)
     used: set[str] = set()
 
@@ -217,17 +286,8 @@ def _read(file: BufferedReader, limit: int, on_device: bool) -> list[Leaf]:
     check_paths(leaves)
     if unused := held.structs.keys() - used:
         raise ValueError(f"{min(unused)}: no leaf has this tensor")
-    forms = sum(
-        math.prod(leaf.value.shape) * jnp.dtype(leaf.value.dtype).itemsize for leaf in leaves if is_form(leaf.value)
-    )
-    if forms + held.bytes > limit:
-        raise ValueError(
-            f"wanted at most {limit} bytes; the file declares {held.bytes} of streams and {forms} of forms made "
-            "dense; raise limit= if you trust it"
-        )
     nest(leaves)
-    arrays = {name: held.read(name, on_device) for name in held.structs}
-    return [decode(record, arrays.__getitem__) for record in held.records]
+    return held, leaves
 
 
 def _restore(leaves: list[Leaf], like: Any) -> Any:

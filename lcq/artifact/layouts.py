@@ -12,7 +12,8 @@ Version 2, coded: two tensors of bytes, as a header entry costs more than many a
 
 A stream's digest is that of its bytes in the file: 16 bytes in the plain layout, 8 in the coded one. A stream of packed
 codes has `[levels, count]` at its end: it is coded as in `rans`, and decodes alone. Any other one is as it is.
-Records are those of `codec`. The plan, if there is one, is only text here.
+Records are those of `codec`. The plan, if there is one, is only text here. So is "metadata", strings by name from the
+checkpoint that was compressed, if it had any: {.., "metadata": {name: string, ..}}.
 """
 
 import reprlib
@@ -41,8 +42,9 @@ from lcq.artifact.container import (
 )
 
 LONGEST_PLAN = 1 << 22
-"""Bytes of the text of a plan."""
+"""Bytes of the text of a plan, and of metadata."""
 
+_SAID = {"plan", "metadata"}
 _METADATA = {"format", "version", "digest", "index"}
 _SHORT = 8  # bytes of a digest where every byte counts
 _DECODING = 4  # bytes of memory for a code, and for a byte of its stream
@@ -57,8 +59,10 @@ class Contents(NamedTuple):
         version: of the layout.
         records: of the leaves.
         plan: its text, if there is one.
+        metadata: strings by name.
         structs: shapes and dtypes of the streams, by name.
         sizes: bytes that each takes in the file.
+        decoding: bytes of memory that decoding a stream takes beside it, by name, of those that are coded.
         bytes: of memory for all streams, and for decoding the longest.
         read: gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
     """
@@ -66,26 +70,31 @@ class Contents(NamedTuple):
     version: str
     records: list[Any]
     plan: str | None
+    metadata: dict[str, str]
     structs: dict[str, jax.ShapeDtypeStruct]
     sizes: dict[str, int]
+    decoding: dict[str, int]
     bytes: int
     read: Callable[[str, bool], Any]
 
+
+Said = dict[str, Any]
+"""What a file says beside its leaves: "plan" and "metadata", as far as there are such."""
 
 Progress = Callable[[int, int, str], None] | None
 """Called after each stream with its number from 1, how many there are, and its name."""
 
 
-def plain_layout(records: list[Any], encoder: Encoder, plan: str | None, progress: Progress = None) -> list[Any]:
+def plain_layout(records: list[Any], encoder: Encoder, said: Said, progress: Progress = None) -> list[Any]:
     """A file of version 1, in pieces."""
     del progress  # nothing takes long
     streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
     digests = {name: digest(flat(array)) for name, array in streams.items()}
-    index = to_json({"leaves": records, "digests": digests} | _said(plan))
+    index = to_json({"leaves": records, "digests": digests} | said)
     return [header({"version": "1", "index": index}, streams), *(flat(array).data for array in streams.values())]
 
 
-def coded_layout(records: list[Any], encoder: Encoder, plan: str | None, progress: Progress = None) -> list[Any]:
+def coded_layout(records: list[Any], encoder: Encoder, said: Said, progress: Progress = None) -> list[Any]:
     """A file of version 2, in pieces."""
     entries, pieces = [], []
     for number, (name, array) in enumerate(encoder.streams.items(), 1):
@@ -100,7 +109,7 @@ def coded_layout(records: list[Any], encoder: Encoder, plan: str | None, progres
         if progress is not None:
             progress(number, len(encoder.streams), name)
     deflate = zlib.compressobj(9, wbits=-15)
-    index = deflate.compress(to_json({"leaves": records, "streams": entries} | _said(plan)).encode()) + deflate.flush()
+    index = deflate.compress(to_json({"leaves": records, "streams": entries} | said).encode()) + deflate.flush()
     tensors = {"index": len(index), "data": sum(piece.nbytes for piece in pieces)}
     return [header({"version": "2", "index": digest(index, _SHORT)}, tensors), index, *pieces]
 
@@ -120,8 +129,8 @@ def _plain(container: Container, limit: int) -> Contents:
         raise ValueError(f"wanted metadata of version 1; got {reprlib.repr(container.metadata)}")
     index = parse(container.metadata["index"])
     match index:
-        case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if rest.keys() <= {"plan"}:
-            plan = _plan(index)
+        case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if rest.keys() <= _SAID:
+            plan, metadata = _plan(index), _kept(index)
         case _:
             raise ValueError("wanted an index of leaves and digests; got another")
     tensors = container.tensors
@@ -135,7 +144,7 @@ def _plain(container: Container, limit: int) -> Contents:
 
     structs = {name: tensor.struct for name, tensor in tensors.items()}
     sizes = {name: tensor.size for name, tensor in tensors.items()}
-    return Contents("1", records, plan, structs, sizes, sum(sizes.values()), read)
+    return Contents("1", records, plan, metadata, structs, sizes, {}, sum(sizes.values()), read)
 
 
 class _Entry(NamedTuple):
@@ -151,8 +160,8 @@ class _Entry(NamedTuple):
 def _coded(container: Container, limit: int) -> Contents:
     index = _inflated(container, limit)
     match index:
-        case {"leaves": [_, *_] as records, "streams": [*streams], **rest} if rest.keys() <= {"plan"}:
-            plan = _plan(index)
+        case {"leaves": [_, *_] as records, "streams": [*streams], **rest} if rest.keys() <= _SAID:
+            plan, metadata = _plan(index), _kept(index)
         case _:
             raise ValueError("wanted an index of leaves and streams; got another")
     entries: dict[str, _Entry] = {}
@@ -175,8 +184,9 @@ def _coded(container: Container, limit: int) -> Contents:
 
     structs = {name: entry.struct for name, entry in entries.items()}
     sizes = {name: entry.size for name, entry in entries.items()}
-    longest = max((_DECODING * (entry.codes[1] + entry.size) for entry in entries.values() if entry.codes), default=0)
-    return Contents("2", records, plan, structs, sizes, sum(map(bytes_of, structs.values())) + longest, read)
+    decoding = {name: _DECODING * (entry.codes[1] + entry.size) for name, entry in entries.items() if entry.codes}
+    memory = sum(map(bytes_of, structs.values())) + max(decoding.values(), default=0)
+    return Contents("2", records, plan, metadata, structs, sizes, decoding, memory, read)
 
 
 def _inflated(container: Container, limit: int) -> Any:
@@ -232,10 +242,6 @@ def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callabl
         raise ValueError(f"{name}: {error}") from error
 
 
-def _said(plan: str | None) -> dict[str, str]:
-    return {} if plan is None else {"plan": plan}
-
-
 def _plan(index: dict[str, Any]) -> str | None:
     plan = index.get("plan")
     if "plan" in index and not isinstance(plan, str):
@@ -243,6 +249,20 @@ def _plan(index: dict[str, Any]) -> str | None:
     if plan is not None:
         check_plan(plan)
     return plan
+
+
+def _kept(index: dict[str, Any]) -> dict[str, str]:
+    metadata = index.get("metadata", {})
+    check_metadata(metadata)
+    return metadata
+
+
+def check_metadata(metadata: Any) -> None:
+    """Raises ValueError unless metadata are strings by name, and not too long."""
+    if not isinstance(metadata, dict) or not all(type(s) is str for pair in metadata.items() for s in pair):
+        raise ValueError(f"wanted metadata= a dict of strings by name; got {reprlib.repr(metadata)}")
+    if (size := len(to_json(metadata))) > LONGEST_PLAN:
+        raise ValueError(f"wanted metadata of at most {LONGEST_PLAN} bytes; got {size}; keep them in a file beside")
 
 
 def check_plan(text: str) -> None:
