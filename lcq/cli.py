@@ -1,16 +1,20 @@
 """The command line: lcq demo, compress, quantize, inspect, table, decompress.
 
-Exit status: 0 done; 1 bad input or data, said in one line on stderr; 2 bad usage; 130 interrupted. Tables go to stdout,
-progress, notes and errors to stderr.
+Exit status: 0 done; 1 bad input or data, said in one line on stderr; 2 bad usage; 130 interrupted; 141 if whoever reads
+stdout has gone. Tables go to stdout, progress, notes, warnings and errors to stderr, with remedies as they are typed.
 """
 
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import operator
+import os
+import re
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from rich.text import Text
 
 import lcq
 from lcq.artifact import checkpoint
+from lcq.artifact.file import LIMIT, read_metadata
 from lcq.demo import QUICK, RECIPE, demo
 from lcq.inspection import inspect_file, table_of_file
 from lcq.methods.quantize import METHODS
@@ -29,32 +34,62 @@ from lcq.notation import SCHEMES, parse_rule
 from lcq.plan import dry_run
 from lcq.report import table
 from lcq.rules import Rule, flatten, resolve
-from lcq.terminal import progress, refuse, show
+from lcq.terminal import check_output, in_words_of_the_command, progress, refuse, show
 from lcq.tree import check_finite, replace, take
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status."""
+    name = "lcq"
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        name = f"lcq {arguments.command}"
+        with _warnings_in_a_line(name):
+            arguments.run(arguments)
+        sys.stdout.flush()
     except SystemExit as leave:  # argparse has said why
         return int(leave.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        return 141
     except (ValueError, OSError) as error:
         words = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else error
-        print(f"lcq {arguments.command}: {words}", file=sys.stderr)
+        print(f"{name}: {in_words_of_the_command(str(words))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"lcq {arguments.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+@contextlib.contextmanager
+def _warnings_in_a_line(name: str) -> Iterator[None]:
+    """Warnings of this block without the place in the code that raised them."""
+
+    def show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        del category, place
+        print(f"{name}: warning: {in_words_of_the_command(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning  # type: ignore[assignment]
+        yield
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lcq", description=lcq.__doc__)
+    version = f"lcq {importlib.metadata.version('lcq')} (jax {jax.__version__})"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     force = argparse.ArgumentParser(add_help=False)
     force.add_argument("--force", action="store_true", help="replace what is there")
+    limit = argparse.ArgumentParser(add_help=False)
+    limit.add_argument(
+        "--limit",
+        type=_bytes,
+        default=LIMIT,
+        metavar="SIZE",
+        help="what an .lcq file may take in memory, streams and dense tree, such as 40G; default: 16G",
+    )
     rules = argparse.ArgumentParser(add_help=False)
     either = rules.add_mutually_exclusive_group(required=True)
     either.add_argument(
@@ -77,8 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         "compress",
         parents=[rules, force],
         help="checkpoint -> .lcq",
-        description="Direct compression of a checkpoint (.safetensors, .npz, or an orbax folder). A rule is "
-        "PATTERN=SCHEME: a regular expression for the whole path of a leaf, keys joined by '/', and one of "
+        description="Direct compression of a checkpoint (.safetensors, .npz, a folder of safetensors shards with an "
+        "index, or an orbax folder). A rule is PATTERN=SCHEME: a regular expression for the whole path of a leaf, "
+        "keys joined by '/', and one of "
         f"{', '.join(SCHEMES)} or None, with '; joint' or '; stacked=N' after it. The first rule that matches decides.",
     )
     sub.add_argument("checkpoint", type=Path, metavar="IN")
@@ -120,17 +156,26 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq")
     sub.set_defaults(run=_quantize)
 
-    sub = commands.add_parser("inspect", help="what an .lcq file is made of: format, tensors, plan")
+    sub = commands.add_parser("inspect", help="what an .lcq file is made of: format, tensors, metadata, plan")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
-    sub.set_defaults(run=lambda a: inspect_file(a.file))
+    sub.add_argument(
+        "--limit",
+        type=_bytes,
+        default=LIMIT,
+        metavar="SIZE",
+        help="what one leaf may take in memory, such as 40G; nothing is made dense; default: 16G",
+    )
+    sub.set_defaults(run=lambda a: inspect_file(a.file, a.limit))
 
-    sub = commands.add_parser("table", parents=[force], help="what each leaf of an .lcq file costs, as text or a page")
+    sub = commands.add_parser(
+        "table", parents=[force, limit], help="what each leaf of an .lcq file costs, as text or a page"
+    )
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
     sub.add_argument("--reference", type=Path, metavar="CHECKPOINT", help="the weights before, to tell how far it is")
     sub.add_argument("--html", type=Path, metavar="PAGE.html", help="also write one page with plots, for a browser")
-    sub.set_defaults(run=lambda a: table_of_file(a.file, a.reference, a.html, force=a.force))
+    sub.set_defaults(run=lambda a: table_of_file(a.file, a.reference, a.html, force=a.force, limit=a.limit))
 
-    sub = commands.add_parser("decompress", parents=[force], help=".lcq -> checkpoint, dense again")
+    sub = commands.add_parser("decompress", parents=[force, limit], help=".lcq -> checkpoint, dense again")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help=".safetensors, .npz, or a folder")
     sub.set_defaults(run=_decompress)
@@ -161,6 +206,14 @@ def _positive(words: str) -> int:
     return int(words)
 
 
+def _bytes(words: str) -> int:
+    """A number of bytes, with K, M, G or T for powers of 1,024."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", words.strip(), re.IGNORECASE | re.ASCII)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"wanted a number of bytes, such as 40G; got {words!r}")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
 # compress, decompress
 
 
@@ -169,7 +222,8 @@ def _compress(arguments: argparse.Namespace) -> None:
         if arguments.out is None:
             arguments.usage_error("wanted -o OUT.lcq, or --dry-run")
         refuse(arguments.force, arguments.out)
-    plan, params = _plan(arguments), checkpoint.read(arguments.checkpoint)
+        check_output(arguments.out, arguments.checkpoint)
+    plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
     if arguments.dry_run:
         return show(dry_run(params, plan))
     tasks = resolve(plan, params)
@@ -182,16 +236,31 @@ def _compress(arguments: argparse.Namespace) -> None:
                 check_finite(path, leaves[path])
             forms.append(tuple(form.pack() for form in task.project(take(leaves, task))))
             advance("", 1)
-    tree = replace(structure, leaves, tasks, forms)
-    size = lcq.save(arguments.out, tree, plan=plan)
-    show(table(tree, params, on_disk=size))
+    _save(arguments.out, replace(structure, leaves, tasks, forms), params, plan, metadata)
+
+
+def _save(out: Path, tree: Any, params: Any, plan: lcq.Plan, metadata: dict[str, str], *before: Any) -> None:
+    """Writes the file, and shows what it came to, after what comes before."""
+    with progress() as advance:
+        size = lcq.save(out, tree, plan=plan, metadata=metadata, progress=lambda i, n, name: advance(name, 1, n))
+    with progress() as advance:
+        report = table(tree, params, on_disk=size, progress=lambda i, n, name: advance(name, 1, n))
+    for renderable in (*before, report):
+        show(renderable)
 
 
 def _decompress(arguments: argparse.Namespace) -> None:
     refuse(arguments.force, arguments.out)
-    params = lcq.decompress(lcq.load(arguments.file))
+    checkpoint.check_kind(arguments.out)
+    check_output(arguments.out, arguments.file, folder=True)
+    params = lcq.decompress(lcq.load(arguments.file, limit=arguments.limit))
+    metadata = read_metadata(arguments.file)
+    if metadata and arguments.out.suffix != ".safetensors":
+        kept = ", ".join(metadata)
+        print(f"lcq decompress: note: {arguments.out} has no place for the metadata {kept}", file=sys.stderr)
+        metadata = {}
     if not arguments.out.is_dir():
-        return checkpoint.write(arguments.out, params)
+        return checkpoint.write(arguments.out, params, metadata)
     if not (arguments.out / "_METADATA").exists():
         raise ValueError(f"{arguments.out}: a folder, but not of an orbax checkpoint; choose another name")
     with tempfile.TemporaryDirectory(dir=arguments.out.parent) as beside:  # the old one goes when the new one is whole
@@ -205,9 +274,8 @@ def _decompress(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace) -> None:
     refuse(arguments.force, arguments.out)
-    if not arguments.out.parent.is_dir():
-        raise ValueError(f"{arguments.out.parent}: no such folder")
-    plan, params = _plan(arguments), checkpoint.read(arguments.checkpoint)
+    check_output(arguments.out, arguments.checkpoint, arguments.data)
+    plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
     batches = _batches(arguments.data, arguments.batch, arguments.limit)
     with _function(*arguments.function) as function, progress() as advance:
         advance("tracing", 0)
@@ -222,10 +290,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
             key=jax.random.key(arguments.seed),
             progress=lambda number, total, record: advance(record.path, 1, total),
         )
-    size = lcq.save(arguments.out, done.forms, plan=lcq.Plan([*arguments.nearest, *plan]))
-    if done.records:
-        show(_products(done))
-    show(table(done.forms, params, on_disk=size))
+    products = [_products(done)] if done.records else []
+    _save(arguments.out, done.forms, params, lcq.Plan([*arguments.nearest, *plan]), metadata, *products)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from lcq.examples import data, models
 from lcq.examples.train import Score, cross_entropy, endless, evaluate, train
 from lcq.report import table
 from lcq.rules import flatten
-from lcq.terminal import progress, refuse, show
+from lcq.terminal import check_output, progress, refuse, show
 
 
 class Recipe(NamedTuple):
@@ -74,6 +74,9 @@ def demo(out: Path, seed: int = 0, *, force: bool = False, recipe: Recipe = RECI
     files = {name: out / f"{name}.lcq" for name in names}
     figures = {"curves": out / "accuracy.png", "weights": out / "weights.png"}
     refuse(force, *files.values(), *figures.values())
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (*files.values(), *figures.values()):
+        check_output(path)
     split = data.digits()
     net = models.MLP(recipe.widths, jax.nn.relu)
 
@@ -81,7 +84,6 @@ def demo(out: Path, seed: int = 0, *, force: bool = False, recipe: Recipe = RECI
         return net.apply({"params": params}, x)
 
     trees = _demo_trees(apply, net.init(jax.random.key(seed), split.x_train[:1])["params"], split, seed, recipe)
-    out.mkdir(parents=True, exist_ok=True)
     results = []
     for name, tree in trees.items():
         size = lcq.save(files[name], tree)

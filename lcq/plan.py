@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import jax
 
-from lcq.artifact.file import read_index
+from lcq.artifact.file import read_index, replacing
 from lcq.base import Form, Quantizer, Scheme, is_form
 from lcq.methods.preview import preview
 from lcq.notation import format_scheme, is_none, make, parse_scheme, right_side, settings_of
@@ -19,6 +19,7 @@ from lcq.report import Row, Table, rows
 from lcq.rules import Rule, Task, checked, flatten, resolve
 from lcq.tree import replace, take
 
+_TEXT = re.compile(r"[^\n]*\n|\s*(?:\[\[|rule\s*=|#)")
 _KEYS: dict[str, type] = {"pattern": str, "scheme": str, "joint": bool, "stacked": int, "layout": str}
 
 
@@ -67,6 +68,32 @@ class Plan(Sequence[Rule]):
     def __str__(self) -> str:
         return "\n\n".join(map(_toml, self.rules)) or "rule = []"
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the text to a file, such as plan.toml, that `read_plan` and the command line read.
+
+        The file appears whole or not at all, and replaces what was there.
+
+        Raises:
+            ValueError: a scheme that has no text, or a name that ends in .lcq, which is for `lcq.save(.., plan=plan)`.
+            OSError: the file cannot be written.
+
+        Example:
+            >>> import tempfile, lcq
+            >>> plan = Plan([Rule("(.*/)?kernel", lcq.KMeans(4))])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     plan.save(f"{folder}/plan.toml")
+            ...     read_plan(f"{folder}/plan.toml") == plan
+            True
+        """
+        if Path(path).suffix.lower() == ".lcq":
+            raise ValueError(
+                f"{os.fspath(path)}: wanted another name, such as plan.toml; got that of an .lcq file; "
+                "lcq.save(path, tree, plan=plan) keeps a plan in one"
+            )
+        text = f"{self}\n".encode()
+        with replacing(path) as file:
+            file.write(text)
+
 
 def parse_plan(text: str) -> Plan:
     """The plan of a TOML text, which may also have comments and anything else that TOML allows.
@@ -90,13 +117,14 @@ def parse_plan(text: str) -> Plan:
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
-    """Reads a plan: of an `.lcq` file the one that was saved in it, of any other file its TOML text.
+    """Reads a plan: of an `.lcq` file the one that was saved in it, of another file its TOML text; or that text itself.
 
     The text is read, never run. The patterns are another matter: a regular expression can take for ever to match, so
     have a look at the plan of a stranger before you use it.
 
     Args:
-        path: of the file.
+        path: of the file; or the text of a plan, a string of several lines or one that begins as a plan does, with
+            "[[rule]]", "rule =" or "#".
 
     Raises:
         ValueError: no plan in it, or one that is not well-formed; names the file and the rule.
@@ -111,6 +139,8 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         pattern = '.*'
         scheme = "Binary(per=64)"
     """
+    if isinstance(path, str) and _TEXT.match(path):
+        return parse_plan(path)
     name = os.fspath(path)
     text = read_index(path).plan if Path(path).suffix.lower() == ".lcq" else None
     if text is None and Path(path).suffix.lower() == ".lcq":

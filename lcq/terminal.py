@@ -78,8 +78,8 @@ def in_words_of_the_command(message: str) -> str:
     Example:
         >>> in_words_of_the_command("exclude it with Rule('head/bias', None) before that rule; or raise limit=")
         "exclude it with --rule 'head/bias=None' before that rule; or raise --limit"
-        >>> in_words_of_the_command("say lcq.Rule('w', lcq.KMeans(4, per='channel'), stacked=1)")
-        'say --rule "w=KMeans(4, per=\'channel\'); stacked=1"'
+        >>> print(in_words_of_the_command("say lcq.Rule('w', lcq.KMeans(4, per='channel'), stacked=1)"))
+        say --rule "w=KMeans(4, per='channel'); stacked=1"
     """
     message = _RULE.sub(_option, message)
     for python, typed in _OPTIONS:
@@ -87,11 +87,13 @@ def in_words_of_the_command(message: str) -> str:
     return message
 
 
+_SCHEME = r"None|(?:lcq\.)?\w+(?:\((?:[^()]|\([^()]*\))*\))?"
 _RULE = re.compile(
-    r"""(?:lcq\.)?\bRule\((?P<pattern>'[^']*'|"[^"]*"),\s*(?P<scheme>None|(?:lcq\.)?\w+(?:\((?:[^()]|\([^()]*\))*\))?)"""
-    r"""(?P<joint>,\s*joint=True)?(?:,\s*stacked=(?P<stacked>\w+))?(?:,\s*joint=True)?\)"""
+    rf"""(?:lcq\.)?\bRule\((?P<pattern>'[^']*'|"[^"]*"),\s*(?P<scheme>{_SCHEME})(?P<more>(?:,\s*\w+=[\w'"]+)*)\)"""
 )
 _OPTIONS = (
+    (r"\blcq\.Rule\(\.\.\., (\w+=\w+)\)", r"'; \1' behind the scheme of the rule"),
+    (r"\blayout=(?=[\s,;.)]|$)", "'; layout=..' likewise"),
     (r"\blcq\.(?=[A-Z]\w*\()", ""),
     (r"\bwith lcq\.save\(\.\., plan=plan\)", "with lcq compress or lcq quantize"),
     (r"\blcq\.load and lcq\.save are for \.lcq files", "of .lcq files lcq decompress makes checkpoints"),
@@ -103,7 +105,7 @@ _OPTIONS = (
 
 
 def _option(found: re.Match[str]) -> str:
-    scheme = found["scheme"].replace("lcq.", "")
-    options = "; joint" * bool(found["joint"]) + (f"; stacked={found['stacked']}" if found["stacked"] else "")
-    rule = f"{found['pattern'][1:-1]}={scheme}{options}"
+    more = (part.replace("joint=True", "joint").translate({34: "", 39: ""}) for part in found["more"].split(","))
+    words = "; ".join([found["scheme"].replace("lcq.", ""), *(part.strip() for part in more if part.strip())])
+    rule = f"{found['pattern'][1:-1]}={words}"
     return f'--rule "{rule}"' if "'" in rule else f"--rule '{rule}'"

@@ -1,18 +1,22 @@
 """The command line, through `main` and once through a process."""
 
+import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 import lcq
 from lcq.artifact import checkpoint
 from lcq.cli import main
+from lcq.forms import Factors
 
 RULE = "(.*/)?kernel=KMeans(4)"
 
@@ -145,11 +149,20 @@ def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
         (("compress", "in.npz", "--rule", "kernle=KMeans(4)", "-o", "x.lcq"), "nearest of 4 paths: dense1/kernel"),
         (("compress", "in.npz", "--rule", "count=KMeans(4)", "-o", "x.lcq"), "wants a floating-point array"),
         (("compress", "nan.npz", "--rule", "w=KMeans(4)", "-o", "x.lcq"), "w: wanted finite weights"),
-        (("compress", "in.npz", "--rule", RULE, "-o", "no/such/folder/x.lcq"), "No such file"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "no/such/folder/x.lcq"), "no/such/folder: no such folder"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "."), "already there"),
+        (("compress", "in.npz", "--rule", RULE, "-o", ".", "--force"), "wanted the name of a file; got a folder"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "in.npz", "--force"), "wanted another file than the input"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "/proc/x.lcq"), "/proc: cannot write there"),
+        (("compress", "in.npz", "--rule", ".*=KMeans(4)", "-o", "x.lcq"), "exclude it with --rule 'count=None' before"),
+        (("decompress", "small.lcq", "-o", "x.txt"), "x.txt: wanted a .safetensors or .npz file"),
+        (("decompress", "small.lcq", "-o", "small.lcq", "--force"), "of .lcq files lcq decompress makes checkpoints"),
+        (("decompress", "small.lcq", "-o", "x.npz", "--limit", "10"), "raise --limit if you trust it"),
+        (("inspect", "small.lcq", "--limit", "10"), "raise --limit if you trust it"),
         (("compress", "in.txt", "--rule", RULE, "-o", "x.lcq"), "in.txt"),
         (("compress", "in.npz", "--plan", "gone.toml", "-o", "x.lcq"), "No such file or directory: gone.toml"),
         (("compress", "in.npz", "--plan", "bad.toml", "-o", "x.lcq"), "bad.toml: rule 2: wanted a scheme; got 'Kmeens"),
-        (("compress", "in.npz", "--plan", "without.lcq", "-o", "x.lcq"), "without.lcq: wanted a plan in the file"),
+        (("compress", "in.npz", "--plan", "without.lcq", "-o", "x.lcq"), "none: save one with lcq compress or"),
         (("inspect", "gone.lcq"), "No such file or directory: gone.lcq"),
         (("inspect", "in.npz"), "in.npz: not an lcq file"),
         (("table", "in.npz"), "in.npz: not an lcq file"),
@@ -159,7 +172,7 @@ def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
             ("table", "small.lcq", "--reference", "short.npz", "--html", "x.npz"),
             "bias: wanted a reference of shape [5]",
         ),
-        (("table", "small.lcq", "--html", "no/such/x.html"), "No such file"),
+        (("table", "small.lcq", "--html", "no/such/x.html"), "no/such: no such folder"),
         (("decompress", "in.npz", "-o", "x.npz"), "in.npz: not an lcq file"),
         (("decompress", "plain.safetensors", "-o", "x.npz"), "not an lcq file"),
     ],
@@ -183,6 +196,7 @@ def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys
     ("arguments", "complaint"),
     [
         ((), "required"),
+        (("inspect", "x.lcq", "--limit", "much"), "wanted a number of bytes, such as 40G; got 'much'"),
         (("explode",), "invalid choice"),
         (("compress", "in.npz", "-o", "x.lcq"), "--rule"),
         (("compress", "in.npz", "--rule", RULE), "wanted -o OUT.lcq, or --dry-run"),
@@ -203,6 +217,75 @@ def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys
 def test_bad_usage_is_status_2(arguments, complaint, capsys):
     assert run(*arguments) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_the_output_is_checked_before_the_work(source, tmp_path, monkeypatch):
+    def work(*given, **more):
+        raise AssertionError
+
+    for door in ("read", "read_checkpoint"):
+        monkeypatch.setattr(checkpoint, door, work)
+    monkeypatch.setattr(lcq, "load", work)
+    lcq.save(tmp_path / "net.lcq", weights())
+    link = tmp_path / "link.lcq"
+    link.symlink_to(source)
+    for out in ("no/x.lcq", "/proc/x.lcq", str(tmp_path), str(source), str(link)):
+        assert run("compress", source, "--rule", RULE, "-o", out, "--force") == 1
+    for out in ("no/x.npz", "/proc/x.npz", "x.txt", str(tmp_path / "net.lcq")):
+        assert run("decompress", tmp_path / "net.lcq", "-o", out, "--force") == 1
+    assert run("table", tmp_path / "net.lcq", "--html", "no/x.html") == 1
+
+
+def test_a_sharded_checkpoint(tmp_path, capsys):
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (tmp_path / "hf").mkdir()
+    for i, name in enumerate(names):
+        w = {f"layers.{i}.proj.weight": weights()["dense0"]["kernel"] + i}
+        safetensors.numpy.save_file(w, tmp_path / "hf" / name, {"format": "pt"})
+    index = {"weight_map": {f"layers.{i}.proj.weight": name for i, name in enumerate(names)}}
+    where = tmp_path / "hf" / "model.safetensors.index.json"
+    where.write_text(json.dumps(index))
+    packed, back = tmp_path / "o.lcq", tmp_path / "back.safetensors"
+    assert run("compress", tmp_path / "hf", "--rule", ".*proj.weight=KMeans(4)", "-o", packed) == 0
+    assert run("compress", where, "--rule", ".*proj.weight=KMeans(4)", "-o", packed, "--force") == 0
+    assert sorted(lcq.load(packed)) == ["layers.0.proj.weight", "layers.1.proj.weight"]
+    assert run("table", packed, "--reference", tmp_path / "hf") == 0
+    assert run("inspect", packed) == 0 and "metadata: 'format': 'pt'" in capsys.readouterr().out
+    assert run("decompress", packed, "-o", back) == 0
+    with safetensors.safe_open(back, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert run("decompress", packed, "-o", tmp_path / "back.npz") == 0
+    assert "no place for the metadata format" in capsys.readouterr().err
+    (tmp_path / "hf" / names[1]).unlink()
+    assert run("compress", tmp_path / "hf", "--rule", ".*=KMeans(4)", "-o", packed, "--force") == 1
+    assert names[1] in capsys.readouterr().err
+
+
+def test_inspect_makes_nothing_dense(tmp_path, capsys, monkeypatch):
+    ones = np.ones((1 << 17, 1), np.float32)
+    form = Factors(left=ones, tail=(1 << 17, 1 << 17), right=ones.T.copy())
+    lcq.save(tmp_path / "large.lcq", {"large": form, "small": lcq.KMeans(2).project(jnp.arange(8.0))})
+    assert run("decompress", tmp_path / "large.lcq", "-o", tmp_path / "x.npz") == 1
+    assert "--limit" in capsys.readouterr().err
+    monkeypatch.setattr(Factors, "dense", None)
+    assert run("inspect", tmp_path / "large.lcq") == 0
+    assert "131072x1" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "large.lcq", "--limit", "1M") == 1
+    assert run("inspect", tmp_path / "large.lcq", "--limit", "1.5MiB") == 0
+
+
+def test_warnings_are_a_line_in_the_words_of_the_command(tmp_path, capsys):
+    checkpoint.write(tmp_path / "in.npz", {"layers": {"kernel": np.ones((3, 8, 4), np.float32)}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run("compress", tmp_path / "in.npz", "--rule", ".*=Uniform(4, per='channel')", "--dry-run") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and lines[0].startswith("lcq compress: warning: layers/kernel: ")
+    assert "'; stacked=1' behind the scheme" in lines[0] and "lcq.Rule" not in lines[0]
+
+
+def test_version(capsys):
+    assert run("--version") == 0 and capsys.readouterr().out.startswith("lcq 0.")
 
 
 def test_help_is_status_0(capsys):
@@ -391,6 +474,13 @@ def test_demo(tmp_path, capsys):
     assert len(jnp.unique(tree["dense0"]["kernel"].dense())) == 2
     assert run("demo", "--out", out, "--quick") == 1
     assert "--force" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error(source, tmp_path):
+    lcq.save(tmp_path / "net.lcq", {f"leaf{i}": np.ones(3) for i in range(3000)})
+    command = f"{sys.executable} -m lcq inspect {tmp_path}/net.lcq | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=240)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
 
 
 def test_as_a_process(source):

@@ -15,7 +15,7 @@ from hypothesis import example, given
 import lcq
 from lcq import notation
 from lcq.base import Scheme
-from lcq.plan import dry_run, parse_plan, read_plan
+from lcq.plan import Plan, dry_run, parse_plan, read_plan
 
 # Schemes built inside strategies are checked by beartype, which draws at random what it looks at.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
@@ -351,3 +351,19 @@ def test_dry_run_with_a_function_leaves_forms():
     tree = {"w": jnp.ones((8, 4)), "v": lcq.Uniform(2).project(jnp.ones((4, 2)))}
     planned = dry_run(tree, [lcq.Rule("w", lcq.Uniform(4))], lambda p, x: x @ p["w"] @ p["v"], jnp.ones((3, 8)))
     assert [row.form for row in planned.rows] == ["codes K=4, fixed, scaled", "codes K=16, fixed, scaled"]
+
+
+def test_a_plan_is_saved_and_its_text_is_read(tmp_path):
+    plan = Plan([lcq.Rule("head/.*", None), lcq.Rule("(.*/)?kernel", lcq.KMeans(4, per="channel"), stacked=1)])
+    plan.save(tmp_path / "plan.toml")
+    assert read_plan(tmp_path / "plan.toml") == read_plan(str(tmp_path / "plan.toml")) == plan
+    assert (tmp_path / "plan.toml").read_text() == f"{plan}\n"
+    for text in (str(plan), f"# mine\n{plan}", "\n" + str(plan), "rule = []"):
+        assert read_plan(text) == (plan if "head" in text else Plan([]))
+    with pytest.raises(ValueError, match=r"^rule 1: wanted scheme: str; got none"):
+        read_plan("[[rule]]\npattern = 'a'")
+    for gone in ("plan.tml", "a=b.toml", tmp_path / "rule = []"):
+        with pytest.raises(OSError, match="No such file"):
+            read_plan(gone)
+    with pytest.raises(ValueError, match=r"wanted another name, such as plan.toml"):
+        plan.save(tmp_path / "net.lcq")

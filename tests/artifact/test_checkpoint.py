@@ -215,3 +215,33 @@ def test_damaged_files(tmp_path, suffix):
     path.write_bytes((tmp_path / "array.npy").read_bytes())
     with pytest.raises(ValueError, match=rf"net{suffix}: not a"):
         read(path)
+
+
+def test_a_big_endian_npz(tmp_path):
+    w = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
+    np.savez(tmp_path / "net.npz", a=w.astype(">f4"), n=np.arange(3).astype(">i8"))
+    same(read(tmp_path / "net.npz"), {"a": w, "n": np.arange(3)})
+
+
+@pytest.mark.parametrize(
+    ("bad", "remedy"), [(np.array(["x"]), "convert it first"), (np.array([{}], object), "pickle"), ("M8[s]", "convert")]
+)
+def test_what_an_npz_should_not_hold_is_named(tmp_path, bad, remedy):
+    bad = np.zeros(2, bad) if isinstance(bad, str) else bad
+    np.savez(tmp_path / "net.npz", ok=np.ones(2), odd=bad)
+    with pytest.raises(ValueError, match=rf"net.npz: odd: .*{remedy}"):
+        read(tmp_path / "net.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("net.pt", "safetensors.torch"), ("net.lcq", "lcq.load"), ("i.json", "index")]
+)
+def test_other_kinds_are_told_what_to_do(tmp_path, name, hint):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{name}: wanted a .safetensors or .npz file, .*{hint}"):
+        read(tmp_path / name)
+
+
+def test_metadata_are_for_safetensors(tmp_path):
+    with pytest.raises(ValueError, match=r"net.npz: wanted a .safetensors file for metadata; got format"):
+        write(tmp_path / "net.npz", {"a": np.ones(2)}, {"format": "pt"})

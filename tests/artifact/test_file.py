@@ -852,3 +852,38 @@ def test_small_leaves_of_other_kinds(tmp_path, scheme):
     start = time.process_time()
     lcq.save(tmp_path / "a.lcq", forms)
     assert time.process_time() - start < 0.4
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_metadata_are_kept_and_files_without_are_as_they_were(tmp_path, coded):
+    tree = {"w": np.arange(6, dtype=np.float32)}
+    bare, said = tmp_path / "bare.lcq", tmp_path / "said.lcq"
+    save(bare, tree, coded=coded)
+    assert file_module.read_metadata(bare) == {}
+    save(said, tree, coded=coded, metadata={"format": "pt", "a": "é"}, plan="rule = []")
+    assert file_module.read_metadata(said) == {"format": "pt", "a": "é"} and read_index(said).plan == "rule = []"
+    np.testing.assert_array_equal(load(said)["w"], tree["w"])
+    save(said, tree, coded=coded, metadata={})
+    assert said.read_bytes() == bare.read_bytes()
+    for bad in ({"n": 3}, {3: "n"}):
+        with pytest.raises(ValueError, match="wanted metadata= a dict of strings by name"):
+            save(said, tree, coded=coded, metadata=bad)
+    with pytest.raises(ValueError, match="wanted metadata of at most"):
+        save(said, tree, coded=coded, metadata={"long": "x" * (1 << 22)})
+
+
+@pytest.mark.parametrize("coded", [True, False])
+def test_leaves_one_by_one_are_those_of_load(tmp_path, coded):
+    x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    rules = [lcq.Rule("[ab]", lcq.KMeans(4), joint=True), lcq.Rule("c", lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=9)))]
+    tree = lcq.compress({"a": x, "b": x + 1, "c": x, "d": x}, rules) | {"e": None, "n": 3}
+    size = save(tmp_path / "net.lcq", tree, coded=coded)
+    whole = load(tmp_path / "net.lcq")
+    each = {leaf.path: leaf.value for _, leaf in file_module.each_leaf(tmp_path / "net.lcq")}
+    assert each.keys() == whole.keys()
+    for name, value in whole.items():
+        same(each[name], value)
+    data = (tmp_path / "net.lcq").read_bytes()
+    (tmp_path / "bad.lcq").write_bytes(data[:-1] + bytes([data[size - 1] ^ 1]))
+    with pytest.raises(ArtifactError, match="digest"):
+        list(file_module.each_leaf(tmp_path / "bad.lcq"))
