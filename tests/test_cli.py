@@ -270,7 +270,7 @@ def test_inspect_makes_nothing_dense(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Factors, "dense", None)
     assert run("inspect", tmp_path / "large.lcq") == 0
     assert "131072x1" in capsys.readouterr().out
-    assert run("inspect", tmp_path / "large.lcq", "--limit", "1M") == 1
+    assert run("inspect", tmp_path / "large.lcq", "--limit", "0.9M") == 1
     assert run("inspect", tmp_path / "large.lcq", "--limit", "1.5MiB") == 0
 
 
