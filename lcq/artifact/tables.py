@@ -34,7 +34,7 @@ PRECISIONS = (8, 10, 12, 14, 16)
 
 _LETTERS = 18
 _NESTED = 0xF0
-_FINEST = 64  # slots a counted symbol, above which frequencies say no more about few of them
+_FINEST = 128  # slots a counted symbol, above which frequencies say no more about few of them
 _WORTH = 1e-4  # of all bits: what more precision must save, as small tables are faster
 
 
