@@ -44,7 +44,7 @@ ROOMS = {
     "schemes": Room(
         3,
         "axes base blocks dtypes forms",
-        "cast levels uniform lloyd entropy histogram exact_kmeans kmeans selection prune lowrank additive",
+        "cast levels uniform lloyd entropy partition histogram exact_kmeans kmeans selection prune lowrank additive",
     ),
     "kernels": Room(
         3,

@@ -1,4 +1,5 @@
-"""A cold start for k-means: a histogram stands in for the data, and its density^(1/3) quantiles for a random start.
+"""A cold start for k-means: a histogram stands in for the data, and the best partition of its bins, or for many levels
+its density^(1/3) quantiles, for a random start.
 
 The levels of an optimal codebook have a density proportional to f^(1/3), f the density of the data. Bins are equal in
 y = sign(u) log(1 + |u|), u = (x - mean) / s, s four times the mean of |x - mean|: nearly equal in x where the data are,
@@ -7,14 +8,16 @@ in ratio far out.
 Source: Panter & Dite 1951; Gersho & Gray 1992, section 5.6.
 """
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from lcq.blocks import Cut, blocks
+from lcq.blocks import Cut, blocks, explicit_sharding
 from lcq.schemes.lloyd import Centres, cell_sum, lloyd_pass, move_level
+from lcq.schemes.partition import best_partition
 
 _BINS = 8192
 """Bins of one histogram; 16 per level where that is more."""
@@ -22,16 +25,29 @@ _BINS = 8192
 _COARSE = 64
 """Bins from which the density is estimated."""
 
+EXACT = 64
+"""Levels up to which the best partition of bins is found."""
+
+_RUNS = 512
+"""Bins that are parted at a cold start, 16 per level where that is more."""
+
+_WORTH = 2048
+"""Steps of that search for each number."""
+
+_ROOM = 1 << 21
+"""Errors that it keeps at a time."""
+
 _SPREAD = 4.0
 """s over the mean of |x - mean|."""
 
 
-def summarise(cut: Cut, k: int) -> tuple[Cut, Float[Array, "*stat k"]]:
+def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Float[Array, "*stat k"]]:
     """The data as weighted centres of bins, and k levels to start from.
 
     Args:
         cut: leaves that share the levels.
         k: how many levels.
+        fixed: levels that are given beside these.
 
     Returns:
         One leaf of points, [*counts of the first leaf, bins], each as heavy as what it stands for; `cut` itself where
@@ -39,7 +55,8 @@ def summarise(cut: Cut, k: int) -> tuple[Cut, Float[Array, "*stat k"]]:
     """
     size = sum(b.size for b in cut.blocks)
     fine = max(_BINS, 16 * k)
-    bins = fine if size > 2 * fine else min(_COARSE, 1 << (size // 8).bit_length())
+    few = math.prod(cut.counts[0]) * fine <= _ROOM and k <= EXACT
+    bins = fine if size > 2 * fine or few else _few_bins(k, size)
     ones = [jnp.ones(x.shape, jnp.int32) for x in cut.leaves]
     whole: Any = [size] * len(ones)
     if cut.weights is not None and not jnp.issubdtype(cut.weights[0].dtype, jnp.floating):
@@ -57,12 +74,53 @@ def summarise(cut: Cut, k: int) -> tuple[Cut, Float[Array, "*stat k"]]:
         place = jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16)
         count += cell_sum(member, place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
     mean, scale, reach = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach))
-    levels = mean + scale * _quantiles(count, k, reach)
-    if bins < fine:
+    if k <= EXACT:
+        held = [(v - mean) / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1) for v in fixed]
+        whole = count / jnp.sum(count, -1, keepdims=True)
+        levels = mean + scale * _partition(whole, reach, k, jnp.concatenate(held, -1) if held else None)
+    else:
+        levels = mean + scale * _quantiles(count, k, reach)
+    if size <= 2 * fine:
         return cut, levels.reshape(*cut.blocks[0].stat, k)
-    x = (mean + scale * _stretch((2 * jnp.arange(bins) + 1) / bins - 1, reach))[..., 0, :]
+    x = (mean + scale * _stretch(_middles(bins), reach))[..., 0, :]
     counts = (*cut.counts[0], 1)
     return Cut((x,), (blocks(x.shape, counts),), (counts,), (count[..., 0, :],)), levels
+
+
+def _few_bins(k: int, size: int) -> int:
+    """Bins of a block that is too short for a fine histogram: hardly more than it has numbers."""
+    if k > EXACT:
+        return min(_COARSE, 1 << (size // 8).bit_length())
+    dear = math.isqrt(max(_WORTH * size, 1 << 18) // k)
+    return max(k, min(_RUNS, 1 << (size - 1).bit_length(), 1 << (dear.bit_length() - 1)))
+
+
+def _partition(
+    mass: Float[Array, "*stat 1 bins"],
+    reach: Float[Array, "*stat 1 1"],
+    k: int,
+    fixed: Float[Array, "*stat 1 j"] | None,
+) -> Float[Array, "*stat 1 k"]:
+    """The best levels whose cells are runs of bins, in units of u; of a fine histogram's bins those are joined that lie
+    between quantiles of f^(1/3) du, where f is what a bin holds over the gap before it."""
+    bins, runs = mass.shape[-1], max(_RUNS, 16 * k)
+    u = _stretch(_middles(bins), reach)
+    total = mass * u
+    if bins > runs:
+        last = lax.cummax(jnp.where(mass > 0, u, u[..., :1]), axis=u.ndim - 1)
+        gap = u - jnp.concatenate([u[..., :1], last[..., :-1]], -1)
+        upto = jnp.cumsum(jnp.cbrt(mass * gap**2), -1)
+        end = upto[..., -1:]
+        run = jnp.minimum(upto * ((runs - 1) / jnp.where(end > 0, end, 1)), runs - 1).astype(jnp.int32)
+        stat = (*run.shape[:-1], 1)
+        mass, total = (cell_sum(a, run, runs, stat)[..., 0, :] for a in (mass, total))
+    blocks = math.prod(mass.shape[:-1])
+    most = max(_ROOM // ((k + 1) * mass.shape[-1]), 1)
+    if blocks <= most or explicit_sharding(mass) is not None:
+        return best_partition(mass, total, k, fixed)
+    flat = [a.reshape(blocks, -1) for a in (mass, total, fixed) if a is not None]
+    levels = lax.map(lambda each: best_partition(*each[:2], k, *each[2:]), flat, batch_size=most)
+    return levels.reshape(*mass.shape[:-1], k)
 
 
 def explore(points: Cut, centres: Centres, passes: int) -> Centres:
@@ -101,14 +159,23 @@ def _losses(centres: Centres, count: Array) -> Array:
 def _quantiles(count: Shaped[Array, "*stat bins"], k: int, reach: Float[Array, "*stat 1"]) -> Float[Array, "*stat k"]:
     """Quantiles (i + 1/2)/k of the measure f^(1/3) du, f from at most 64 bins, in units of u."""
     bins = min(_COARSE, count.shape[-1])
-    mass = jnp.sum(count.reshape(*count.shape[:-1], bins, -1), -1).astype(jnp.float32)
-    width = jnp.exp(jnp.abs((2 * jnp.arange(bins) + 1) / bins - 1) * reach)
-    mass = jnp.cbrt(mass * width**2)
+    mass = jnp.sum(count.reshape(*count.shape[:-1], bins, -1), -1).astype(reach.dtype)
+    mass = jnp.cbrt(mass * _width(bins, reach) ** 2)
     below = jnp.cumsum(mass, -1)
     target = (jnp.arange(k) + 0.5) / k * below[..., -1:]
     at = jnp.minimum(jnp.sum(below[..., None, :] < target[..., None], -1), bins - 1)
     rest = (jnp.take_along_axis(below, at, -1) - target) / jnp.take_along_axis(mass, at, -1)
     return _stretch(2 * (at + 1 - jnp.clip(rest, 0, 1)) / bins - 1, reach)
+
+
+def _middles(bins: int) -> Float[Array, " bins"]:
+    """y in the middle of every bin."""
+    return (2 * jnp.arange(bins, dtype=jnp.float32) + 1) / bins - 1
+
+
+def _width(bins: int, reach: Float[Array, "*stat 1"]) -> Float[Array, "*stat bins"]:
+    """du / dy of every bin, but for a factor."""
+    return jnp.exp(jnp.abs(_middles(bins)) * reach)
 
 
 def _stretch(y: Array, reach: Array) -> Array:

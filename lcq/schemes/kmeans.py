@@ -25,7 +25,7 @@ from lcq.schemes.entropy import (
     objective,
 )
 from lcq.schemes.exact_kmeans import best_levels
-from lcq.schemes.histogram import explore, summarise
+from lcq.schemes.histogram import EXACT, explore, summarise
 from lcq.schemes.lloyd import Centres, assign, cell_counts, descend, lloyd_pass
 
 _COLD = 150
@@ -46,9 +46,9 @@ class KMeans(Quantizer):
     """Projection on a codebook of K learned values: Pi(x) = argmin_{c, z} sum_i h_i (x_i - c_{z_i})^2, h = 1 or given.
 
     By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a good local minimum, and x itself if x has at
-    most K distinct values. Cold, it starts from density^(1/3) quantiles and converges on a histogram before it sees the
-    data; warm, from the previous codebook: a few passes over the data, none of which raises the error. Sums of |x| must
-    be finite in float32.
+    most K distinct values. Cold, it starts from the best partition of a histogram's bins (above 64 learned levels from
+    density^(1/3) quantiles) and converges on a histogram before it sees the data; warm, from the previous codebook: a
+    few passes over the data, none of which raises the error. Sums of |x| must be finite in float32.
 
     With a `rate` the codes are made to be entropy-coded, at most K of them:
 
@@ -157,9 +157,10 @@ def _explore(scheme: KMeans, whole: Cut) -> tuple[Cut, Centres, int]:
     stat, learned = whole.blocks[0].stat, scheme.k - len(scheme.fixed)
     if learned == 0:
         return whole, _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed), _WARM
-    short, levels = summarise(whole, learned)
+    short, levels = summarise(whole, learned, scheme.fixed)
     many = _COLD if sum(x.size for x in short.leaves) <= _SHORT else _COLD // 5
-    centres = explore(short, _merge(levels, scheme.fixed), many)
+    start = _merge(levels, scheme.fixed)
+    centres = descend(short, start, many) if learned <= EXACT else explore(short, start, many)
     return short, Centres(*(a.reshape(*stat, scheme.k) for a in centres)), many
 
 

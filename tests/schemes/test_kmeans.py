@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 
 import hypothesis
@@ -207,7 +208,8 @@ def test_a_spare_level_splits_neighbouring_numbers_and_either_side_of_a_fixed_le
 
 def test_exploring_longer_is_never_worse():
     x = np.exp(2 * np.random.default_rng(0).normal(size=300)).astype(np.float32)
-    points, levels = histogram.summarise(blocks.cut((jnp.asarray(x),), None), 8)
+    points, _ = histogram.summarise(blocks.cut((jnp.asarray(x),), None), 8)
+    levels = jnp.linspace(x.min(), x.max(), 8)[None]
     start = lloyd.Centres(levels, jnp.ones(levels.shape, bool))
     errors = [least(x, histogram.explore(points, start, passes).levels) for passes in (0, 2, 60)]
     assert errors[0] > errors[1] > errors[2] / 0.95
@@ -556,3 +558,40 @@ def test_a_rate_that_cannot_be_is_refused():
         lcq.KMeans(3, exact=True, rate=0.1)
     with pytest.raises(ValueError, match="drop rate="):
         lcq.Prune(kept=0.5, values=lcq.KMeans(3, rate=0.1)).project(jnp.ones(N))
+
+
+@pytest.mark.skipif("LCQ_DATA" not in os.environ, reason="real data: set LCQ_DATA to the folder that holds it")
+@pytest.mark.parametrize("k", [2, 4, 16])
+@pytest.mark.parametrize("net", ["resnet20_cifar10", "lenet300_tanh_mnist"])
+def test_codebooks_of_real_kernels(net, k):
+    kernels = np.load(f"{os.environ['LCQ_DATA']}/{net}.npz")
+    for name in kernels.files:
+        if kernels[name].ndim in (2, 4):
+            x = jnp.asarray(kernels[name])
+            found, best = (distortion(s.project(x), x) for s in (lcq.KMeans(k), lcq.KMeans(k, exact=True)))
+            assert found <= 1.0005 * best, name
+
+
+@pytest.mark.parametrize("k", [4, 16])
+@pytest.mark.parametrize(
+    "scheme", [{}, {"per": "channel"}, {"per": 16}, {"fixed": (0.0,)}], ids=["whole", "channel", "group", "fixed"]
+)
+def test_heavy_tails_come_close_to_the_optimum(scheme, k):
+    """Few numbers far out, which a bin must not join with others, in every way that a codebook is shared."""
+    x = jnp.asarray(np.random.default_rng(k).standard_t(3, size=(64, 36)), jnp.float32)
+    found, best = (distortion(lcq.KMeans(k, **scheme, exact=e).project(x), x) for e in (False, True))
+    assert found <= 1.002 * best
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_joint_and_weighted_codebooks_come_close_to_the_optimum(weighted):
+    rng = np.random.default_rng(0)
+    xs = tuple(jnp.asarray(rng.standard_t(3, size=shape), jnp.float32) for shape in ((48, 20), (700,)))
+    hs = tuple(jnp.asarray(rng.lognormal(size=x.shape), jnp.float32) for x in xs) if weighted else None
+
+    def of(scheme):
+        forms = scheme.project(xs, weights=hs)
+        each = hs or (1.0, 1.0)
+        return sum(float((h * (f.dense() - x) ** 2).sum()) for f, x, h in zip(forms, xs, each, strict=True))
+
+    assert of(lcq.KMeans(16)) <= 1.002 * of(lcq.KMeans(16, exact=True))
