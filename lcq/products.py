@@ -252,7 +252,7 @@ class Product:
         if numbers is None:
             numbers = self.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         contract, batch = numbers
-        return tuple(contract[side]), tuple(batch[side])
+        return tuple(map(int, contract[side])), tuple(map(int, batch[side]))
 
     @property
     def _experts(self) -> int:
