@@ -231,7 +231,9 @@ def rows(tree: Any) -> tuple[Row, ...]:
 
 
 def _dtype(leaf: Any) -> Any:
-    return jnp.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    if not hasattr(leaf, "dtype"):
+        return np.asarray(leaf).dtype
+    return jnp.dtype(jnp.uint32 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype)
 
 
 def describe(leaf: Any) -> str:
@@ -329,6 +331,8 @@ def _sum(numbers: Iterable[Any]) -> Any:
 def _measured(row: Row, leaf: Any, original: Any) -> Row:
     if row.shape != tuple(np.shape(original)):
         raise ValueError(f"{row.path}: wanted a reference of shape {list(row.shape)}; got {list(np.shape(original))}")
+    if hasattr(original, "dtype") and jnp.issubdtype(original.dtype, jax.dtypes.prng_key):
+        return row  # no number, so no distance
     dtype = _dtype(original)
     wide = np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
     w = np.asarray(original, wide)
