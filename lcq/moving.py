@@ -54,7 +54,11 @@ class _Move:
             return np.asarray(self.function(jnp.asarray(numbers.reshape(self.shape))))
 
     def tables(self, form: Form) -> dict[str, Any] | None:
-        """The tables of a form, for the blocks of the result; None if these are no equal blocks."""
+        """The tables of a form, for the blocks of the result; None if their equal blocks are as small as elements.
+
+        Where one of the form's blocks fills several of the result, as the channels of a kernel [inputs, heads, units]
+        do once its heads and units are the columns of a matrix, its entry is there several times.
+        """
         rank, given = len(self.shape), _tables(form)
         counts = next((a.shape[:rank] for a in given.values()), ())
         if math.prod(counts) == 1:
@@ -86,12 +90,17 @@ def _spread(counts: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _blocks(numbers: np.ndarray) -> np.ndarray | None:
-    """One number for each block, the largest equal blocks within which numbers are equal; None if one fills several."""
+    """One number for each block, the largest equal blocks within which numbers are equal.
+
+    None if so many entries are no shorter than the elements, unless it is one for each column, which never is long.
+    """
+    size = numbers.size
     for axis, length in enumerate(numbers.shape):
         lines = np.moveaxis(numbers, axis, 0)
         changes = (lines[1:] != lines[:-1]).reshape(length - 1, -1).any(1)
         numbers = numbers.take(range(0, length, np.gcd.reduce([*np.flatnonzero(changes) + 1, length])), axis)
-    return numbers if len(np.unique(numbers)) == numbers.size else None
+    columns = math.prod(numbers.shape[:-1]) == 1
+    return numbers if columns or 2 * numbers.size <= size or len(np.unique(numbers)) == numbers.size else None
 
 
 def move(form: Form, function: Callable[[Any], Any]) -> Form | None:

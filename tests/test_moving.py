@@ -54,15 +54,12 @@ MOVES = {  # of arrays of numpy and of jax alike
     "inner axes joined": lambda a: a.reshape(4, 48),
     "a row": lambda a: a[1, 2],
 }
-NEVER = {  # what a form cannot say: blocks that are not equal or come back, factors of no matrix
+NEVER = {  # what a form cannot say: more entries of tables than half the elements, factors of no matrix
     "factors": {"outer axes swapped", "reversed", "inner axes joined", "a row"},
     "factors of layers": {"flat", "flat and turned", "rows", "outer axes swapped", "reversed"}
     | {"inner axes joined", "a row"},
     "laid out": set(MOVES),
-    "codes of layers": {"rows"},
-    "codes of channels": {"inner axes joined"},
-    "codes in groups": {"rows", "inner axes joined"},
-    "sparse codes": {"rows"},
+    "codes in groups": {"inner axes joined"},
 }
 NEVER["sum"] = NEVER["factors"]
 NEVER["lists"] = NEVER["laid out"]

@@ -525,6 +525,61 @@ def test_the_kernel_of_a_convolution_at_many_places_is_decoded(case, monkeypatch
     close(jax.jit(packed(fn))(forms, *args), fn(lcq.decompress(forms), *args))
 
 
+HEADS_RULES = {
+    "channel": ("channel", "channel"),
+    "groups of inputs": ((4, 0, 1), 2),
+    "groups for each head": ((4, 1, 1), (0, 2, 1)),
+    "heads": ((1, 0), (1, 0, 0)),
+    "one": (None, None),
+}
+HEADS_PRODUCTS = {  # x [2, 3, 8] and w [8, 2, 4]; o [2, 4, 8] back
+    "all axes": ("bti,ihd->bthd", "bthd,hdo->bto"),
+    "heads first": ("bti,ihd->bhtd", "bhtd,hdo->bto"),
+    "units first": ("bti,ihd->bdht", "bdht,hdo->obt"),
+}
+
+
+@pytest.mark.parametrize("rule", HEADS_RULES)
+@pytest.mark.parametrize("product", HEADS_PRODUCTS)
+def test_heads_of_attention_run_on_codes(rule, product):
+    """Kernels [inputs, heads, units] and [heads, units, outputs] whose scales are those of channels, groups, heads."""
+    into, back = HEADS_PRODUCTS[product]
+
+    def fn(p, x):
+        return jnp.einsum(back, jnp.tanh(jnp.einsum(into, x, p["w"])), p["o"])
+
+    w, o = (
+        lcq.Uniform(4, per=per, zero_point=True).project(normal(*shape))
+        for per, shape in zip(HEADS_RULES[rule], ((8, 2, 4), (2, 4, 8)), strict=True)
+    )
+    forms, x, net = {"w": w, "o": o.pack()}, normal(2, 3, 8), packed(fn)
+    assert [use[:3] for use in net.report(forms, x)] == products(w=(1, 6, 8, 8), o=(1, 6, 8, 8))
+    ready = net.lay_out(forms, x)
+    assert all(isinstance(form, Columns) for form in ready.values())
+    both = jax.jit(lambda f, r, x: (net(f, x), net(r, x), fn(lcq.decompress(f), x)))(forms, ready, x)
+    close(both[0], both[2])
+    close(both[1], both[2])
+
+
+@pytest.mark.parametrize("per", ["channel", (4, 1, 1), (4, 0, 1)])
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_attention_of_flax_runs_on_codes(kind, per):
+    x = normal(2, 3, 8)
+    if kind == "linen":
+        params, fn = linen(nn.MultiHeadDotProductAttention(num_heads=2), x)
+    else:
+        graph, params = nnx.split(nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0)))
+
+        def fn(p, x):
+            return nnx.merge(graph, p)(x)
+
+    kernels = [lcq.Rule("(.*/)?out/kernel", lcq.Uniform(4, per="channel" if per == "channel" else 2))]
+    forms = lcq.compress(params, [*kernels, lcq.Rule("(.*/)?kernel", lcq.Uniform(4, per=per))])
+    report = packed(fn).report(forms, x)
+    assert len(report) == 4 and {use.how for use in report} == {"product"}, report
+    close(packed(fn)(forms, x), fn(lcq.decompress(forms), x), 1e-4)
+
+
 LAID_OUT = {  # how many leaves: slices of one are products of their own, and groups are no columns of the leaf
     "net": 2,
     "left operand": 1,
