@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 from jax.extend import core, source_info_util
 from jax.interpreters import ad, batching, mlir
 
@@ -172,9 +173,42 @@ def _has_experts(eqn: Any) -> bool:
     )
 
 
+def seen_at(closed: Any, eqn: Any) -> Any:
+    """A jaxpr whose equations come from where another equation does."""
+    jaxpr, _ = opened(closed)
+    placed = jaxpr.replace(eqns=[each.replace(source_info=eqn.source_info) for each in jaxpr.eqns])
+    return closed.replace(jaxpr=placed) if hasattr(closed, "jaxpr") else placed
+
+
+def is_experts(eqn: Any) -> bool:
+    """Whether a ragged product is of rows [M, K] with experts [E, K, n]."""
+    params = eqn.params.get("ragged_dot_dimension_numbers")
+    if params is None:
+        return False
+    dims = tuple(tuple(map(tuple, pair)) for pair in params.dot_dimension_numbers)
+    named = tuple(params.lhs_ragged_dimensions), tuple(params.rhs_group_dimensions)
+    return dims == (((1,), (1,)), ((), ())) and named == ((0,), (0,)) and eqn.params.get("group_offset") is None
+
+
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype."""
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def at_most(size: Any, limit: int) -> bool:
+    """Whether a size is known to be no larger; of a dimension of `jax.export.symbolic_shape` that is not known.
+
+    Example:
+        >>> import jax.export
+        >>> [at_most(size, 2) for size in (1, 3, *jax.export.symbolic_shape("b"))]
+        [True, False, False]
+    """
+    return not jax.export.is_symbolic_dim(size) and size <= limit
+
+
+def is_known(shape: Sequence[Any]) -> bool:
+    """Whether no dimension of a shape is symbolic."""
+    return not any(map(jax.export.is_symbolic_dim, shape))
 
 
 def where(eqn: Any) -> str:

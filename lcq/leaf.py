@@ -6,6 +6,7 @@ What can be None is what the form cannot say; then the leaf is made dense where 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,10 @@ from jaxtyping import Array, Int
 
 from lcq.base import Form
 from lcq.dtypes import wider
-from lcq.jaxprs import LAYOUT
+from lcq.jaxprs import IN_PLACE, LAYOUT, bind
+from lcq.joined import JOINS, Joint, moved
+from lcq.kernels.shards import sharding_of
+from lcq.meshes import by_compiler
 from lcq.moving import move, pick, stack
 from lcq.products import Step
 
@@ -29,7 +33,7 @@ class Way:
     """How a form got where it is: its path, and changes of layout since that it has not made."""
 
     path: str
-    steps: tuple[Step, ...] = ()
+    steps: tuple[Step | Callable[[Any], Any], ...] = ()
 
     def __call__(self, a: Any) -> Any:
         return functools.reduce(lambda a, step: step(a), self.steps, a)
@@ -50,6 +54,11 @@ class Leaf:
     way: Way = dataclasses.field(metadata={"static": True})
     wide: Any = dataclasses.field(default=None, metadata={"static": True})
 
+    @functools.cached_property
+    def shape(self) -> tuple[int, ...]:
+        start = jax.ShapeDtypeStruct(tuple(self.form.shape), jnp.int32)
+        return tuple(jax.eval_shape(self.way, start).shape) if self.way.steps else tuple(self.form.shape)
+
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.wide or self.form.dtype)
@@ -59,7 +68,8 @@ class Leaf:
         form = self.form
         if after is not None:
             form, _ = jax.lax.optimization_barrier((form, jax.lax.stop_gradient(after)))
-        return self.way(form.dense()).astype(self.dtype)
+        made = by_compiler(lambda form: form.dense(), sharding_of(form), form)
+        return self.way(made).astype(self.dtype)
 
     def settled(self) -> Form | None:
         """The form of this value's own shape, if there is one."""
@@ -87,6 +97,64 @@ class Leaf:
         if wider(dtype, narrowest) == narrowest:
             return Leaf(dataclasses.replace(self.form, dtype=str(dtype)), self.way)
         return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pieces:
+    """A concatenation of values, forms among them.
+
+    Attributes:
+        parts: forms and arrays.
+        joint: how they are joined.
+    """
+
+    parts: tuple[Any, ...]
+    joint: Joint = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def of(eqn: Any, values: Sequence[Any]) -> "Pieces":
+        """The output of a concatenation, or of a stack of values."""
+        axis = eqn.params[JOINS[eqn.primitive.name]]
+        if eqn.primitive.name == "stack":
+            values = [_stepped(value, functools.partial(jnp.expand_dims, axis=axis)) for value in values]
+        return Pieces(tuple(values), Joint(axis, tuple(value.shape[axis] for value in values)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.parts[0].shape)
+        shape[self.joint.axis] = sum(self.joint.lengths)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+    def dense(self, after: Any = None) -> Array:
+        made = [part.dense(after) if isinstance(part, Leaf) else part for part in self.parts]
+        return jnp.concatenate(made, self.joint.axis)
+
+
+def _stepped(value: Any, step: Callable[[Any], Any]) -> Any:
+    if not isinstance(value, Leaf):
+        return step(value)
+    return dataclasses.replace(value, way=Way(value.way.path, (*value.way.steps, step)))
+
+
+def pieces_laid_out(eqn: Any, whole: Pieces) -> list[Any] | None:
+    """A concatenation after a change of layout; None if it is none of its pieces."""
+    if eqn.primitive.name in IN_PLACE:
+        moves = [laid_out(eqn, part) if isinstance(part, Leaf) else bind(eqn, [part]) for part in whole.parts]
+        return None if None in moves else [Pieces(tuple(move[0] for move in moves if move), whole.joint)]
+    found = moved(eqn, whole.joint, whole.shape)
+    if found is None:
+        return None
+    outs = []
+    for out in found:
+        parts = [_stepped(whole.parts[i], step) for i, step in out.pieces]
+        lengths = tuple(part.shape[out.axis] for part in parts) if len(parts) > 1 else ()
+        outs.append(parts[0] if len(parts) == 1 else Pieces(tuple(parts), Joint(out.axis, lengths)))
+    return outs
 
 
 def laid_out(eqn: Any, leaf: Leaf) -> list[Any] | None:

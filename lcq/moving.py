@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from lcq import jaxprs, packing
 from lcq.base import Form
 from lcq.forms import Cast, Codes, Factors, Sparse, Sum
 from lcq.forms.factors import matrix_shape
@@ -120,6 +121,8 @@ def move(form: Form, function: Callable[[Any], Any]) -> Form | None:
         >>> turned.left.shape, turned.right.shape
         ((3, 1), (1, 4))
     """
+    if not jaxprs.is_known(form.shape):  # as of rows that are looked up for a symbolic batch
+        return None
     return _move(form, _Move(tuple(form.shape), function))
 
 
@@ -256,9 +259,15 @@ def pick(form: Form, rows: Int[Array, " R"]) -> Form | None:
     if not isinstance(form, Codes | Sparse):
         return None
     tables = {name: a if a.shape[0] == 1 else a[rows // (length // a.shape[0])] for name, a in _tables(form).items()}
-    if (words := _words(form)) is not None:
-        return _replace(form, codes=words[rows].reshape(-1), packed=(len(rows), *rest), **tables)
-    return _change(form.unpack(), lambda a: a[rows], tables)
+    words, count = _words(form), rows.shape[0]
+    if words is None:
+        return _change(form.unpack(), lambda a: a[rows], tables)
+    assert isinstance(form, Codes)
+    if not jaxprs.is_known((count,)):  # words of a number of rows that is not known are nobody's to unpack
+        width = packing.width(form.size_of_table)
+        each = jax.vmap(lambda row: packing.unpack(row, width, tuple(rest)))(words[rows])
+        return _replace(form, codes=each, packed=None, **tables)
+    return _replace(form, codes=words[rows].reshape(-1), packed=(count, *rest), **tables)
 
 
 def _words(form: Form) -> Array | None:
@@ -280,7 +289,7 @@ def _pick_factors(form: Factors, rows: Array) -> Form | None:
     if form.separable:
         return None
     picked = left.reshape(length, -1, left.shape[-1])[rows].reshape(-1, left.shape[-1])
-    return dataclasses.replace(form, left=picked, rank=None, tail=(len(rows), *form.tail[1:]))
+    return dataclasses.replace(form, left=picked, rank=None, tail=(rows.shape[0], *form.tail[1:]))
 
 
 def _pick_laid(form: Laid, rows: Array) -> Form | None:
@@ -288,7 +297,7 @@ def _pick_laid(form: Laid, rows: Array) -> Form | None:
         return jax.tree.map(lambda a: a[rows], form)
     if form.axes[-1] != 0 or form.tail[0] != form.columns:
         return None
-    return dataclasses.replace(form.take(rows), tail=(len(rows), *form.tail[1:]), axes=form.axes)
+    return dataclasses.replace(form.take(rows), tail=(rows.shape[0], *form.tail[1:]), axes=form.axes)
 
 
 def stack(form: Form) -> Form | None:

@@ -1,31 +1,39 @@
 """Running a function on forms in place of its parameters, without hooks: its equations are run one by one.
 
 A form that reaches a dot or a convolution as its weight, moved or not, goes to the door of the kernels, and no dense
-array of it is made. A lookup decodes the rows it looks up. Anything else makes its own dense array where it is used.
+array of it is made; nor of one that is concatenated with others. A lookup decodes the rows it looks up. Anything else
+makes its own dense array where it is used.
 """
 
 import contextlib
-import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from lcq import jaxprs
+from lcq import jaxprs, joined
 from lcq.base import Form, is_form
 from lcq.dtypes import native_tree, wider
-from lcq.forms import Codes, Sparse, Sum, check_restored
-from lcq.jaxprs import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, REMAT
-from lcq.kernels.columns import columns
+from lcq.forms import check_restored
+from lcq.jaxprs import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, RAGGED, REMAT
 from lcq.kernels.laid import Laid
-from lcq.kernels.lists import lists
 from lcq.kernels.matmul import matmul
-from lcq.leaf import Leaf, Way, laid_out
+from lcq.kernels.ragged import ragged_product
+from lcq.kernels.shards import struct_of
+from lcq.laying import View, laid_out_as
+from lcq.leaf import Leaf, Pieces, Way, laid_out, pieces_laid_out
+from lcq.loops import CONTROL
+from lcq.meshes import bare, by_compiler, explicit_mesh, laid_on, spec_of
 from lcq.moving import move, order_of
 from lcq.products import Placed, Product
 from lcq.rules import flatten, is_number
+
+_LIES = {"reshard", "mesh_cast"}
+"""Primitives that change where an array lies, or who says so."""
 
 _PLACES = 2
 """At more places a convolution's kernel is decoded for it: patches of its images cost more than words save."""
@@ -36,27 +44,30 @@ class Use(NamedTuple):
 
     Attributes:
         path: of the form.
-        how: "product" through the door of the kernels; "decoded", the kernel of a convolution; "rows" of a lookup,
-            decoded; "dense".
+        how: "product" through the door of the kernels; "decoded", the kernel of a convolution, or of a product in a
+            loop, before that; "rows" of a lookup, decoded; "dense".
         shape: (G, M, K, n) of a product, see `lcq.unfold`; of the array that is made.
         source: file and line.
+        kind: of a product: "dot", "conv", or "ragged dot", one for each of G experts with the rows that are its own,
+            M in all.
     """
 
     path: str
     how: str
     shape: tuple[int, ...]
     source: str
+    kind: str = ""
 
 
 class Packed:
     """A function that takes a tree with forms in place of its parameters; see `packed`."""
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self.fn = fn
+    def __init__(self, fn: Callable[..., Any], held: int) -> None:
+        self.fn, self.held = fn, held
 
     def __call__(self, forms: Any, /, *args: Any, **kwargs: Any) -> Any:
         _check(forms, args, kwargs)
-        return self._run(_Runner(), forms, args, kwargs)
+        return self._run(_Runner(self.held), forms, args, kwargs)
 
     def report(self, forms: Any, /, *args: Any, **kwargs: Any) -> list[Use]:
         """What is done with every form, in the order of the uses; nothing is computed.
@@ -64,7 +75,7 @@ class Packed:
         What a scan does in each of its rounds is listed once. Shape structs do in place of arrays.
         """
         _check(forms, args, kwargs)
-        runner = _Runner()
+        runner = _Runner(self.held)
         jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
         return list(runner.uses.values())
 
@@ -87,20 +98,20 @@ class Packed:
             ('Columns', (1, 2, 8))
         """
         _check(forms, args, kwargs)
-        runner = _Runner()
+        runner = _Runner(self.held)
         jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
         leaves, structure = flatten(forms)
         for path, leaf in leaves.items():
             views = {view for use, view in runner.views.items() if runner.uses[use].path == path}
             others = {use.how for use in runner.uses.values() if use.path == path} - {"product"}
             if is_form(leaf) and len(views) == 1 and (view := views.pop()) is not None and others <= view.allows:
-                leaves[path] = _laid_out(leaf, view)
+                leaves[path] = laid_out_as(leaf, view)
         return jax.tree.unflatten(structure, leaves.values())
 
     def _run(self, runner: "_Runner", forms: Any, args: Any, kwargs: Any) -> Any:
         leaves, structure = flatten(forms)
         args, kwargs = native_tree((args, kwargs))
-        shapes = [_shape(leaf) if is_form(leaf) else leaf for leaf in leaves.values()]
+        shapes = [struct_of(leaf) if is_form(leaf) else leaf for leaf in leaves.values()]
         whole = jax.make_jaxpr(self.fn, return_shape=True)
         closed, out = whole(jax.tree.unflatten(structure, shapes), *args, **kwargs)
         values = [Leaf(leaf, Way(path)) if is_form(leaf) else _array(leaf) for path, leaf in leaves.items()]
@@ -108,7 +119,7 @@ class Packed:
         return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def packed(fn: Callable[..., Any]) -> Packed:
+def packed(fn: Callable[..., Any], *, held: int = 64 << 20) -> Packed:
     """Makes fn(params, ...) take forms in place of parameters.
 
         packed(fn)(forms, x) = fn(decompress(forms), x)
@@ -127,9 +138,14 @@ def packed(fn: Callable[..., Any]) -> Packed:
     Pass forms as arguments: XLA may unfold what is closed over when it compiles. Weights that have to be dense are made
     one at a time where XLA keeps the order it is given (on CPUs jax 0.10 does not), and under a scan anyway.
 
+    What the rounds of a loop would decode again and again is decoded before it, up to `held` bytes of dense arrays in
+    the order of use: memory for time. A step of a recurrent cell takes its dense time so. Few rows by large codes stay
+    on codes, which are read faster; so does what does not fit, and what a scan takes slice by slice.
+
     Args:
         fn: (params, *args, **kwargs) -> a tree of arrays; linen's apply, an nnx or equinox module's call on its leaves,
             a plain function.
+        held: bytes of dense arrays that a loop may hold; 0 keeps all products in loops on codes.
 
     Returns:
         A function of the same arguments, whose first may hold forms of either layout among plain arrays. Arguments are
@@ -149,7 +165,7 @@ def packed(fn: Callable[..., Any]) -> Packed:
 
     Source: Han, Mao & Dally, arXiv 1510.00149, section 5, for running on codes; qwix intercepts products likewise.
     """
-    return Packed(fn)
+    return Packed(fn, held)
 
 
 def _check(forms: Any, args: Any, kwargs: Any) -> None:
@@ -164,46 +180,26 @@ def _check(forms: Any, args: Any, kwargs: Any) -> None:
             )
 
 
-class _View(NamedTuple):
-    """How a leaf is seen as matrices [K, n]: the last of its axes, in this order, are their rows and columns."""
-
-    axes: tuple[int, ...]
-    columns: int
-
-    @property
-    def allows(self) -> set[str]:
-        """Other uses than products for which it can stay so: rows that are whole columns of the matrix."""
-        return {"rows"} if self.axes[-1] == 0 else set()
-
-
-def _laid_out(form: Form, view: _View) -> Form:
-    """Codes as `Columns` and few weights as `Lists`, those in a sum too."""
-    if isinstance(form, Sum):
-        return dataclasses.replace(form, parts=tuple(_laid_out(part, view) for part in form.parts))
-    if not isinstance(form, Codes | Sparse):
-        return form
-    lead = len(form.shape) - len(view.axes)
-    order = (*range(lead), *(lead + axis for axis in view.axes))
-    matrix = move(form, lambda w: w.transpose(order).reshape(*w.shape[:lead], -1, view.columns))
-    laid = columns(matrix) if isinstance(matrix, Codes) else lists(matrix) if isinstance(matrix, Sparse) else None
-    return form if laid is None else dataclasses.replace(laid, tail=tuple(form.shape[lead:]), axes=view.axes)
-
-
 def _array(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def _shape(form: Form) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(form.shape), jnp.dtype(form.dtype))
 
 
 class _Runner:
     """Runs equations on arrays and forms, and notes what it does with forms."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: int) -> None:
+        self.held = held
         self.uses: dict[Any, Use] = {}
-        self.views: dict[Any, _View | None] = {}
+        self.views: dict[Any, View | None] = {}
         self.latest: Any = None
+        self.room = held
+        self.looping = False
+        self.split: dict[Any, Any] = {}
+        """Products with concatenations, as those with their pieces."""
+        self.done: dict[Any, list[Any]] = {}
+        """What equations in loops give, done before them."""
+        self.decoded: dict[Any, Any] = {}
+        """Operands of equations in loops, dense since before them."""
 
     def run(self, closed: Any, ins: Sequence[Any], frame: tuple[Any, ...] = ()) -> list[Any]:
         """Dense outputs; `frame` is the calls around these equations, which tell apart uses by the same one."""
@@ -213,45 +209,70 @@ class _Runner:
         return outs
 
     def _inline(self, closed: Any, ins: Sequence[Any], frame: tuple[Any, ...]) -> list[Any]:
-        return jaxprs.evaluate(closed, ins, functools.partial(self._equation, frame))
+        return jaxprs.evaluate(closed, ins, functools.partial(self.equation, frame))
 
     def dense_all(self, values: Sequence[Any], frame: tuple[Any, ...]) -> list[Any]:
         """Values with every form made dense, once."""
-        made = {id(value): self._dense(value, (*frame, i)) for i, value in enumerate(values)}
+        made = {id(value): self.dense(value, (*frame, i)) for i, value in enumerate(values)}
         return [made[id(value)] for value in values]
 
-    def _dense(self, value: Any, frame: tuple[Any, ...]) -> Any:
-        if not isinstance(value, Leaf):
+    def dense(self, value: Any, frame: tuple[Any, ...]) -> Any:
+        if not isinstance(value, Leaf | Pieces):
             return value
+        if frame in self.decoded:
+            return self.decoded[frame]
         array = value.dense(self.latest)
         self._note(frame, value, "dense", array.shape)
         return array
 
-    def _note(self, frame: tuple[Any, ...], leaf: Leaf, how: str, shape: tuple[int, ...]) -> None:
-        lines = [jaxprs.where(part) for part in frame[::-1] if hasattr(part, "primitive")]
-        self.uses[frame] = Use(leaf.way.path, how, tuple(shape), next(filter(None, lines), "output"))
+    def decode(self, value: Any, frame: tuple[Any, ...], how: str) -> None:
+        """Makes an operand of an equation in a loop dense before the loop, if there is room for it."""
+        size = math.prod(value.shape) * jnp.dtype(value.dtype).itemsize
+        if size <= self.room and frame not in self.decoded:
+            self.room -= size
+            self.decoded[frame] = value.dense(self.latest)
+            self._note(frame, value, how, value.shape)
 
-    def _equation(self, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> list[Any]:
+    def _note(self, frame: tuple[Any, ...], leaf: Any, how: str, shape: tuple[int, ...], kind: str = "") -> None:
+        if isinstance(leaf, Pieces):
+            for i, part in enumerate(leaf.parts):
+                if isinstance(part, Leaf):
+                    self._note((*frame, i), part, how, part.shape)
+            return
+        lines = [jaxprs.where(part) for part in frame[::-1] if hasattr(part, "primitive")]
+        self.uses[frame] = Use(leaf.way.path, how, tuple(shape), next(filter(None, lines), "output"), kind)
+
+    def equation(self, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> list[Any]:
         name, frame = eqn.primitive.name, (*frame, eqn)
-        outs = self._on_forms(eqn, ins, frame) if any(isinstance(value, Leaf) for value in ins) else None
+        if frame in self.done:
+            return self.done[frame]
+        outs = self.on_forms(eqn, ins, frame) if any(isinstance(value, Leaf | Pieces) for value in ins) else None
         outs = jaxprs.bind(eqn, self.dense_all(ins, frame)) if outs is None else outs
         if name in PRODUCTS:
             self.latest = outs[0]
         return outs
 
-    def _on_forms(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+    def on_forms(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
         """An equation with forms among its inputs; None if they have to be dense."""
         name = eqn.primitive.name
         if name in CALLS and (closed := jaxprs.inner(eqn)) is not None:
             return self._call(eqn, closed, ins, frame)
-        if name in _CONTROL:
-            return _CONTROL[name](self, eqn, ins, frame)
+        if name in CONTROL:
+            return CONTROL[name](self, eqn, ins, frame)
+        if name in joined.JOINS:
+            return [Pieces.of(eqn, ins)] if all(not isinstance(value, Pieces) for value in ins) else None
+        if name in PRODUCTS and any(isinstance(value, Pieces) for value in ins):
+            return self._product_of_pieces(eqn, ins, frame)
         if name in PRODUCTS:
             return self._product(eqn, ins, frame)
+        if name == RAGGED:
+            return self._ragged(eqn, ins, frame)
         if name in ("gather", "dynamic_slice") and isinstance(ins[0], Leaf):
             return (self._gather if name == "gather" else self._slice)(eqn, ins, frame)
         if name in LAYOUT and len(ins) == 1:
-            return laid_out(eqn, ins[0])
+            return (laid_out if isinstance(ins[0], Leaf) else pieces_laid_out)(eqn, ins[0])
+        if name in _LIES and isinstance(ins[0], Leaf):
+            return self._lies(eqn, ins[0], frame)
         return None
 
     def _call(self, eqn: Any, closed: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
@@ -268,7 +289,7 @@ class _Runner:
 
         @call.defjvp
         def rule(ins: Any, tangents: Any) -> Any:
-            later = _Runner()  # when this one has gone on
+            later = _Runner(self.held)  # when this one has gone on
             return jax.jvp(lambda *ins: jaxprs.bind(eqn, later.dense_all(ins, frame)), ins, tangents)
 
         return call(*ins)
@@ -279,29 +300,82 @@ class _Runner:
         if not sides or isinstance(eqn.params["precision"], jax.lax.DotAlgorithm):
             return None  # of an algorithm that is spelled out nothing is known here
         side, leaf, dtype = sides[0], ins[sides[0]], eqn.outvars[0].aval.dtype
+        if (*frame, side) in self.decoded:
+            return None
         product = _product_of(eqn, side, leaf.way.path)
         g, m, k, n = product.shape
         lead = (g,) if g > 1 else ()
-        if m > _PLACES and product.window > 1:
+        if product.window > 1 and not jaxprs.at_most(m, _PLACES):
             self._note((*frame, side), leaf, "decoded", product.w.shape)
-            return jaxprs.bind(eqn, [self._dense(ins[0], (*frame, 0)), leaf.dense(self.latest)])
+            return jaxprs.bind(eqn, [self.dense(ins[0], (*frame, 0)), leaf.dense(self.latest)])
 
         def matrix(w: Any) -> Any:
             return product.weights(leaf.way(w)).reshape(*lead, k, n)
 
-        form = move(leaf.form, matrix)
-        if form is None:
+        def multiply(x: Any, form: Form) -> list[Any] | None:
+            moved, x = move(form, matrix), product.inputs(x)
+            if moved is None:
+                return None
+            if wider(x.dtype, moved.dtype) != dtype:
+                x = x.astype(dtype)  # an accumulator wider than the operands
+            with _precision(eqn.params["precision"]):
+                y = matmul(x.reshape(*lead, m, k), moved)
+            back = jax.linear_transpose(product.outputs, product.y)  # of a permutation it is the inverse
+            return list(back(y.astype(dtype).reshape(g, m, n)))
+
+        self._note(here := (*frame, side), leaf, "product", product.shape, product.kind)
+        x = self.dense(ins[1 - side], (*frame, 1 - side))
+        y = by_compiler(multiply, _onto(eqn, x, leaf.form), x, leaf.form)
+        if y is None:
+            del self.uses[here]
             return None
-        self._note((*frame, side), leaf, "product", product.shape)
         axes = None if isinstance(leaf.form, Laid) else order_of(matrix, leaf.form.shape, len(lead))
-        self.views[(*frame, side)] = None if axes is None else _View(axes, n)
-        x = product.inputs(self._dense(ins[1 - side], (*frame, 1 - side)))
-        if wider(x.dtype, form.dtype) != dtype:
-            x = x.astype(dtype)  # an accumulator wider than the operands
-        with _precision(eqn.params["precision"]):
-            y = matmul(x.reshape(*lead, m, k), form)
-        back = jax.linear_transpose(product.outputs, product.y)  # of a permutation it is the inverse
-        return list(back(y.astype(dtype).reshape(g, m, n)))
+        self.views[here] = None if axes is None else View(axes, n)
+        return y
+
+    def _product_of_pieces(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+        """A product with each piece of a concatenation."""
+        sides = [side for side in (1, 0) if isinstance(ins[side], Pieces) and jaxprs.weighs(eqn, side)]
+        if not sides or (*frame, sides[0]) in self.decoded or explicit_mesh(ins) is not None:
+            return None
+        side = sides[0]
+        w, x = ins[side], self.dense(ins[1 - side], (*frame, 1 - side))
+        if frame not in self.split:
+            whole = joined.product(eqn, side, w.joint)
+            shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in (x, *w.parts)]
+            self.split[frame] = None if whole is None else jaxprs.seen_at(jax.make_jaxpr(whole)(*shapes), eqn)
+        closed = self.split[frame]
+        return None if closed is None else self._inline(closed, [x, *w.parts], frame)
+
+    def _ragged(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+        """A product for each expert, of its rows with its codes."""
+        x, leaf, sizes = ins
+        here, precision, dtype = (*frame, 1), eqn.params["precision"], eqn.outvars[0].aval.dtype
+        if not isinstance(leaf, Leaf) or not jaxprs.is_experts(eqn) or isinstance(precision, jax.lax.DotAlgorithm):
+            return None
+        if here in self.decoded:
+            return None
+
+        def multiply(x: Any, form: Form) -> Any:
+            if wider(x.dtype, form.dtype) != dtype:
+                x = x.astype(dtype)
+            with _precision(precision):
+                return matmul(x, form).astype(dtype)
+
+        def product(x: Any, leaf: Leaf, sizes: Any) -> list[Any] | None:
+            experts = leaf.stacked()
+            return None if experts is None else [ragged_product(x, experts.form, sizes, multiply)]
+
+        (m, k), (g, _, n) = x.shape, leaf.shape
+        self._note(here, leaf, "product", (g, m, k, n), "ragged dot")
+        x, sizes = self.dense(x, (*frame, 0)), self.dense(sizes, (*frame, 2))
+        y = by_compiler(product, _onto(eqn, x, leaf, sizes), x, leaf, sizes)
+        if y is None:
+            del self.uses[here]
+            return None
+        axes = None if isinstance(leaf.form, Laid) else order_of(leaf.way, leaf.form.shape, 1)
+        self.views[here] = None if axes is None else View(axes, n)
+        return y
 
     def _gather(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
         """A lookup of whole rows decodes these; rows that do not exist are filled as the lookup would."""
@@ -312,17 +386,23 @@ class _Runner:
         last = tuple(range(len(aval.shape) - len(rest), len(aval.shape)))
         if not whole or tuple(eqn.params["slice_sizes"]) != (1, *rest) or tuple(numbers.offset_dims) != last:
             return None
+
+        def look_up(table: Leaf, places: Any) -> list[Any] | None:
+            found = table.rows(jnp.clip(places, 0, length - 1).reshape(-1))
+            if found is None:
+                return None
+            rows = found.dense().reshape(aval.shape)
+            if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
+                fill = eqn.params["fill_value"]
+                there = ((places >= 0) & (places < length)).reshape(*places.shape, *(1 for _ in rest))
+                rows = jnp.where(there, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
+            return [rows]
+
         places = indices[..., 0]
-        found = table.rows(jnp.clip(places, 0, length - 1).reshape(-1))
-        if found is None:
-            return None
-        self._note(frame, table, "rows", aval.shape)
-        rows = found.dense().reshape(aval.shape)
-        if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
-            fill = eqn.params["fill_value"]
-            there = ((places >= 0) & (places < length)).reshape(*places.shape, *(1 for _ in rest))
-            rows = jnp.where(there, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
-        return [rows]
+        rows = by_compiler(look_up, _onto(eqn, table, places), table, places)
+        if rows is not None:
+            self._note(frame, table, "rows", aval.shape)
+        return rows
 
     def _slice(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
         """Rows from one that is computed, such as the layer of a round: the form of these rows."""
@@ -331,54 +411,21 @@ class _Runner:
         size, *sizes = eqn.params["slice_sizes"]
         if sizes != rest:
             return None
-        found = table.rows(jnp.clip(start, 0, length - size) + jnp.arange(size))
-        return None if found is None else [found]
 
-    def _scan(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
-        """The scan again, its body on forms: those under it are taken apart, others are constants to it."""
-        closed, fixed, carries = jaxprs.scan_of(eqn)
-        ends = (*frame, "in")
-        carry = self.dense_all(ins[fixed : fixed + carries], ends)
-        xs = [self._apart(value, (*ends, "xs", i)) for i, value in enumerate(ins[fixed + carries :])]
+        def some(table: Leaf, start: Any) -> Leaf | None:
+            return table.rows(jnp.clip(start, 0, length - size) + jnp.arange(size))
 
-        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-            outs = self.run(closed, [*ins[:fixed], *carry, *xs], frame)
-            return outs[:carries], outs[carries:]
+        rows = by_compiler(some, _rows_onto(some, table, start), table, start)
+        return None if rows is None else [rows]
 
-        how = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-        carry, ys = jax.lax.scan(body, carry, xs, **how)
-        return [*carry, *ys]
-
-    def _apart(self, value: Any, frame: tuple[Any, ...]) -> Any:
-        """What a scan takes apart: an array, or the stacked forms of a form's slices."""
-        slices = value.stacked() if isinstance(value, Leaf) else None
-        return self._dense(value, frame) if slices is None else slices
-
-    def _while(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
-        """The loop again, forms being constants to it; one that was mapped over its condition is left as it is."""
-        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-        if jaxprs.opened(condition)[0].outvars[0].aval.shape:
-            return None
-
-        def go_on(carry: list[Any]) -> Any:
-            return self.run(condition, [*ins[:first], *carry], (*frame, "cond"))[0]
-
-        def step(carry: list[Any]) -> list[Any]:
-            return self.run(body, [*ins[first : first + second], *carry], (*frame, "body"))
-
-        return jax.lax.while_loop(go_on, step, self.dense_all(ins[first + second :], (*frame, "in")))
-
-    def _cond(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
-        index, *operands = ins
-        branches = [
-            functools.partial(lambda i, closed, *ins: self.run(closed, ins, (*frame, i)), i, closed)
-            for i, closed in enumerate(eqn.params["branches"])
-        ]
-        return jax.lax.switch(index.astype(jnp.int32), branches, *operands)
-
-
-_CONTROL = {"scan": _Runner._scan, "while": _Runner._while, "cond": _Runner._cond}
+    def _lies(self, eqn: Any, leaf: Leaf, frame: tuple[Any, ...]) -> list[Any]:
+        """To other devices, or to a mesh whose axes are the compiler's: what is stored goes, not the dense array."""
+        into = eqn.outvars[0].aval.sharding
+        if not any(into.spec):
+            return [jax.tree.map(lambda a: jax.sharding.reshard(a, into.update(spec=PartitionSpec())), leaf)]
+        with jax.sharding.use_abstract_mesh(eqn.invars[0].aval.sharding.mesh):
+            array = self.dense(leaf, (*frame, 0))
+        return jaxprs.bind(eqn, [array])
 
 
 def _product_of(eqn: Any, side: int, path: str) -> Product:
@@ -386,6 +433,26 @@ def _product_of(eqn: Any, side: int, path: str) -> Product:
     y, x, w = (jaxprs.struct(v.aval) for v in (eqn.outvars[0], eqn.invars[1 - side], eqn.invars[side]))
     params = eqn.primitive.get_bind_params(eqn.params)
     return Product(0, Placed(path), eqn.primitive, params, side, x, w, y, jaxprs.where(eqn))
+
+
+def _onto(eqn: Any, *trees: Any) -> Any:
+    """How the one output of an equation lies, where a mesh has explicit axes."""
+    mesh = explicit_mesh(*trees)
+    return None if mesh is None else laid_on(mesh, eqn.outvars[0].aval.sharding.spec)
+
+
+def _rows_onto(some: Callable[..., Any], table: Leaf, start: Any) -> Any:
+    """How rows of a form lie: each array as before, where it has the same axes but for the first."""
+    mesh = explicit_mesh(table, start)
+    shapes = None if mesh is None else jax.eval_shape(some, *bare((table, start)))
+    if shapes is None:
+        return None
+    old, (new, structure) = jax.tree.leaves(table), jax.tree.flatten(shapes)
+    specs = [
+        (None, *spec_of(a)[1:]) if a.shape[1:] == b.shape[1:] else (None,) * len(b.shape)
+        for a, b in zip(old, new, strict=True)
+    ]
+    return jax.tree.unflatten(structure, [laid_on(mesh, spec) for spec in specs])
 
 
 def _precision(chosen: Any) -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -283,14 +284,14 @@ CASES = {  # fn, params, arguments, rules, uses
         GRU,
         (normal(6, 5, 4),),
         0,
-        [(f"params/{name}/kernel", "product", (1, 5, 4, 4)) for name in ("ir", "hr", "iz", "hz", "in", "hn")],
+        [(f"params/{name}/kernel", "decoded", (4, 4)) for name in ("ir", "hr", "iz", "hz", "in", "hn")],
     ),
     "concatenated": (
         concatenated,
         LSTM,
         (X,),
         0,
-        [(f"params/{side}{gate}/kernel", "dense", (4, 4)) for side in "hi" for gate in "ifgo"],
+        [(f"params/{side}{gate}/kernel", "product", (1, 5, 4, 4)) for side in "hi" for gate in "ifgo"],
     ),
     "lora": (
         lora,
@@ -362,7 +363,7 @@ CASES = {  # fn, params, arguments, rules, uses
         {"w": normal(4, 4), "u": normal(4, 2)},
         (X,),
         0,
-        products(u=(1, 1, 4, 2)) * 2 + products(w=(1, 5, 4, 4)),
+        [*products(u=(1, 1, 4, 2)), ("u", "decoded", (4, 2)), ("w", "decoded", (4, 4))],
     ),
     "remat": (remat, {"w": normal(4, 6)}, (X,), 0, products(w=(1, 5, 4, 6))),
     "bfloat16": (half, {"w": normal(4, 6)}, (X,), 0, products(w=(1, 5, 4, 6))),
@@ -794,6 +795,53 @@ def test_report_of_shapes():
 
 
 # Exported
+
+
+@pytest.mark.parametrize("laid", [False, True], ids=["forms", "laid out"])
+@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2), lcq.Prune(kept=9)], ids=repr)
+def test_exported_with_forms_as_arguments(scheme, laid):
+    net, x = packed(lambda p, x: x @ p["kernel"]), normal(3, 8)
+    forms = {"kernel": scheme.project(W)}
+    tree = net.lay_out(forms, x) if laid else forms
+    exported = jax.export.deserialize(jax.export.export(jax.jit(net))(tree, x).serialize())
+    close(exported.call(tree, x), net(tree, x))
+
+
+@pytest.fixture
+def unchecked():
+    """To the checks of the tests a symbolic dimension is no int."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+SYMBOLIC = {  # fn, w, stacked, x without its batch
+    "product": (lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, normal(8, 6), 0, (8,)),
+    "rows": (lambda p, x: p["w"][x[:, 0].astype(int)].sum(1), normal(8, 32), 0, (1,)),
+    "experts looked up": (
+        lambda p, x: jnp.einsum("bi,bio->bo", x, p["w"][x[:, 0].astype(int)]),
+        normal(3, 8, 8),
+        1,
+        (8,),
+    ),
+    "window": (lambda p, x: convolution({"kernel": p["w"]}, x), normal(3, 2, 2, 6), 0, (4, 4, 2)),
+    "pointwise": (lambda p, x: convolution({"kernel": p["w"]}, x), normal(1, 1, 2, 6), 0, (4, 4, 2)),
+    "scan": (lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0], normal(3, 8, 8), 1, (8,)),
+}
+
+
+@pytest.mark.parametrize("case", SYMBOLIC)
+@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2), lcq.Prune(kept=9)], ids=repr)
+def test_exported_with_a_symbolic_batch(scheme, case, unchecked):
+    fn, w, stacked, rest = SYMBOLIC[case]
+    net, forms = packed(fn), stored(lcq.compress({"w": w}, [lcq.Rule("w", scheme, stacked=stacked)]))
+    (batch,) = jax.export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((batch, *rest), jnp.float32)
+    for tree in (forms, net.lay_out(forms, shape)):
+        exported = jax.export.export(jax.jit(lambda x, tree=tree: net(tree, x)))(shape)
+        for count in (1, 5):
+            x = abs(normal(count, *rest))
+            close(exported.call(x), fn(lcq.decompress(forms), x), 1e-4)
 
 
 WITHOUT_LCQ = """

@@ -71,7 +71,7 @@ class Columns(Laid):
             first=some(self.first, -1),
             step=some(self.step, -1),
             levels=some(self.levels, -2),
-            tail=(self.rows, len(numbers)),
+            tail=(self.rows, numbers.shape[0]),
             axes=(0, 1),
         )
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lcq import jaxprs
 from lcq.base import own, tree_form
 from lcq.dtypes import wider
 from lcq.forms import Sparse
@@ -59,7 +60,7 @@ class Lists(Laid):
 
     def take(self, numbers: Int[Array, " m"]) -> "Lists":
         places, values = (jnp.take(a, numbers, -1) for a in (self.places, self.values))
-        return dataclasses.replace(self, places=places, values=values, tail=(self.rows, len(numbers)), axes=(0, 1))
+        return dataclasses.replace(self, places=places, values=values, tail=(self.rows, numbers.shape[0]), axes=(0, 1))
 
 
 def lists(form: Sparse) -> Lists | None:
@@ -113,7 +114,7 @@ def list_product(x: Float[Array, "m k"], laid: Lists) -> Float[Array, "m n"]:
     def dense(part: dict[str, Any]) -> Array:
         return dataclasses.replace(laid, **part, tail=(laid.rows, part["places"].shape[-1]), axes=(0, 1)).matrix()
 
-    if x.shape[0] > _FEW:
+    if not jaxprs.at_most(x.shape[0], _FEW):
         return tile_by_tile(x, laid.columns, {"places": laid.places, "values": values}, dense)
     start = jnp.broadcast_to((0 * x).sum(1, keepdims=True), (x.shape[0], laid.columns))
     return jax.lax.scan(add, start, (laid.places, values))[0]

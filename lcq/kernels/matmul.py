@@ -16,7 +16,9 @@ from lcq.kernels import codes_xla, xnor_xla
 from lcq.kernels.columns import Columns, columns
 from lcq.kernels.laid import Laid
 from lcq.kernels.lists import Lists, list_product
+from lcq.kernels.shards import sharding_of
 from lcq.kernels.signs import Signs
+from lcq.meshes import by_compiler, explicit_mesh, is_shared, laid_on, spec_of
 
 KERNELS = ("words", "tiles", "pallas_tpu", "pallas_gpu", "dense")
 """How codes are multiplied, and when the door does so:
@@ -61,13 +63,19 @@ def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -
             f"wanted x [.., k] and a form (k, n), or x [G, .., k] and a form (G, k, n); got {list(x.shape)} and "
             f"{list(form.shape)}"
         )
-    if isinstance(form, Codes):
-        form = columns(form)
     if isinstance(form, Laid) and form.axes != (0, 1):
         raise ValueError(f"wanted a form laid out as the matrix it is; got axes {form.axes} of {list(form.shape)}")
+    x = native(x)
+    if (mesh := explicit_mesh(x, form)) is not None:
+        shapes = (
+            (a.shape, jnp.float32, lies) for a, lies in ((x, laid_on(mesh, spec_of(x))), (form, sharding_of(form)))
+        )
+        spec = jax.eval_shape(jnp.matmul, *(jax.ShapeDtypeStruct(*a[:2], sharding=a[2]) for a in shapes)).sharding.spec
+        return by_compiler(functools.partial(matmul, kernel=kernel), laid_on(mesh, spec), x, form)
+    if isinstance(form, Codes):
+        form = columns(form)
     if kernel is not None:
         _check(kernel, form)
-    x = native(x)
     dtype = wider(x.dtype, form.dtype)
     if isinstance(form, Laid) and jnp.iscomplexobj(x):
         return jax.lax.complex(*(matmul(part, form, kernel=kernel) for part in (x.real, x.imag))).astype(dtype)
@@ -104,7 +112,7 @@ def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "
     """
     if a.shape[-1] != -(-weights.size // 32):
         raise ValueError(f"wanted {-(-weights.size // 32)} words of {weights.size} signs; got {list(a.shape)}")
-    if not a.size:
+    if 0 in a.shape:
         return jnp.zeros((*a.shape[:-1], weights.count), jnp.int32)
     y = _signs(weights.size, weights.layout)(a.reshape(-1, a.shape[-1]), weights.words)
     return y[:, : weights.count].reshape(*a.shape[:-1], weights.count)
@@ -125,13 +133,13 @@ def _check(kernel: str, form: Form) -> None:
 
 
 def _laid(x: Float[Array, "*rows k"], form: Laid, kernel: str | None) -> Float[Array, "*rows n"]:
-    if not x.size:
+    if 0 in x.shape:
         return jnp.zeros((*x.shape[:-1], form.columns), x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(form, Lists):
         return list_product(rows, form).reshape(*x.shape[:-1], -1)
     assert isinstance(form, Columns)
-    equal = form.levels is None and (form.width == 1 or rows.shape[0] <= codes_xla.FEW)
+    equal = form.levels is None and (form.width == 1 or jaxprs.at_most(rows.shape[0], codes_xla.FEW))
     by_code = equal if kernel is None else kernel not in ("tiles", "dense")
     y = _by_codes(rows, form, kernel) if by_code else codes_xla.matrix_product(rows, form)
     return y.reshape(*x.shape[:-1], -1)
@@ -154,7 +162,13 @@ def code_product(
     x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int, kernel: str | None = None
 ) -> Float[Array, "m n"]:
     """y[m, n] = sum_k x[m, k] code[k, n] in float32; under vmap over x alone, the rows of all are one product."""
+    if kernel is None and is_shared():
+        kernel = _anywhere(x)
     return _PRODUCT.bind(x, words, width=width, kernel=kernel)
+
+
+def _anywhere(x: Array) -> str:
+    return "words" if jaxprs.at_most(x.shape[0], codes_xla.FEW) else "tiles"
 
 
 def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> Array:
@@ -162,10 +176,11 @@ def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> 
         "words": functools.partial(codes_xla.word_by_word, width=width),
         "tiles": functools.partial(codes_xla.in_tiles, width=width),
     }
-    anywhere = by_name["words" if x.shape[0] <= codes_xla.FEW else "tiles"]
+    anywhere = by_name[_anywhere(x)]
     if kernel in by_name:
         return by_name[kernel](x, words)
-    if kernel is None and (width != 1 or x.dtype not in (jnp.float32, jnp.bfloat16)):
+    taken = width == 1 and x.dtype in (jnp.float32, jnp.bfloat16) and jaxprs.is_known(x.shape)
+    if kernel is None and not taken:
         return anywhere(x, words)  # what the Pallas kernels do not take
     tpu, gpu = (pallas.bit_product for pallas in _pallas())
     if kernel is not None:

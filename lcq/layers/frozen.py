@@ -23,6 +23,7 @@ from lcq.kernels.matmul import binary_matmul
 from lcq.kernels.reference import fields
 from lcq.kernels.signs import Layout, Signs, signs
 from lcq.layers.binary import Window, affine, binarize, check_window
+from lcq.meshes import by_compiler, explicit_mesh, laid_on, spec_of
 from lcq.registry import register_node
 from lcq.unfold import patches
 
@@ -163,6 +164,8 @@ def apply(layer: Frozen, x: Shaped[Array, "..."] | Bits) -> Float[Array, "..."] 
         raise ValueError(
             f"wanted floating-point x [.., {layer.inputs}]; got {x.dtype}{list(x.shape)}; channels are last"
         )
+    if (mesh := explicit_mesh(x)) is not None:
+        return by_compiler(apply, laid_on(mesh, (*spec_of(x.words if isinstance(x, Bits) else x)[:-1], None)), layer, x)
     words, dtype = (x.words, "float32") if isinstance(x, Bits) else (pack_signs(x), x.dtype)
     y = product(layer, words)
     if layer.threshold is not None:

@@ -1,0 +1,67 @@
+"""Meshes with explicit axes, where JAX wants to know how each result lies: left to the compiler, but for the ends.
+
+A kernel moves, pads and cuts arrays in ways that JAX names no sharding for. So it runs with the axes left to the
+compiler, and its results lie as those of the dense function do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+def explicit_mesh(*trees: Any) -> jax.sharding.AbstractMesh | None:
+    """The mesh with explicit axes that arrays lie on, or that of the context; None if there is none."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.explicit_axes:
+        return here
+    if not here.empty:
+        return None  # the compiler's, or one device's part
+    kinds = (jax.typeof(leaf) for leaf in jax.tree.leaves(trees) if hasattr(leaf, "shape"))
+    meshes = (kind.sharding.mesh for kind in kinds if getattr(kind, "sharding", None) is not None)
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def is_shared() -> bool:
+    """Whether several devices run this, and the compiler shares out the work: it cannot cut a Pallas kernel."""
+    here = jax.sharding.get_abstract_mesh()
+    return here.size > 1 and not here.are_all_axes_manual
+
+
+def spec_of(array: Any) -> tuple[Any, ...]:
+    """The names of the mesh's axes along each axis of an array."""
+    return tuple(jax.typeof(array).sharding.spec)
+
+
+def laid_on(mesh: Any, spec: Any) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def by_compiler(function: Callable[..., Any], onto: Any, *args: Any) -> Any:
+    """function(*args), its inside sharded by the compiler.
+
+    Args:
+        function: of trees of arrays, to a tree of arrays, or None for what it cannot do.
+        onto: how the results lie, a tree of `NamedSharding`, or one for all; None where no mesh has explicit axes.
+        args: trees of arrays.
+    """
+    if onto is None:
+        return function(*args)
+    mesh = jax.tree.leaves(onto)[0].mesh
+    axes = mesh.explicit_axes
+    inside = mesh.abstract_mesh.update_axis_types(dict.fromkeys(axes, AxisType.Auto))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=laid_on(inside, ())), args)
+    with jax.sharding.use_abstract_mesh(inside):
+        made = jax.eval_shape(function, *shapes)
+    if made is None:
+        return None
+    results = jax.tree.leaves(made)
+    each = (onto,) * len(results) if isinstance(onto, NamedSharding) else tuple(jax.tree.leaves(onto))
+    flat = jax.sharding.auto_axes(lambda *args: tuple(jax.tree.leaves(function(*args))), axes=axes, out_sharding=each)
+    return jax.tree.unflatten(jax.tree.structure(made), flat(*args))
+
+
+def bare(tree: Any) -> Any:
+    """Shapes and dtypes, that lie nowhere."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
