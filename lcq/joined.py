@@ -82,7 +82,7 @@ def moved(eqn: Any, joint: Joint, shape: Sequence[int], rest: Sequence[Any] = ()
     if name in ("split", "unstack"):
         axis = params["axis"]
         parts = []
-        for start, end in _spans(params["sizes"] if name == "split" else [1] * shape[axis]):
+        for start, end in _spans([int(n) for n in params["sizes"]] if name == "split" else [1] * shape[axis]):
             starts, limits = [0] * len(shape), list(shape)
             starts[axis], limits[axis] = start, end
             part = _sliced(joint, starts, limits)

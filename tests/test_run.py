@@ -641,13 +641,16 @@ def arrays_of(jaxpr):
 
 @pytest.mark.parametrize("case", ["net", "scan", "by number", "cond", "while", "remat", "convolution", "grouped"])
 def test_no_dense_array_and_no_constant(case, monkeypatch):
-    """With a door that decodes nothing no array of floats is as large as a weight; and forms are no constants."""
+    """With a door that decodes nothing no array of floats is as large as a weight; and forms are no constants.
+
+    With no room for what loops would hold; that they hold it, and how much, see `test_loops`.
+    """
     fn, params, args, stacked, _ = CASES[case]
     small = [a[:1] if a.ndim > 1 else a for a in args]
     monkeypatch.setattr(lcq.run, "matmul", lambda x, form: jnp.zeros((*x.shape[:-1], form.shape[-1])))
     forms = coded(params, stacked)
     for each in (forms, stored(forms)):
-        closed = jax.make_jaxpr(packed(fn))(each, *small)
+        closed = jax.make_jaxpr(packed(fn, held=0))(each, *small)
         weights = {f.shape[s:] for f in jax.tree.leaves(forms, is_leaf=is_form) if is_form(f) for s in (0, stacked)}
         wide = {a.shape for a in arrays_of(closed.jaxpr) if jnp.issubdtype(a.dtype, jnp.floating)}
         assert not weights & wide, weights & wide
