@@ -20,8 +20,8 @@ from lcq.kernels.codes_xla import FEW
 from lcq.kernels.columns import Columns
 from lcq.leaf import Leaf, Pieces
 
-LARGE = 1 << 20
-"""Weights that no cache holds, so that few rows are multiplied faster with their codes."""
+LARGE = 1 << 18
+"""Weights from which few rows are multiplied faster with codes than with a dense array."""
 
 _VARIES = object()
 """In place of a value that differs from round to round."""
