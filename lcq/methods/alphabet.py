@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
 from lcq.forms import Codes
-from lcq.schemes.levels import code_dtype, nearest, thresholds
+from lcq.schemes.levels import code_dtype, is_grid, nearest, thresholds
 from lcq.schemes.lloyd import assign
 
 _COMPARE = 32
@@ -43,13 +43,14 @@ def value(codes: UInt[Array, "r n"], form: Codes, wide: Any) -> Float[Array, "r 
 
 def choose(z: Float[Array, "r n"], form: Codes) -> UInt[Array, "r n"]:
     """Codes of the nearest levels; `form` has one block along the rows."""
+    z, form = _upright(z, form)
     values, scale, zero = form.values, form.scale, form.zero
     if values is None:
         return assign(z, _table(form, z.dtype))
     if scale is None and zero is None:
         return nearest(z, values)
     a = jnp.ones((1, 1), z.dtype) if scale is None else scale
-    if _is_grid(values) and (zero is not None or len(values) > _COMPARE):
+    if is_grid(values) and (zero is not None or len(values) > _COMPARE):
         q = jnp.round(z / jnp.where(a > 0, a, 1)) + (0 if zero is None else zero)
         return (jnp.clip(q, values[0], values[-1]) - values[0]).astype(code_dtype(len(values)))
     if zero is not None:
@@ -68,8 +69,9 @@ def draw(z: Float[Array, "r n"], form: Codes, u: Float[Array, "r n"]) -> UInt[Ar
         form: with one block along the rows.
         u: uniform in [0, 1).
     """
+    z, form = _upright(z, form)
     last = form.size_of_table - 1
-    if form.values is not None and _is_grid(form.values):
+    if form.values is not None and is_grid(form.values):
         a = 1 if form.scale is None else jnp.where(form.scale > 0, form.scale, 1)
         place = z / a + (0 if form.zero is None else form.zero) - form.values[0]
         low = jnp.floor(place)
@@ -128,7 +130,7 @@ def spaced(form: Codes, threshold: float) -> Codes:
         ValueError: not an integer grid around 0, or one with a zero point.
     """
     values = form.values
-    if values is None or not _is_grid(values) or not values[0] <= 0 <= values[-1] or form.zero is not None:
+    if values is None or not is_grid(values) or not values[0] <= 0 <= values[-1] or form.zero is not None:
         raise ValueError(
             "a hard threshold needs an integer grid around 0 without a zero point, such as Ternary() or Uniform(4); "
             f"got {'learned levels' if values is None else values}; take kind='soft'"
@@ -137,8 +139,11 @@ def spaced(form: Codes, threshold: float) -> Codes:
     return dataclasses.replace(form, values=tuple(moved))
 
 
-def _is_grid(values: tuple[float, ...]) -> bool:
-    return values == tuple(range(int(values[0]), int(values[0]) + len(values)))
+def _upright(z: Array, form: Codes) -> tuple[Array, Codes]:
+    """The same choice with a scale >= 0: of -z where the scale is negative, as levels then go down."""
+    if form.scale is None:
+        return z, form
+    return jnp.where(form.scale < 0, -z, z), dataclasses.replace(form, scale=jnp.abs(form.scale))
 
 
 def _table(form: Codes, wide: Any) -> Array:

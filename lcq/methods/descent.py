@@ -31,8 +31,8 @@ class Descent(Rounding):
 
     GPFQ, GPTQ and Qronos round an input with regard to those before it; here those after it count too: a sweep is
     their recursion once more, started from what the later errors ask for. The scales of a neuron are re-fitted after
-    each sweep but the last where every neuron has its own; a neuron keeps those it has unless the new ones are
-    positive and better.
+    each sweep but the last where every neuron has its own; a neuron keeps those it has unless the new ones are of the
+    same signs and better.
 
     Attributes:
         before: gives the first codes.
@@ -90,7 +90,7 @@ def refitted(form: Codes, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
         pull: (H + D) w.
 
     Returns:
-        The form; neurons whose new scales are not all positive, or no better, keep the old ones.
+        The form; neurons whose new scales change a sign, or are no better, keep the old ones.
     """
     blocks, neurons = form.scale.shape
     part = (blocks, -1, neurons)
@@ -110,5 +110,5 @@ def refitted(form: Codes, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
     def loss(s: Array) -> Array:
         return (s * ((a * s[:, None]).sum(2) - 2 * r)).sum(1)
 
-    better = (new > 0).all(1) & (loss(new) < loss(old))
+    better = ((new * old > 0) | (old == 0)).all(1) & (loss(new) < loss(old))
     return dataclasses.replace(form, scale=jnp.where(better[:, None], new, old).T.astype(form.scale.dtype))

@@ -18,6 +18,7 @@ from lcq.methods.moments import Statistics, counted, mean
 from lcq.methods.rounding import GPFQ, Rounding, correction, sweep
 from lcq.methods.walk import Use
 from lcq.rules import Rule, Task
+from lcq.schemes.levels import mirrored
 
 Recursion = Literal["auto", "blocked", "follow"]
 
@@ -35,7 +36,7 @@ class Rounded(NamedTuple):
         form: codes [G, N, n], and an alphabet for every group.
         correction: [G, n], what the bias is to take up; None if not centred.
         recursion: blocked or follow.
-        factor: of the scheme's scale, the median over neurons.
+        factor: of the scheme's scale, the median of its size over neurons.
         dead: inputs that are always zero.
         rows: that counted, of the group with the most.
     """
@@ -82,7 +83,7 @@ def round_product(
         raise ValueError(f"wanted recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
     if recursion == "auto":
         _, _, many, neurons = product.shape
-        runs = len(_COARSE) + len(_FINE) + 1 if search else 1
+        runs = sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1
         count = sum(use.product.shape[1] * len(use.inputs) for use in uses)
         able = isinstance(method, GPFQ) and product.kind != "ragged"  # each expert would follow the rows of all
         recursion = cheaper(count, many, neurons, runs) if able else "blocked"
@@ -94,17 +95,26 @@ def round_product(
             "look at the batches, or at the weights before"
         )
     factor = jnp.ones((1, 1))
-    for factors in (_COARSE, _FINE) if search else ():
-        tried = jnp.asarray(factors)[:, None, None] * factor
-        tried = jnp.broadcast_to(tried, (len(factors), w.shape[0], w.shape[2]))
-        losses = problem.losses(method, w, form, tried, key).sum(tied, keepdims=True)
-        factor = factor * jnp.asarray(factors)[losses.argmin(0)]
+    for sets in (_coarse(form), (_FINE,)) if search else ():
+        losses = []
+        for factors in sets:
+            tried = jnp.asarray(factors)[:, None, None] * factor
+            tried = jnp.broadcast_to(tried, (len(factors), w.shape[0], w.shape[2]))
+            losses.append(problem.losses(method, w, form, tried, key).sum(tied, keepdims=True))
+        factor = factor * jnp.concatenate(sets)[jnp.concatenate(losses).argmin(0)]
     if search:
         form = jax.vmap(scaled)(form, jnp.broadcast_to(factor, (w.shape[0], factor.shape[1])))
     form = problem.codes(method, w, form, key)
     shift = problem.correction(w, form) if centred else None
     dead = int((~jax.vmap(alive)(problem.squares)).sum())
-    return Rounded(form, shift, recursion, float(np.median(factor)), dead, int(problem.counts.max()))
+    return Rounded(form, shift, recursion, float(np.median(np.abs(factor))), dead, int(problem.counts.max()))
+
+
+
+def _coarse(form: Codes) -> tuple[np.ndarray, ...]:
+    """The factors that are tried first; of both signs where the mirrored table is another one."""
+    one_sign = form.scale is None or form.zero is not None or (form.values is not None and mirrored(form.values))
+    return (_COARSE,) if one_sign else (_COARSE, -_COARSE)
 
 
 def _alphabet(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:

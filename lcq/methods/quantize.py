@@ -47,8 +47,8 @@ class Record(NamedTuple):
         method: such as GPFQ(order='natural').
         recursion: "blocked" on statistics, or "follow" on the inputs themselves.
         centred: whether a bias or a batch-norm mean took up the change of the mean.
-        factor: median over neurons of the factor that the exact residual chose for the scale.
-        scale: median of the scales, 1 for tables without one.
+        factor: median over neurons of the size of the factor that the exact residual chose for the scale.
+        scale: median of the sizes of the scales, 1 for tables without one.
         dead: inputs that are always zero.
         error: ||Y - Y'||^2 / ||Y||^2 of the product's result in the original and in the quantized net, all before it
             quantized too.
@@ -112,7 +112,7 @@ def quantize(
     for each leaf (each layer of a stacked one, each slice of a fused one) the method rounds its weights on the
     statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The alphabet is the scheme's projection of
     the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
-    among them.
+    among them; of 26, for tables that are not symmetric, where the mirrored table is tried too.
 
     Uses: weights with several uses (a recurrent cell's steps, siamese branches, tied layers) are rounded once, on the
     sums over all of them. Where a use depends on an earlier one, X is from the original net as ever, and Y from the net
@@ -324,7 +324,7 @@ def _record(visit: Visit, method: Rounding, rounded: Rounded, shape: tuple[int, 
         rounded.recursion,
         rounded.correction is not None,
         rounded.factor,
-        1.0 if rounded.form.scale is None else float(np.median(rounded.form.scale)),
+        1.0 if rounded.form.scale is None else float(np.median(np.abs(rounded.form.scale))),
         rounded.dead,
         np.nan,
         0.0,

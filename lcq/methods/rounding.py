@@ -120,7 +120,7 @@ class GPFQ(Rounding):
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPFQ(Rounding):
-    """GPFQ with more zeros: z is thresholded before it is rounded, lambda = threshold times the form's scale.
+    """GPFQ with more zeros: z is thresholded before it is rounded, lambda = threshold times the form's scale's size.
 
         soft    Q(sign(z) max(|z| - lambda, 0))
         hard    0 if |z| <= lambda, else sign(z) (lambda + scale * round((|z| - lambda) / scale))
@@ -162,7 +162,7 @@ class SparseGPFQ(Rounding):
         return recurse(prepared, form, far)
 
     def _limit(self, row: Codes) -> Any:
-        return self.threshold if row.scale is None else self.threshold * row.scale
+        return self.threshold if row.scale is None else self.threshold * jnp.abs(row.scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Fixed codebooks, with or without a free scale: binary, ternary, powers of two, any list of values.
 
-    Pi(x) = argmin_{k, a} sum_i h_i (x_i - a c_{k_i})^2      a = 1, or a > 0 free per block; h = 1, or given
+    Pi(x) = argmin_{k, a} sum_i h_i (x_i - a c_{k_i})^2      a = 1, or a free per block; h = 1, or given
 
 For given codes the best scale is a = A/B with A = sum h x c, B = sum h c^2, and leaves the error sum h x^2 - A^2/B; so
 the best pair maximises A^2/B. As a falls from infinity, codes change only where x_i/a crosses a midpoint of the
-codebook.
+codebook. A negative scale stands for the mirrored codebook: -8 .. 7 serves a block whose largest weight is positive as
+well as one whose is negative, at no cost. For a codebook that is its own mirror image a >= 0.
 
 Source: Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.2; free scale: Idelbayev et al., CVPR 2021.
 """
@@ -39,10 +40,10 @@ class Levels(Quantizer):
 
     Attributes:
         values: the codebook c, at most 65,536 distinct finite numbers.
-        scale: False for a = 1; True for the scale a >= 0 that minimises the error, by a search over 64 scales (on at
-            most 32,768 of a block's elements, on all if they are weighted) and twice 16 around the best of them, each
-            judged after its codes have got their best scale: sort-free, jit-able, and global up to the resolution of
-            the search.
+        scale: False for a = 1; True for the scale a that minimises the error, by a search over 64 scales of either sign
+            (on at most 32,768 of a block's elements, on all if they are weighted) and twice 16 around the best of them,
+            each judged after its codes have got their best scale: sort-free, jit-able, and global up to the resolution
+            of the search. Negative only if that is better, and never where the values are symmetric around 0.
         per: what shares one scale, see `lcq.blocks.block_counts`.
         exact: the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)), on the host.
 
@@ -152,12 +153,30 @@ def nearest(x: Float[Array, "..."], values: tuple[float, ...]) -> Array:
 
 
 def _nearest_scaled(x: Array, values: tuple[float, ...], a: Array) -> Array:
-    """Codes of the nearest of a * values; a broadcasts against x."""
-    first, last = int(values[0]), int(values[-1])
-    if len(values) > 32 and values == tuple(range(first, last + 1)):  # a long integer grid: round instead of comparing
+    """Codes of the nearest of a * values, for a of either sign; a broadcasts against x."""
+    if not mirrored(values):
+        x, a = jnp.where(a < 0, -x, x), jnp.abs(a)
+    if len(values) > 32 and is_grid(values):  # round instead of comparing
         safe = jnp.where(a > 0, a, 1)
-        return (jnp.clip(jnp.round(x / safe), first, last) - first).astype(code_dtype(len(values)))
+        return (jnp.clip(jnp.round(x / safe), values[0], values[-1]) - values[0]).astype(code_dtype(len(values)))
     return _count(x, [a * jnp.asarray(t, x.dtype) for t in thresholds(values)], len(values))
+
+
+def _level_near(x: Array, values: tuple[float, ...], a: Array) -> Array:
+    """The level c for which a c is nearest to x; of two as near either."""
+    if is_grid(values):
+        return jnp.clip(jnp.round(x * (1 / jnp.where(a == 0, 1, a))), values[0], values[-1])
+    return Codes(_nearest_scaled(x, values, a), values=values).dense()
+
+
+def is_grid(values: tuple[float, ...]) -> bool:
+    """Whether a codebook is consecutive whole numbers."""
+    return values == tuple(range(int(values[0]), int(values[0]) + len(values)))
+
+
+def mirrored(values: tuple[float, ...]) -> bool:
+    """Whether a codebook is its own mirror image, so that the sign of its scale does not matter."""
+    return values == tuple(-v for v in reversed(values))
 
 
 def _count(x: Array, cuts: list[Array], k: int) -> Array:
@@ -174,8 +193,18 @@ def code_dtype(k: int) -> Any:
     return jnp.uint8 if k <= 256 else jnp.uint16
 
 
+def of_size_one(whole: Cut) -> tuple[Cut, Array]:
+    """The leaves over a power of two per block, and that: the largest magnitude that counts is then from 1 to 2.
+
+    So sums of squares neither overflow nor vanish, whatever the size of the weights.
+    """
+    high = whole.max([jnp.abs(x) for x in whole.leaves])
+    unit = jnp.ldexp(jnp.ones_like(high), jnp.frexp(high)[1] - 1)
+    return whole._replace(leaves=tuple(x / u for x, u in zip(whole.leaves, whole.spread(unit), strict=True))), unit
+
+
 def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = None) -> Array:
-    """The scale a >= 0 per block that minimises sum h (x - a c)^2, without a sort.
+    """The scale a per block that minimises sum h (x - a c)^2, without a sort.
 
     What weighs nothing does not bound the range of scales; what weighs more counts as if it were there more often.
 
@@ -187,37 +216,42 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     Returns:
         One number per block.
     """
-    two_sided = values[0] < 0 < values[-1]
-    usable = [jnp.abs(x) if two_sided else jnp.maximum(x if values[-1] > 0 else -x, 0) for x in whole.leaves]
-    high = whole.max(usable)
-    unit = jnp.ldexp(jnp.ones_like(high), jnp.frexp(high)[1])  # sums of squares neither overflow nor vanish
-    leaves = [x / here for x, here in zip(whole.leaves, whole.spread(unit), strict=True)]
-    count = jnp.maximum(whole.sum([(x > 0).astype(x.dtype) for x in usable]), 1)
-    sizes = [abs(v) for v in values if v]
-    low, high = whole.sum(usable) / count / unit / max(sizes), high / unit / min(sizes)
-    ratio = jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 1)
-
-    few = whole._replace(leaves=tuple(leaves)).thin(_SAMPLE)
+    whole, unit = of_size_one(whole)
+    many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
+    ranges = [_range(whole, values, sign) for sign in ((1.0,) if mirrored(values) else (1.0, -1.0))]
+    rows = jnp.linspace(0, 1, many).reshape(-1, *(1,) * unit.ndim)
+    tried = jnp.concatenate([low * ratio**rows for low, ratio in ranges])
 
     def better(leaves: Sequence[Array], a: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         """The best scale for the codes at a, kept if its error is the least so far."""
-        near = [_nearest_scaled(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
-        return keep_better(whole, leaves, [Codes(codes, values=values).dense() for codes in near], (), best)
+        near = [_level_near(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
+        return keep_better(whole, leaves, near, (), best)
 
     def scan(leaves: Sequence[Array], scales: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         return jax.lax.fori_loop(0, len(scales), lambda i, best: better(leaves, scales[i], best), best)
 
-    nothing = (jnp.zeros_like(low), jnp.full_like(low, jnp.inf))
-    many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
-    found = scan(few.leaves, low * ratio ** jnp.linspace(0, 1, many).reshape(-1, *(1,) * low.ndim), nothing)[0]
-    best = better(leaves, found, nothing)
+    nothing = (jnp.zeros_like(unit), jnp.full_like(unit, jnp.inf))
+    found = scan(whole.thin(_SAMPLE).leaves, tried, nothing)[0]
+    best = better(whole.leaves, found, nothing)
     if warm is not None:
-        best = better(leaves, warm.reshape(low.shape) / unit, best)
+        best = better(whole.leaves, warm.reshape(unit.shape) / unit, best)
     for zoom in (1, _ZOOM) if many > 1 else ():  # between the neighbours of the best, then between those
-        middle, width = best[0], ratio ** (1 / many / zoom)
-        scales = middle * width ** jnp.linspace(-1, 1, _ZOOM).reshape(-1, *(1,) * middle.ndim)
-        best = scan(leaves, scales, best)
+        ratio = jnp.where(best[0] < 0, ranges[-1][1], ranges[0][1])
+        width = ratio ** (1 / many / zoom)
+        scales = best[0] * width ** jnp.linspace(-1, 1, _ZOOM).reshape(-1, *(1,) * unit.ndim)
+        best = scan(whole.leaves, scales, best)
     return best[0] * unit
+
+
+def _range(whole: Cut, values: tuple[float, ...], sign: float) -> tuple[Array, Array]:
+    """The least scale of a sign that can be best, and how many times larger the largest is, per block."""
+    two_sided = values[0] < 0 < values[-1]
+    side = sign if values[-1] > 0 else -sign
+    usable = [jnp.abs(x) if two_sided else jnp.maximum(side * x, 0) for x in whole.leaves]
+    count = jnp.maximum(whole.sum([(x > 0).astype(x.dtype) for x in usable]), 1)
+    sizes = [abs(v) for v in values if v]
+    low, high = whole.sum(usable) / count / max(sizes), whole.max(usable) / min(sizes)
+    return sign * low, jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 1)
 
 
 def keep_better(
@@ -231,7 +265,7 @@ def keep_better(
     """
     numerator = whole.sum([x * c for x, c in zip(xs, cs, strict=True)])
     denominator = whole.sum([c * c for c in cs])
-    a = jnp.where((numerator > 0) & (denominator > 0), numerator / jnp.where(denominator > 0, denominator, 1), 0)
+    a = jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
     error = whole.sum([(x - here * c) ** 2 for x, here, c in zip(xs, whole.spread(a), cs, strict=True)])
     win = error < best[-1]
     return tuple(jnp.where(win, n, b) for n, b in zip((a, *others, error), best, strict=True))
@@ -245,7 +279,17 @@ def _exact_scales(whole: Cut, values: tuple[float, ...]) -> Array:
 
 
 def exact_scale(x: np.ndarray, values: tuple[float, ...], weights: np.ndarray | None = None) -> float:
-    """The a >= 0 that minimises sum_i h_i min_k (x_i - a c_k)^2, in float64; h = 1 without weights.
+    """The a that minimises sum_i h_i min_k (x_i - a c_k)^2, in float64; h = 1 without weights.
+
+    Positive unless a negative one is better: that is the best for -x, negated.
+    """
+    h = np.ones_like(x) if weights is None else weights
+    (a, gain), (b, other) = _sweep(x, values, h), (0.0, 0.0) if mirrored(values) else _sweep(-x, values, h)
+    return a if gain >= other else -b
+
+
+def _sweep(x: np.ndarray, values: tuple[float, ...], h: np.ndarray) -> tuple[float, float]:
+    """The best a >= 0, and the gain A^2/B that is to be maximised.
 
     Sweeps a from infinity down: every x_i starts at the level nearest to zero and moves outward where a passes x_i/m,
     m a midpoint of the sign of x_i; A and B then only grow. Source: Idelbayev et al., CVPR 2021; the sweep is lcq's.
@@ -253,7 +297,6 @@ def exact_scale(x: np.ndarray, values: tuple[float, ...], weights: np.ndarray | 
     c = np.asarray(values, np.float64)
     middles, gains, gains2 = (c[1:] + c[:-1]) / 2, np.diff(c), np.diff(c**2)
     raise_at, da, db = [], [], []
-    h = np.ones_like(x) if weights is None else weights
     up, down = ((x[side], h[side]) for side in (x > 0, x < 0))
     for m, g, g2 in zip(middles, gains, gains2, strict=True):
         if m != 0:
@@ -273,4 +316,4 @@ def exact_scale(x: np.ndarray, values: tuple[float, ...], weights: np.ndarray | 
     fine = (numerator > 0) & (denominator > 0)
     gain = np.where(fine, numerator**2 / np.where(fine, denominator, 1), 0)
     best = int(np.argmax(gain))
-    return float(numerator[best] / denominator[best]) if gain[best] > 0 else 0.0
+    return (float(numerator[best] / denominator[best]) if gain[best] > 0 else 0.0), float(gain[best])

@@ -196,6 +196,16 @@ def test_of_compressed_weights_it_is_what_a_coder_of_their_codes_needs(order):
         np.testing.assert_allclose(found, -(p * np.log2(p)).sum() / order, rtol=1e-4)
 
 
+def test_levels_ascend_where_a_scale_is_negative():
+    w = {"w": jnp.array([[-2.0, 2.0], [1.0, -1.0], [0.1, 0.2], [-1.0, 1.0]])}
+    forms = lcq.compress(w, [lcq.Rule("w", lcq.Uniform(2, per="channel"))])
+    assert forms["w"].scale[0, 0] > 0 > forms["w"].scale[0, 1]
+    centres = entropy_centres(w, forms)["w"]
+    np.testing.assert_allclose(centres[0, :, 1:-1], [[-2, -1, 0, 1], [-1, 0, 1, 2]], atol=1e-6)
+    tx = hemp(optax.sgd(0.0), [lcq.Rule("w", lcq.Uniform(2, per="channel"))], small=0)
+    np.testing.assert_array_equal(compress_warm(tx.init(w), w)["w"].dense(), forms["w"].dense())
+
+
 def test_centres_lie_around_all_weights():
     w = {"w": jnp.array([[-3.0, 1.0], [0.0, 2.0], [1.0, 9.0], [2.0, 4.0]])}
     forms = lcq.compress(w, [lcq.Rule("w", lcq.Levels((-1.0, 0.0, 1.5, 2.0)))])

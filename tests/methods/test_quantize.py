@@ -711,3 +711,24 @@ def test_errors_of_huge_and_tiny_results_are_finite(size):
         for s in (1, size)
     )
     assert other == pytest.approx(one, rel=0.2) and one > 0
+
+
+def test_the_search_of_scales_tries_the_mirrored_table():
+    """A neuron whose data ask for the other sign gets it, against the exact residual of both signs."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(256, 24)) * np.exp(-np.arange(24) / 4)).astype(np.float32)
+    w, scheme = rng.normal(size=(24, 12)).astype(np.float32), lcq.Uniform(2, per="channel")
+    done = lcq.quantize(lambda p, x: x @ p["w"], {"w": jnp.asarray(w)}, [x], [lcq.Rule("w", scheme)], "nearest")
+    plain = np.asarray(scheme.project(jnp.asarray(w)).scale)[0]
+    found = np.asarray(done.forms["w"].scale)[0]
+    assert (plain * found < 0).any() and 0.5 < done.records[0].factor < 2
+    wide = x.astype(np.float64) - x.astype(np.float64).mean(0)
+    for j in range(12):
+        losses = {}
+        for a in np.outer([1, -1], 1.15 ** np.arange(-4, 5)).ravel() * plain[j]:
+            q = a * np.clip(np.round(w[:, j] / a), -2, 1)
+            losses[a] = ((wide @ (w[:, j] - q)) ** 2).sum()
+        best = min(losses, key=losses.get)
+        assert best * found[j] > 0 or min(losses.values()) > 0.98 * min(
+            v for a, v in losses.items() if a * found[j] > 0
+        )

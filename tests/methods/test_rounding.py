@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import lcq
 from lcq.methods import rounding
-from lcq.methods.alphabet import scaled
+from lcq.methods.alphabet import choose, draw, scaled
 from lcq.methods.following import cheaper, follow
 from lcq.methods.moments import Statistics, finish, gather
 from lcq.methods.quantize import METHODS
@@ -245,7 +245,7 @@ def test_one_input():
 def test_soft_threshold():
     (w, x, y), statistics = standard()
     form = SCHEMES["grid"].project(jnp.asarray(w))
-    limit = 0.7 * np.asarray(form.scale, np.float64)[0]
+    limit = 0.7 * np.abs(np.asarray(form.scale, np.float64)[0])
 
     def shrink(z):
         return np.sign(z) * np.maximum(np.abs(z) - limit, 0)
@@ -258,13 +258,14 @@ def test_hard_threshold():
     (w, x, y), statistics = standard()
     form = SCHEMES["grid"].project(jnp.asarray(w))
     got = SparseGPFQ(1.6, "hard").codes(jnp.asarray(w), statistics, form)
-    a = np.asarray(form.scale, np.float64)[0]
+    a, down = np.abs(np.asarray(form.scale, np.float64)[0]), np.asarray(form.scale[0] < 0)
+    assert down.any() and not down.all()
     w, x, y = (b.astype(np.float64) for b in (w, x, y))
     u, qs = np.zeros((M, n)), []
     for t in range(N):
         u = u + np.outer(x[:, t], w[t])
         z = y[:, t] @ u / (y[:, t] @ y[:, t])
-        steps = np.minimum(np.round((np.abs(z) - 1.6 * a) / a), np.where(z < 0, 7, 6))
+        steps = np.minimum(np.round((np.abs(z) - 1.6 * a) / a), np.where((z < 0) != down, 7, 6))
         qs.append(np.where(np.abs(z) <= 1.6 * a, 0, np.sign(z) * (1.6 * a + a * steps)))
         u = u - np.outer(y[:, t], qs[-1])
     np.testing.assert_allclose(got.dense(), qs, rtol=1e-6)
@@ -371,7 +372,9 @@ def test_dead_columns_go_to_the_nearest_level(method):
         if not isinstance(method, SPFQ | SparseGPFQ):
             dead = np.asarray(jnp.diagonal(statistics.gram)) < 1e-9
             assert dead.sum() in (3, 20)
-            np.testing.assert_array_equal(np.asarray(got.codes)[dead], np.asarray(form.codes)[dead])
+            scale = np.repeat(np.asarray(got.scale, np.float64), 5, axis=0)  # which descent fits anew
+            nearest = np.abs(w[..., None] - scale[..., None] * np.arange(-4.0, 4)).argmin(-1)
+            np.testing.assert_array_equal(np.asarray(got.codes)[dead], nearest[dead])
         values = (
             rounding.residual(jnp.asarray(w), statistics, got),
             correct(jnp.asarray(w), statistics, got),
@@ -529,3 +532,33 @@ def test_every_product_is_of_the_highest_precision():
 def test_program_does_not_grow_with_the_inputs():
     lengths = {tuple(len(list(equations(p))) for p in programs(size)) for size in (1100, 2300)}
     assert len(lengths) == 1
+
+
+def test_a_negative_scale_turns_levels_round():
+    """Every choice on a form with a negative scale is that on the mirrored table."""
+    rng = np.random.default_rng(3)
+    z, u = rng.normal(size=(200, 3)).astype(np.float32), rng.random((200, 3)).astype(np.float32)
+    for values in ((-2.0, -1.0, 0.0, 1.0), (-1.0, 0.25, 2.0), tuple(map(float, range(-20, 30)))):
+        scale = np.array([[0.5, -0.5, -0.25]], np.float32)
+        form = lcq.Levels(values, scale=True, per="channel").project(jnp.asarray(z))
+        form = dataclasses.replace(form, scale=jnp.asarray(scale))
+        table = scale[..., None] * np.asarray(values)
+        gaps = np.abs(z[..., None].astype(np.float64) - table)
+        got = np.asarray(choose(jnp.asarray(z), form))
+        np.testing.assert_allclose(np.take_along_axis(gaps, got[..., None], -1)[..., 0], gaps.min(-1), atol=1e-6)
+        drawn = np.asarray(draw(jnp.asarray(z), form, jnp.asarray(u))).astype(int)
+        ascending = np.sort(table, -1)
+        inside = np.clip(z, ascending[..., 0], ascending[..., -1])
+        value = np.take_along_axis(np.broadcast_to(table, (*z.shape, len(values))), drawn[..., None], -1)[..., 0]
+        low = np.where(ascending <= inside[..., None], ascending, -np.inf).max(-1)
+        high = np.where(ascending >= inside[..., None], ascending, np.inf).min(-1)
+        assert (np.isclose(value, low) | np.isclose(value, high)).all()
+        values_of = [
+            np.take_along_axis(
+                np.broadcast_to(table, (*z.shape, len(values))),
+                np.asarray(draw(jnp.asarray(z), form, jnp.full(z.shape, (i + 0.5) / 400)))[..., None].astype(int),
+                -1,
+            )[..., 0]
+            for i in range(400)
+        ]
+        np.testing.assert_allclose(np.mean(values_of, 0), inside, atol=0.01 * np.abs(table).max())

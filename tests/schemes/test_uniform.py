@@ -1,5 +1,7 @@
 """Uniform grids against a fine grid search in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +15,13 @@ def distortion(form, x):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_symmetric_grid_beats_a_fine_search_of_scales(bits):
+def test_a_grid_beats_a_fine_search_of_scales(bits):
     x = np.random.default_rng(bits).normal(size=3000).astype(np.float32)
     half = 2 ** (bits - 1)
     best = min(
         ((x - a * np.clip(np.round(x / a), -half, half - 1)) ** 2).sum(dtype=np.float64)
         for a in np.linspace(1e-3, np.abs(x).max(), 4000)
+        for a in (a, -a)
     )
     form = lcq.Uniform(bits).project(jnp.asarray(x))
     assert best * (0.98 if bits == 8 else 0.999) <= distortion(form, x) <= best * 1.001
@@ -51,7 +54,8 @@ def test_weighted_grids_come_near_a_fine_search(bits, law):
     h, last, half = h.astype(np.float32), 2**bits - 1, 2 ** (bits - 1)
 
     def best(low, high, zeros):
-        grid = ((a, z) for a in np.linspace(0.02, 4, 600) for z in zeros)
+        signed = (-1, 1) if zeros == [0] else (1,)
+        grid = ((s * a, z) for s in signed for a in np.linspace(0.02, 4, 600) for z in zeros)
         return min((h * (x - a * (np.clip(np.round(x / a) + z, low, high) - z)) ** 2).sum() for a, z in grid)
 
     def found(scheme):
@@ -100,3 +104,53 @@ def test_bad_bits_are_refused():
     for make in (lambda: lcq.Uniform(1), lambda: lcq.Uniform(17), lambda: lcq.Uniform(0, zero_point=True)):
         with pytest.raises(ValueError, match="bits"):
             make()
+
+
+def best_of_all(x, bits, zeros=(0,), symmetric=False):
+    """min over codes and 40,000 scales of both signs, and over zeros, of sum (x - a (q - z))^2."""
+    half = 0 if len(zeros) > 1 else 2 ** (bits - 1)
+    levels = np.arange(symmetric - half, 2**bits - half, dtype=np.float64)
+    scales = np.abs(x).max() / (2**bits - 1) * np.linspace(0.3, 4 * 2**bits, 20_000)
+    best = (x**2).sum()
+    for z in zeros:
+        for a in scales if symmetric else (*scales, *-scales):
+            best = min(best, ((x - a * (np.clip(np.round(x / a) + z, levels[0], levels[-1]) - z)) ** 2).sum())
+    return best
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_group_has_the_better_sign(bits, symmetric):
+    x = np.random.default_rng(bits).normal(size=(64, 3)).astype(np.float32)
+    form = lcq.Uniform(bits, per=16, symmetric=symmetric).project(jnp.asarray(x))
+    rest = ((np.asarray(form.dense(), np.float64) - x) ** 2).reshape(4, 16, 3).sum(1)
+    parts = x.astype(np.float64).reshape(4, 16, 3)
+    best = [[best_of_all(parts[i, :, j], bits, symmetric=symmetric) for j in range(3)] for i in range(4)]
+    assert (rest <= np.array(best) * 1.002 + 1e-12).all()
+    assert bool((form.scale < 0).any()) is not symmetric and form.size_of_table == 2**bits - symmetric
+
+
+def test_a_grid_and_its_mirror_image():
+    w = jnp.array([[-2.0], [1.0], [0.1], [-1.0]])
+    a, b = (distortion(lcq.compress({"w": s * w}, [lcq.Rule("w", lcq.Uniform(2))])["w"], s * w) for s in (1, -1))
+    assert abs(a - b) < 1e-6
+    r = np.random.default_rng(0).normal(size=(4096, 32)).astype(np.float32)
+    form = lcq.compress({"w": jnp.asarray(r)}, [lcq.Rule("w", lcq.Uniform(4, per=32))])["w"]
+    assert distortion(form, r) < 0.0070 * (r.astype(np.float64) ** 2).sum()
+
+
+@pytest.mark.parametrize("scheme", [lcq.Uniform(4, zero_point=True), lcq.Uniform(1, zero_point=True), lcq.Uniform(3)])
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 2e37])
+def test_grids_of_tiny_weights(scheme, size):
+    w = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    x = w * np.float32(size)
+    for per in (None, "channel", 32):
+        scheme = dataclasses.replace(scheme, per=per)
+        whole = scheme.project(jnp.asarray(w)).dense()
+        found = np.asarray(scheme.project(jnp.asarray(x)).dense(), np.float64) / np.float64(np.float32(size))
+        assert ((found - w) ** 2).sum() <= ((np.asarray(whole, np.float64) - w) ** 2).sum() * 1.001
+
+
+def test_a_symmetric_grid_has_no_zero_point():
+    with pytest.raises(ValueError, match="got both"):
+        lcq.Uniform(4, symmetric=True, zero_point=True)
