@@ -129,6 +129,10 @@ class Scheme(abc.ABC):
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError if a leaf of this shape cannot be projected."""
 
+    def check_numbers(self, x: Array) -> None:
+        """Raises ValueError if a concrete leaf cannot be projected for what its numbers are."""
+        del x
+
     @abc.abstractmethod
     def solve(
         self,
@@ -199,6 +203,8 @@ class Scheme(abc.ABC):
             if array.size == 0:
                 raise ValueError(f"wanted at least one weight; got {array.dtype}{list(array.shape)}")
             self.check(array.shape)
+            if not isinstance(array, jax.core.Tracer):
+                self.check_numbers(jnp.asarray(array))
             if self.host and isinstance(array, jax.core.Tracer):
                 raise ValueError(
                     f"{self} is solved on the host and cannot run under jit; call it on concrete arrays "

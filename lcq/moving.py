@@ -79,6 +79,7 @@ def _idle(eqn: Any) -> bool:
 
 
 def _tables(form: Any) -> dict[str, Array]:
+    form = form.with_zeros() if isinstance(form, Codes) else form
     return {name: jnp.asarray(a) for name in _TABLES if (a := getattr(form, name, None)) is not None}
 
 

@@ -275,7 +275,7 @@ def _literal(value: Any) -> str:
 def _family(scheme: Levels, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The name and settings by which a user would ask for these levels."""
     if not scheme.exact:
-        shared: dict[str, Any] = {"scale": scheme.scale, "per": scheme.per}
+        shared: dict[str, Any] = {"scale": scheme.scale, "per": scheme.per, "scale_dtype": scheme.scale_dtype}
         c = len(scheme.values) // 2 - 1
         if scheme == Binary(**shared):
             return "Binary", shared

@@ -113,6 +113,9 @@ class Task:
                     jnp.broadcast_to(h, x.shape[: self.stacked] + h.shape[self.stacked :]) if self.stacked else h
                     for h, x in zip(check_weights(xs, weights), xs, strict=True)
                 )
+            for x in xs if self.stacked else ():
+                if not isinstance(x, jax.core.Tracer):
+                    self.scheme.check_numbers(jnp.asarray(x))
             project = _project_each if self.scheme.host and self.stacked else _project_mapped
             forms = project(self.scheme, xs, previous, mu, weights, self.stacked)
         except ValueError as error:

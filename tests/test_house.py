@@ -45,7 +45,8 @@ ROOMS = {
     "schemes": Room(
         3,
         "axes base blocks dtypes forms",
-        "cast levels uniform lloyd entropy partition histogram exact_kmeans kmeans selection prune lowrank additive",
+        "cast scales levels uniform lloyd entropy partition histogram exact_kmeans kmeans selection prune lowrank "
+        "additive",
     ),
     "kernels": Room(
         3,

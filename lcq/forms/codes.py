@@ -12,7 +12,7 @@ from jaxtyping import Array
 from lcq import packing
 from lcq.base import Form, leafwise, register_form, static
 from lcq.blocks import blocks, compute_dtype, explicit_sharding
-from lcq.dtypes import nearest_number
+from lcq.dtypes import nearest_number, wider
 from lcq.forms.checks import check_blocks, check_codes, check_float, check_shape
 
 _SELECT = 8
@@ -29,8 +29,9 @@ class Codes(Form):
     Attributes:
         codes: uint8 or uint16 of the leaf's shape; packed uint32 words in the stored layout.
         levels: learned table, [*blocks, K], ascending; None if `values` is given.
-        scale: [*blocks] or None for 1.
-        zero: [*blocks] or None for 0, in units of the table.
+        scale: [*blocks], of either sign and often in 16 bits; None for 1.
+        zero: [*blocks] or None for 0, in units of the table. Whole numbers below K are uint8 or uint16, and in the
+            stored layout uint32 words, packed as wide as the codes.
         values: fixed table, ascending; None if `levels` is given.
         packed: the leaf's shape if `codes` are words, None in the working layout.
     """
@@ -59,38 +60,63 @@ class Codes(Form):
 
     @property
     def shared_bits(self) -> int:
-        return sum(a.size * a.dtype.itemsize * 8 for a in (self.levels, self.scale, self.zero) if a is not None)
+        wide = [a for a in (self.levels, self.scale, None if self._whole else self.zero) if a is not None]
+        zeros = self._zeros * packing.width(self.size_of_table)
+        return sum((a.size * a.dtype.itemsize * 8 for a in wide), zeros)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether zeros are whole numbers, or words of such."""
+        return self.zero is not None and jnp.issubdtype(self.zero.dtype, jnp.integer)
+
+    @property
+    def _zeros(self) -> int:
+        """How many whole zeros there are."""
+        if not self._whole:
+            return 0
+        return math.prod(self.scale.shape if self.zero.dtype == jnp.uint32 else self.zero.shape)
 
     def pack(self) -> Self:
         if self.packed is not None:
             return self
-        host = jax.device_get(self)
-        words = packing.pack(host.codes, packing.width(self.size_of_table))
-        return dataclasses.replace(host, codes=words, packed=tuple(self.codes.shape))
+        host, width = jax.device_get(self), packing.width(self.size_of_table)
+        zero = packing.pack(host.zero, width) if self._whole and self.scale is not None else host.zero
+        return dataclasses.replace(host, codes=packing.pack(host.codes, width), zero=zero, packed=self.codes.shape)
 
     def unpack(self) -> Self:
         if self.packed is None:
             return self
         codes = packing.unpack(jnp.asarray(self.codes), packing.width(self.size_of_table), self.packed)
-        return dataclasses.replace(self, codes=codes, packed=None)
+        return dataclasses.replace(self.with_zeros(), codes=codes, packed=None)
+
+    def with_zeros(self) -> Self:
+        """The form with a zero for every block, in either layout, where they are in words."""
+        if self.zero is None or self.zero.dtype != jnp.uint32:
+            return self
+        zero = packing.unpack(jnp.asarray(self.zero), packing.width(self.size_of_table), self.scale.shape)
+        return dataclasses.replace(self, zero=zero)
 
     @property
     def alphabets(self) -> dict[str, tuple[int, int]]:
-        return {"codes": (self.size_of_table, math.prod(self.shape))}
+        codes = {"codes": (self.size_of_table, math.prod(self.shape))}
+        words = self.zero is not None and self.zero.dtype == jnp.uint32
+        return codes | ({"zero": (self.size_of_table, self._zeros)} if words else {})
 
     def dense(self) -> Array:
-        codes = self.unpack().codes
+        form = self.unpack()
+        codes = form.codes
         per_block = next(
-            (a.shape[: codes.ndim] for a in (self.scale, self.levels, self.zero) if a is not None),
+            (a.shape[: codes.ndim] for a in (form.scale, form.levels, form.zero) if a is not None),
             (1,) * codes.ndim,
         )
         cut = blocks(codes.shape, per_block)
         levels = jax.tree.map(jnp.asarray, self.levels)
         value = _lookup(codes.reshape(cut.split), levels, self.values, cut.stat)
-        if self.zero is not None:
-            value = value - self.zero.reshape(cut.stat)
-        if self.scale is not None:
-            value = value * self.scale.reshape(cut.stat)
+        if form.zero is not None:
+            value = value - jnp.asarray(form.zero, value.dtype).reshape(cut.stat)
+        if form.scale is not None:
+            wide = wider(value.dtype, form.scale.dtype)
+            value = value.astype(wide) * jnp.asarray(form.scale, wide).reshape(cut.stat)
         return nearest_number(value.reshape(codes.shape), self.dtype)
 
     def check_stored(self) -> None:
@@ -100,19 +126,27 @@ class Codes(Form):
         check_float("dtype", self.dtype)
         if (self.levels is None) == (self.values is None):
             raise ValueError("wanted either learned levels or fixed values")
-        check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": self.zero})
+        words = self.zero is not None and self.zero.dtype == np.uint32
+        zero = None if words else self.zero
+        check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": zero})
         if not 1 <= self.size_of_table <= 65536:
             raise ValueError(f"wanted 1 to 65,536 levels; got {self.size_of_table}")
         if self.values is not None and max(map(abs, self.values)) > float(np.finfo(np.float32).max):
             raise ValueError("wanted fixed values that float32 can hold")
-        size, width = math.prod(self.packed), packing.width(self.size_of_table)
-        words = packing.word_count(size, width)
-        if self.codes.dtype != np.uint32 or self.codes.shape != (words,):
-            raise ValueError(
-                f"codes: wanted uint32[{words}] for {size} codes of {width} bits; "
-                f"got {self.codes.dtype}{list(self.codes.shape)}"
-            )
-        check_codes("codes", self.codes, size, self.size_of_table)
+        if words and self.scale is None:
+            raise ValueError("zero: wanted a scale beside packed zeros, which says how many there are; got none")
+        streams = {"codes": (self.codes, math.prod(self.packed)), "zero": (self.zero, self._zeros)}
+        width = packing.width(self.size_of_table)
+        for name, (array, size) in streams.items():
+            if name == "zero" and not words:
+                continue
+            many = packing.word_count(size, width)
+            if array.dtype != np.uint32 or array.shape != (many,):
+                raise ValueError(
+                    f"{name}: wanted uint32[{many}] for {size} codes of {width} bits; "
+                    f"got {array.dtype}{list(array.shape)}"
+                )
+            check_codes(name, array, size, self.size_of_table)
 
 
 def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None, stat: tuple[int, ...]) -> Array:

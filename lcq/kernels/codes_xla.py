@@ -78,9 +78,9 @@ def matrix_product(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]
 
     def dense(part: dict[str, Any]) -> Any:
         tail = (x.shape[1], part["words"].shape[-1])
-        return Columns(**part, width=form.width, tail=tail, axes=(0, 1)).matrix()
+        return Columns(**part, lowest=form.lowest, width=form.width, tail=tail, axes=(0, 1)).matrix()
 
-    named = {name: getattr(form, name) for name in ("words", "first", "step", "levels")}
+    named = {name: getattr(form, name) for name in ("words", "first", "step", "levels", "zero")}
     parts = {name: a for name, a in named.items() if a is not None}
     return tile_by_tile(x.astype(jnp.float32), form.columns, parts, dense)
 

@@ -24,13 +24,16 @@ class Columns(Laid):
 
         Delta[k, n] = first[n] + step[n] code[k, n]  if levels are equally far apart,  else levels[n, code[k, n]]
 
-    The rows of the matrix are cut into b equal blocks, each with words and numbers of its own.
+    The rows of the matrix are cut into b equal blocks, each with words and numbers of its own. Of a grid with a scale
+    first = (lowest - zero) step is not kept: step has the scale's dtype and zero that of codes, 16 and 8 bits a block.
 
     Attributes:
         words: uint32 [*stacked, b, w, n], see `reference.fields`; a block's last word is filled with zeros.
-        first: [*stacked, b, 1 or n]; None if there are `levels`.
-        step: like `first`.
+        first: [*stacked, b, 1 or n]; None if there are `levels`, or a `lowest`.
+        step: [*stacked, b, 1 or n]; None if there are `levels`.
         levels: [*stacked, b, 1 or n, K]; None if they are equally far apart.
+        zero: like `step`; None for 0.
+        lowest: the lowest level of a grid, in steps.
         width: bits of a code, 1, 2, 4, 8 or 16.
     """
 
@@ -38,6 +41,8 @@ class Columns(Laid):
     first: Any = own(default=None)
     step: Any = own(default=None)
     levels: Any = own(default=None)
+    zero: Any = own(default=None)
+    lowest: float | None = static(default=None)
     width: int = static(default=1)
 
     @property
@@ -53,10 +58,18 @@ class Columns(Laid):
         """Rows of a block, K / b."""
         return self.rows // self.words.shape[-3]
 
+    def lines(self) -> tuple[Array, Array]:
+        """(first, step) in float32, of levels that are equally far apart."""
+        step = self.step.astype(jnp.float32)
+        if self.lowest is None:
+            return self.first, step
+        return (self.lowest if self.zero is None else self.lowest - self.zero.astype(jnp.float32)) * step, step
+
     def matrix(self) -> Float[Array, "*stacked k n"]:
         codes = fields(self.words, self.width)[..., : self.block, :]
         if self.levels is None:
-            values = self.first[..., None, :] + self.step[..., None, :] * codes.astype(jnp.int32).astype(jnp.float32)
+            first, step = self.lines()
+            values = first[..., None, :] + step[..., None, :] * codes.astype(jnp.int32).astype(jnp.float32)
         else:
             values = _lookup(codes, self.levels[..., None, :, :])
         return values.reshape(*self.words.shape[:-3], -1, self.words.shape[-1])
@@ -70,6 +83,7 @@ class Columns(Laid):
             words=jnp.take(self.words, numbers, -1),
             first=some(self.first, -1),
             step=some(self.step, -1),
+            zero=some(self.zero, -1),
             levels=some(self.levels, -2),
             tail=(self.rows, numbers.shape[0]),
             axes=(0, 1),
@@ -96,18 +110,26 @@ def columns(form: Codes) -> Columns:
     tables = [a for a in (form.levels, form.scale, form.zero) if a is not None]
     *_, b, across = tables[0].shape[: form.codes.ndim] if tables else (1, 1)
 
-    def each(numbers: Any) -> Any:
+    def each(numbers: Any, dtype: Any = jnp.float32) -> Any:
         """Numbers for each block of the matrix, and for each column if columns differ."""
-        numbers = jnp.broadcast_to(numbers.astype(jnp.float32), (*stacked, b, across, numbers.shape[-1]))
+        numbers = jnp.broadcast_to(numbers.astype(dtype), (*stacked, b, across, numbers.shape[-1]))
         return numbers if across in (1, n) else jnp.repeat(numbers, n // across, axis=-2)
 
     table = jnp.asarray(form.values) if form.levels is None else form.levels
-    zero, scale = (jnp.asarray(n if a is None else a)[..., None] for n, a in ((0.0, form.zero), (1.0, form.scale)))
+    zero, scale = (
+        jnp.asarray(n if a is None else a).astype(jnp.float32)[..., None]
+        for n, a in ((0.0, form.zero), (1.0, form.scale))
+    )
     width = next(bits for bits in (1, 2, 4, 8, 16) if bits >= packing.width(table.shape[-1]))
     words = pack_columns(form.codes.reshape(*stacked, b, rows // b, n), width)
     laid = Columns(words=words, width=width, tail=(rows, n), axes=(0, 1), dtype=form.dtype, shared=form.shared)
     if not _equal_step(form):
         return dataclasses.replace(laid, levels=each((table - zero) * scale))
+    if (grid := _short_gap(form)) is not None:
+        gap, lowest = grid
+        zeros = None if form.zero is None else each(jnp.asarray(form.zero)[..., None], form.zero.dtype)[..., 0]
+        step = each(gap * jnp.asarray(form.scale)[..., None], form.scale.dtype)[..., 0]
+        return dataclasses.replace(laid, step=step, zero=zeros, lowest=lowest)
     second = table[..., 1:2] if table.shape[-1] > 1 else table
     first, step = (table[..., :1] - zero) * scale, (second - table[..., :1]) * scale
     return dataclasses.replace(laid, first=each(first)[..., 0], step=each(step)[..., 0])
@@ -119,6 +141,16 @@ def _equal_step(form: Codes) -> bool:
         return form.size_of_table <= 2
     gaps = np.diff(form.values)
     return bool((gaps == gaps[:1]).all())
+
+
+def _short_gap(form: Codes) -> tuple[float, float] | None:
+    """The gap of a fixed grid, and its lowest level in gaps, if gap times scale needs no more bits than the scale: a
+    power of two, of what has none of float16's overflow, and 1 where zeros count gaps. None for all else."""
+    if form.values is None or form.scale is None or len(form.values) < 2:
+        return None
+    gap = form.values[1] - form.values[0]
+    short = math.frexp(gap)[0] == 0.5 and form.scale.dtype != jnp.float16 and form.zero is None
+    return (gap, form.values[0] / gap) if gap == 1 or short else None
 
 
 def pack_columns(codes: UInt[Array, "*g k n"], width: int) -> UInt32[Array, "*g w n"]:

@@ -155,7 +155,7 @@ def _by_codes(x: Float[Array, "m k"], form: Columns, kernel: str | None) -> Floa
 
     cut = x.reshape(x.shape[0], -1, form.block).swapaxes(0, 1)
     nothing = jnp.zeros((x.shape[0], form.words.shape[-1]), jnp.float32)
-    return jax.lax.scan(block, nothing, (cut, form.words, form.first, form.step))[0]
+    return jax.lax.scan(block, nothing, (cut, form.words, *form.lines()))[0]
 
 
 def code_product(

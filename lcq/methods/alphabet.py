@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt
 
+from lcq.blocks import compute_dtype
 from lcq.forms import Codes
 from lcq.schemes.levels import code_dtype, is_grid, nearest, thresholds
 from lcq.schemes.lloyd import assign
+from lcq.schemes.scales import as_scale
 
 _COMPARE = 32
 """Integer grids with more levels are rounded instead of compared with thresholds, as in `Levels`."""
@@ -91,7 +93,7 @@ def choose_all(w: Float[Array, "N n"], form: Codes) -> UInt[Array, "N n"]:
 
 
 def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) -> Codes:
-    """The form with its scale times a factor; learned levels are scaled themselves.
+    """The form with its scale times a factor, in the format that it has; learned levels are scaled themselves.
 
     Args:
         form: in the working layout.
@@ -105,7 +107,8 @@ def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
     factor = jnp.asarray(factor)
 
     def times(a: Array) -> Array:
-        return a * factor.astype(a.dtype)
+        wide = compute_dtype(a.dtype)
+        return as_scale(a.astype(wide) * factor.astype(wide), str(a.dtype))
 
     def spread(a: Array) -> Array:
         return jnp.broadcast_to(a, (a.shape[0], max(a.shape[1], factor.size), *a.shape[2:]))
@@ -141,9 +144,12 @@ def spaced(form: Codes, threshold: float) -> Codes:
 
 def _upright(z: Array, form: Codes) -> tuple[Array, Codes]:
     """The same choice with a scale >= 0: of -z where the scale is negative, as levels then go down."""
+    if form.zero is not None:
+        form = dataclasses.replace(form, zero=form.zero.astype(z.dtype))
     if form.scale is None:
         return z, form
-    return jnp.where(form.scale < 0, -z, z), dataclasses.replace(form, scale=jnp.abs(form.scale))
+    scale = form.scale.astype(z.dtype)
+    return jnp.where(scale < 0, -z, z), dataclasses.replace(form, scale=jnp.abs(scale))
 
 
 def _table(form: Codes, wide: Any) -> Array:

@@ -51,19 +51,19 @@ class Assembly:
             if array is not None:
                 many = array.shape[-1] if name == "levels" else 1
                 part, numbers = numbers[..., :many], numbers[..., many:]
-                fields[name] = jax.numpy.asarray(part if name == "levels" else part[..., 0])
+                fields[name] = jax.numpy.asarray((part if name == "levels" else part[..., 0]).astype(array.dtype))
         codes = self._codes.astype(self._form.codes.dtype)
         return Codes(jax.numpy.asarray(codes), **fields, values=self._form.values, dtype=self._dtype)
 
 
 def _rows(form: Codes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, zero, levels) of every block as rows, and for each code [G, N, n] the number of its row."""
+    """(scale, zero, levels) of every block as rows, in float64, and for each code [G, N, n] the number of its row."""
     many = shape[1]
     arrays = [form.scale, form.zero, form.levels]
     columns = [a if a is None or i == 2 else a[..., None] for i, a in enumerate(arrays)]
-    parts = [a for a in columns if a is not None]
+    parts = [a.astype(np.float64) for a in columns if a is not None]
     if not parts:
-        return np.zeros((1, 0), np.float32), np.zeros(shape, np.int64)
+        return np.zeros((1, 0)), np.zeros(shape, np.int64)
     blocks = np.broadcast_shapes(*(a.shape[:3] for a in parts))
     rows = np.concatenate([np.broadcast_to(a, (*blocks, a.shape[-1])).reshape(math.prod(blocks), -1) for a in parts], 1)
     number = np.arange(math.prod(blocks)).reshape(blocks).repeat(many // blocks[1], axis=1)

@@ -13,6 +13,7 @@ from lcq.methods.following import Recursion, alive, dot, recurse
 from lcq.methods.moments import Statistics
 from lcq.methods.resolving import Qronos
 from lcq.methods.rounding import Rounding, wide
+from lcq.schemes.scales import as_scale, rounded_scale
 
 
 class _Prepared(NamedTuple):
@@ -106,9 +107,10 @@ def refitted(form: Codes, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
     ridge = jnp.where(size > 0, 1e-6 * size, 1)
     old = form.scale.astype(a.dtype).T
     new = jnp.linalg.solve(a + ridge[:, None, None] * jnp.eye(blocks, dtype=a.dtype), r[..., None])[..., 0]
+    new = rounded_scale(new, str(form.scale.dtype))
 
     def loss(s: Array) -> Array:
         return (s * ((a * s[:, None]).sum(2) - 2 * r)).sum(1)
 
     better = ((new * old > 0) | (old == 0)).all(1) & (loss(new) < loss(old))
-    return dataclasses.replace(form, scale=jnp.where(better[:, None], new, old).T.astype(form.scale.dtype))
+    return dataclasses.replace(form, scale=as_scale(jnp.where(better[:, None], new, old).T, str(form.scale.dtype)))

@@ -276,6 +276,7 @@ def levels_of(path: str, form: Form) -> Float[Array, "*counts n"]:
         raise ValueError(f"{path}: wanted a form with a codebook, such as of lcq.KMeans; got {type(form).__name__}")
     table = jnp.asarray(np.asarray(form.values, np.float32) if form.levels is None else form.levels)
     table = table.astype(compute_dtype(table.dtype))
+    form = form.with_zeros()
     if form.zero is not None:
         table = table - jnp.asarray(form.zero).astype(table.dtype)[..., None]
     if form.scale is not None:

@@ -110,7 +110,6 @@ def round_product(
     return Rounded(form, shift, recursion, float(np.median(np.abs(factor))), dead, int(problem.counts.max()))
 
 
-
 def _coarse(form: Codes) -> tuple[np.ndarray, ...]:
     """The factors that are tried first; of both signs where the mirrored table is another one."""
     one_sign = form.scale is None or form.zero is not None or (form.values is not None and mirrored(form.values))

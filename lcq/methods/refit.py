@@ -33,10 +33,10 @@ def tune(
 
         minimise L(Delta(c; z), b)  over c and b
 
-    c are the floating-point arrays of the forms: levels, scales, zero points, factors, surviving weights; z are their
-    codes, masks, ranks and fixed tables; b are the arrays under no rule, such as biases. The gradient of a level is
-    the sum over the weights that have it, so SGD wants a smaller rate than for weights; there are few numbers, so that
-    `optax.lbfgs()` on one large batch does well. With batch norm, `lcq.recalibrate` afterwards.
+    c are the floating-point arrays of the forms: levels, scales, factors, surviving weights; z are their
+    codes, masks, ranks, whole zeros and fixed tables; b are the arrays under no rule, such as biases. The gradient of a
+    level is the sum over the weights that have it, so SGD wants a smaller rate than for weights; there are few numbers,
+    so that `optax.lbfgs()` on one large batch does well. With batch norm, `lcq.recalibrate` afterwards.
 
     What a joint task shares is one number. Numbers in less than float32 are trained in float32 and rounded whenever
     the loss looks at them, so that what is tuned is what is returned; the gradient passes as if they were not.
@@ -46,7 +46,7 @@ def tune(
         forms: a compressed tree, as from `lcq.extract`, `lcq.compress`, `lcq.quantize` or `lcq.load`.
         tx: any optax optimizer. It is given one flat dict of what is tuned: "dense0/bias" is that array and
             "dense0/kernel.levels" a part of that form, at its first leaf if leaves share it. `optax.partition` gives
-            them different rates, or freezes some by `optax.set_to_zero()`, such as zero points to keep 0 exact.
+            them different rates, or freezes some by `optax.set_to_zero()`, such as the biases.
         batches: training data, all of the same shapes.
         steps: updates to make, one batch each; by default as many as there are batches.
         arrays: whether arrays under no rule are tuned too.

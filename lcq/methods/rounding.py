@@ -162,7 +162,9 @@ class SparseGPFQ(Rounding):
         return recurse(prepared, form, far)
 
     def _limit(self, row: Codes) -> Any:
-        return self.threshold if row.scale is None else self.threshold * jnp.abs(row.scale)
+        if row.scale is None:
+            return self.threshold
+        return self.threshold * jnp.abs(row.scale.astype(compute_dtype(row.scale.dtype)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from lcq.base import Form, Quantizer
 from lcq.blocks import Cut, Per, cut
 from lcq.forms import Codes
+from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, rounded_scale, scale_format
 
 _CANDIDATES = 64
 _ZOOM = 16
@@ -45,6 +46,10 @@ class Levels(Quantizer):
             each judged after its codes have got their best scale: sort-free, jit-able, and global up to the resolution
             of the search. Negative only if that is better, and never where the values are symmetric around 0.
         per: what shares one scale, see `lcq.blocks.block_counts`.
+        scale_dtype: the format of scales, in which they are chosen: "float32", "bfloat16" or "float16". None for
+            bfloat16 in groups (per=32), as 32 bits for each group are a bit a weight, and float32 elsewhere. bfloat16
+            has the range of float32, and the codes make up for its 8 bits. float16 holds 6.1e-5 to 65,504 in full:
+            leaves that need other scales are refused, and smaller scales of single blocks lose bits.
         exact: the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)), on the host.
 
     Raises:
@@ -60,13 +65,15 @@ class Levels(Quantizer):
     scale: bool = False
     per: Per = None
     exact: bool = False
+    scale_dtype: str | None = None
 
     def __post_init__(self) -> None:
         values = tuple(sorted({float(np.float32(v)) for v in self.values}))
         if not 1 <= len(values) <= 65536 or not all(math.isfinite(v) for v in values):
             raise ValueError(f"wanted 1 to 65,536 finite levels; got {self.values!r}")
-        if not self.scale and (self.exact or self.per is not None):
-            raise ValueError("per= and exact= choose a scale: pass scale=True with them")
+        if not self.scale and (self.exact or self.per is not None or self.scale_dtype is not None):
+            raise ValueError("per=, exact= and scale_dtype= choose a scale: pass scale=True with them")
+        check_scale_dtype(self.scale_dtype)
         if self.scale and not any(values):
             raise ValueError("wanted a level other than zero to scale; got zeros")
         object.__setattr__(self, "values", values)
@@ -75,23 +82,28 @@ class Levels(Quantizer):
     def host(self) -> bool:
         return self.exact
 
+    def check_numbers(self, x: Array) -> None:
+        if self.scale and self.scale_dtype == "float16":
+            check_float16(x, max(map(abs, self.values)))
+
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         del mu
         whole = cut(xs, self.per, weights)
         if not self.scale:
             return tuple(self._form(x, nearest(w, self.values), None) for x, w in zip(xs, whole.leaves, strict=True))
+        dtype = scale_format(self.per, self.scale_dtype)
         if self.exact:
-            a = _exact_scales(whole, self.values)
+            a = _exact_scales(whole, self.values, dtype)
         else:
-            a = search_scale(whole, self.values, None if previous is None else previous[0].scale)
-        leaves = zip(xs, whole.leaves, whole.spread(a), whole.numbers(a), strict=True)
+            a = search_scale(whole, self.values, None if previous is None else previous[0].scale, dtype)
+        leaves = zip(xs, whole.leaves, whole.spread(a), whole.numbers(as_scale(a, dtype)), strict=True)
         return tuple(self._form(x, _nearest_scaled(w, self.values, here), scale) for x, w, here, scale in leaves)
 
     def _form(self, x: Array, codes: Array, scale: Array | None) -> Codes:
         return Codes(codes.reshape(x.shape), scale=scale, values=self.values, dtype=str(x.dtype))
 
 
-def Binary(scale: bool = True, per: Per = None) -> Levels:
+def Binary(scale: bool = True, per: Per = None, scale_dtype: str | None = None) -> Levels:
     """{-a, a} with a = mean |x|, or {-1, 1}: Delta = a sign(x), sign(0) = +1.
 
     Source: Rastegari et al., arXiv 1603.05279; arXiv 1707.04319, section 4.2.
@@ -100,31 +112,32 @@ def Binary(scale: bool = True, per: Per = None) -> Levels:
         >>> Binary().project(jnp.array([-1.0, 2.0, 3.0])).dense()
         Array([-2.,  2.,  2.], dtype=float32)
     """
-    return Levels((-1.0, 1.0), scale=scale, per=per)
+    return Levels((-1.0, 1.0), scale=scale, per=per, scale_dtype=scale_dtype)
 
 
-def Ternary(scale: bool = True, per: Per = None) -> Levels:
+def Ternary(scale: bool = True, per: Per = None, scale_dtype: str | None = None) -> Levels:
     """{-a, 0, a} with the best a: the mean of the j largest |x|, j = argmax (their sum)/sqrt(j); or {-1, 0, 1}.
 
     Source: arXiv 1707.04319, section 4.2 and theorem A.3.
     """
-    return Levels((-1.0, 0.0, 1.0), scale=scale, per=per)
+    return Levels((-1.0, 0.0, 1.0), scale=scale, per=per, scale_dtype=scale_dtype)
 
 
-def PowersOfTwo(c: int, scale: bool = False, per: Per = None) -> Levels:
+def PowersOfTwo(c: int, scale: bool = False, per: Per = None, scale_dtype: str | None = None) -> Levels:
     """{0, +-1, +-1/2, .., +-2^-c}: products become shifts.
 
     Args:
         c: the smallest power, 0 to 126.
         scale: whether a common factor is free.
         per: what shares the factor.
+        scale_dtype: its format, see `Levels`.
 
     Source: arXiv 1707.04319, section 4.2 and theorem A.1.
     """
     if not 0 <= c <= 126:
         raise ValueError(f"wanted 0 <= c <= 126; got {c}")
     powers = [2.0**-i for i in range(c + 1)]
-    return Levels((*(-p for p in powers), 0.0, *powers), scale=scale, per=per)
+    return Levels((*(-p for p in powers), 0.0, *powers), scale=scale, per=per, scale_dtype=scale_dtype)
 
 
 def thresholds(values: tuple[float, ...]) -> np.ndarray:
@@ -203,7 +216,7 @@ def of_size_one(whole: Cut) -> tuple[Cut, Array]:
     return whole._replace(leaves=tuple(x / u for x, u in zip(whole.leaves, whole.spread(unit), strict=True))), unit
 
 
-def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = None) -> Array:
+def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = None, dtype: str | None = None) -> Array:
     """The scale a per block that minimises sum h (x - a c)^2, without a sort.
 
     What weighs nothing does not bound the range of scales; what weighs more counts as if it were there more often.
@@ -212,6 +225,7 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
         whole: leaves cut into the blocks that share a scale.
         values: the codebook.
         warm: scales to start from; the result is at least as good.
+        dtype: the format of scales, see `as_scale`; only its numbers are tried.
 
     Returns:
         One number per block.
@@ -225,7 +239,7 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     def better(leaves: Sequence[Array], a: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         """The best scale for the codes at a, kept if its error is the least so far."""
         near = [_level_near(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
-        return keep_better(whole, leaves, near, (), best)
+        return keep_better(whole, leaves, near, (), best, dtype)
 
     def scan(leaves: Sequence[Array], scales: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         return jax.lax.fori_loop(0, len(scales), lambda i, best: better(leaves, scales[i], best), best)
@@ -234,7 +248,7 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     found = scan(whole.thin(_SAMPLE).leaves, tried, nothing)[0]
     best = better(whole.leaves, found, nothing)
     if warm is not None:
-        best = better(whole.leaves, warm.reshape(unit.shape) / unit, best)
+        best = better(whole.leaves, warm.reshape(unit.shape).astype(unit.dtype) / unit, best)
     for zoom in (1, _ZOOM) if many > 1 else ():  # between the neighbours of the best, then between those
         ratio = jnp.where(best[0] < 0, ranges[-1][1], ranges[0][1])
         width = ratio ** (1 / many / zoom)
@@ -255,27 +269,45 @@ def _range(whole: Cut, values: tuple[float, ...], sign: float) -> tuple[Array, A
 
 
 def keep_better(
-    whole: Cut, xs: Sequence[Array], cs: Sequence[Array], others: tuple[Array, ...], best: Any
+    whole: Cut,
+    xs: Sequence[Array],
+    cs: Sequence[Array],
+    others: tuple[Array, ...],
+    best: Any,
+    dtype: str | None = None,
 ) -> tuple[Array, ...]:
     """(a, *others, error) per block, or `best` if its error is less:
 
-        a = sum h x c / sum h c^2,    error = sum h (x - a c)^2
+        a = sum h x c / sum h c^2, rounded to a format,    error = sum h (x - a c)^2
 
     The error is summed as it is, not as sum h x^2 - a sum h x c: float32 could not tell fine grids apart.
     """
     numerator = whole.sum([x * c for x, c in zip(xs, cs, strict=True)])
     denominator = whole.sum([c * c for c in cs])
     a = jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0)
+    a = rounded_scale(a, dtype)
     error = whole.sum([(x - here * c) ** 2 for x, here, c in zip(xs, whole.spread(a), cs, strict=True)])
     win = error < best[-1]
     return tuple(jnp.where(win, n, b) for n, b in zip((a, *others, error), best, strict=True))
 
 
-def _exact_scales(whole: Cut, values: tuple[float, ...]) -> Array:
-    """`exact_scale` of every block, on the host."""
+def _exact_scales(whole: Cut, values: tuple[float, ...], dtype: str | None) -> Array:
+    """`exact_scale` of every block, on the host; of the numbers of a format beside it the best."""
     rows, weights = whole.rows()
-    scales = [exact_scale(row, values, None if weights is None else weights[i]) for i, row in enumerate(rows)]
+    scales = []
+    for i, row in enumerate(rows):
+        h = None if weights is None else weights[i]
+        near = exact_scale(row, values, h) * np.array([1, 1 - 2.0**-8, 1 + 2.0**-8][: 1 if dtype is None else 3])
+        near = near.astype(jnp.dtype(dtype or np.float64)).astype(np.float64)
+        scales.append(near[np.argmin([_error(row, values, a, h) for a in near])])
     return jnp.asarray(np.array(scales).reshape(whole.blocks[0].stat), whole.leaves[0].dtype)
+
+
+def _error(x: np.ndarray, values: tuple[float, ...], a: float, weights: np.ndarray | None) -> float:
+    """sum_i h_i min_k (x_i - a c_k)^2."""
+    levels = np.sort(a * np.asarray(values, np.float64))
+    near = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x)]
+    return float(((x - near) ** 2 * (1 if weights is None else weights)).sum())
 
 
 def exact_scale(x: np.ndarray, values: tuple[float, ...], weights: np.ndarray | None = None) -> float:

@@ -11,6 +11,7 @@ from lcq.base import Form, Quantizer
 from lcq.blocks import Cut, Per, cut
 from lcq.forms import Codes
 from lcq.schemes.levels import Levels, code_dtype, keep_better, of_size_one
+from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, scale_format
 
 _SHRINKS = 64
 _POLISH = 8
@@ -31,9 +32,11 @@ class Uniform(Quantizer):
         per: what shares one scale, see `lcq.blocks.block_counts`.
         zero_point: whether the grid may be shifted.
         symmetric: without -2^(b-1), so that the scale is positive; for runtimes that want it.
+        scale_dtype: the format of scales, see `Levels`: None for bfloat16 in groups and float32 elsewhere. Zeros take b
+            bits each: 4 bits in groups of 32 are 4.5 bits a weight, and 4.63 with zero points.
 
     Raises:
-        ValueError: bits out of range, or a symmetric grid that may be shifted.
+        ValueError: bits out of range, a symmetric grid that may be shifted, or another format.
 
     Example:
         >>> Uniform(2).project(jnp.array([-2.0, 1.0, 0.1, -1.0])).dense()
@@ -46,6 +49,7 @@ class Uniform(Quantizer):
     per: Per = None
     zero_point: bool = False
     symmetric: bool = False
+    scale_dtype: str | None = None
 
     def __post_init__(self) -> None:
         least = 1 if self.zero_point else 2
@@ -55,17 +59,25 @@ class Uniform(Quantizer):
             )
         if self.symmetric and self.zero_point:
             raise ValueError("wanted zero_point=True or symmetric=True; got both; a symmetric grid has no zero point")
+        check_scale_dtype(self.scale_dtype)
+
+    def check_numbers(self, x: Array) -> None:
+        if self.scale_dtype == "float16":
+            check_float16(x, (1 << self.bits) - 1 if self.zero_point else 1 << (self.bits - 1))
 
     def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
         if not self.zero_point:
             half = 1 << (self.bits - 1)
-            grid = Levels(tuple(map(float, range(self.symmetric - half, half))), scale=True, per=self.per)
+            values = tuple(map(float, range(self.symmetric - half, half)))
+            grid = Levels(values, scale=True, per=self.per, scale_dtype=self.scale_dtype)
             return grid.solve(xs, previous, mu, weights)
         last = (1 << self.bits) - 1
         whole = cut(xs, self.per, weights)
-        a, z = _search_grid(whole, last, None if previous is None else (previous[0].scale, previous[0].zero))
+        dtype = scale_format(self.per, self.scale_dtype)
+        a, z = _search_grid(whole, last, None if previous is None else (previous[0].scale, previous[0].zero), dtype)
         values = tuple(map(float, range(last + 1)))
-        places, numbers = (zip(f(a), f(z), strict=True) for f in (whole.spread, whole.numbers))
+        places = zip(whole.spread(a), whole.spread(z), strict=True)
+        numbers = zip(whole.numbers(as_scale(a, dtype)), whole.numbers(z.astype(code_dtype(last + 1))), strict=True)
         return tuple(
             Codes(_codes(w, *place, last).reshape(x.shape), None, *number, values, dtype=str(x.dtype))
             for x, w, place, number in zip(xs, whole.leaves, places, numbers, strict=True)
@@ -78,7 +90,7 @@ def _codes(x: Array, a: Array, z: Array, last: int) -> Array:
     return jnp.clip(jnp.round(x / safe) + z, 0, last).astype(code_dtype(last + 1))
 
 
-def _search_grid(whole: Cut, last: int, warm: tuple[Array, Array] | None) -> tuple[Array, Array]:
+def _search_grid(whole: Cut, last: int, warm: tuple[Array, Array] | None, dtype: str | None) -> tuple[Array, Array]:
     """The best scale a and zero z per block among shrunk ranges, polished; at least as good as `warm`."""
     whole, unit = of_size_one(whole)
     low = -jnp.maximum(whole.max([-x for x in whole.leaves]), 0)
@@ -88,7 +100,7 @@ def _search_grid(whole: Cut, last: int, warm: tuple[Array, Array] | None) -> tup
         """The best scale for the codes at (a, z), kept if its error is the least so far."""
         here = zip(whole.leaves, whole.spread(a), whole.spread(z), strict=True)
         steps = [_codes(x, b, y, last).astype(x.dtype) - y for x, b, y in here]
-        return keep_better(whole, whole.leaves, steps, (z,), best)
+        return keep_better(whole, whole.leaves, steps, (z,), best, dtype)
 
     def shrunk(i: Any, best: Any) -> Any:
         a = (high - low) * ((i + 1) / _SHRINKS) / last
@@ -97,7 +109,8 @@ def _search_grid(whole: Cut, last: int, warm: tuple[Array, Array] | None) -> tup
 
     best = (jnp.zeros_like(low), jnp.zeros_like(low), whole.sum([x * x for x in whole.leaves]))
     if warm is not None:
-        best = better(warm[0].reshape(low.shape) / unit, warm[1].reshape(low.shape), best)
+        a, z = (number.reshape(low.shape).astype(low.dtype) for number in warm)
+        best = better(a / unit, z, best)
     best = jax.lax.fori_loop(0, _SHRINKS, shrunk, best)
     a, z, _ = jax.lax.fori_loop(0, _POLISH, lambda _, best: better(best[0], best[1], best), best)
     return a * unit, z

@@ -309,3 +309,41 @@ def test_what_does_not_fit_is_refused():
 def test_a_kernel_that_this_platform_has_not_raises(kernel):
     with pytest.raises((ValueError, NotImplementedError), match=r"(?i)interpret|gpu|tpu"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.KMeans(2)), kernel=kernel).block_until_ready()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        lcq.Uniform(4, per=32),
+        lcq.Uniform(4, per=32, zero_point=True),
+        lcq.Uniform(3, per=32, scale_dtype="float16"),
+        lcq.Binary(per=32),
+        lcq.Binary(per=32, scale_dtype="float16"),
+        lcq.Levels((-1.0, 0.25, 2.0), scale=True, per=32),
+    ],
+    ids=repr,
+)
+def test_numbers_of_groups_are_short_in_memory(scheme):
+    w = np.random.default_rng(8).normal(size=(96, 10)).astype(np.float32)
+    form = scheme.project(jnp.asarray(w))
+    laid = columns(form)
+    np.testing.assert_allclose(laid.dense(), form.dense(), rtol=1e-6, atol=1e-7)
+    for rows in (1, 9):
+        x = np.random.default_rng(rows).normal(size=(rows, 96)).astype(np.float32)
+        wanted = x.astype(np.float64) @ np.asarray(form.dense(), np.float64)
+        np.testing.assert_allclose(matmul(jnp.asarray(x), laid), wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(matmul(jnp.asarray(x), laid.take(jnp.array([3, 1]))), wanted[:, [3, 1]], atol=1e-4)
+    if isinstance(scheme, lcq.Uniform) or (scheme.scale_dtype is None and len(scheme.values) == 2):
+        short = 16 + 8 * (form.zero is not None)
+        assert laid.bits == 8 * laid.words.nbytes + 30 * short
+
+
+def test_levels_that_go_down_multiply_as_they_are():
+    w = np.random.default_rng(9).normal(size=(64, 6)).astype(np.float32)
+    form = lcq.Uniform(2, per="channel").project(jnp.asarray(w))
+    form = type(form)(form.codes, scale=form.scale * jnp.array([[1, -1, 1, -1, -1, 1.0]]), values=form.values)
+    assert bool((form.scale < 0).any())
+    for rows, kernel in ((1, "words"), (9, "tiles"), (3, "dense")):
+        x = np.random.default_rng(rows).normal(size=(rows, 64)).astype(np.float32)
+        wanted = x.astype(np.float64) @ np.asarray(form.dense(), np.float64)
+        np.testing.assert_allclose(matmul(jnp.asarray(x), form, kernel=kernel), wanted, rtol=1e-4, atol=1e-4)

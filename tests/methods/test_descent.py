@@ -80,7 +80,7 @@ def test_wants_a_sweep():
 
 def test_scales_are_the_least_squares_of_their_codes():
     w, x, y = problem(3)
-    form = Uniform(3, per=5).project(jnp.asarray(w))
+    form = Uniform(3, per=5, scale_dtype="float32").project(jnp.asarray(w))
     statistics = finish(gather(jnp.asarray(y), jnp.asarray(x)))
     pull = statistics.gram @ w + statistics.drift @ w
     done = refitted(form, statistics.gram, jnp.asarray(pull))

@@ -179,7 +179,7 @@ def test_degenerate_inputs(scheme, x):
 @pytest.mark.parametrize("per", ["channel", 4, (2, 0), (1, 0)])
 def test_blocks_are_projected_alone(per):
     x = np.random.default_rng(6).normal(size=(8, 6)).astype(np.float32) * np.arange(1, 7, dtype=np.float32)
-    form = lcq.Ternary(per=per).project(jnp.asarray(x))
+    form = lcq.Ternary(per=per, scale_dtype="float32").project(jnp.asarray(x))
     rows, columns = {"channel": (8, 1), 4: (4, 1), (2, 0): (2, 6), (1, 0): (1, 6)}[per]
     for i, j in itertools.product(range(0, 8, rows), range(0, 6, columns)):
         part = (slice(i, i + rows), slice(j, j + columns))
@@ -190,7 +190,7 @@ def test_blocks_are_projected_alone(per):
 def test_exact_equals_searched_per_block():
     x = jnp.asarray(np.random.default_rng(7).normal(size=(64, 3)), jnp.float32)
     for per in ("channel", 32):
-        exact = lcq.Levels((-1, 0, 1), scale=True, per=per, exact=True).project(x)
+        exact = lcq.Levels((-1, 0, 1), scale=True, per=per, exact=True, scale_dtype="float32").project(x)
         assert distortion(exact, x) <= distortion(lcq.Ternary(per=per).project(x), x) * (1 + 1e-6)
         for j in range(3):
             column = exact.scale[:, j].reshape(-1)
@@ -259,3 +259,58 @@ def test_bad_settings_and_leaves_are_refused(make):
 def test_thresholds_are_float32_and_ascending():
     t = thresholds((-1.0, 0.0, 0.5, 1.0))
     assert t.dtype == np.float32 and (np.diff(t) > 0).all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_scales_in_16_bits_are_the_best_there_are(dtype, exact):
+    """Against all scales of the format, of both signs, and all codes, in float64."""
+    values = (-2.0, -1.0, 0.0, 1.0)
+    x = np.random.default_rng(13).normal(size=(16, 8)).astype(np.float32)
+    form = lcq.Levels(values, scale=True, per=8, exact=exact, scale_dtype=dtype).project(jnp.asarray(x))
+    assert form.scale.dtype == jnp.dtype(dtype) and form.shared_bits == 16 * form.scale.size
+    with np.errstate(invalid="ignore"):
+        every = np.arange(1 << 16, dtype=np.uint16).view(jnp.dtype(dtype)).astype(np.float64)
+    every = every[np.isfinite(every) & (np.abs(every) < 4) & (np.abs(every) > 0.1)][:: 1 if dtype == "bfloat16" else 7]
+    for i, j in itertools.product(range(2), range(8)):
+        part = x[8 * i : 8 * i + 8, j].astype(np.float64)
+        best = min(error(part, values, a) for a in every)
+        found = ((np.asarray(form.dense(), np.float64)[8 * i : 8 * i + 8, j] - part) ** 2).sum()
+        assert found <= best * 1.002
+
+
+def test_groups_have_scales_in_bfloat16_unless_another_format_is_given():
+    x = jnp.ones((8, 2))
+    for scheme, dtype in [
+        (lcq.Ternary(per=4), "bfloat16"),
+        (lcq.Uniform(4, per=4), "bfloat16"),
+        (lcq.Uniform(4, per="channel"), "float32"),
+        (lcq.Uniform(4), "float32"),
+        (lcq.Uniform(4, per=4, scale_dtype="float32"), "float32"),
+        (lcq.Uniform(4, per="channel", scale_dtype="float16"), "float16"),
+        (lcq.Binary(per=4, scale_dtype="float16"), "float16"),
+    ]:
+        assert scheme.project(x).scale.dtype == jnp.dtype(dtype)
+    with pytest.raises(ValueError, match="scale_dtype"):
+        lcq.Uniform(4, scale_dtype="int8")
+    with pytest.raises(ValueError, match="scale=True"):
+        lcq.Ternary(scale=False, scale_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1e7, 1e30])
+def test_weights_that_float16_cannot_scale_are_refused(size):
+    x = jnp.asarray(np.random.default_rng(14).normal(size=(3, 8, 4)) * size, jnp.float32)
+    for scheme in (lcq.Uniform(4, per=4), lcq.Uniform(4, per=4, zero_point=True)):
+        narrow = dataclasses.replace(scheme, scale_dtype="float16")
+        for stacked in (0, 1):
+            with pytest.raises(ValueError, match=r"w: wanted weights whose scales fit float16.*bfloat16"):
+                lcq.compress({"w": x}, [lcq.Rule("w", narrow, stacked=stacked)])
+        form = scheme.project(x)
+        assert distortion(form, x) < 0.01 * (np.asarray(x, np.float64) ** 2).sum()
+
+
+def test_single_blocks_below_float16_become_nothing_worse():
+    x = np.random.default_rng(15).normal(size=(8, 4)).astype(np.float32)
+    x[:4] *= 1e-12
+    form = lcq.Uniform(4, per=4, scale_dtype="float16").project(jnp.asarray(x))
+    assert np.isfinite(form.dense()).all() and distortion(form, x) < 0.01 * (x**2).sum()

@@ -83,7 +83,7 @@ def test_the_grid_beats_the_one_of_the_largest_weight():
 @pytest.mark.parametrize("zero_point", [False, True])
 def test_warm_start_is_never_worse_and_blocks_are_alone(zero_point):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(32, 3)), jnp.float32)
-    scheme = lcq.Uniform(3, per=16, zero_point=zero_point)
+    scheme = lcq.Uniform(3, per=16, zero_point=zero_point, scale_dtype="float32")
     cold = scheme.project(x)
     y = x + 0.01
     warm = scheme.project(y, cold)
@@ -154,3 +154,40 @@ def test_grids_of_tiny_weights(scheme, size):
 def test_a_symmetric_grid_has_no_zero_point():
     with pytest.raises(ValueError, match="got both"):
         lcq.Uniform(4, symmetric=True, zero_point=True)
+
+
+def test_whole_zeros_take_the_width_of_the_codes():
+    x = np.random.default_rng(5).exponential(size=(64, 6)).astype(np.float32) - 0.25
+    form = lcq.Uniform(4, per=32, zero_point=True).project(jnp.asarray(x))
+    stored = form.pack()
+    assert form.zero.dtype == jnp.uint8 and form.zero.shape == (2, 6)
+    assert stored.zero.dtype == jnp.uint32 and stored.zero.shape == (2,)
+    assert form.bits == stored.bits == 64 * 6 * 4 + 12 * (16 + 4)
+    np.testing.assert_array_equal(stored.dense(), form.dense())
+    np.testing.assert_array_equal(stored.unpack().zero, form.zero)
+    stored.check_stored()
+    with pytest.raises(ValueError, match="zero: wanted uint32"):
+        dataclasses.replace(stored, zero=stored.zero[:1]).check_stored()
+    dense = (np.asarray(form.codes, np.float32) - np.repeat(form.zero, 32, 0)) * np.repeat(
+        np.asarray(form.scale, np.float32), 32, 0
+    )
+    np.testing.assert_array_equal(form.dense(), dense)
+
+
+def test_forms_with_zeros_in_float32_as_files_had_them():
+    x = np.random.default_rng(6).normal(size=(64, 6)).astype(np.float32)
+    form = lcq.Uniform(4, per=32, zero_point=True).project(jnp.asarray(x))
+    old = dataclasses.replace(form, zero=form.zero.astype(jnp.float32), scale=form.scale.astype(jnp.float32)).pack()
+    old.check_stored()
+    assert old.zero.dtype == jnp.float32 and old.bits == 64 * 6 * 4 + 12 * 64
+    np.testing.assert_array_equal(old.dense(), form.dense())
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "float32"])
+def test_bits_of_a_weight(dtype):
+    x, wide = jnp.ones((64, 8)), 32 if dtype == "float32" else 16
+    for zero_point, extra in ((False, 0), (True, 4)):
+        scheme = lcq.Uniform(4, per=32, zero_point=zero_point, scale_dtype=dtype)
+        forms = lcq.compress({"w": x}, [lcq.Rule("w", scheme)])
+        assert forms["w"].bits == forms["w"].pack().bits == 64 * 8 * 4 + 16 * (wide + extra)
+        assert lcq.sizes(forms)["w"].bits == forms["w"].bits
