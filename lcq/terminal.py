@@ -1,5 +1,6 @@
 """What a command says: tables on stdout, a bar of progress on stderr."""
 
+import ast
 import contextlib
 import os
 import re
@@ -79,7 +80,7 @@ def in_words_of_the_command(message: str) -> str:
         >>> in_words_of_the_command("exclude it with Rule('head/bias', None) before that rule; or raise limit=")
         "exclude it with --rule 'head/bias=None' before that rule; or raise --limit"
         >>> print(in_words_of_the_command("say lcq.Rule('w', lcq.KMeans(4, per='channel'), stacked=1)"))
-        say --rule "w=KMeans(4, per='channel'); stacked=1"
+        say --rule 'w=KMeans(4, per="channel"); stacked=1'
     """
     message = _RULE.sub(_option, message)
     for python, typed in _OPTIONS:
@@ -99,7 +100,9 @@ _OPTIONS = (
     (r"\blcq\.load and lcq\.save are for \.lcq files", "of .lcq files lcq decompress makes checkpoints"),
     (r"\blcq\.(compress|quantize|decompress)\b", r"lcq \1"),
     (r"\bcentred=False", "--not-centred"),
+    (r"\bquantize\(\.\.\., nearest=\[--rule ('[^']*')\]\)", r"with --nearest-rule \1"),
     (r"\bnearest=", "--nearest-rule"),
+    (r"\bstacked=(?=[\s,;.)]|$)", "the N of '; stacked=N'"),
     (r"\b(limit|method|plan|seed)=(?=[\s,;.)]|$)", r"--\1"),
 )
 
@@ -107,5 +110,5 @@ _OPTIONS = (
 def _option(found: re.Match[str]) -> str:
     more = (part.replace("joint=True", "joint").translate({34: "", 39: ""}) for part in found["more"].split(","))
     words = "; ".join([found["scheme"].replace("lcq.", ""), *(part.strip() for part in more if part.strip())])
-    rule = f"{found['pattern'][1:-1]}={words}"
-    return f'--rule "{rule}"' if "'" in rule else f"--rule '{rule}'"
+    rule = f"{ast.literal_eval(found['pattern'])}={words}"
+    return "--rule '" + rule.replace("'", '"') + "'"
