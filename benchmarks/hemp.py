@@ -20,10 +20,11 @@ net that fits its data resist a move of all weights but of none alone; Adam's st
 gradients, hold those that matter and let the others go. The slopes of H_n are large where levels are close: so
 ResNet-20's convolutions start with weights of one size, which batch norm allows; as they were given, the layer of the
 smallest weights lost them all before the others changed. lambda_H falls as a cosine to 0 in the first part of a run,
-lambda_E grows to its end; the levels are estimated at the start and at the end. Sizes are whole files, as `lcq.save`
-writes them: blocks of codes by rANS, header and all; LeNet-5's biases in float32, ResNet-20's batch norm folded to a
-scale and a bias, in bfloat16 as its other bias. The summary interpolates log bytes between points of a curve, which
-goes on level past its last, on held-back and on test images. After every epoch all there is goes to OUT/NAME.ckpt.
+lambda_E grows to its end; the levels are estimated at the start, and stay. (The committed points are from before: at
+the end they were estimated once more.) Sizes are whole files, as `lcq.save` writes them: blocks of codes by rANS,
+header and all; LeNet-5's biases in float32, ResNet-20's batch norm folded to a scale and a bias, in bfloat16 as its
+other bias. The summary interpolates log bytes between points of a curve, which goes on level past its last, on
+held-back and on test images. After every epoch all there is goes to OUT/NAME.ckpt.
 """
 
 import argparse

@@ -136,7 +136,7 @@ def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagra
     info = _info(sums, size, state.info.kept_back + sums.kept_back, state.info.skipped)
     skipped = state.info._replace(skipped=state.info.skipped + 1)
     return all_forms, state._replace(
-        c_steps=state.c_steps + finite,
+        c_steps=state.c_steps + finite.astype(state.c_steps.dtype),
         multipliers=_like(state.multipliers, lagrange),
         codes=tuple(map(_like, state.codes, codes)),
         tables=tables,
