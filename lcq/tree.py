@@ -18,7 +18,8 @@ def compress(params: Any, rules: Sequence[Rule], *, weights: Mapping[str, Any] |
 
     Args:
         params: a tree of arrays.
-        rules: which leaves, and how; the first match wins.
+        rules: which leaves, and how; the first match wins. per="channel" is the last axis unless the rule has a layout;
+            leaves that look like stacks of layers, and are not said to be, are warned of.
         weights: by path, how much the squared error of each element counts, such as `lcq.curvature` gives; leaves
             without are unweighted.
 
