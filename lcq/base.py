@@ -237,7 +237,12 @@ class Quantizer(Scheme):
 
     def oriented(self, layout: str, rank: int) -> "Scheme":
         same: Any = self  # a dataclass, as all schemes are
-        return self if self.per is None else dataclasses.replace(same, per=block_lengths(self.per, layout, rank))
+        if self.per is None:
+            return self
+        changes: dict[str, Any] = {"per": block_lengths(self.per, layout, rank)}
+        if isinstance(self.per, int) and getattr(same, "scale_dtype", "") is None:
+            changes["scale_dtype"] = "bfloat16"  # what None means in groups, which lengths no longer tell
+        return dataclasses.replace(same, **changes)
 
 
 def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:

@@ -231,6 +231,7 @@ def test_what_the_warning_says_is_what_stacked_gives():
         assert words.startswith("layers/w: ") and f"all 3 of axis 0 share each of {before} scales" in words
         assert f"lcq.Rule(..., stacked=1), or per={lengths}, gives each its own, {after} in all" in words
         stacked = lcq.compress(w, [lcq.Rule("layers/w", scheme, stacked=1)])["layers"]["w"]
-        same = lcq.compress(w, [lcq.Rule("layers/w", lcq.Uniform(4, per=lengths))])["layers"]["w"]
+        kind = str(stacked.scale.dtype)  # of groups another one than of lengths
+        same = lcq.compress(w, [lcq.Rule("layers/w", lcq.Uniform(4, per=lengths, scale_dtype=kind))])["layers"]["w"]
         assert (form.scale.size, stacked.scale.size, same.scale.size) == (before, after, after)
         np.testing.assert_array_equal(stacked.dense(), same.dense())
