@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN=SCHEME",
         help="for leaves that are used in other ways too, such as embeddings: rounded without data, before the others",
     )
-    sub.add_argument("--method", choices=METHODS, default="gpfq", help="default: %(default)s")
+    sub.add_argument("--method", choices=METHODS, default="descent", help="default: %(default)s")
     sub.add_argument("--batch", type=_positive, default=128, metavar="N", help="examples in a batch; default: 128")
     sub.add_argument("--limit", type=_positive, metavar="N", help="use the first N examples only")
     sub.add_argument("--seed", type=int, default=0, help="of what spfq draws")

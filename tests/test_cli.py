@@ -356,7 +356,7 @@ def test_quantize_does_what_the_function_does(net, capsys):
     assert not np.array_equal(lcq.load("out.lcq")["dense1"]["bias"], params["dense1"]["bias"])
     lines = [line.split() for line in captured.out.splitlines()]
     for record in expected.records:
-        facts = [record.path, "1x24x6x6", "GPFQ,", f"{record.recursion},", "centred", "3", "2"]
+        facts = [record.path, "1x24x6x6", "Descent,", f"{record.recursion},", "centred", "3", "2"]
         assert [*facts, f"{record.error:.2e}", f"{record.scale:.3g}"] in [line[:-1] for line in lines]
     size = (Path("out.lcq")).stat().st_size
     assert ["on", "disk", f"{8 * size:,}", f"{size:,}"] in [line[:4] for line in lines] and "distortion" in captured.out

@@ -57,8 +57,8 @@ ROOMS = {
         5,
         "base blocks dtypes forms registry rules products trace tree unfold schemes",
         "given objective coupling lagrangian lc baselines moments alphabet following rounding resolving "
-        "descent schedule pieces walk batches gathering curvature flops layerwise assembly quantize preview "
-        "smooth_binary differentiable_entropy hemp ending progress weighing refit",
+        "descent shrinkage schedule pieces walk batches gathering sums inputs curvature flops layerwise assembly "
+        "quantize preview smooth_binary differentiable_entropy hemp ending progress weighing refit",
     ),
     "artifact": Room(
         4,

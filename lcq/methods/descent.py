@@ -15,6 +15,9 @@ from lcq.methods.resolving import Qronos
 from lcq.methods.rounding import Rounding, wide
 from lcq.schemes.scales import as_scale, rounded_scale
 
+_SAME = 1e-6
+"""Of <X w, Y q>, by how much the residual must fall for new scales."""
+
 
 class _Prepared(NamedTuple):
     before: Any
@@ -79,11 +82,15 @@ class Descent(Rounding):
 
         return sweep(jax.lax.fori_loop(0, self.sweeps - 1, both, self.before.solve(first, form, key)))
 
+    def damped(self, prepared: Any) -> Array | None:
+        return self.before.damped(prepared.before)
+
 
 def refitted(form: Codes, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) -> Codes:
     """The form with the scales a of each neuron that make ||X w - Y q||^2 least, codes fixed.
 
-    With A_bd = c_b' H_bd c_d and r_b = c_b' ((H + D) w)_b over the blocks b, d of inputs, a solves A a = r.
+    With A_bd = c_b' H_bd c_d and r_b = c_b' ((H + D) w)_b over the blocks b, d of inputs, a solves A a = r. A block
+    that has nothing to say, A_bb = 0, keeps its scale.
 
     Args:
         form: with scales [B, n].
@@ -91,7 +98,7 @@ def refitted(form: Codes, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
         pull: (H + D) w.
 
     Returns:
-        The form; neurons whose new scales change a sign, or are no better, keep the old ones.
+        The form; neurons whose new scales change a sign, or are no better beyond rounding errors, keep the old ones.
     """
     blocks, neurons = form.scale.shape
     part = (blocks, -1, neurons)
@@ -106,11 +113,13 @@ def refitted(form: Codes, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
     size = jnp.trace(a, axis1=1, axis2=2) / blocks
     ridge = jnp.where(size > 0, 1e-6 * size, 1)
     old = form.scale.astype(a.dtype).T
-    new = jnp.linalg.solve(a + ridge[:, None, None] * jnp.eye(blocks, dtype=a.dtype), r[..., None])[..., 0]
-    new = rounded_scale(new, str(form.scale.dtype))
+    mute = jnp.diagonal(a, axis1=1, axis2=2) <= 0
+    extra = (ridge[:, None] + mute)[..., None] * jnp.eye(blocks, dtype=a.dtype)
+    new = rounded_scale(jnp.linalg.solve(a + extra, r[..., None])[..., 0], str(form.scale.dtype))
+    new = jnp.where(mute, old, new)
 
     def loss(s: Array) -> Array:
         return (s * ((a * s[:, None]).sum(2) - 2 * r)).sum(1)
 
-    better = ((new * old > 0) | (old == 0)).all(1) & (loss(new) < loss(old))
+    better = ((new * old > 0) | (old == 0)).all(1) & (loss(new) < loss(old) - _SAME * jnp.abs(old * r).sum(1))
     return dataclasses.replace(form, scale=as_scale(jnp.where(better[:, None], new, old).T, str(form.scale.dtype)))

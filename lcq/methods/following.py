@@ -47,6 +47,7 @@ class Recursion(NamedTuple):
         target: v, [N, n].
         feedback: F, [N, N]; only what is below its diagonal counts.
         inverse: 1/F_tt, and 0 for dead columns, [N].
+        damp: what H was damped by for F, in units of the mean of its diagonal; infinite if there was no F, and z is w.
     """
 
     order: Any
@@ -54,6 +55,7 @@ class Recursion(NamedTuple):
     target: Any
     feedback: Any
     inverse: Any
+    damp: Any = 0.0
 
 
 def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "N n"] | None = None) -> Codes:
@@ -69,7 +71,7 @@ def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "
         pick: how z becomes codes.
         noise: numbers for `pick`, by the order of rounding.
     """
-    order, start, target, feedback, inverse = recursion
+    order, start, target, feedback, inverse, _ = recursion
     size = len(target)
     block = min(_BLOCK, -(-size // _ROWS) * _ROWS)
     more = -size % block
@@ -141,8 +143,13 @@ def follow(
     y: Float[Array, "m N"],
     form: Codes,
     order: Order = "natural",
+    shares: Float[Array, "2"] | None = None,
+    use: Bool[Array, "m"] | None = None,
 ) -> tuple[Codes, Float[Array, "n"]]:
     """GPFQ by its definition, on inputs instead of statistics: the reference, and cheaper where n is small, `cheaper`.
+
+    With shares p and p' it is GPFQ on shrunk statistics, see `lcq.methods.shrinkage`: what inputs before have left,
+    u = u_{t-1}, counts as (1 - p) (u - ubar) + (1 - p') ubar, ubar its mean over the rows.
 
     Args:
         w: weights, a column for each neuron.
@@ -150,25 +157,28 @@ def follow(
         y: inputs in the already quantized net; x itself if they are the same.
         form: of w, in the working layout: its levels and scales are the alphabet.
         order: of the inputs: as they are, or by falling ||Y_t||^2.
+        shares: p and p'; None for 0 and 0.
+        use: which rows count, for their mean; the others are zeros. None for all.
 
     Returns:
-        The form with new codes; ||X w - Y q||^2 per neuron.
+        The form with new codes; ||X w - Y q||^2 per neuron, on shrunk statistics where there are shares.
     """
     wide = wider(x.dtype, y.dtype, compute_dtype(w.dtype))
     w, x, y = w.astype(wide), x.T.astype(wide), y.T.astype(wide)
     group = jnp.arange(len(w)) // (len(w) // block_count(form))
     norms = (y * y).sum(1)
     lives = alive(norms)
-    steps: tuple[Array, ...] = (w, x, y, jnp.where(lives, norms, 1), lives, group)
+    means = _Means(w, x, y, shares, use)
+    steps: tuple[Array, ...] = (w, x, y, jnp.where(lives, norms, 1), lives, group, means.own, means.y)
     by_size = falling(norms)
     if order == "falling":
         steps = tuple(a[by_size] for a in steps)
 
     def step(carry: tuple[Array, ...], now: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         u, q, y_before = carry  # u_{t-1} + y q: q is applied here, or its choice would be fused into the loop over m
-        w_t, x_t, y_t, norm, live, block = now
+        w_t, x_t, y_t, norm, live, block, own, mean = now
         u = u - y_before[:, None] * q + x_t[:, None] * w_t
-        z = jnp.where(live, dot(y_t, u) / norm, w_t)[None]
+        z = jnp.where(live, means.less(dot(y_t, u), u, mean, own * w_t) / norm, w_t)[None]
         row = row_block(form, block)
         codes = choose(z, row)
         return (u, value(codes, row, wide)[0], y_t), codes[0]
@@ -178,7 +188,47 @@ def follow(
     u = u - y_last[:, None] * q
     if order == "falling":
         codes = jnp.zeros_like(codes).at[by_size].set(codes, unique_indices=True)
-    return dataclasses.replace(form, codes=codes), (u * u).sum(0)
+    form = dataclasses.replace(form, codes=codes)
+    return form, means.error(u, w, w - form.dense().astype(wide))
+
+
+class _Means:
+    """What shrinking takes from products with u, and gives back of what each input has by itself; nothing by default.
+
+    Attributes:
+        own: what <Y_t, X_t> counts for beside the rest, [N].
+        y: means of Y, [N].
+    """
+
+    def __init__(self, w: Array, x: Array, y: Array, shares: Array | None, use: Array | None) -> None:
+        self.shares, self.many = shares, jnp.asarray(x.shape[1] if use is None else jnp.maximum(use.sum(), 1), w.dtype)
+        self.x, self.y, away = x.sum(1) / self.many, y.sum(1) / self.many, x - y
+        self.own = jnp.zeros_like(self.y)
+        if shares is not None:
+            pairs = (away, away), (away, y), (y, y)
+            self.flat = [self.many * a.sum(1) / self.many * b.sum(1) / self.many for a, b in pairs]
+            self.varied = [(a * b).sum(1) - flat for (a, b), flat in zip(pairs, self.flat, strict=True)]
+            self.own = self._of([self.varied[1] + self.varied[2], self.flat[1] + self.flat[2]])
+
+    def less(self, product: Array, u: Array, mean: Array, own: Array) -> Array:
+        """<Y_t, u> of u_{t-1} + X_t w_t, shrunk: of the former less, of the latter all of it."""
+        if self.shares is None:
+            return product
+        return (1 - self.shares[0]) * product + (self.shares[0] - self.shares[1]) * mean * u.sum(0) + own
+
+    def error(self, u: Array, w: Array, e: Array) -> Array:
+        """||u||^2 shrunk, with all of the squares of each input's part, (X_t - Y_t) w_t + Y_t e_t."""
+        if self.shares is None:
+            return (u * u).sum(0)
+        flat = u.sum(0) ** 2 / self.many
+        rest = (1 - self.shares[0]) * ((u * u).sum(0) - flat) + (1 - self.shares[1]) * flat
+        squares = ((w * w, 2 * w * e, e * e), (self.varied, self.flat))
+        parts = [sum((a * b[:, None]).sum(0) for a, b in zip(squares[0], sums, strict=True)) for sums in squares[1]]
+        return rest + self._of(parts)
+
+    def _of(self, parts: Any) -> Any:
+        assert self.shares is not None
+        return self.shares[0] * parts[0] + self.shares[1] * parts[1]
 
 
 def cheaper(

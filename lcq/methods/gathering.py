@@ -1,6 +1,9 @@
-"""The inputs of a product's uses: their statistics summed over uses and batches, or the inputs themselves as matrices.
+"""The inputs of a product's uses: sums over parts of them, the folds, or the inputs themselves as matrices.
 
     H = sum over uses and batches of Y'Y, over the rows that count; D and K alike, see `lcq.methods.moments`
+
+Rows that follow each other are in one fold, so that those of one example are; what is left over of a batch, all of it
+where it has less rows than there are folds, is in another fold each time.
 
 A `ragged_dot` is a product for each expert: group g has the rows that the quantized net gives it. Its X is paired with
 Y where that expert has the same rows in both nets, by their numbers; elsewhere X is taken to be Y.
@@ -12,13 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from lcq.blocks import compute_dtype, explicit_sharding
 from lcq.dtypes import wider
-from lcq.methods.moments import Moments, Statistics, counted, finish, gather
+from lcq.methods.following import dot
+from lcq.methods.moments import Moments, counted, gather, mean
 from lcq.methods.pieces import Structure
 from lcq.methods.walk import Use
 from lcq.products import Operand, Product
@@ -26,24 +31,41 @@ from lcq.products import Operand, Product
 _ROWS = 4096
 """Rows of a convolution's inputs that are made at a time."""
 
+_FOLDS, _FEWER, _WIDE = 4, 2, 2048
+"""Parts that rows are cut into, and of more than so many inputs, whose sums need much memory."""
 
-def statistics(uses: Sequence[Use], centred: bool) -> Statistics:
-    """Sums over all uses and batches, with a leading axis of groups.
+
+def fold_count(inputs: int) -> int:
+    """K, in how many folds the rows of so many inputs are cut."""
+    return _FOLDS if inputs <= _WIDE else _FEWER
+
+
+def folded(uses: Sequence[Use], w: Float[Array, "G N n"]) -> tuple[Moments, Array]:
+    """Sums over the rows of each fold, of all uses and batches.
 
     Args:
         uses: of the same weights in the same layout.
-        centred: see `lcq.methods.moments.finish`.
+        w: the weights.
+
+    Returns:
+        Moments with leading axes [G, K], each shifted by a mean of its own; the sum of ((X - Y) w)^2 of each fold and
+        neuron, [G, K, n].
     """
-    moments: Any = None
+    sums: Any = None
     pairs = [pair for use in uses for pair in use.inputs]
     same = all(one is two for one, two in pairs)
     alone = all(len(a.sharding.device_set) == 1 for a in jax.tree.leaves(pairs) if isinstance(a, jax.Array))
+    number = 0
     for use in uses:
         key = Structure(use.product.structure, use.product)
-        add = _gather(key, use.product.parts(_ROWS) if alone else 1)
+        parts = use.product.parts(_ROWS) if alone else 1
+        add = _gather(key, parts, fold_count(w.shape[1]))
         for x, y in use.inputs:
-            moments = add(y, None if same else x, moments)
-    return jax.vmap(functools.partial(finish, centred=centred))(moments)
+            sums = add(y, None if same else x, w, sums, number)
+            number += parts
+    moments, gaps = sums
+    shape = (*moments.count.shape, w.shape[2])
+    return moments, jnp.zeros(shape, moments.shift.dtype) if gaps is None else gaps
 
 
 def squares(use: Use) -> tuple[Array, Array]:
@@ -58,8 +80,8 @@ def squares(use: Use) -> tuple[Array, Array]:
     return sums, many
 
 
-def matrices(uses: Sequence[Use]) -> tuple[Array, Array, Array | None]:
-    """X and Y [G, M, N] of all uses and batches, and which of their rows count [G, M], None for all."""
+def matrices(uses: Sequence[Use], folds: int) -> tuple[Array, Array, Array | None, np.ndarray]:
+    """X and Y [G, M, N] of all uses and batches, which of their rows count [G, M] (None for all), their folds [M]."""
     parts = []
     for use in uses:
         for pair in use.inputs:
@@ -71,7 +93,21 @@ def matrices(uses: Sequence[Use]) -> tuple[Array, Array, Array | None]:
         rows = jnp.concatenate(every, 1)
     xs, ys = (jnp.concatenate(each, 1) for each in zip(*((y if x is None else x, y) for y, x, _ in parts), strict=True))
     wide = wider(jnp.float32, xs.dtype, ys.dtype)
-    return xs.astype(wide), ys.astype(wide), rows
+    ragged = uses[0].product.kind == "ragged"
+    fold = [fold_of(y.shape[1], folds, number, ragged) for number, (y, _, _) in enumerate(parts)]
+    return xs.astype(wide), ys.astype(wide), rows, np.concatenate(fold)
+
+
+def fold_of(rows: int, folds: int, number: int, ragged: bool = False) -> np.ndarray:
+    """The fold of each row of a batch; of a ragged product they go round, as the rows of one expert are neighbours.
+
+    Example:
+        >>> fold_of(10, 4, number=2)
+        array([0, 0, 1, 1, 2, 2, 3, 3, 2, 2])
+    """
+    each = rows // folds
+    most = np.tile(np.arange(folds), each) if ragged else np.repeat(np.arange(folds), each)
+    return np.concatenate([most, np.full(rows - each * folds, number % folds)])
 
 
 def _grouped(product: Product, y: Operand, x: Operand | None) -> tuple[Array, Array | None, Array | None]:
@@ -101,62 +137,116 @@ def _members(product: Product, y: Operand, x: Operand | None) -> tuple[Array, Ar
 
 
 @functools.lru_cache(maxsize=256)
-def _gather(key: Structure, parts: int) -> Callable[..., Moments]:
-    """Adds one batch of a product's inputs to its moments, compiled once for all products of this kind.
+def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
+    """Adds one batch of a product's inputs to the sums of its folds, compiled once for all products of this kind.
 
     A convolution's inputs become matrices part by part, which stay in the cache and need less memory; the experts of a
     ragged product take their rows one after another.
     """
     product: Product = key.thing
 
-    def one(moments: Any, part: Any) -> tuple[Any, None]:
-        y, x, counts = part
-        return jax.vmap(_add)(product.inputs(y), None if x is None else product.inputs(x), counts, moments), None
-
-    def experts(y: Operand, x: Operand | None, moments: Any) -> Any:
+    def experts(y: Operand, x: Operand | None, w: Any, sums: Any, number: Any) -> Any:
         ys, xs, counts = product.inputs(y.x), None if x is None else product.inputs(x.x), _counts(product, y, x)
         members, paired = _members(product, y, x)
         each = len(members) // len(ys)
 
         def expert(of: Any) -> Any:
-            i, member, pair, before = of
+            i, member, pair, v, before = of
             y_here, x_here, rows = jax.tree.map(lambda a: a[i // each], (ys, xs, counts))
             x_here = None if x_here is None else jnp.where(pair, x_here, y_here)
-            return _add(y_here, x_here, member if rows is None else member & rows, before)
+            rows = member if rows is None else member & rows
+            return _add(y_here, x_here, rows, v, before, number, folds=folds, ragged=True)
 
-        return jax.lax.map(expert, (jnp.arange(len(members)), members, paired, moments))
+        return jax.lax.map(expert, (jnp.arange(len(members)), members, paired, w, sums))
 
-    def sums(y: Operand, x: Operand | None, moments: Any) -> Any:
+    def add_part(sums: Any, number: Any, part: Any, w: Any) -> Any:
+        y, x, counts = part
+        one = functools.partial(_add, number=number, folds=folds)
+        return jax.vmap(one)(product.inputs(y), None if x is None else product.inputs(x), counts, w, sums)
+
+    def sums(y: Operand, x: Operand | None, w: Any, before: Any, number: Any) -> Any:
+        if before is None:
+            before = _nothing(w, folds, wider(jnp.float32, y.x.dtype), x is not None)
         if product.kind == "ragged":
-            return experts(y, x, moments)
+            return experts(y, x, w, before, number)
         counts = _counts(product, y, x)
         arrays = y.x, None if x is None else x.x
         if parts == 1:
-            return one(moments, (*arrays, counts))[0]
+            return add_part(before, number, (*arrays, counts), w)
         cut = jax.tree.map(lambda a: product.cut(a, parts), arrays)
         if counts is not None:
             counts = counts.reshape(len(counts), parts, -1).swapaxes(0, 1)
-        if moments is None:
-            first = jax.tree.map(lambda a: a[0], (*cut, counts))
-            rows = product.inputs(first[0])
-            moments = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, None, first)[0])
-            if counts is None:
-                moments = moments._replace(shift=rows.astype(compute_dtype(rows.dtype)).mean(1))
-        return jax.lax.scan(one, moments, (*cut, counts))[0]
+
+        def step(carry: Any, part: Any) -> tuple[Any, None]:
+            return (add_part(carry[0], carry[1], part, w), carry[1] + 1), None
+
+        return jax.lax.scan(step, (before, number), (*cut, counts))[0][0]
 
     @jax.jit
-    def add(y: Any, x: Any, moments: Any) -> Any:
+    def add(y: Any, x: Any, w: Any, before: Any, number: Any) -> Any:
         spread = explicit_sharding(y.x)
         if spread is None:
-            return sums(y, x, moments)
+            return sums(y, x, w, before, number)
         whole, axes = NamedSharding(spread.mesh, P()), spread.mesh.axis_names
-        return jax.sharding.auto_axes(sums, axes=axes, out_sharding=whole)(y, x, moments)
+        return jax.sharding.auto_axes(sums, axes=axes, out_sharding=whole)(y, x, w, before, number)
 
     return add
 
 
-def _add(y: Array, x: Array | None, rows: Array | None, moments: Any) -> Moments:
-    return gather(y, x, moments, rows=rows)
+def _nothing(w: Array, folds: int, wide: Any, drift: bool) -> Any:
+    """Sums of no rows."""
+    groups, many, neurons = w.shape
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros((groups, folds, *shape), wide)
+
+    count = jnp.zeros((groups, folds), jnp.int32)
+    square = zeros(many, many)
+    moments = Moments(count, zeros(many), zeros(many), zeros(many), square, zeros(many, many) if drift else None)
+    return moments, zeros(neurons) if drift else None
+
+
+def _add(
+    y: Array, x: Array | None, rows: Array | None, w: Any, sums: Any, number: Any, folds: int, ragged: bool = False
+) -> Any:
+    """Adds the rows of one group to the sums of its folds [K, ...]."""
+    each = len(y) // folds
+
+    def fold(moments: Any, gaps: Any, y: Any, x: Any, rows: Any) -> Any:
+        wide = moments.shift.dtype
+        shift = jnp.where(moments.count > 0, moments.shift, mean(y.astype(wide), rows))
+        moments = gather(y, x, moments._replace(shift=shift), rows=rows)
+        if x is None:
+            return moments, None
+        away = counted(x.astype(wide) - y.astype(wide), rows)
+        return moments, gaps + (dot(away, w.astype(wide)) ** 2).sum(0)
+
+    def cut(a: Any) -> Any:
+        return None if a is None else a[: each * folds].reshape(folds, each, *a.shape[1:])
+
+    if ragged:
+        places, rows = _by_rank(rows, folds, number)
+        return jax.lax.map(lambda part: fold(*part), (*sums, y[places], None if x is None else x[places], rows))
+    if each:
+        sums = jax.lax.map(lambda part: fold(*part), (*sums, cut(y), cut(x), cut(rows)))
+    if len(y) > each * folds:
+        k = number % folds
+        here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, keepdims=False), sums)
+        new = fold(*here, *(None if a is None else a[each * folds :] for a in (y, x, rows)))
+        sums = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, k, 0), sums, new)
+    return sums
+
+
+def _by_rank(rows: Any, folds: int, number: Any) -> tuple[Array, Array]:
+    """Places [K, .] of the rows that count, cut into folds as if there were no others, and which of them are meant."""
+    most, many = len(rows) // folds, rows.sum()
+    each = many // folds
+    order = jnp.argsort(~rows, stable=True)
+    k, i, j = jnp.arange(folds)[:, None], jnp.arange(most), jnp.arange(folds - 1)
+    rest = each * folds + j
+    places = jnp.concatenate([k * each + i, jnp.broadcast_to(rest, (folds, folds - 1))], 1)
+    meant = jnp.concatenate([jnp.broadcast_to(i < each, (folds, most)), (k == number % folds) & (rest < many)], 1)
+    return order[jnp.minimum(places, len(rows) - 1)], meant
 
 
 def everywhere(a: Any) -> Any:

@@ -1,7 +1,9 @@
-"""One product of a net: statistics of its inputs, an alphabet, its scale by the exact residual, and codes."""
+"""One product of a net: statistics of its inputs, an alphabet, its scale by the exact residual, and codes.
+
+How far the statistics are believed is chosen first, on rows held back, see `lcq.methods.shrinkage`.
+"""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lcq.forms import Codes
-from lcq.methods.alphabet import scaled
-from lcq.methods.following import alive, cheaper, follow
-from lcq.methods.gathering import matrices, statistics
-from lcq.methods.moments import Statistics, counted, mean
-from lcq.methods.rounding import GPFQ, Rounding, correction, sweep
+from lcq.methods import shrinkage
+from lcq.methods.alphabet import block_count, scaled
+from lcq.methods.following import alive, cheaper
+from lcq.methods.inputs import Inputs
+from lcq.methods.rounding import GPFQ, Rounding
+from lcq.methods.sums import Sums
 from lcq.methods.walk import Use
 from lcq.rules import Rule, Task
 from lcq.schemes.levels import mirrored
@@ -28,6 +31,12 @@ _COARSE = np.float32(1.15) ** np.arange(-4, 5, dtype=np.float32)
 _FINE = np.float32(1.018) ** np.arange(-4, 5, dtype=np.float32)
 """.. and then around the best of them: as many, for one compilation."""
 
+_ONE = len(_COARSE) // 2
+"""Where 1 is among them."""
+
+_SAME = 1e-5
+"""A factor whose residual is less by no more than this part of that of factor 1 is no better."""
+
 
 class Rounded(NamedTuple):
     """The outcome at one product.
@@ -39,6 +48,10 @@ class Rounded(NamedTuple):
         factor: of the scheme's scale, the median of its size over neurons.
         dead: inputs that are always zero.
         rows: that counted, of the group with the most.
+        silent: groups all of whose inputs are, or do not vary where a bias takes their mean: their scale is as it was.
+        shrink: how much smaller what is between two inputs was made, the median over groups.
+        held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose; None if it was not measured.
+        damp: what the method damped H by, at most, in units of the mean of its diagonal; 0 if it does not.
     """
 
     form: Codes
@@ -47,6 +60,10 @@ class Rounded(NamedTuple):
     factor: float
     dead: int
     rows: int
+    silent: tuple[int, ...]
+    shrink: float
+    held_out: float | None
+    damp: float
 
 
 def round_product(
@@ -57,6 +74,7 @@ def round_product(
     *,
     centred: bool,
     search: bool,
+    shrink: float | None,
     recursion: Recursion,
     key: Any,
 ) -> Rounded:
@@ -70,11 +88,13 @@ def round_product(
         method: how to round.
         centred: whether a bias is free to follow.
         search: whether to search the scale.
+        shrink: see `lcq.quantize`.
         recursion: see `lcq.quantize`.
         key: for methods that draw.
 
     Raises:
-        ValueError: NaN or infinite activations, or `recursion="follow"` for another method than GPFQ.
+        ValueError: NaN or infinite activations, `recursion="follow"` for another method than GPFQ, or statistics that
+            the method cannot factorise.
     """
     product = uses[0].product
     form, tied = _alphabet(product.path, w, rule)
@@ -87,13 +107,14 @@ def round_product(
         count = sum(use.product.shape[1] * len(use.inputs) for use in uses)
         able = isinstance(method, GPFQ) and product.kind != "ragged"  # each expert would follow the rows of all
         recursion = cheaper(count, many, neurons, runs) if able else "blocked"
-    problem = (_Inputs if recursion == "follow" else _Sums).of(uses, centred)
-    if not bool(jnp.isfinite(problem.squares).all()):
+    problem: Inputs | Sums = (Inputs if recursion == "follow" else Sums).of(uses, centred, w)
+    if not problem.finite:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(
             f"{product.path}: wanted finite inputs; got NaN or infinite activations {where} at {product.source}; "
             "look at the batches, or at the weights before"
         )
+    problem, held_out = _settled(problem, method, w, form, shrink, key)
     factor = jnp.ones((1, 1))
     for sets in (_coarse(form), (_FINE,)) if search else ():
         losses = []
@@ -101,19 +122,64 @@ def round_product(
             tried = jnp.asarray(factors)[:, None, None] * factor
             tried = jnp.broadcast_to(tried, (len(factors), w.shape[0], w.shape[2]))
             losses.append(problem.losses(method, w, form, tried, key).sum(tied, keepdims=True))
-        factor = factor * jnp.concatenate(sets)[jnp.concatenate(losses).argmin(0)]
+        factor = factor * jnp.concatenate(sets)[_best(jnp.concatenate(losses))]
+    lives = jax.vmap(alive)(problem.squares)
     if search:
-        form = jax.vmap(scaled)(form, jnp.broadcast_to(factor, (w.shape[0], factor.shape[1])))
-    form = problem.codes(method, w, form, key)
+        wider = jax.vmap(scaled)(form, jnp.broadcast_to(factor, (w.shape[0], factor.shape[1])))
+        form = _where_data(lives, wider, form)
+    form, damp = problem.codes(method, w, form, key)
+    if not np.isfinite(damp):
+        raise ValueError(
+            f"{product.path}: wanted H + damp I with a root at {product.source}; got none with {method}: "
+            "raise damp=, or most= up to which it may grow by itself"
+        )
     shift = problem.correction(w, form) if centred else None
-    dead = int((~jax.vmap(alive)(problem.squares)).sum())
-    return Rounded(form, shift, recursion, float(np.median(np.abs(factor))), dead, int(problem.counts.max()))
+    silent = tuple(np.flatnonzero(~np.asarray(lives.any(1))).tolist())
+    share = float(np.median(problem.shares[:, 0]))
+    median, dead = float(np.median(np.abs(factor))), int((~lives).sum())
+    rows = int(problem.counts.max())
+    return Rounded(form, shift, recursion, median, dead, rows, silent, share, held_out, damp)
 
 
 def _coarse(form: Codes) -> tuple[np.ndarray, ...]:
     """The factors that are tried first; of both signs where the mirrored table is another one."""
     one_sign = form.scale is None or form.zero is not None or (form.values is not None and mirrored(form.values))
     return (_COARSE,) if one_sign else (_COARSE, -_COARSE)
+
+
+def _best(losses: Float[Array, "F G n"]) -> Array:
+    """The place of the least loss; that of factor 1 unless another is better by more than rounding errors."""
+    better = losses.min(0) < losses[_ONE] - _SAME * jnp.abs(losses[_ONE])
+    return jnp.where(better, losses.argmin(0), _ONE)
+
+
+def _where_data(lives: Array, found: Codes, given: Codes) -> Codes:
+    """`found` in the blocks of inputs with data, `given` in the others."""
+    groups, blocks = len(lives), jax.vmap(lambda form: jnp.zeros(block_count(form)))(given).shape[1]
+    known = lives.reshape(groups, blocks, -1).any(2)
+
+    def one(new: Array | None, old: Array | None) -> Array | None:
+        if new is None or old is None:
+            return new
+        here = known if new.shape[1] == blocks else known.any(1, keepdims=True)
+        return jnp.where(here.reshape(*here.shape, *[1] * (new.ndim - 2)), new, old)
+
+    return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=one(found.scale, given.scale))
+
+
+def _settled(
+    problem: Any, method: Rounding, w: Array, form: Codes, shrink: float | None, key: Any
+) -> tuple[Any, float | None]:
+    """The problem with its statistics shrunk, and the error on rows held back."""
+    if shrink is not None:
+        return problem.settled(np.full((len(w), 2), shrink), False), None
+    noise = np.asarray(problem.noise)
+    tried = shrinkage.parts(noise)
+    errors, sizes = (np.asarray(a, np.float64) for a in problem.held(method, w, form, tried, key))
+    chosen = shrinkage.pick(noise, tried, errors)
+    shares = np.asarray(shrinkage.shares(noise, np.asarray(tried)[chosen][:, None]), noise.dtype)
+    error, size = errors[chosen, np.arange(len(w))].sum(), sizes.sum()
+    return problem.settled(shares, True), (float(error / size) if size > 0 else None)
 
 
 def _alphabet(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
@@ -152,72 +218,3 @@ def _not_finite(uses: Sequence[Use]) -> Iterator[tuple[int, str]]:
             for operand, net in zip(pair, ("original", "quantized"), strict=True):
                 if not bool(jnp.isfinite(operand.x).all()):
                     yield batch, f"in the {net} net, batch {batch},"
-
-
-class _Sums(NamedTuple):
-    """A product's rounding on statistics, vmapped over groups."""
-
-    statistics: Statistics
-
-    @classmethod
-    def of(cls, uses: Sequence[Use], centred: bool) -> "_Sums":
-        return cls(statistics(uses, centred))
-
-    @property
-    def counts(self) -> Array:
-        """Rows that count, of every group."""
-        return self.statistics.count
-
-    @property
-    def squares(self) -> Array:
-        """Diagonal of H [G, N]; NaN where X is."""
-        return jnp.diagonal(self.statistics.gram, axis1=1, axis2=2) + 0 * self.statistics.mean_x
-
-    def losses(self, method: Rounding, w: Array, form: Codes, factors: Array, key: Any) -> Array:
-        one = functools.partial(sweep, method)
-        return jax.vmap(one, (0, 0, 0, 1, None), 1)(w, self.statistics, form, factors, key)
-
-    def codes(self, method: Rounding, w: Array, form: Codes, key: Any) -> Codes:
-        return jax.vmap(method.codes, (0, 0, 0, None))(w, self.statistics, form, key)
-
-    def correction(self, w: Array, form: Codes) -> Array:
-        return jax.vmap(correction)(w, self.statistics.mean_x, self.statistics.mean_y, form)
-
-
-class _Inputs(NamedTuple):
-    """The same on the inputs of all batches, [G, M, N], by the literal recursion."""
-
-    x: Array
-    y: Array
-    mean_x: Array
-    mean_y: Array
-    counts: Array
-
-    @classmethod
-    def of(cls, uses: Sequence[Use], centred: bool) -> "_Inputs":
-        x, y, rows = matrices(uses)
-        mean_x, mean_y = (jax.vmap(mean)(a, rows) for a in (x, y))
-        if centred:
-            x, y = x - mean_x[:, None], y - mean_y[:, None]
-        count = jnp.int32(x.shape[1]) if rows is None else rows.sum(1)
-        return cls(jax.vmap(counted)(x, rows), jax.vmap(counted)(y, rows), mean_x, mean_y, count)
-
-    @property
-    def squares(self) -> Array:
-        return (self.y**2).sum(1) + 0 * self.x.sum(1)
-
-    def losses(self, method: Rounding, w: Array, form: Codes, factors: Array, key: Any) -> Array:
-        def one(factor: Array) -> Array:
-            return self._follow(method, w, jax.vmap(scaled)(form, factor))[1]
-
-        return jax.lax.map(one, factors)
-
-    def codes(self, method: Rounding, w: Array, form: Codes, key: Any) -> Codes:
-        return self._follow(method, w, form)[0]
-
-    def correction(self, w: Array, form: Codes) -> Array:
-        return jax.vmap(correction)(w, self.mean_x, self.mean_y, form)
-
-    def _follow(self, method: Rounding, w: Array, form: Codes) -> tuple[Codes, Array]:
-        assert isinstance(method, GPFQ)
-        return jax.vmap(functools.partial(follow, order=method.order))(w, self.x, self.y, form)

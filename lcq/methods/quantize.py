@@ -57,6 +57,14 @@ class Record(NamedTuple):
         others: products that have them in another layout (a transpose): they see the codes, and have no say.
         rows: of the inputs that counted, over all batches and uses; of the expert with the most.
         lost: the equation behind which it was not known which positions count, so that all did; "" if it was.
+        silent: groups without data, whose scales are the scheme's own: experts that saw no token, channels that are
+            always zero, or do not vary where a bias takes their mean.
+        shrink: by which part the products of two different inputs were made smaller for what so few rows can carry, the
+            median over groups; see `lcq.methods.shrinkage`.
+        damp: what the method damped H by, at most, in units of the mean of its diagonal; more than its setting if that
+            left no root; 0 if it does not damp.
+        held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose: of codes from three quarters of the rows,
+            with the scheme's scales, on the last, in turns. None if `shrink` was given, or there was one row alone.
     """
 
     path: str
@@ -74,6 +82,10 @@ class Record(NamedTuple):
     others: int = 0
     rows: int = 0
     lost: str = ""
+    silent: tuple[int, ...] = ()
+    shrink: float = 0.0
+    damp: float = 0.0
+    held_out: float | None = None
 
 
 class Quantized(NamedTuple):
@@ -93,12 +105,13 @@ def quantize(
     params: Any,
     batches: Iterable[Any],
     rules: Sequence[Rule],
-    method: str | Rounding = "gpfq",
+    method: str | Rounding = "descent",
     *,
     nearest: Sequence[Rule] = (),
     mask: Mask = None,
     centred: bool = True,
     search: bool = True,
+    shrink: float | None = None,
     recursion: Recursion = "auto",
     key: Array | None = None,
     host: bool = True,
@@ -112,7 +125,11 @@ def quantize(
     for each leaf (each layer of a stacked one, each slice of a fused one) the method rounds its weights on the
     statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The alphabet is the scheme's projection of
     the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
-    among them; of 26, for tables that are not symmetric, where the mirrored table is tried too.
+    unless another is better beyond rounding errors; of 26, for tables that are not symmetric, where the mirrored table is tried too.
+
+    Few rows say little of how inputs vary together, and codes that fit them are wrong for new data: with 32 rows for
+    128 inputs much worse than `lcq.compress`. So what H and D have between two inputs is shrunk; by how much is chosen
+    on rows held back, four times a quarter of them, for each product and method; nothing where the rows suffice.
 
     Uses: weights with several uses (a recurrent cell's steps, siamese branches, tied layers) are rounded once, on the
     sums over all of them. Where a use depends on an earlier one, X is from the original net as ever, and Y from the net
@@ -122,7 +139,8 @@ def quantize(
     rows keeps its scale and gets the nearest codes.
 
     Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `host`), H and D
-    of one product, and one batch's inputs of it as a matrix (of a convolution, 4,096 rows at a time).
+    of one product five times (of more than 2,048 inputs three times), and one batch's inputs of it as a matrix (of a
+    convolution, 4,096 rows at a time).
 
     Args:
         fn: (params, batch) -> anything; any function of jax arrays: linen's `apply`, nnx through `split` and `merge`.
@@ -132,7 +150,8 @@ def quantize(
         rules: schemes of the leaves: `Uniform`, `Levels` and its kin, or `KMeans`. per="channel" means a neuron of the
             product whatever the leaf's layout, and per=g groups of g of its inputs. Other schemes, such as `Cast`,
             are projected as `compress` does.
-        method: "gpfq", "gptq", "qronos", "descent", "nearest", "spfq", or a `Rounding` with settings of your own.
+        method: "descent", best on most nets that were measured, from Qronos's codes; "qronos", "gptq", "gpfq" as its
+            paper has it, "nearest", "spfq"; or a `Rounding` with settings of your own.
         nearest: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
         mask: which positions of a batch count; None for all. Either a function of the batch that gives a boolean array
             (or 0 and 1) of the leading axes of its leaves, such as lambda tokens: tokens != 0, or a tree with such an
@@ -143,6 +162,8 @@ def quantize(
         centred: whether biases and batch-norm means that are added to a product, and nothing else, absorb the change
             of its mean; weights are then rounded on centred statistics.
         search: whether to search the scale; else the scheme's own is kept.
+        shrink: by which part the products of two different inputs in H and D are made smaller; 0 as the papers have it;
+            by default chosen on rows held back, and the change of a bias then leaves out the part that is noise.
         recursion: "blocked" on H and D, or "follow" the inputs themselves (GPFQ only); "auto" counts operations and
             bytes.
         key: a random key, for methods that draw.
@@ -152,8 +173,8 @@ def quantize(
 
     Raises:
         ValueError: no batch, batches of different structure, a leaf or a part of a batch that is no array, a mask that
-            fits none, NaN activations, a leaf that cannot be followed to a product, or a rule that cannot be applied;
-            names the leaf and the remedy.
+            fits none, NaN activations, a leaf that cannot be followed to a product, statistics that the method
+            cannot factorise, or a rule that cannot be applied; names the leaf and the remedy.
 
     Example:
         >>> import lcq
@@ -169,6 +190,8 @@ def quantize(
     Source: Lybrand & Saab, arXiv 2010.15979; the walk, centring and the choice of scales are lcq's.
     """
     method, batches = _method(method), checked_batches(batches)
+    if shrink is not None and not 0 <= shrink <= 1:
+        raise ValueError(f"wanted shrink between 0 and 1, or None to choose it; got {shrink}")
     leaves, structure = flatten(params)
     check_numbers(leaves)
     for path, leaf in leaves.items():
@@ -212,6 +235,7 @@ def quantize(
             method,
             centred=shift is not None,
             search=search,
+            shrink=shrink,
             recursion=recursion,
             key=None if key is None else jax.random.fold_in(key, product.number),
         )
@@ -332,4 +356,8 @@ def _record(visit: Visit, method: Rounding, rounded: Rounded, shape: tuple[int, 
         len(visit.unit.others),
         rounded.rows,
         next((use.product.lost for use in visit.uses if use.product.lost), ""),
+        rounded.silent,
+        rounded.shrink,
+        rounded.damp,
+        rounded.held_out,
     )

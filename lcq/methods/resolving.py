@@ -1,6 +1,7 @@
 """GPTQ and Qronos: after each level, the weights left over are solved again by least squares.
 
-Both are the recursion of `lcq.methods.rounding`, on triangular roots of H + damp I instead of H.
+Both are the recursion of `lcq.methods.rounding`, on triangular roots of H + damp I instead of H. Where rounding errors
+leave no root, damp grows tenfold until there is one; codes are never made of a factorisation that failed.
 """
 
 import dataclasses
@@ -28,27 +29,33 @@ class GPTQ(Rounding):
     Attributes:
         damp: in units of the mean of diag(H); above 0, for H may be singular.
         order: of the inputs.
+        most: how far damp may grow, tenfold each time, where H + damp I has no root in the precision at hand; `damp`
+            itself, or less, allows none.
 
     Raises:
-        ValueError: damp not above 0.
+        ValueError: damp not above 0; no root up to `most`.
 
     Source: Frantar et al., arXiv 2210.17323.
     """
 
     damp: float = 0.01
     order: Order = "natural"
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         _check_damp(self.damp)
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
         w, gram, _, order, lives = ordered(w, statistics._replace(drift=None), self.order)
-        root = _root(gram, _damping(gram, self.damp))
-        return Recursion(order, w, w, root, jnp.where(lives, 1 / jnp.diagonal(root), 0))
+        root, damp = _root(gram, jnp.diagonal(gram).mean(), lives, self.damp, self.most)
+        return Recursion(order, w, w, root, jnp.where(lives & jnp.isfinite(damp), 1 / jnp.diagonal(root), 0), damp)
 
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         del key
         return recurse(prepared, form, lambda z, row, _: choose(z, row))
+
+    def damped(self, prepared: Any) -> Array:
+        return prepared.damp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +67,18 @@ class Qronos(Rounding):
     Attributes:
         damp: in units of the mean of diag(H); above 0, for H may be singular.
         order: of the inputs.
+        most: how far damp may grow, tenfold each time, where H + damp I has no root in the precision at hand; `damp`
+            itself, or less, allows none.
 
     Raises:
-        ValueError: damp not above 0.
+        ValueError: damp not above 0; no root up to `most`.
 
     Source: Zhang et al., arXiv 2505.11695.
     """
 
     damp: float = 0.01
     order: Order = "natural"
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         _check_damp(self.damp)
@@ -79,21 +89,26 @@ class Qronos(Rounding):
         inverse = jnp.where(lives, 1 / jnp.where(lives, diagonal, 1), 0)
         if len(w) == 1:
             start = w if drift is None else w + drift * inverse * w
-            return Recursion(order, start, w, gram, inverse)
-        root = _root(gram[1:, 1:], _damping(gram, self.damp))  # R' of H_22 + damp I
+            return Recursion(order, start, w, gram, inverse, jnp.asarray(self.damp, gram.dtype))
+        rest = gram[1:, 1:]
+        root, damp = _root(rest, diagonal.mean(), lives[1:], self.damp, self.most)  # R' of H_22 + damp I
+        found = lives[1:] & jnp.isfinite(damp)
         first = _triangular(root, gram[1:, :1], lower=True, trans=1)
         feedback = jnp.pad(jnp.concatenate([first, root], 1), ((1, 0), (0, 0)))
-        inverse = inverse.at[1:].set(jnp.where(lives[1:], 1 / jnp.diagonal(root), 0))
+        inverse = inverse.at[1:].set(jnp.where(found, 1 / jnp.diagonal(root), 0))
         if drift is None:
-            return Recursion(order, w, w, feedback, inverse)
+            return Recursion(order, w, w, feedback, inverse, damp)
         pull = dot(drift, w)
         rest = _triangular(root, _triangular(root, pull[1:], lower=True, trans=1), lower=True)
-        target = w.at[1:].add(jnp.where(lives[1:, None], rest, 0))
-        return Recursion(order, target.at[0].add(inverse[0] * pull[0]), target, feedback, inverse)
+        target = w.at[1:].add(jnp.where(found[:, None], rest, 0))
+        return Recursion(order, target.at[0].add(inverse[0] * pull[0]), target, feedback, inverse, damp)
 
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         del key
         return recurse(prepared, form, lambda z, row, _: choose(z, row))
+
+    def damped(self, prepared: Any) -> Array:
+        return prepared.damp
 
 
 def _check_damp(damp: float) -> None:
@@ -101,12 +116,31 @@ def _check_damp(damp: float) -> None:
         raise ValueError(f"wanted damp > 0, in units of the mean of diag(H), which may be singular; got {damp}")
 
 
-def _damping(gram: Array, damp: float) -> Array:
-    mean = jnp.diagonal(gram).mean()
-    return jnp.where(mean > 0, damp * mean, 1)
+def _root(gram: Array, mean: Array, lives: Array, damp: float, most: float) -> tuple[Array, Array]:
+    """R', where R is upper triangular and R R' = H + damp mean I, and the damp that it took, in units of `mean`.
 
+    A pivot R_tt^2 is what input t has of its own; one within rounding errors of 0 is none, and damp grows tenfold. Up
+    to `most` without success damp is infinite and R is I, of no meaning.
+    """
+    size = len(gram)
+    unit = jnp.where(mean > 0, mean, 1)
+    least = 4 * size**0.5 * jnp.finfo(gram.dtype).eps * jnp.diagonal(gram)
 
-def _root(gram: Array, damping: Array) -> Array:
-    """R', where R is upper triangular and R R' = H + damping I."""
-    damped = gram + damping * jnp.eye(len(gram), dtype=gram.dtype)
-    return jax.lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1].T
+    def attempt(damp: Array) -> Array:
+        damped = gram + damp * unit * jnp.eye(size, dtype=gram.dtype)
+        return jax.lax.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)[::-1, ::-1].T
+
+    def fails(root: Array) -> Array:
+        pivots = jnp.diagonal(root)
+        return ~(jnp.isfinite(root).all() & ((pivots**2 > least) | ~lives).all())
+
+    def more(state: tuple[Array, Array]) -> Array:
+        return fails(state[1]) & (10 * state[0] <= most * (1 + 1e-6))
+
+    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return 10 * state[0], attempt(10 * state[0])
+
+    first = jnp.asarray(damp, gram.dtype)
+    used, root = jax.lax.while_loop(more, again, (first, attempt(first)))
+    failed = fails(root)
+    return jnp.where(failed, jnp.eye(size, dtype=gram.dtype), root), jnp.where(failed, jnp.inf, used)

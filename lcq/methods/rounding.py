@@ -58,7 +58,8 @@ class Rounding(abc.ABC):
             The form with new codes, and with a new table if the method has its own.
 
         Raises:
-            ValueError: no key where one is needed, or an alphabet that the method cannot use.
+            ValueError: no key where one is needed, an alphabet that the method cannot use, or statistics that it cannot
+                factorise; inside a transformation, where nothing can be looked at, these give the nearest levels.
 
         Example:
             >>> from lcq.methods.moments import gather, finish
@@ -69,7 +70,13 @@ class Rounding(abc.ABC):
             Array([[0.],
                    [1.]], dtype=float32)
         """
-        return _codes(self, w, statistics, form, key)
+        chosen, damp = solved(self, w, statistics, form, key)
+        if damp is not None and not isinstance(damp, jax.core.Tracer) and not jnp.isfinite(damp):
+            raise ValueError(
+                f"wanted H + damp I with a root; got none with {self}: "
+                "raise damp=, or most= up to which it may grow by itself"
+            )
+        return chosen
 
     @abc.abstractmethod
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
@@ -79,10 +86,17 @@ class Rounding(abc.ABC):
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         """`codes`, from what `prepare` gave."""
 
+    def damped(self, prepared: Any) -> Array | None:
+        """What H was damped by, in units of the mean of its diagonal, infinite if that failed; None without damping."""
+        del prepared
+        return None
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def _codes(method: Rounding, w: Array, statistics: Statistics, form: Codes, key: Any) -> Codes:
-    return method.solve(method.prepare(w, statistics), form, key)
+def solved(method: Rounding, w: Array, statistics: Statistics, form: Codes, key: Any) -> tuple[Codes, Array | None]:
+    """Codes, and the damping that they took."""
+    prepared = method.prepare(w, statistics)
+    return method.solve(prepared, form, key), method.damped(prepared)
 
 
 @dataclasses.dataclass(frozen=True)

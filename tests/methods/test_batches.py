@@ -62,7 +62,7 @@ def test_padded_texts_are_those_without_padding(recursion):
         row[length:] = 0
     net = Texts()
     params = net.init(jax.random.key(0), tokens)
-    how = {"search": False, "recursion": recursion}
+    how = {"method": "gpfq", "search": False, "shrink": 0.0, "recursion": recursion}
     padded = lcq.quantize(net.apply, params, [tokens], KERNELS, mask=lambda tokens: tokens != 0, **how)
     each = [tokens[i : i + 1, :length] for i, length in enumerate(LENGTHS)]
     assert_same(padded, lcq.quantize(net.apply, params, each, KERNELS, **how))
@@ -92,9 +92,11 @@ def test_steps_of_a_recurrent_cell(before):
     x = draw(3, 7 + before, 4)
     there = (np.arange(7 + before) - before < np.array(LENGTHS)[:, None]) & (np.arange(7 + before) >= before)
     x[~there] = 0
-    padded = lcq.quantize(fn, params, [{"x": x, "mask": there}], KERNELS, mask="mask", search=False)
+    padded = lcq.quantize(
+        fn, params, [{"x": x, "mask": there}], KERNELS, mask="mask", method="gpfq", search=False, shrink=0.0
+    )
     each = [{"x": x[i : i + 1, before : before + length]} for i, length in enumerate(LENGTHS)]
-    assert_same(padded, lcq.quantize(fn, params, each, KERNELS, search=False))
+    assert_same(padded, lcq.quantize(fn, params, each, KERNELS, method="gpfq", search=False, shrink=0.0))
 
 
 def test_examples_of_a_convolutional_net():
@@ -109,8 +111,17 @@ def test_examples_of_a_convolutional_net():
 
     x = draw(8, 6, 6, 2) + 1
     filled = np.concatenate([x[5:], np.full((2, 6, 6, 2), np.nan, np.float32)])
-    full = lcq.quantize(fn, params, [x[:5], x[5:]], KERNELS, search=False)
-    done = lcq.quantize(fn, params, [x[:5], filled], KERNELS, mask=lambda x: ~jnp.isnan(x).any((1, 2, 3)), search=False)
+    full = lcq.quantize(fn, params, [x[:5], x[5:]], KERNELS, method="gpfq", search=False, shrink=0.0)
+    done = lcq.quantize(
+        fn,
+        params,
+        [x[:5], filled],
+        KERNELS,
+        mask=lambda x: ~jnp.isnan(x).any((1, 2, 3)),
+        method="gpfq",
+        search=False,
+        shrink=0.0,
+    )
     assert_same(done, full)
     assert [record.rows for record in done.records] == [8 * 36, 8] and done.records[0].centred
 
@@ -127,8 +138,12 @@ def test_tokens_of_experts():
         return jnp.tanh(jnp.zeros_like(y).at[order].set(y)) @ p["out"]["kernel"]
 
     x, there = draw(20, 4), np.random.default_rng(2).random(20) < 0.6
-    masked = lcq.quantize(fn, params, [(x, expert)], KERNELS, mask=lambda batch: there, search=False)
-    assert_same(masked, lcq.quantize(fn, params, [(x[there], expert[there])], KERNELS, search=False))
+    masked = lcq.quantize(
+        fn, params, [(x, expert)], KERNELS, mask=lambda batch: there, method="gpfq", search=False, shrink=0.0
+    )
+    assert_same(
+        masked, lcq.quantize(fn, params, [(x[there], expert[there])], KERNELS, method="gpfq", search=False, shrink=0.0)
+    )
 
 
 def test_curvature_counts_as_quantize_does():

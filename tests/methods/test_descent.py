@@ -125,3 +125,13 @@ def test_two_sweeps_with_a_fit_between_equal_a_loop():
     done = Descent(GPFQ(), 2).codes(jnp.asarray(w), statistics, form)
     np.testing.assert_allclose(done.scale.reshape(-1), scale, rtol=1e-4)
     np.testing.assert_allclose(done.dense(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dead_block_keeps_its_scale_and_the_others_are_fitted():
+    w, x, y = problem(7)
+    x[:, 5:10] = y[:, 5:10] = 0
+    form = Uniform(3, per=5).project(jnp.asarray(w))
+    statistics = finish(gather(jnp.asarray(y), jnp.asarray(x)))
+    done = refitted(form, statistics.gram, jnp.asarray((statistics.gram + statistics.drift) @ w))
+    np.testing.assert_array_equal(done.scale[1], form.scale[1])
+    assert (np.asarray(done.scale)[[0, 2, 3]] != np.asarray(form.scale)[[0, 2, 3]]).any(0).all()

@@ -239,6 +239,24 @@ def test_one_input():
     assert_codes(GPTQ().codes(jnp.asarray(w), statistics, form), np.asarray(form.codes))
 
 
+@pytest.mark.parametrize("method", [GPTQ, Qronos])
+def test_a_failed_factorisation_is_no_code(method):
+    """Of rank 4: damping grows to what has a root; where it may not, an error, and in a trace the nearest levels."""
+    rng = np.random.default_rng(0)
+    y = jnp.asarray(rng.normal(size=(40, 4)) @ rng.normal(size=(4, 24)), jnp.float32)
+    w, statistics = jnp.asarray(rng.normal(size=(24, 5)), jnp.float32), finish(gather(y))
+    form = lcq.Uniform(4, per="channel").project(w)
+    got, damp = rounding.solved(method(1e-9), w, statistics, form, None)
+    again = method(float(damp)).codes(w, statistics, form)
+    np.testing.assert_array_equal(got.codes, again.codes)
+    assert 1e-7 < damp < 1e-3 and path_error(w, y, y, got).sum() < 0.1 * path_error(w, y, y, form).sum()
+    assert rounding.solved(method(0.01), w, statistics, form, None)[1] == np.float32(0.01)
+    with pytest.raises(ValueError, match="most="):
+        method(1e-9, most=1e-9).codes(w, statistics, form)
+    traced = jax.jit(method(1e-9, most=1e-9).codes)(w, statistics, form)
+    np.testing.assert_array_equal(traced.codes, form.codes)
+
+
 # Thresholds
 
 
