@@ -125,7 +125,8 @@ def quantize(
     for each leaf (each layer of a stacked one, each slice of a fused one) the method rounds its weights on the
     statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The alphabet is the scheme's projection of
     the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
-    unless another is better beyond rounding errors; of 26, for tables that are not symmetric, where the mirrored table is tried too.
+    unless another is better beyond rounding errors; of 26, for tables that are not symmetric, where the mirrored table
+    is tried too.
 
     Few rows say little of how inputs vary together, and codes that fit them are wrong for new data: with 32 rows for
     128 inputs much worse than `lcq.compress`. So what H and D have between two inputs is shrunk; by how much is chosen
