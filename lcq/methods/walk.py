@@ -13,6 +13,7 @@ once more with all of them replaced, for the errors and for what follows.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -284,6 +285,8 @@ def _multiplier(key: Structure) -> Any:
         if shift is not None:
             second = second + product.spread(shift).astype(second.dtype)
         wide = first.astype(wider(first.dtype, jnp.float32))
+        if y is not None and product.kind == "ragged":
+            wide = jnp.where(_paired(product, x, y), wide, product(y.x, w, y.sizes).astype(wide.dtype))
         away = wide - second.astype(wide.dtype)
         for counts in (each.counts for each in (x, y) if each is not None and each.counts is not None):
             wide, away = (jnp.where(counts, a, jnp.zeros((), a.dtype)) for a in (wide, away))
@@ -291,3 +294,16 @@ def _multiplier(key: Structure) -> Any:
         return first, second, jnp.stack([((away / size) ** 2).sum(), ((wide / size) ** 2).sum(), size])
 
     return multiply
+
+
+def _paired(product: Product, x: Operand, y: Operand) -> Array:
+    """Which rows of a ragged product's result are those of an expert with the same rows in both nets; the error of the
+    others is that of the quantized net's own inputs. Broadcasts against the result."""
+    members = product.members(y)
+    same = members & (members == product.members(x)).all(1, keepdims=True)
+    shape = jax.eval_shape(product.__call__, y.x, product.w, y.sizes).shape
+    batch = len(product.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[1][0])
+    rows = len(product.x.shape) - batch - len(product.contracted)
+    groups = math.prod(shape[:batch])
+    paired = same.reshape(groups, -1, members.shape[1]).any(1)
+    return paired.reshape(*shape[: batch + rows], *(1 for _ in shape[batch + rows :]))

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 from lcq.methods.gathering import matrices, squares, statistics
-from lcq.methods.walk import Use
+from lcq.methods.walk import Use, walk
 from lcq.products import Operand
 from lcq.trace import trace
 
@@ -62,6 +62,37 @@ def test_experts_whose_rows_are_others_in_the_quantized_net(masked):
         assert found.count[e] == len(y) == there[e].sum()
         np.testing.assert_array_equal(ys[e][there[e]], y.astype(np.float32))
         np.testing.assert_array_equal(xs[e][there[e]], x.astype(np.float32))
+
+
+def test_errors_of_experts_whose_rows_are_others():
+    """A router in the net: the error of such experts is ||Y w - Y q||^2."""
+    params = {"a": draw(3, 3), "w": draw(4, 3, 2)}
+    x = draw(40, 3)
+
+    def fn(p, x):
+        h = x @ p["a"]
+        expert = jnp.argmax(jnp.concatenate([h, -h[:, :1]], 1), 1)
+        return lax.ragged_dot(h[jnp.argsort(expert)], p["w"], jnp.bincount(expert, length=4))
+
+    other = {"a": params["a"] + 0.8 * draw(3, 3, seed=5), "w": params["w"] + 0.1 * draw(4, 3, 2, seed=6)}
+    sides = []
+    for net in (params, other):
+        h = x.astype(np.float64) @ net["a"]
+        expert = np.argmax(np.concatenate([h, -h[:, :1]], 1), 1)
+        sides.append((h[np.argsort(expert, kind="stable")], np.bincount(expert, minlength=4)))
+    (xs, of_x), (ys, of_y) = sides
+    error = norm = 0.0
+    for e in range(4):
+        places = [np.arange(sizes[:e].sum(), sizes[: e + 1].sum()) for sizes in (of_x, of_y)]
+        wanted = (xs if np.array_equal(*places) else ys)[places[1]] @ params["w"][e]
+        error += ((wanted - ys[places[1]] @ other["w"][e]) ** 2).sum()
+        norm += (wanted**2).sum()
+    assert not np.array_equal(of_x, of_y)
+    program, current = trace(fn, params, x, ["a", "w"]), dict(params)
+    for visit in walk(program, params, current, [jnp.asarray(x)]):
+        current[visit.product.path] = other[visit.product.path]
+        outcome = visit.finish()
+    np.testing.assert_allclose(outcome.error, error / norm, rtol=1e-4)
 
 
 def test_experts_of_a_batch():
