@@ -13,6 +13,7 @@ import jax
 
 from lcq.artifact.file import read_index, replacing
 from lcq.base import Form, Quantizer, Scheme, is_form
+from lcq.forms import Codes
 from lcq.methods.preview import preview
 from lcq.notation import format_scheme, is_none, make, parse_scheme, right_side, settings_of
 from lcq.report import Row, Table, rows
@@ -237,14 +238,15 @@ def _counted(leaf: Any, rule: Rule) -> Form:
     """The form of a leaf cut into groups along no axis of its own."""
     scheme: Any = rule.scheme
     count = leaf.size // scheme.per
-    one = jax.eval_shape(_plain_twin(dataclasses.replace(scheme, per=None)).project, *_shapes((leaf,)))
-
-    rank = len(leaf.shape)
+    one = jax.eval_shape(_plain_twin(scheme).project, jax.ShapeDtypeStruct((scheme.per, 1), leaf.dtype))
+    assert isinstance(one, Codes)
+    blocks = (*(1,) * (len(leaf.shape) - 1), count)
 
     def many(a: Any) -> Any:
-        return None if a is None else jax.ShapeDtypeStruct((*(1,) * (rank - 1), count, *a.shape[rank:]), a.dtype)
+        return None if a is None else jax.ShapeDtypeStruct((*blocks, *a.shape[2:]), a.dtype)
 
-    return dataclasses.replace(one, scale=many(one.scale), zero=many(one.zero), levels=many(one.levels))
+    codes = jax.ShapeDtypeStruct(leaf.shape, one.codes.dtype)
+    return dataclasses.replace(one, codes=codes, scale=many(one.scale), zero=many(one.zero), levels=many(one.levels))
 
 
 def _shapes(xs: tuple[Any, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -73,7 +73,7 @@ ROOMS = {
     "notation": Room(4, "base rules schemes"),
     "report": Room(5, "artifact axes base forms rules tree"),
     "chart": Room(5),
-    "plan": Room(6, "base methods rules tree artifact notation report"),
+    "plan": Room(6, "base forms methods rules tree artifact notation report"),
     "hull": Room(0),
     "knapsack": Room(1, "hull"),
     "budget": Room(7, "hull knapsack artifact base rules tree notation report plan"),

@@ -330,7 +330,7 @@ def test_dry_run_of_groups_that_only_products_have():
     ):
         planned = {row.path: row for row in dry_run(tree, rules).rows}
     assert (
-        planned["w"].bits == planned["w"].dense // 8 + 2 * 64 * 32 and planned["w"].blocks == "32 inputs of a product"
+        planned["w"].bits == planned["w"].dense // 8 + 2 * 64 * 16 and planned["w"].blocks == "32 inputs of a product"
     )
     assert planned["v"].blocks == "32 of axis 0, axis 1" and planned["w"].scheme == "Uniform(4, per=32)"
     with pytest.warns(UserWarning):

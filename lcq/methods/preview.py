@@ -70,15 +70,16 @@ def _numbers(product: Product, rule: Rule) -> np.ndarray:
 def _form(leaf: Any, rule: Rule, blocks: np.ndarray) -> Codes:
     """The form of a whole leaf."""
     scheme: Any = rule.scheme
-    plain = dataclasses.replace(scheme, per=None)
-    if plain.host:
-        plain = dataclasses.replace(plain, exact=False)
-    one = jax.eval_shape(plain.project, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    if scheme.host:
+        scheme = dataclasses.replace(scheme, exact=False)
+    group = (scheme.per, 1) if isinstance(scheme.per, int) else (1, 1)  # one block, whose numbers are as of all
+    one = jax.eval_shape(scheme.project, jax.ShapeDtypeStruct(group, leaf.dtype))
     assert isinstance(one, Codes)
     counts = tuple(n // period(axis, blocks) for axis, n in enumerate(blocks.shape))
-    rank = len(counts)
 
     def spread(a: Any) -> Any:
-        return None if a is None else jax.ShapeDtypeStruct((*counts, *a.shape[rank:]), a.dtype)
+        return None if a is None else jax.ShapeDtypeStruct((*counts, *a.shape[2:]), a.dtype)
 
-    return dataclasses.replace(one, scale=spread(one.scale), zero=spread(one.zero), levels=spread(one.levels))
+    codes = jax.ShapeDtypeStruct(leaf.shape, one.codes.dtype)
+    tables = {name: spread(getattr(one, name)) for name in ("scale", "zero", "levels")}
+    return dataclasses.replace(one, codes=codes, **tables)
