@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from lcq.axes import block_lengths
 from lcq.blocks import Per, block_counts, compute_dtype
-from lcq.dtypes import native
+from lcq.dtypes import native, own_promotion
 from lcq.registry import register_node
 
 
@@ -169,6 +169,7 @@ class Scheme(abc.ABC):
         """What is paid beside the distance, in its units, so that the C step minimises both: (2/mu) C(Theta)."""
         return 2 * self.cost(forms) / mu if self.costly else 0.0
 
+    @own_promotion()
     def project(self, x: Any, previous: Any = None, *, mu: Any = None, weights: Any = None) -> Any:
         """Projects an array, or several arrays onto one shared Theta.
 
@@ -245,6 +246,7 @@ class Quantizer(Scheme):
         return dataclasses.replace(same, **changes)
 
 
+@own_promotion()
 def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
     """Weights of a projection, one array for each of `xs`, with as many axes as that, in float32 or wider; ones for
     weights that are all zero.
@@ -289,7 +291,11 @@ FORMS: dict[str, type[Form]] = {}
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))
 def tree_form(cls: type[_F]) -> type[_F]:
-    """Makes a class a frozen dataclass and a pytree, which jax.export and flax.serialization can write."""
+    """Makes a class a frozen dataclass and a pytree, which jax.export and flax.serialization can write; its
+    arithmetic is under `own_promotion`."""
+    for name in ("dense", "pack", "unpack", "matrix", "take"):
+        if name in vars(cls):
+            setattr(cls, name, own_promotion()(vars(cls)[name]))
     cls = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
     return register_node(cls, tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("static")))
 

@@ -4,6 +4,8 @@ Casts of JAX and numpy turn what is beyond a format's range into an infinity, or
 NaN in float8_e4m3fn, whose largest number is 448. Here it becomes the nearest number there is.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -125,3 +127,20 @@ def native(leaf: Any) -> Any:
 def native_tree(tree: Any) -> Any:
     """A tree whose numpy arrays are `native`."""
     return jax.tree.map(native, tree)
+
+
+@contextlib.contextmanager
+def own_promotion() -> Iterator[None]:
+    """JAX's standard promotion of ranks and dtypes inside, whatever the user has set; also as `@own_promotion()`.
+
+    lcq's arithmetic is written for it. `jax_numpy_rank_promotion` and `jax_numpy_dtype_promotion` are there to find
+    mistakes in the user's code, and go on to hold for that.
+
+    Example:
+        >>> with jax.numpy_rank_promotion("raise"), own_promotion():
+        ...     jnp.ones((2, 2)) + jnp.ones(2)
+        Array([[2., 2.],
+               [2., 2.]], dtype=float32)
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 
 from lcq import jaxprs, packing
 from lcq.base import Form
+from lcq.dtypes import own_promotion
 from lcq.forms import Cast, Codes, Factors, Sparse, Sum
 from lcq.forms.factors import matrix_shape
 from lcq.kernels.laid import Laid
@@ -105,6 +106,7 @@ def _blocks(numbers: np.ndarray) -> np.ndarray | None:
     return numbers if columns or 2 * numbers.size <= size or len(np.unique(numbers)) == numbers.size else None
 
 
+@own_promotion()
 def move(form: Form, function: Callable[[Any], Any]) -> Form | None:
     """The form of function(form.dense()), for a function that only moves or drops elements.
 
@@ -236,6 +238,7 @@ def order_of(function: Callable[[Any], Any], shape: tuple[int, ...], lead: int) 
     return None
 
 
+@own_promotion()
 def pick(form: Form, rows: Int[Array, " R"]) -> Form | None:
     """The form of form.dense()[rows], for rows that exist; of packed codes whole words are picked.
 
@@ -301,6 +304,7 @@ def _pick_laid(form: Laid, rows: Array) -> Form | None:
     return dataclasses.replace(form.take(rows), tail=(rows.shape[0], *form.tail[1:]), axes=form.axes)
 
 
+@own_promotion()
 def stack(form: Form) -> Form | None:
     """The forms of all rows of a leaf, their arrays stacked, as scan and vmap take them apart.
 

@@ -65,7 +65,7 @@ ROOMS = {
         "base dtypes forms packing rules tree",
         "paths lanes tables rans rates codec container layouts file shards checkpoint",
     ),
-    "moving": Room(4, "base forms jaxprs kernels packing"),
+    "moving": Room(4, "base dtypes forms jaxprs kernels packing"),
     "leaf": Room(5, "base dtypes jaxprs joined kernels meshes moving products"),
     "laying": Room(5, "base forms kernels meshes moving"),
     "loops": Room(6, "forms jaxprs kernels leaf"),

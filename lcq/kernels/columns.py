@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt, UInt32
 
 from lcq import packing
 from lcq.base import own, static, tree_form
+from lcq.dtypes import own_promotion
 from lcq.forms import Codes
 from lcq.kernels.laid import Laid
 from lcq.kernels.reference import fields
@@ -90,6 +91,7 @@ class Columns(Laid):
         )
 
 
+@own_promotion()
 def columns(form: Codes) -> Columns:
     """Lays out codes [K, n], or stacked ones [G, K, n], for products. Works under jit; once, when a net is loaded, is
     enough.
@@ -153,6 +155,7 @@ def _short_gap(form: Codes) -> tuple[float, float] | None:
     return (gap, form.values[0] / gap) if gap == 1 or short else None
 
 
+@own_promotion()
 def pack_columns(codes: UInt[Array, "*g k n"], width: int) -> UInt32[Array, "*g w n"]:
     """Words of codes that run down the columns, see `reference.fields`; zeros fill the last.
 
@@ -167,6 +170,7 @@ def pack_columns(codes: UInt[Array, "*g k n"], width: int) -> UInt32[Array, "*g 
     return (codes << jnp.arange(0, 32, width, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
 
 
+@own_promotion()
 def pack_signs(x: Shaped[Array, "*g k"]) -> UInt32[Array, "*g w"]:
     """Signs packed along the last axis: bit j of word i is set if x[32 i + j] >= 0, for +1; zeros fill the last word.
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lcq import jaxprs
 from lcq.base import own, tree_form
-from lcq.dtypes import wider
+from lcq.dtypes import own_promotion, wider
 from lcq.forms import Sparse
 from lcq.kernels.codes_xla import tile_by_tile
 from lcq.kernels.laid import Laid
@@ -63,6 +63,7 @@ class Lists(Laid):
         return dataclasses.replace(self, places=places, values=values, tail=(self.rows, numbers.shape[0]), axes=(0, 1))
 
 
+@own_promotion()
 def lists(form: Sparse) -> Lists | None:
     """Lays out few weights of a matrix [K, n], or of stacked ones [G, K, n]; on the host, once, when a net is loaded.
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32, Num, UInt32
 
 from lcq import jaxprs
 from lcq.base import Form
-from lcq.dtypes import native, wider
+from lcq.dtypes import native, own_promotion, wider
 from lcq.forms import Codes, Factors, Sum
 from lcq.kernels import codes_xla, xnor_xla
 from lcq.kernels.columns import Columns, columns
@@ -31,6 +31,7 @@ dense        never: dense at once, as a measure of the others
 """
 
 
+@own_promotion()
 def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -> Num[Array, "*rows n"]:
     """y = x Delta(form), with no dense array of the form where there is a better way.
 
@@ -89,6 +90,7 @@ def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -
     return jnp.matmul(x, form.dense())
 
 
+@own_promotion()
 def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "*rows n"]:
     """y = sum_k s_k t_k, the product of two matrices of signs +-1, both packed.
 

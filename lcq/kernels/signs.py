@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from lcq.dtypes import own_promotion
 from lcq.kernels import xnor_xla
 from lcq.kernels.columns import pack_columns, pack_signs
 from lcq.registry import register_node
@@ -34,6 +35,7 @@ class Signs:
     layout: Layout
 
 
+@own_promotion()
 def signs(w: Shaped[Array, "k n"], layout: Layout | None = None) -> Signs:
     """Lays out the signs of a matrix, +1 where w >= 0, once when a net is loaded.
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num, Shaped
 
-from lcq.dtypes import wider
+from lcq.dtypes import own_promotion, wider
 
 _ROUNDING = 0.01
 """Of binary weights in bfloat16."""
@@ -31,6 +31,7 @@ Padding = str | Sequence[tuple[int, int]]
 
 
 @jax.custom_jvp
+@own_promotion()
 def sign(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """+1 where x >= 0, else -1, never 0; the gradient passes straight through where |x| <= 1 and is 0 elsewhere.
 
@@ -57,6 +58,7 @@ class Binarized(NamedTuple):
     alpha: Array | None
 
 
+@own_promotion()
 def binarize(w: Float[Array, "*inputs n"], scale: bool = True) -> Binarized:
     """The nearest alpha[n] signs[.., n] to each output's weights.
 
@@ -172,6 +174,7 @@ def window(
     return Window(tuples["kernel_size"], tuples["strides"], margins, tuples["dilation"], pad_value)
 
 
+@own_promotion()
 def dense(
     x: Shaped[Array, "..."],
     kernel: Float[Array, "c n"],
@@ -201,6 +204,7 @@ def dense(
     return affine(jnp.matmul(sign(x).astype(jnp.float32), weights.signs), weights.alpha, bias, x.dtype)
 
 
+@own_promotion()
 def conv(
     x: Shaped[Array, "..."],
     kernel: Float[Array, "... c n"],

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
+from lcq.dtypes import own_promotion
 from lcq.kernels.columns import pack_columns, pack_signs
 from lcq.kernels.matmul import binary_matmul
 from lcq.kernels.reference import fields
@@ -92,6 +93,7 @@ class Bits:
         return Bits(pack_columns(bits[..., None], 1)[..., 0], bits.shape[-1])
 
 
+@own_promotion()
 def freeze(
     kernel: Float[Array, "... c n"],
     bias: Float[Array, " n"] | None = None,
@@ -138,6 +140,7 @@ def freeze(
     return dataclasses.replace(layer, threshold=fold_threshold(layer, **norm), alpha=None, bias=None)
 
 
+@own_promotion()
 def apply(layer: Frozen, x: Shaped[Array, "..."] | Bits) -> Float[Array, "..."] | Bits:
     """y = alpha (sign(x) * sign(W)) + bias, as `binary.dense` and `binary.conv` have it.
 
@@ -173,6 +176,7 @@ def apply(layer: Frozen, x: Shaped[Array, "..."] | Bits) -> Float[Array, "..."] 
     return affine(y, layer.alpha, layer.bias, dtype)
 
 
+@own_promotion()
 def product(layer: Frozen, words: UInt32[Array, "..."]) -> Int32[Array, "..."]:
     """sign(x) * sign(W) as whole numbers, of signs that are packed.
 
@@ -247,6 +251,7 @@ class Threshold(NamedTuple):
 jax.export.register_namedtuple_serialization(Threshold, serialized_name="lcq.layers.frozen.Threshold")
 
 
+@own_promotion()
 def fold_threshold(
     layer: Frozen,
     *,
@@ -305,6 +310,7 @@ def fold_threshold(
     return Threshold(low, direction)
 
 
+@own_promotion()
 def threshold_signs(threshold: Threshold, y: Int32[Array, "*batch n"]) -> UInt32[Array, "*batch w"]:
     """The signs of whole numbers under a threshold, packed for the `product` of the next layer.
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lcq.dtypes import own_promotion
+
 _SETTLE = 1 << 13
 """Updates in which an optimizer under a constant gradient settles to 1e-3; enough for momentum .999."""
 
@@ -97,6 +99,7 @@ def proximal(
     return (v + s * target) / (1 + s * mu)
 
 
+@own_promotion()
 def linear_step(inner: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, Any], Any]:
     """s(inner state, eta) of an optimizer that is linear in the gradient, found by giving it a constant one.
 

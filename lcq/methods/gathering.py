@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from lcq.blocks import compute_dtype, explicit_sharding
-from lcq.dtypes import wider
+from lcq.dtypes import own_promotion, wider
 from lcq.methods.following import dot
 from lcq.methods.moments import Moments, counted, gather, mean
 from lcq.methods.pieces import Structure
@@ -40,6 +40,7 @@ def fold_count(inputs: int) -> int:
     return _FOLDS if inputs <= _WIDE else _FEWER
 
 
+@own_promotion()
 def folded(uses: Sequence[Use], w: Float[Array, "G N n"]) -> tuple[Moments, Array]:
     """Sums over the rows of each fold, of all uses and batches.
 
@@ -68,6 +69,7 @@ def folded(uses: Sequence[Use], w: Float[Array, "G N n"]) -> tuple[Moments, Arra
     return moments, jnp.zeros(shape, moments.shift.dtype) if gaps is None else gaps
 
 
+@own_promotion()
 def squares(use: Use) -> tuple[Array, Array]:
     """Of the inputs in the original net: sums of X^2 [G, N] over the rows that count, and how many these are [G]."""
     sums: Any = 0.0
@@ -80,6 +82,7 @@ def squares(use: Use) -> tuple[Array, Array]:
     return sums, many
 
 
+@own_promotion()
 def matrices(uses: Sequence[Use], folds: int) -> tuple[Array, Array, Array | None, np.ndarray]:
     """X and Y [G, M, N] of all uses and batches, which of their rows count [G, M] (None for all), their folds [M]."""
     parts = []

@@ -21,7 +21,7 @@ import optax
 
 from lcq.base import Form, cast_masks, join_leafwise, split_leafwise
 from lcq.blocks import compute_dtype
-from lcq.dtypes import nearest_number
+from lcq.dtypes import nearest_number, own_promotion
 from lcq.methods.coupling import Geometric, gradient, penalty, proximal
 from lcq.methods.given import slope_of, weights_of
 from lcq.methods.objective import Term
@@ -76,6 +76,7 @@ class Lagrangian(NamedTuple):
     info: Any
 
 
+@own_promotion()
 def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False) -> Lagrangian:
     """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost), and lambda = 0.
 
@@ -113,6 +114,7 @@ def first_forms(task: Task, ws: tuple[Any, ...], blank: bool, mu: Any = None) ->
         return task.project(tuple(jnp.zeros(w.shape, w.dtype) for w in ws), mu=mu)
 
 
+@own_promotion()
 def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagrangian]:
     """The C step at `params`: the forms of every task, and the state after it.
 
@@ -198,12 +200,15 @@ def coupling_term(state: Lagrangian, mu: Any) -> Term:
         ws = _wide_by_path(state, params)
         return {path: (ws[path], *parts) for path, parts in fixed.items()}
 
+    @own_promotion()
     def value(params: Any) -> Any:
         return functools.reduce(jnp.add, (penalty(*parts, mu) for parts in coupled(params).values()))
 
+    @own_promotion()
     def slope(params: Any) -> dict[str, Any]:
         return {path: gradient(*parts, mu) for path, parts in coupled(params).items()}
 
+    @own_promotion()
     def add(grads: Any, params: Any) -> Any:
         slopes, structure = flatten(grads)
         for path, more in slope(params).items():
@@ -221,6 +226,7 @@ def check_slopes(grads: Any, state: Lagrangian, params: Any) -> None:
         slope_of(slopes, path, w)
 
 
+@own_promotion()
 def pull(updates: Any, state: Lagrangian, params: Any, mu: Any, s: Any) -> Any:
     """Follows the inner optimizer's updates by the proximal step at the selected leaves; s as in `proximal`."""
     moves, structure = flatten(updates)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lcq.dtypes import own_promotion
 from lcq.forms import Codes
 from lcq.methods import shrinkage
 from lcq.methods.alphabet import block_count, scaled
@@ -66,6 +67,7 @@ class Rounded(NamedTuple):
     damp: float
 
 
+@own_promotion()
 def round_product(
     uses: Sequence[Use],
     w: Float[Array, "G N n"],

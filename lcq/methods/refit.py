@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array
 
 from lcq.base import is_form, straight_through
-from lcq.dtypes import native_tree, nearest_number
+from lcq.dtypes import native_tree, nearest_number, own_promotion
 from lcq.forms import Codes
 from lcq.rules import flatten
 
@@ -178,14 +178,17 @@ class _Net:
             )
         return _Slot(name, array.shape, array.dtype)
 
+    @own_promotion()
     def start(self) -> dict[str, Array]:
         """Fresh copies of what is tuned, in float32 or wider."""
         return {name: jnp.array(a, _wide(a.dtype), copy=True) for name, a in self.given.items()}
 
+    @own_promotion()
     def hold(self, numbers: dict[str, Array], there: dict[str, Array]) -> dict[str, Array]:
         """`numbers`, but `there` where they do not move."""
         return numbers | {name: jnp.where(still, there[name], numbers[name]) for name, still in self.still.items()}
 
+    @own_promotion()
     def _put(self, numbers: dict[str, Array], rest: list[Any], rounded: bool) -> list[Any]:
         """Working forms and arrays with these numbers, in float32 or as they are stored."""
         flat = []
@@ -203,6 +206,7 @@ class _Net:
         leaves = [straight_through(w.dense(), r.dense()) if is_form(r) else r for w, r in pairs]
         return jax.tree.unflatten(self._structure, leaves)
 
+    @own_promotion()
     def finish(self, numbers: dict[str, Array], steps: int) -> Any:
         """The tree with stored forms."""
         rounded = {name: nearest_number(a, self.given[name].dtype) for name, a in numbers.items()}

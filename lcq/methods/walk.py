@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq.dtypes import wider
+from lcq.dtypes import own_promotion, wider
 from lcq.methods.pieces import Structure, cut
 from lcq.methods.schedule import Group, schedule
 from lcq.products import Operand, Product, Unit
@@ -78,6 +78,7 @@ class Visit:
         """The data operands of the first use, for every batch in the original net and in the other."""
         return [(one.x, two.x) for one, two in self.uses[0].inputs]
 
+    @own_promotion()
     def finish(self, shift: Array | None = None) -> Outcome:
         """Makes the products in both nets, with `shift` [G, n] added in the other, and goes on from there.
 
@@ -241,6 +242,7 @@ class _Walk:
         for u in group.units:
             visits[u].outcome.error = _relative(sums[u])
 
+    @own_promotion()
     def multiply(self, use: Use, shift: Array | None = None) -> tuple[list[Any], list[Any]]:
         product = use.product
         function = _multiplier(Structure(product.structure, product))

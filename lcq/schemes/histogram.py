@@ -76,7 +76,8 @@ def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Flo
     mean, scale, reach = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach))
     if k <= EXACT:
         held = [(v - mean) / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1) for v in fixed]
-        whole = count / jnp.sum(count, -1, keepdims=True)
+        whole = count.astype(mean.dtype)
+        whole = whole / jnp.sum(whole, -1, keepdims=True)
         levels = mean + scale * _partition(whole, reach, k, jnp.concatenate(held, -1) if held else None)
     else:
         levels = mean + scale * _quantiles(count, k, reach)
@@ -104,7 +105,7 @@ def _partition(
     """The best levels whose cells are runs of bins, in units of u; of a fine histogram's bins those are joined that lie
     between quantiles of f^(1/3) du, where f is what a bin holds over the gap before it."""
     bins, runs = mass.shape[-1], max(_RUNS, 16 * k)
-    u = _stretch(_middles(bins), reach)
+    u = _stretch(_middles(bins).astype(reach.dtype), reach)
     total = mass * u
     if bins > runs:
         last = lax.cummax(jnp.where(mass > 0, u, u[..., :1]), axis=u.ndim - 1)
@@ -162,7 +163,7 @@ def _quantiles(count: Shaped[Array, "*stat bins"], k: int, reach: Float[Array, "
     mass = jnp.sum(count.reshape(*count.shape[:-1], bins, -1), -1).astype(reach.dtype)
     mass = jnp.cbrt(mass * _width(bins, reach) ** 2)
     below = jnp.cumsum(mass, -1)
-    target = (jnp.arange(k) + 0.5) / k * below[..., -1:]
+    target = (jnp.arange(k, dtype=below.dtype) + 0.5) / k * below[..., -1:]
     at = jnp.minimum(jnp.sum(below[..., None, :] < target[..., None], -1), bins - 1)
     rest = (jnp.take_along_axis(below, at, -1) - target) / jnp.take_along_axis(mass, at, -1)
     return _stretch(2 * (at + 1 - jnp.clip(rest, 0, 1)) / bins - 1, reach)

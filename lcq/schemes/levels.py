@@ -252,7 +252,7 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     for zoom in (1, _ZOOM) if many > 1 else ():  # between the neighbours of the best, then between those
         ratio = jnp.where(best[0] < 0, ranges[-1][1], ranges[0][1])
         width = ratio ** (1 / many / zoom)
-        scales = best[0] * width ** jnp.linspace(-1, 1, _ZOOM).reshape(-1, *(1,) * unit.ndim)
+        scales = best[0] * width ** jnp.linspace(-1, 1, _ZOOM, dtype=unit.dtype).reshape(-1, *(1,) * unit.ndim)
         best = scan(whole.leaves, scales, best)
     return best[0] * unit
 
