@@ -233,7 +233,7 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     whole, unit = of_size_one(whole)
     many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
     ranges = [_range(whole, values, sign) for sign in ((1.0,) if mirrored(values) else (1.0, -1.0))]
-    rows = jnp.linspace(0, 1, many).reshape(-1, *(1,) * unit.ndim)
+    rows = jnp.linspace(0, 1, many, dtype=unit.dtype).reshape(-1, *(1,) * unit.ndim)
     tried = jnp.concatenate([low * ratio**rows for low, ratio in ranges])
 
     def better(leaves: Sequence[Array], a: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
