@@ -120,7 +120,9 @@ def _partition(
     if blocks <= most or explicit_sharding(mass) is not None:
         return best_partition(mass, total, k, fixed)
     flat = [a.reshape(blocks, -1) for a in (mass, total, fixed) if a is not None]
-    levels = lax.map(lambda each: best_partition(*each[:2], k, *each[2:]), flat, batch_size=most)
+    levels = lax.map(
+        lambda each: best_partition(each[0], each[1], k, None if fixed is None else each[2]), flat, batch_size=most
+    )
     return levels.reshape(*mass.shape[:-1], k)
 
 
