@@ -239,5 +239,5 @@ def _point(leaf: Any, task: Task | None, h: Any, coded: bool) -> Point:
     error = (np.asarray(leaf, np.float64) - np.asarray(dense_of(form), np.float64)) ** 2
     distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
     if not math.isfinite(distortion):
-        raise ValueError(f"{task.name}: {task.scheme} cannot hold its largest numbers; drop this candidate")
+        raise ValueError(f"{task.name}: wanted finite numbers; {task.scheme} gave others; drop this candidate")
     return Point(rate(form).coded if coded else form.pack().bits, distortion)

@@ -32,12 +32,13 @@ FORMATS = (
 """Names of the floating-point formats that JAX computes with on every device."""
 
 
-def format_name(given: Any, what: str = "format") -> str:
+def format_name(given: Any, what: str = "format", other: str = "") -> str:
     """The name of a floating-point format, which `given` says by its name or as a dtype.
 
     Args:
         given: such as "bfloat16" or jnp.bfloat16.
         what: what it is given for, in the error.
+        other: what else may stand there, in the error.
 
     Raises:
         ValueError: no format, or none that there is; names those that there are.
@@ -51,7 +52,8 @@ def format_name(given: Any, what: str = "format") -> str:
     except (TypeError, ValueError):
         name = None
     if name not in FORMATS:
-        raise ValueError(f"{what}: wanted a floating-point format, one of {', '.join(FORMATS)}; got {given!r}")
+        known = ", ".join(FORMATS) + (f", or {other}" if other else "")
+        raise ValueError(f"{what}: wanted a floating-point format, one of {known}; got {given!r}")
     return name
 
 

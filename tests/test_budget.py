@@ -180,6 +180,24 @@ class Costly(Scheme):
         raise AssertionError
 
 
+class Endless(Costly):
+    """Its forms hold no finite numbers."""
+
+    costly = False
+
+    def solve(self, xs, previous, mu):
+        del previous, mu
+        return tuple(lcq.forms.Cast(jnp.full(x.shape, jnp.inf, jnp.bfloat16)) for x in xs)
+
+
+def test_a_cast_of_numbers_beyond_its_range_costs_what_it_loses():
+    best = pareto({"huge": jnp.full(2, 1e30), "w": jnp.ones(2)}, {"huge|w": [lcq.Cast("float16")]}, bytes=8)
+    lost = 2 * (float(np.float32(1e30)) - 65504.0) ** 2
+    assert [choice.distortion for choice in best.choices] == [pytest.approx(lost, rel=1e-12), 0.0]
+    kept = pareto({"huge": jnp.full(2, 1e30)}, {"huge": [lcq.Cast("float16"), None]}, bytes=8)
+    assert kept.choices[0].scheme is None and kept.distortion == 0.0
+
+
 @pytest.mark.parametrize(
     ("candidates", "more", "complaint"),
     [
@@ -200,13 +218,13 @@ class Costly(Scheme):
         ({"b.*/kernel": CANDIDATES}, {"bytes": 1000, "weights": {}}, "b+/kernel: wanted weights of the leaves with"),
         ({"a/kernel": CANDIDATES}, {"bytes": 1000, "weights": {"a/kernel": jnp.ones(1), "x": 1}}, "x: wanted weights"),
         ({"a/kernel": CANDIDATES}, {"bytes": 1000, "weights": {"a/kernel": -jnp.ones(1)}}, "a/kernel: weights: wanted"),
-        ({"huge": [lcq.Cast("float16")]}, {"bytes": 1000}, "huge: Cast(format='float16') cannot hold"),
+        ({"a/kernel": [Endless()]}, {"bytes": 1000}, "a/kernel: wanted finite numbers; Endless() gave others"),
         ({"nan": CANDIDATES}, {"bytes": 1000}, "nan: wanted finite weights"),
     ],
 )
 def test_errors_at_the_door(candidates, more, complaint, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    tree = params() | {"huge": jnp.full(2, 1e30), "nan": jnp.array([jnp.nan])}
+    tree = params() | {"nan": jnp.array([jnp.nan])}
     with pytest.raises(ValueError, match=r"(?s).*") as caught:
         pareto(tree, candidates, **more)
     assert complaint in str(caught.value)

@@ -83,10 +83,10 @@ class Prune(Scheme):
             raise ValueError(f"wanted norm='l0', or 'l1' with radius= or penalty=; got {self.norm!r} with {given[0]}=")
         self._check_amount()
         object.__setattr__(self, "_is_part", isinstance(self.kept, float))
-        if isinstance(self.values, str):
-            object.__setattr__(self, "values", format_name(self.values, "values"))
-        elif self.values is not None and not (isinstance(self.values, KMeans) and self.values.per is None):
-            raise ValueError(f"values: wanted a dtype's name, or KMeans(...) without per=; got {self.values!r}")
+        if isinstance(self.values, KMeans) and self.values.per is not None:
+            raise ValueError(f"values: wanted a floating-point format or KMeans(...) without per=; got {self.values!r}")
+        if self.values is not None and not isinstance(self.values, KMeans):
+            object.__setattr__(self, "values", format_name(self.values, "values", "KMeans(...)"))
 
     def _check_amount(self) -> None:
         kept = self.kept

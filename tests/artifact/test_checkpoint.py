@@ -13,9 +13,11 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lcq
 from lcq.artifact.checkpoint import read, write
 from lcq.artifact.container import DTYPES
-from lcq.forms import Cast
+from lcq.artifact.file import load, save
+from lcq.forms import Cast, Codes
 
 
 def same(a, b):
@@ -82,6 +84,39 @@ def test_every_dtype_through_safetensors(tmp_path, name):
     leaf = np.ones((2, 3)).astype(DTYPES[name])
     write(tmp_path / "net.safetensors", {"w": leaf, "none": leaf[:0], "one": leaf[0, 0]})
     same(read(tmp_path / "net.safetensors"), {"w": leaf, "none": leaf[:0], "one": leaf[0, 0]})
+
+
+ORDERS = {
+    "transposed": lambda w: w.T,
+    "strided": lambda w: w[:, ::2],
+    "reversed": lambda w: w[::-1, ::-1],
+    "fortran": np.asfortranarray,
+    "slices": lambda w: np.swapaxes(np.stack([w, w + 1]), 0, 2)[1:],
+    "broadcast": lambda w: np.broadcast_to(w[0], (4, *w[0].shape)),
+    "big endian": lambda w: w.T.astype(">f4", order="K"),
+}
+"""Arrays whose memory is not that of their values in row-major order."""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", [".safetensors", ".npz", "", ".lcq", "plain.lcq"])
+def test_the_order_of_memory_is_no_matter(tmp_path, kind, order):
+    """safetensors itself writes the memory as it lies."""
+    w = ORDERS[order](np.arange(24, dtype=np.float32).reshape(4, 6))
+    path, bits = tmp_path / f"net{kind}", (w.astype(np.uint8) % 3)
+    assert order == "big endian" or not (w.flags.c_contiguous and w.strides[0] > 0)
+    if kind.endswith(".lcq"):
+        levels = np.arange(3, dtype=np.float32).reshape(*(1,) * w.ndim, 3)
+        forms = {"codes": Codes(codes=bits, levels=levels, dtype="float32"), "cast": Cast(w)}
+        save(path, {"w": w, **forms}, coded=kind == ".lcq")
+        back = lcq.decompress(load(path))
+        np.testing.assert_array_equal(back["codes"], bits)
+        np.testing.assert_array_equal(back["cast"], w)
+    else:
+        write(path, {"w": w})
+        back = read(path)
+    np.testing.assert_array_equal(back["w"], w)
+    assert back["w"].dtype == np.float32
 
 
 def test_states_of_flax(tmp_path):
