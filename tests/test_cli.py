@@ -389,7 +389,7 @@ def test_quantize_makes_batches(net, more, shapes, note, capsys, monkeypatch):
     assert [batch.shape for batch in given["batches"]] == shapes
     used = np.concatenate(given["batches"])
     np.testing.assert_array_equal(used, tokens[: len(used)])
-    assert options["centred"] and given["method"] == "gpfq" and options["nearest"] == []
+    assert options["centred"] and given["method"] == "descent" and options["nearest"] == []
     assert (note in capsys.readouterr().err) if note else "note" not in capsys.readouterr().err
 
 
