@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lcq.methods.gathering import matrices, squares, statistics
+from lcq.methods.gathering import matrices, squares
+from lcq.methods.sums import Sums
 from lcq.methods.walk import Use, walk
 from lcq.products import Operand
 from lcq.trace import trace
@@ -18,6 +19,11 @@ def draw(*shape, seed=0):
 
 def ragged(p, batch):
     return lax.ragged_dot(batch[0], p["w"], batch[1])
+
+
+def statistics(uses, centred, w):
+    """The sums over all folds, nothing of them shrunk."""
+    return Sums.of(uses, centred, jnp.asarray(w)).settled(np.zeros((len(w), 2)), careful=False).statistics
 
 
 SIZES = [np.array(sizes, np.int32) for sizes in ([4, 0, 5, 3], [4, 2, 3, 3], [0, 0, 12, 0])]
@@ -53,7 +59,7 @@ def test_experts_whose_rows_are_others_in_the_quantized_net(masked):
         for i, (a, b) in enumerate([(0, 0), (0, 1), (2, 1)])
     ]
     uses = uses_of(pairs)
-    found, (xs, ys, there) = statistics(uses, centred=False), matrices(uses)
+    found, (xs, ys, there, _) = statistics(uses, False, draw(4, 3, 2)), matrices(uses, 2)
     for e in range(4):
         x, y = rows_of(pairs, e)
         np.testing.assert_allclose(found.gram[e], y.T @ y, atol=1e-4)
@@ -106,7 +112,7 @@ def test_experts_of_a_batch():
     (product,) = trace(fn, {"w": w}, x, ["w"]).products
     assert product.shape == (8, 9, 3, 5) and product.flops == 2 * 2 * 9 * 3 * 5
     operand = Operand(jnp.asarray(x), jnp.asarray(sizes))
-    found = statistics([Use(product, (0,), [(operand, operand)])], centred=False)
+    found = statistics([Use(product, (0,), [(operand, operand)])], False, draw(8, 3, 5))
     places = np.asarray(product.weights(jnp.asarray(product.weight.elements(w.shape))))
     np.testing.assert_array_equal(places, np.arange(w.size).reshape(8, 3, 5))
     sums, many = squares(Use(product, (0,), [(operand, operand)]))
@@ -135,7 +141,7 @@ def test_uses_of_other_shapes_are_summed():
         windows = np.lib.stride_tricks.sliding_window_view(seen, 3, 1)  # [n, places, 2, 3]
         rows.append(windows.swapaxes(2, 3).reshape(-1, 6).astype(np.float64))
     y = np.concatenate(rows)
-    found = statistics(uses, centred=True)
+    found = statistics(uses, True, draw(1, 6, 4))
     away = y - y.mean(0)
     np.testing.assert_allclose(found.gram[0], away.T @ away, atol=1e-4)
     np.testing.assert_allclose(found.mean_y[0], y.mean(0), atol=1e-5)
