@@ -6,27 +6,22 @@ stdout has gone. Tables go to stdout, progress, notes, warnings and errors to st
 
 import argparse
 import contextlib
-import importlib
 import importlib.metadata
-import operator
 import os
 import re
 import sys
 import tempfile
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import rich.table
-from rich import box
-from rich.text import Text
 
 import lcq
 from lcq.artifact import checkpoint
 from lcq.artifact.file import LIMIT, read_metadata
+from lcq.calibration import batches_of, function_of, products_of
 from lcq.demo import QUICK, RECIPE, demo
 from lcq.inspection import inspect_file, table_of_file
 from lcq.methods.quantize import METHODS
@@ -140,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         help="inputs, examples along the first axis; several arrays make each batch a dict of them",
     )
     sub.add_argument(
+        "--mask",
+        metavar="NAME",
+        help="which of these arrays says by 1 and 0 what positions of the others count; it stays in the batch",
+    )
+    sub.add_argument(
         "--nearest-rule",
         dest="nearest",
         action="append",
@@ -149,12 +149,19 @@ def _parser() -> argparse.ArgumentParser:
         help="for leaves that are used in other ways too, such as embeddings: rounded without data, before the others",
     )
     sub.add_argument("--method", choices=METHODS, default="descent", help="default: %(default)s")
-    sub.add_argument("--batch", type=_positive, default=128, metavar="N", help="examples in a batch; default: 128")
+    sub.add_argument(
+        "--batch",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="examples in a batch, the last may be shorter; default: 128",
+    )
     sub.add_argument("--limit", type=_positive, metavar="N", help="use the first N examples only")
     sub.add_argument("--seed", type=int, default=0, help="of what spfq draws")
     sub.add_argument("--not-centred", action="store_true", help="leave biases and batch-norm means as they are")
-    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq")
-    sub.set_defaults(run=_quantize)
+    sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
+    sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
+    sub.set_defaults(run=_quantize, usage_error=sub.error)
 
     sub = commands.add_parser("inspect", help="what an .lcq file is made of: format, tensors, metadata, plan")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
@@ -273,99 +280,29 @@ def _decompress(arguments: argparse.Namespace) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    refuse(arguments.force, arguments.out)
-    check_output(arguments.out, arguments.checkpoint, arguments.data)
+    if not arguments.dry_run:
+        if arguments.out is None:
+            arguments.usage_error("wanted -o OUT.lcq, or --dry-run")
+        refuse(arguments.force, arguments.out)
+        check_output(arguments.out, arguments.checkpoint, arguments.data)
     plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
-    batches = _batches(arguments.data, arguments.batch, arguments.limit)
-    with _function(*arguments.function) as function, progress() as advance:
-        advance("tracing", 0)
-        done = lcq.quantize(
-            function,
-            params,
-            batches,
-            plan,
-            arguments.method,
-            nearest=arguments.nearest,
-            centred=not arguments.not_centred,
-            key=jax.random.key(arguments.seed),
-            progress=lambda number, total, record: advance(record.path, 1, total),
-        )
-    products = [_products(done)] if done.records else []
+    batches = batches_of(arguments.data, arguments.batch, arguments.limit, arguments.mask)
+    with function_of(*arguments.function) as function:
+        if arguments.dry_run:
+            return show(dry_run(params, plan, function, batches[0], nearest=arguments.nearest))
+        with progress() as advance:
+            advance("tracing", 0)
+            done = lcq.quantize(
+                function,
+                params,
+                batches,
+                plan,
+                arguments.method,
+                nearest=arguments.nearest,
+                mask=arguments.mask,
+                centred=not arguments.not_centred,
+                key=jax.random.key(arguments.seed),
+                progress=lambda number, total, record: advance(record.path, 1, total),
+            )
+    products = [products_of(done)] if done.records else []
     _save(arguments.out, done.forms, params, lcq.Plan([*arguments.nearest, *plan]), metadata, *products)
-
-
-@contextlib.contextmanager
-def _function(module: str, name: str) -> Iterator[Callable[[Any, Any], Any]]:
-    """module:name, with the current folder first on the path; what it raises is said in one line, with the place."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise ValueError(f"{module}: {error}, which it imports") from error
-            raise ValueError(f"{module}: no such module, neither in {here} nor installed") from error
-        except Exception as error:
-            raise ValueError(f"{module}: {_words(error)}") from error
-        try:
-            function = operator.attrgetter(name)(found)
-        except AttributeError as error:
-            known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
-            raise ValueError(f"{module}: no {name!r} in it; it has {', '.join(known[:8]) or 'no function'}") from error
-        if not callable(function):
-            raise ValueError(f"{module}:{name}: wanted a function of (params, batch); got {type(function).__name__}")
-
-        def call(params: Any, batch: Any) -> Any:
-            try:
-                return function(params, batch)
-            except Exception as error:
-                raise ValueError(f"{module}:{name}: {_words(error, getattr(found, '__file__', None))}") from error
-
-        yield call
-    finally:
-        sys.path.remove(here)
-
-
-def _words(error: Exception, file: str | None = None) -> str:
-    """An error of the user's code: its kind, its first line, and where in the file it came from."""
-    lines = str(error).strip().splitlines()
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}"
-
-
-def _batches(path: Path, size: int, limit: int | None) -> list[Any]:
-    """Slices of the one array of a file, or of each of several; those at the end that fill no batch are left out."""
-    tree = checkpoint.read(path)
-    arrays = flatten(tree)[0]
-    many = {len(array) if array.ndim else 0 for array in arrays.values()}
-    if len(many) != 1 or 0 in many:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-        raise ValueError(
-            f"{path}: wanted arrays with equally many examples along their first axis; got {shapes or 'none'}"
-        )
-    (count,) = many
-    count = min(count, limit or count)
-    size = min(size, count)
-    if left := count % size:
-        note = f"{left} of {count} examples, which do not fill a batch of {size}, are left out"
-        print(f"lcq quantize: note: {note}", file=sys.stderr)
-    data = next(iter(arrays.values())) if len(arrays) == 1 else tree
-    return [jax.tree.map(lambda a, i=i: a[i : i + size], data) for i in range(0, count - left, size)]
-
-
-def _products(done: lcq.Quantized) -> rich.table.Table:
-    """A line for each product that chose codes; on a narrow terminal words are wrapped, numbers never."""
-    grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("product", overflow="fold", style="bold")
-    grid.add_column("GxMxNxn", overflow="fold")
-    grid.add_column("how", overflow="fold")
-    for name in ("levels", "bits", "error", "scale", "seconds"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for record in done.records:
-        levels = record.levels
-        how = f"{record.method.partition('(')[0]}, {record.recursion}{', centred' if record.centred else ''}"
-        words = [record.path, "x".join(map(str, record.shape)), how, str(levels), str((levels - 1).bit_length())]
-        grid.add_row(*map(Text, [*words, f"{record.error:.2e}", f"{record.scale:.3g}", f"{record.seconds:.2f}"]))
-    return grid

@@ -103,7 +103,8 @@ _OPTIONS = (
     (r"\bquantize\(\.\.\., nearest=\[--rule ('[^']*')\]\)", r"with --nearest-rule \1"),
     (r"\bnearest=", "--nearest-rule"),
     (r"\bstacked=(?=[\s,;.)]|$)", "the N of '; stacked=N'"),
-    (r"\b(limit|method|plan|seed)=(?=[\s,;.)]|$)", r"--\1"),
+    (r"\bdry_run\(params, rules, fn, batch\)", "lcq quantize --dry-run"),
+    (r"\b(limit|mask|method|plan|seed)=(?=[\s,;.)]|$)", r"--\1"),
 )
 
 

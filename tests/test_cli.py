@@ -308,6 +308,14 @@ def apply(params, tokens):
 
 def misspelt(params, tokens):
     return params["embeding"][tokens]
+
+
+def masked(params, batch):
+    return apply(params, batch["tokens"])
+
+
+def transposed(params, tokens):
+    return params["embedding"][tokens] @ params["dense0"]["kernel"].T @ params["dense1"]["kernel"].T
 """
 
 
@@ -341,7 +349,7 @@ def test_quantize_does_what_the_function_does(net, capsys):
     path = list(sys.path)
     assert quantize("--nearest-rule", "embedding=Uniform(4)", "--batch", "8") == 0
     captured = capsys.readouterr()
-    assert captured.err == "lcq quantize: note: 5 of 21 examples, which do not fill a batch of 8, are left out\n"
+    assert captured.err == ""
     assert sys.path == path
 
     def apply(params, tokens):
@@ -351,7 +359,7 @@ def test_quantize_does_what_the_function_does(net, capsys):
         return x
 
     rules = [lcq.Rule("dense./kernel", lcq.Ternary())], [lcq.Rule("embedding", lcq.Uniform(4))]
-    expected = lcq.quantize(apply, params, [tokens[:8], tokens[8:16]], rules[0], nearest=rules[1])
+    expected = lcq.quantize(apply, params, [tokens[:8], tokens[8:16], tokens[16:]], rules[0], nearest=rules[1])
     same(lcq.load("out.lcq"), expected.forms)
     assert not np.array_equal(lcq.load("out.lcq")["dense1"]["bias"], params["dense1"]["bias"])
     lines = [line.split() for line in captured.out.splitlines()]
@@ -374,23 +382,24 @@ def test_quantize_takes_a_plan(net):
 
 
 @pytest.mark.parametrize(
-    ("more", "shapes", "note"),
+    ("more", "lengths"),
     [
-        ((), [(21, 3)], ""),
-        (("--batch", "7"), [(7, 3)] * 3, ""),
-        (("--batch", "10"), [(10, 3)] * 2, "1 of 21 examples"),
-        (("--batch", "10", "--limit", "20"), [(10, 3)] * 2, ""),
-        (("--limit", "4"), [(4, 3)], ""),
+        ((), [21]),
+        (("--batch", "7"), [7, 7, 7]),
+        (("--batch", "10"), [10, 10, 1]),
+        (("--batch", "10", "--limit", "20"), [10, 10]),
+        (("--batch", "10", "--limit", "13"), [10, 3]),
+        (("--limit", "4"), [4]),
+        (("--limit", "40"), [21]),
     ],
 )
-def test_quantize_makes_batches(net, more, shapes, note, capsys, monkeypatch):
+def test_quantize_makes_batches_of_all_examples(net, more, lengths, monkeypatch):
     _, tokens = net
     given, options = asked(monkeypatch, *more)
-    assert [batch.shape for batch in given["batches"]] == shapes
+    assert [batch.shape for batch in given["batches"]] == [(length, 3) for length in lengths]
     used = np.concatenate(given["batches"])
-    np.testing.assert_array_equal(used, tokens[: len(used)])
-    assert options["centred"] and given["method"] == "descent" and options["nearest"] == []
-    assert (note in capsys.readouterr().err) if note else "note" not in capsys.readouterr().err
+    np.testing.assert_array_equal(used, tokens[: sum(lengths)])
+    assert options["centred"] and given["method"] == "descent" and options["nearest"] == [] and options["mask"] is None
 
 
 def test_quantize_hands_on_several_arrays_and_the_options(net, monkeypatch):
@@ -399,11 +408,55 @@ def test_quantize_hands_on_several_arrays_and_the_options(net, monkeypatch):
     more = ("--batch", "9", "--method", "spfq", "--seed", "5", "--not-centred", "--nearest-rule", "embedding=Cast")
     given, options = asked(monkeypatch, *more, data="many.npz")
     assert [{name: a.shape for name, a in batch.items()} for batch in given["batches"]] == [
-        {"tokens": (9, 3), "mask": (9, 3)}
-    ] * 2
+        {"tokens": (length, 3), "mask": (length, 3)} for length in (9, 9, 3)
+    ]
     np.testing.assert_array_equal(given["batches"][1]["mask"], tokens[9:18] > 3)
     assert given["method"] == "spfq" and not options["centred"]
     assert options["nearest"] == [lcq.Rule("embedding", lcq.Cast())] and jnp.all(options["key"] == jax.random.key(5))
+
+
+def test_quantize_leaves_out_what_the_mask_does(net, capsys):
+    """Which token pads is no matter, in the short last batch as in others."""
+    _, tokens = net
+    counts = np.ones(tokens.shape, np.int32)
+    counts[4:, 2] = counts[17, 1] = 0
+    for padding in (3, 7):
+        np.savez(f"{padding}.npz", tokens=np.where(counts, tokens, padding), attention=counts)
+
+    def layers(padding, *more):
+        done = quantize("--batch", "8", "--force", *more, function="tinynet:masked", data=f"{padding}.npz")
+        assert done == 0 and Path("out.lcq").exists()
+        return jax.tree.leaves(lcq.decompress(lcq.load("out.lcq")))
+
+    for one, other in zip(layers(3, "--mask", "attention"), layers(7, "--mask", "attention"), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    differ = [np.abs(one - other).max() > 1e-2 for one, other in zip(layers(3), layers(7), strict=True)]
+    assert any(differ)
+    assert quantize("--mask", "attention", "--force") == 1
+    assert "inputs and the array 'attention' that says which of their positions" in capsys.readouterr().err
+    assert quantize("--mask", "tokens", "--force") == 1 and "; name it with --mask" in capsys.readouterr().err
+
+
+def test_quantize_dry_run_writes_nothing(net, capsys, monkeypatch):
+    monkeypatch.setattr(lcq, "quantize", None)
+    command = [
+        "quantize",
+        "tinynet:apply",
+        "net.npz",
+        "--data",
+        "data.npz",
+        "--rule",
+        "dense./kernel=Uniform(4, per=3)",
+    ]
+    assert run(*command, "--dry-run", "--nearest-rule", "embedding=Cast") == 0
+    shown = capsys.readouterr().out
+    assert "3 of axis 0, axis 1" in shown and "bfloat16" in shown and not Path("out.lcq").exists()
+    assert run(*command) == 2 and "wanted -o OUT.lcq, or --dry-run" in capsys.readouterr().err
+    transposed = [*command, "--dry-run"]
+    transposed[1] = "tinynet:transposed"
+    assert run(*transposed) == 0 and "axis 0, 3 of axis 1" in capsys.readouterr().out
+    assert run(*command[:-1], "dense./kernel=Uniform(4, per=4)", "--dry-run") == 1
+    assert capsys.readouterr().err.startswith("lcq quantize: dense0/kernel: ")
 
 
 def asked(monkeypatch, *more, **where):
@@ -424,7 +477,7 @@ def asked(monkeypatch, *more, **where):
     [
         ({"function": "notthere:apply"}, "notthere: no such module, neither in "),
         ({"function": "tinynet.inner:apply"}, "tinynet.inner: no such module"),
-        ({"function": "tinynet:aply"}, "tinynet: no 'aply' in it; it has apply, misspelt"),
+        ({"function": "tinynet:aply"}, "tinynet: no 'aply' in it; it has apply, misspelt, masked"),
         ({"function": "tinynet:number"}, "tinynet:number: wanted a function of (params, batch); got int"),
         ({"function": "tinynet:misspelt"}, "tinynet:misspelt: KeyError: 'embeding' (tinynet.py, line 15)"),
         ({"function": "broken:apply"}, "broken: No module named 'nowhere_at_all', which it imports"),

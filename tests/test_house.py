@@ -89,7 +89,8 @@ ROOMS = {
     "examples": Room(9, "__init__ layers", "data models transformers train"),
     "demo": Room(10, "__init__ examples plot rules report terminal"),
     "inspection": Room(10, "__init__ artifact packing page report terminal"),
-    "cli": Room(11, "__init__ methods artifact rules tree notation report plan terminal demo inspection"),
+    "calibration": Room(10, "artifact methods rules"),
+    "cli": Room(11, "__init__ methods artifact rules tree notation report plan terminal demo inspection calibration"),
     "__main__": Room(12, "cli"),
 }
 """A file imports only from the rooms named in its row, all on floors below; inside a folder, only from files
