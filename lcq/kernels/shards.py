@@ -12,7 +12,7 @@ from lcq.kernels.columns import Columns
 from lcq.kernels.lists import Lists
 from lcq.meshes import explicit_mesh, laid_on, spec_of
 
-_FIELDS = {"words": -1, "first": -1, "step": -1, "levels": -2}
+_FIELDS = {"words": -1, "first": -1, "step": -1, "levels": -2, "zero": -1}
 """The axis of columns in each array of `Columns`."""
 
 
