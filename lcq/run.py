@@ -5,58 +5,25 @@ array of it is made; nor of one that is concatenated with others. A lookup decod
 makes its own dense array where it is used.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from lcq import jaxprs, joined
-from lcq.base import Form, is_form
-from lcq.dtypes import native_tree, wider
+from lcq.base import is_form
+from lcq.dtypes import native_tree
 from lcq.forms import check_restored
-from lcq.jaxprs import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, RAGGED, REMAT
-from lcq.kernels.laid import Laid
-from lcq.kernels.matmul import matmul
-from lcq.kernels.ragged import ragged_product
+from lcq.jaxprs import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, REMAT
 from lcq.kernels.shards import struct_of
 from lcq.laying import View, laid_out_as
 from lcq.leaf import Leaf, Pieces, Way, laid_out, pieces_laid_out
 from lcq.loops import CONTROL
-from lcq.meshes import bare, by_compiler, explicit_mesh, laid_on, spec_of
-from lcq.moving import move, order_of
-from lcq.products import Placed, Product
 from lcq.rules import flatten, is_number
-
-_LIES = {"reshard", "mesh_cast"}
-"""Primitives that change where an array lies, or who says so."""
-
-_PLACES = 2
-"""At more places a convolution's kernel is decoded for it: patches of its images cost more than words save."""
-
-
-class Use(NamedTuple):
-    """One use of a form.
-
-    Attributes:
-        path: of the form.
-        how: "product" through the door of the kernels; "decoded", the kernel of a convolution, or of a product in a
-            loop, before that; "rows" of a lookup, decoded; "dense".
-        shape: (G, M, K, n) of a product, see `lcq.unfold`; of the array that is made.
-        source: file and line.
-        kind: of a product: "dot", "conv", or "ragged dot", one for each of G experts with the rows that are its own,
-            M in all.
-    """
-
-    path: str
-    how: str
-    shape: tuple[int, ...]
-    source: str
-    kind: str = ""
+from lcq.uses import USES, Use
 
 
 class Packed:
@@ -204,11 +171,11 @@ class _Runner:
     def run(self, closed: Any, ins: Sequence[Any], frame: tuple[Any, ...] = ()) -> list[Any]:
         """Dense outputs; `frame` is the calls around these equations, which tell apart uses by the same one."""
         outer, self.latest = self.latest, None  # what is computed in here must not be used out there, or the reverse
-        outs = self.dense_all(self._inline(closed, ins, frame), frame)
+        outs = self.dense_all(self.inline(closed, ins, frame), frame)
         self.latest = outer
         return outs
 
-    def _inline(self, closed: Any, ins: Sequence[Any], frame: tuple[Any, ...]) -> list[Any]:
+    def inline(self, closed: Any, ins: Sequence[Any], frame: tuple[Any, ...]) -> list[Any]:
         return jaxprs.evaluate(closed, ins, functools.partial(self.equation, frame))
 
     def dense_all(self, values: Sequence[Any], frame: tuple[Any, ...]) -> list[Any]:
@@ -222,7 +189,7 @@ class _Runner:
         if frame in self.decoded:
             return self.decoded[frame]
         array = value.dense(self.latest)
-        self._note(frame, value, "dense", array.shape)
+        self.note(frame, value, "dense", array.shape)
         return array
 
     def decode(self, value: Any, frame: tuple[Any, ...], how: str) -> None:
@@ -231,13 +198,13 @@ class _Runner:
         if size <= self.room and frame not in self.decoded:
             self.room -= size
             self.decoded[frame] = value.dense(self.latest)
-            self._note(frame, value, how, value.shape)
+            self.note(frame, value, how, value.shape)
 
-    def _note(self, frame: tuple[Any, ...], leaf: Any, how: str, shape: tuple[int, ...], kind: str = "") -> None:
+    def note(self, frame: tuple[Any, ...], leaf: Any, how: str, shape: tuple[int, ...], kind: str = "") -> None:
         if isinstance(leaf, Pieces):
             for i, part in enumerate(leaf.parts):
                 if isinstance(part, Leaf):
-                    self._note((*frame, i), part, how, part.shape)
+                    self.note((*frame, i), part, how, part.shape)
             return
         lines = [jaxprs.where(part) for part in frame[::-1] if hasattr(part, "primitive")]
         self.uses[frame] = Use(leaf.way.path, how, tuple(shape), next(filter(None, lines), "output"), kind)
@@ -261,19 +228,9 @@ class _Runner:
             return CONTROL[name](self, eqn, ins, frame)
         if name in joined.JOINS:
             return [Pieces.of(eqn, ins)] if all(not isinstance(value, Pieces) for value in ins) else None
-        if name in PRODUCTS and any(isinstance(value, Pieces) for value in ins):
-            return self._product_of_pieces(eqn, ins, frame)
-        if name in PRODUCTS:
-            return self._product(eqn, ins, frame)
-        if name == RAGGED:
-            return self._ragged(eqn, ins, frame)
-        if name in ("gather", "dynamic_slice") and isinstance(ins[0], Leaf):
-            return (self._gather if name == "gather" else self._slice)(eqn, ins, frame)
         if name in LAYOUT and len(ins) == 1:
             return (laid_out if isinstance(ins[0], Leaf) else pieces_laid_out)(eqn, ins[0])
-        if name in _LIES and isinstance(ins[0], Leaf):
-            return self._lies(eqn, ins[0], frame)
-        return None
+        return USES[name](self, eqn, ins, frame) if name in USES else None
 
     def _call(self, eqn: Any, closed: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
         name = eqn.primitive.name
@@ -281,7 +238,7 @@ class _Runner:
             run = functools.partial(self.run, closed, frame=frame)
             return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(ins)
         if name not in CUSTOM_GRADIENT:
-            return self._inline(closed, ins, frame)
+            return self.inline(closed, ins, frame)
 
         @jax.custom_jvp
         def call(*ins: Any) -> list[Any]:
@@ -293,171 +250,3 @@ class _Runner:
             return jax.jvp(lambda *ins: jaxprs.bind(eqn, later.dense_all(ins, frame)), ins, tangents)
 
         return call(*ins)
-
-    def _product(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
-        """Y[g] = X[g] W[g], by the door of the kernels."""
-        sides = [side for side in (1, 0) if isinstance(ins[side], Leaf) and jaxprs.weighs(eqn, side)]
-        if not sides or isinstance(eqn.params["precision"], jax.lax.DotAlgorithm):
-            return None  # of an algorithm that is spelled out nothing is known here
-        side, leaf, dtype = sides[0], ins[sides[0]], eqn.outvars[0].aval.dtype
-        if (*frame, side) in self.decoded:
-            return None
-        product = _product_of(eqn, side, leaf.way.path)
-        g, m, k, n = product.shape
-        lead = (g,) if g > 1 else ()
-        if product.window > 1 and not jaxprs.at_most(m, _PLACES):
-            self._note((*frame, side), leaf, "decoded", product.w.shape)
-            return jaxprs.bind(eqn, [self.dense(ins[0], (*frame, 0)), leaf.dense(self.latest)])
-
-        def matrix(w: Any) -> Any:
-            return product.weights(leaf.way(w)).reshape(*lead, k, n)
-
-        def multiply(x: Any, form: Form) -> list[Any] | None:
-            moved, x = move(form, matrix), product.inputs(x)
-            if moved is None:
-                return None
-            if wider(x.dtype, moved.dtype) != dtype:
-                x = x.astype(dtype)  # an accumulator wider than the operands
-            with _precision(eqn.params["precision"]):
-                y = matmul(x.reshape(*lead, m, k), moved)
-            back = jax.linear_transpose(product.outputs, product.y)  # of a permutation it is the inverse
-            return list(back(y.astype(dtype).reshape(g, m, n)))
-
-        self._note(here := (*frame, side), leaf, "product", product.shape, product.kind)
-        x = self.dense(ins[1 - side], (*frame, 1 - side))
-        y = by_compiler(multiply, _onto(eqn, x, leaf.form), x, leaf.form)
-        if y is None:
-            del self.uses[here]
-            return None
-        axes = None if isinstance(leaf.form, Laid) else order_of(matrix, leaf.form.shape, len(lead))
-        self.views[here] = None if axes is None else View(axes, n)
-        return y
-
-    def _product_of_pieces(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
-        """A product with each piece of a concatenation."""
-        sides = [side for side in (1, 0) if isinstance(ins[side], Pieces) and jaxprs.weighs(eqn, side)]
-        if not sides or (*frame, sides[0]) in self.decoded or explicit_mesh(ins) is not None:
-            return None
-        side = sides[0]
-        w, x = ins[side], self.dense(ins[1 - side], (*frame, 1 - side))
-        if frame not in self.split:
-            whole = joined.product(eqn, side, w.joint)
-            shapes = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in (x, *w.parts)]
-            self.split[frame] = None if whole is None else jaxprs.seen_at(jax.make_jaxpr(whole)(*shapes), eqn)
-        closed = self.split[frame]
-        return None if closed is None else self._inline(closed, [x, *w.parts], frame)
-
-    def _ragged(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
-        """A product for each expert, of its rows with its codes."""
-        x, leaf, sizes = ins
-        here, precision, dtype = (*frame, 1), eqn.params["precision"], eqn.outvars[0].aval.dtype
-        if not isinstance(leaf, Leaf) or not jaxprs.is_experts(eqn) or isinstance(precision, jax.lax.DotAlgorithm):
-            return None
-        if here in self.decoded:
-            return None
-
-        def multiply(x: Any, form: Form) -> Any:
-            if wider(x.dtype, form.dtype) != dtype:
-                x = x.astype(dtype)
-            with _precision(precision):
-                return matmul(x, form).astype(dtype)
-
-        def product(x: Any, leaf: Leaf, sizes: Any) -> list[Any] | None:
-            experts = leaf.stacked()
-            return None if experts is None else [ragged_product(x, experts.form, sizes, multiply)]
-
-        (m, k), (g, _, n) = x.shape, leaf.shape
-        self._note(here, leaf, "product", (g, m, k, n), "ragged dot")
-        x, sizes = self.dense(x, (*frame, 0)), self.dense(sizes, (*frame, 2))
-        y = by_compiler(product, _onto(eqn, x, leaf, sizes), x, leaf, sizes)
-        if y is None:
-            del self.uses[here]
-            return None
-        axes = None if isinstance(leaf.form, Laid) else order_of(leaf.way, leaf.form.shape, 1)
-        self.views[here] = None if axes is None else View(axes, n)
-        return y
-
-    def _gather(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
-        """A lookup of whole rows decodes these; rows that do not exist are filled as the lookup would."""
-        table, indices = ins
-        numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
-        length, *rest = eqn.invars[0].aval.shape
-        whole = numbers.collapsed_slice_dims == numbers.start_index_map == (0,) and not numbers.operand_batching_dims
-        last = tuple(range(len(aval.shape) - len(rest), len(aval.shape)))
-        if not whole or tuple(eqn.params["slice_sizes"]) != (1, *rest) or tuple(numbers.offset_dims) != last:
-            return None
-
-        def look_up(table: Leaf, places: Any) -> list[Any] | None:
-            found = table.rows(jnp.clip(places, 0, length - 1).reshape(-1))
-            if found is None:
-                return None
-            rows = found.dense().reshape(aval.shape)
-            if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
-                fill = eqn.params["fill_value"]
-                there = ((places >= 0) & (places < length)).reshape(*places.shape, *(1 for _ in rest))
-                rows = jnp.where(there, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
-            return [rows]
-
-        places = indices[..., 0]
-        rows = by_compiler(look_up, _onto(eqn, table, places), table, places)
-        if rows is not None:
-            self._note(frame, table, "rows", aval.shape)
-        return rows
-
-    def _slice(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
-        """Rows from one that is computed, such as the layer of a round: the form of these rows."""
-        table, start, *_ = ins
-        length, *rest = eqn.invars[0].aval.shape
-        size, *sizes = eqn.params["slice_sizes"]
-        if sizes != rest:
-            return None
-
-        def some(table: Leaf, start: Any) -> Leaf | None:
-            return table.rows(jnp.clip(start, 0, length - size) + jnp.arange(size))
-
-        rows = by_compiler(some, _rows_onto(some, table, start), table, start)
-        return None if rows is None else [rows]
-
-    def _lies(self, eqn: Any, leaf: Leaf, frame: tuple[Any, ...]) -> list[Any]:
-        """To other devices, or to a mesh whose axes are the compiler's: what is stored goes, not the dense array."""
-        into = eqn.outvars[0].aval.sharding
-        if not any(into.spec):
-            return [jax.tree.map(lambda a: jax.sharding.reshard(a, into.update(spec=PartitionSpec())), leaf)]
-        with jax.sharding.use_abstract_mesh(eqn.invars[0].aval.sharding.mesh):
-            array = self.dense(leaf, (*frame, 0))
-        return jaxprs.bind(eqn, [array])
-
-
-def _product_of(eqn: Any, side: int, path: str) -> Product:
-    """An equation as the product of X and a weight, which is on one of its sides."""
-    y, x, w = (jaxprs.struct(v.aval) for v in (eqn.outvars[0], eqn.invars[1 - side], eqn.invars[side]))
-    params = eqn.primitive.get_bind_params(eqn.params)
-    return Product(0, Placed(path), eqn.primitive, params, side, x, w, y, jaxprs.where(eqn))
-
-
-def _onto(eqn: Any, *trees: Any) -> Any:
-    """How the one output of an equation lies, where a mesh has explicit axes."""
-    mesh = explicit_mesh(*trees)
-    return None if mesh is None else laid_on(mesh, eqn.outvars[0].aval.sharding.spec)
-
-
-def _rows_onto(some: Callable[..., Any], table: Leaf, start: Any) -> Any:
-    """How rows of a form lie: each array as before, where it has the same axes but for the first."""
-    mesh = explicit_mesh(table, start)
-    shapes = None if mesh is None else jax.eval_shape(some, *bare((table, start)))
-    if shapes is None:
-        return None
-    old, (new, structure) = jax.tree.leaves(table), jax.tree.flatten(shapes)
-    specs = [
-        (None, *spec_of(a)[1:]) if a.shape[1:] == b.shape[1:] else (None,) * len(b.shape)
-        for a, b in zip(old, new, strict=True)
-    ]
-    return jax.tree.unflatten(structure, [laid_on(mesh, spec) for spec in specs])
-
-
-def _precision(chosen: Any) -> contextlib.AbstractContextManager[Any]:
-    """The function's own precision of a product, as the default inside."""
-    if chosen is None:
-        return contextlib.nullcontext()
-    one = max(chosen, key=lambda precision: precision.value) if isinstance(chosen, tuple) else chosen
-    return jax.default_matmul_precision(one.name.lower() if isinstance(one, jax.lax.Precision) else one.name)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 
 import lcq
-import lcq.run
+import lcq.uses
 from lcq.base import is_form
 from lcq.forms import Codes, Factors, Sparse, Sum
 from lcq.kernels.columns import Columns, columns
@@ -55,7 +55,7 @@ def coded(params, stacked=0):
 @pytest.fixture(autouse=True)
 def patches(monkeypatch):
     """Convolutions of any size on patches of their images, so that small ones show that they are right."""
-    monkeypatch.setattr(lcq.run, "_PLACES", 1 << 30)
+    monkeypatch.setattr(lcq.uses, "_PLACES", 1 << 30)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def door(monkeypatch):
         seen.append((x.shape, x.dtype))
         return jnp.matmul(x, form.dense())
 
-    monkeypatch.setattr(lcq.run, "matmul", matmul)
+    monkeypatch.setattr(lcq.uses, "matmul", matmul)
     return seen
 
 
@@ -517,7 +517,7 @@ def test_stored_forms_through_the_door_as_it_is(case):
 
 @pytest.mark.parametrize("case", ["convolution", "grouped", "pointwise"])
 def test_the_kernel_of_a_convolution_at_many_places_is_decoded(case, monkeypatch):
-    monkeypatch.setattr(lcq.run, "_PLACES", 2)
+    monkeypatch.setattr(lcq.uses, "_PLACES", 2)
     fn, params, args, stacked, expected = CASES[case]
     forms = coded(params, stacked)
     report = packed(fn).report(forms, *args)
@@ -647,7 +647,7 @@ def test_no_dense_array_and_no_constant(case, monkeypatch):
     """
     fn, params, args, stacked, _ = CASES[case]
     small = [a[:1] if a.ndim > 1 else a for a in args]
-    monkeypatch.setattr(lcq.run, "matmul", lambda x, form: jnp.zeros((*x.shape[:-1], form.shape[-1])))
+    monkeypatch.setattr(lcq.uses, "matmul", lambda x, form: jnp.zeros((*x.shape[:-1], form.shape[-1])))
     forms = coded(params, stacked)
     for each in (forms, stored(forms)):
         closed = jax.make_jaxpr(packed(fn, held=0))(each, *small)
