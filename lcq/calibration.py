@@ -67,10 +67,11 @@ def batches_of(path: Path, size: int, limit: int | None = None, mask: str | None
         path: of an .npz file, or another checkpoint of arrays; "/" in names makes nested dicts.
         size: examples in a batch.
         limit: take the first so many examples only.
-        mask: the name of the array that says what positions of the others count.
+        mask: the name of the array that says what positions of the others count; examples without one are left out.
 
     Raises:
-        ValueError: no arrays, or of different lengths; no other array than the mask, or none of its name.
+        ValueError: no arrays, or of different lengths; no other array than the mask, none of its name, or one by which
+            nothing counts.
 
     Example:
         >>> import tempfile
@@ -96,7 +97,14 @@ def batches_of(path: Path, size: int, limit: int | None = None, mask: str | None
     (count,) = many
     count = min(count, limit or count)
     data = next(iter(arrays.values())) if len(arrays) == 1 else tree
-    return [jax.tree.map(lambda a, i=i: a[i : min(i + size, count)], data) for i in range(0, count, size)]
+    data = jax.tree.map(lambda a: a[:count], data)
+    if mask is not None:
+        counts = arrays[mask][:count].reshape(count, -1).any(axis=1)
+        if not counts.all():
+            data, count = jax.tree.map(lambda a: a[counts], data), int(counts.sum())
+        if not count:
+            raise ValueError(f"{path}: {mask}: wanted a position that counts; got none; mark it by 1")
+    return [jax.tree.map(lambda a, i=i: a[i : i + size], data) for i in range(0, count, size)]
 
 
 def products_of(done: Quantized) -> rich.table.Table:

@@ -434,8 +434,16 @@ def test_quantize_leaves_out_what_the_mask_does(net, capsys):
 
     for one, other in zip(layers(3, "--mask", "attention"), layers(7, "--mask", "attention"), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
+    counts[16:] = 0  # a batch of padding alone
+    np.savez("8.npz", tokens=np.where(counts, tokens, 3), attention=counts)
+    np.savez("9.npz", tokens=tokens[:16], attention=counts[:16])
+    for one, other in zip(layers(8, "--mask", "attention"), layers(9, "--mask", "attention"), strict=True):
+        np.testing.assert_array_equal(one, other)
     differ = [np.abs(one - other).max() > 1e-2 for one, other in zip(layers(3), layers(7), strict=True)]
     assert any(differ)
+    np.savez("none.npz", tokens=tokens, attention=0 * counts)
+    assert quantize("--mask", "attention", "--force", data="none.npz") == 1
+    assert "none.npz: attention: wanted a position that counts" in capsys.readouterr().err
     assert quantize("--mask", "attention", "--force") == 1
     assert "inputs and the array 'attention' that says which of their positions" in capsys.readouterr().err
     assert quantize("--mask", "tokens", "--force") == 1 and "; name it with --mask" in capsys.readouterr().err
