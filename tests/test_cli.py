@@ -1,11 +1,8 @@
 """The command line, through `main` and once through a process."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import tomllib
 import warnings
 from pathlib import Path
 
@@ -21,7 +18,6 @@ from lcq.artifact import checkpoint
 from lcq.cli import main
 from lcq.forms import Factors
 
-REPOSITORY = Path(__file__).parents[1]
 RULE = "(.*/)?kernel=KMeans(4)"
 
 
@@ -554,18 +550,3 @@ def test_as_a_process(source):
     assert done.returncode == 0 and "dense0/kernel" in done.stdout and done.stderr == ""
     done = subprocess.run([*command[:3], "inspect", "gone.lcq"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "gone.lcq" in done.stderr
-
-
-def test_ctrl_c_while_jax_is_imported(tmp_path):
-    """In place of JAX, whose import takes seconds, one that never ends."""
-    (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(120)\n")
-    script = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]["lcq"]
-    module, _, name = script.partition(":")
-    started = [sys.executable, "-c", f"import sys; from {module} import {name}; sys.exit({name}())", "--version"]
-    paths = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(started, env=os.environ | {"PYTHONPATH": paths}, **pipes) as process:
-        assert process.stdout.readline() == "importing\n"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "lcq: interrupted\n")
