@@ -214,15 +214,18 @@ def test_complex_activations(rows):
     near(y.imag, x.imag, form.dense())
 
 
-def test_gradients_with_respect_to_the_numbers_of_a_form():
-    form = columns(form_of(lcq.Uniform(4, per="channel")))
+@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2)], ids=repr)
+def test_gradients_with_respect_to_the_numbers_of_a_form(scheme):
+    form = columns(form_of(scheme))
     x, g = (jnp.asarray(RNG.normal(size=(2, n)), jnp.float32) for n in (70, 130))
 
     def gradient(multiply):
         return jax.jit(jax.grad(lambda form: jnp.sum(multiply(x, form) * g), allow_int=True))(form)
 
     got, wanted = gradient(matmul), gradient(lambda x, form: jnp.matmul(x, form.dense(), precision="highest"))
-    for name in ("first", "step"):
+    numbers = [name for name in ("first", "step", "table") if getattr(form, name, None) is not None]
+    assert numbers
+    for name in numbers:
         np.testing.assert_allclose(getattr(got, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
 
 

@@ -1,3 +1,4 @@
+import inspect
 import re
 
 import jax
@@ -100,7 +101,7 @@ def test_the_door_multiplies_packed_signs(rows):
 def test_signs_of_what_is_no_matrix_and_for_no_platform_are_refused():
     for w, layout in ((jnp.ones(3), None), (jnp.ones((3, 2)), "cuda")):
         with pytest.raises(ValueError, match=r"wanted a matrix .* and a layout of xla, tpu, gpu or None; got .3"):
-            signs.__wrapped__(w, layout)
+            inspect.unwrap(signs)(w, layout)
 
 
 def test_the_door_wants_as_many_signs_as_there_are_weights():
