@@ -42,9 +42,9 @@ def best_partition(
     number, sums = (_running(a) for a in (mass, total))
     bins = mass.shape[-1]
     price = None if fixed is None else _running(_held(mass, total, fixed))
-    least = jnp.full((*number.shape[:-1], k + 1, bins + 1), jnp.inf, number.dtype)
-    least = least.at[..., 0, 0].set(0)
     place = jnp.arange(bins + 1, dtype=jnp.int32)
+    cells = jnp.arange(k + 1, dtype=jnp.int32)[:, None]
+    least = jnp.where(place + cells > 0, jnp.inf, 0) + 0 * number[..., None, :]  # where the blocks are on a mesh
 
     def advance(a: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         """The cells that start at a, which every i is through with."""
