@@ -29,13 +29,22 @@ EXACT = 64
 """Levels up to which the best partition of bins is found."""
 
 _RUNS = 512
-"""Bins that are parted at a cold start, 16 per level where that is more."""
+"""Runs of bins that are parted at a cold start, at most, 16 per level where that is more."""
 
-_WORTH = 2048
+_WORTH = 256
 """Steps of that search for each number."""
 
+_FREE = 1 << 22
+"""Steps that are affordable for all blocks together."""
+
+_EACH = 12
+"""Runs for each level, at least."""
+
 _ROOM = 1 << 21
-"""Errors that it keeps at a time."""
+"""Bins of all fine histograms of short blocks."""
+
+_AT_ONCE = 1 << 15
+"""Errors that the search keeps at a time: a cache's worth."""
 
 _SPREAD = 4.0
 """s over the mean of |x - mean|."""
@@ -55,8 +64,9 @@ def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Flo
     """
     size = sum(b.size for b in cut.blocks)
     fine = max(_BINS, 16 * k)
-    few = math.prod(cut.counts[0]) * fine <= _ROOM and k <= EXACT
-    bins = fine if size > 2 * fine or few else _few_bins(k, size)
+    each = fine // 2
+    few = math.prod(cut.counts[0]) * each <= _ROOM and k <= EXACT
+    bins = fine if size > 2 * fine else each if few else _few_bins(k, size, math.prod(cut.counts[0]))
     ones = [jnp.ones(x.shape, jnp.int32) for x in cut.leaves]
     whole: Any = [size] * len(ones)
     if cut.weights is not None and not jnp.issubdtype(cut.weights[0].dtype, jnp.floating):
@@ -78,7 +88,7 @@ def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Flo
         held = [(v - mean) / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1) for v in fixed]
         whole = count.astype(mean.dtype)
         whole = whole / jnp.sum(whole, -1, keepdims=True)
-        levels = mean + scale * _partition(whole, reach, k, jnp.concatenate(held, -1) if held else None)
+        levels = mean + scale * _partition(whole, reach, size, k, jnp.concatenate(held, -1) if held else None)
     else:
         levels = mean + scale * _quantiles(count, k, reach)
     if size <= 2 * fine:
@@ -88,35 +98,40 @@ def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Flo
     return Cut((x,), (blocks(x.shape, counts),), (counts,), (count[..., 0, :],)), levels
 
 
-def _few_bins(k: int, size: int) -> int:
+def _few_bins(k: int, size: int, blocks: int) -> int:
     """Bins of a block that is too short for a fine histogram: hardly more than it has numbers."""
     if k > EXACT:
         return min(_COARSE, 1 << (size // 8).bit_length())
-    dear = math.isqrt(max(_WORTH * size, 1 << 18) // k)
-    return max(k, min(_RUNS, 1 << (size - 1).bit_length(), 1 << (dear.bit_length() - 1)))
+    return max(k, min(1 << (size - 1).bit_length(), 1 << (_few_runs(k, size, blocks).bit_length() - 1)))
+
+
+def _few_runs(k: int, size: int, blocks: int) -> int:
+    """Runs that are parted for k levels: the fewer the shorter a block, as the steps grow with their square."""
+    affordable = math.isqrt(max(_WORTH * size, _FREE // blocks) // k)
+    return min(max(_RUNS, 16 * k), max(_EACH * k, min(size // 2, affordable)))
 
 
 def _partition(
     mass: Float[Array, "*stat 1 bins"],
     reach: Float[Array, "*stat 1 1"],
+    size: int,
     k: int,
     fixed: Float[Array, "*stat 1 j"] | None,
 ) -> Float[Array, "*stat 1 k"]:
     """The best levels whose cells are runs of bins, in units of u; of a fine histogram's bins those are joined that lie
-    between quantiles of f^(1/3) du, where f is what a bin holds over the gap before it."""
-    bins, runs = mass.shape[-1], max(_RUNS, 16 * k)
+    between quantiles of f^(1/3) du, where f is what a bin holds over the gap before it, or else are empty."""
+    bins, blocks = mass.shape[-1], math.prod(mass.shape[:-1])
+    runs = min(_few_runs(k, size, blocks), max(k, size))
     u = _stretch(_middles(bins).astype(reach.dtype), reach)
     total = mass * u
     if bins > runs:
-        last = lax.cummax(jnp.where(mass > 0, u, u[..., :1]), axis=u.ndim - 1)
-        gap = u - jnp.concatenate([u[..., :1], last[..., :-1]], -1)
-        upto = jnp.cumsum(jnp.cbrt(mass * gap**2), -1)
-        end = upto[..., -1:]
-        run = jnp.minimum(upto * ((runs - 1) / jnp.where(end > 0, end, 1)), runs - 1).astype(jnp.int32)
+        if size <= runs:  # every number may be a run
+            run = jnp.maximum(jnp.cumsum(mass > 0, -1, dtype=jnp.int32) - 1, 0)
+        else:
+            run = _dense_runs(mass, u, runs)
         stat = (*run.shape[:-1], 1)
         mass, total = (cell_sum(a, run, runs, stat)[..., 0, :] for a in (mass, total))
-    blocks = math.prod(mass.shape[:-1])
-    most = max(_ROOM // ((k + 1) * mass.shape[-1]), 1)
+    most = max(_AT_ONCE // ((k + 1) * mass.shape[-1]), 1)
     if blocks <= most or explicit_sharding(mass) is not None:
         return best_partition(mass, total, k, fixed)
     flat = [a.reshape(blocks, -1) for a in (mass, total, fixed) if a is not None]
@@ -124,6 +139,15 @@ def _partition(
         lambda each: best_partition(each[0], each[1], k, None if fixed is None else each[2]), flat, batch_size=most
     )
     return levels.reshape(*mass.shape[:-1], k)
+
+
+def _dense_runs(mass: Float[Array, "*stat bins"], u: Float[Array, "*stat bins"], runs: int) -> Array:
+    """The run of every bin, between quantiles of f^(1/3) du."""
+    last = lax.cummax(jnp.where(mass > 0, u, u[..., :1]), axis=u.ndim - 1)
+    gap = u - jnp.concatenate([u[..., :1], last[..., :-1]], -1)
+    upto = jnp.cumsum(jnp.cbrt(mass * gap**2), -1)
+    end = upto[..., -1:]
+    return jnp.minimum(upto * ((runs - 1) / jnp.where(end > 0, end, 1)), runs - 1).astype(jnp.int32)
 
 
 def explore(points: Cut, centres: Centres, passes: int) -> Centres:

@@ -595,3 +595,10 @@ def test_joint_and_weighted_codebooks_come_close_to_the_optimum(weighted):
         return sum(float((h * (f.dense() - x) ** 2).sum()) for f, x, h in zip(forms, xs, each, strict=True))
 
     assert of(lcq.KMeans(16)) <= 1.002 * of(lcq.KMeans(16, exact=True))
+
+
+@pytest.mark.parametrize(("size", "k"), [(64, 4), (256, 4), (256, 8)])
+def test_short_leaves_take_little_effort_and_come_close_to_the_optimum(size, k):
+    x = jnp.asarray(np.random.default_rng(size).standard_t(3, size=size), jnp.float32)
+    found, best = (distortion(lcq.KMeans(k, exact=e).project(x), x) for e in (False, True))
+    assert found <= 1.002 * best and histogram._few_runs(k, size, 1) <= 128  # 512 cost 15 times the rest
