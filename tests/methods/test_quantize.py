@@ -104,7 +104,10 @@ def test_search_finds_a_better_scale_and_gpfq_is_better_than_nearest():
     fixed = standard().records
     assert all(record.factor != 1 for record in found["gpfq"]) and all(record.factor == 1 for record in fixed)
     assert found["gpfq"][0].error < fixed[0].error and found["gpfq"][1].error < fixed[1].error
-    assert found["gpfq"][1].error < 0.9 * found["nearest"][1].error, found  # whose search has the better sign, too
+    params = {"w1": draw(24, 24, seed=1) / 2, "b1": draw(24), "w2": draw(24, 24, seed=2)}
+    batches = [(draw(60, 4, seed=i) @ draw(4, 24, seed=3) + 0.3 * draw(60, 24, seed=i)) / 5 for i in (4, 5)]
+    found = {m: quantize(net, params, batches, method=m, search=True).records for m in ("gpfq", "nearest")}
+    assert found["gpfq"][1].error < 0.7 * found["nearest"][1].error, found
 
 
 def test_fixed_tables_are_not_searched():
