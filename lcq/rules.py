@@ -1,12 +1,14 @@
 """Where to compress: rules on leaf paths, resolved once into tasks."""
 
 import collections
+import contextlib
 import dataclasses
 import difflib
+import dis
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,7 +109,7 @@ class Task:
             mu: the penalty weight.
             weights: an array for each leaf that broadcasts against the whole of it, stacked axes included.
         """
-        try:
+        with named(", ".join(self.paths)):
             if weights is not None:
                 weights = tuple(
                     jnp.broadcast_to(h, x.shape[: self.stacked] + h.shape[self.stacked :]) if self.stacked else h
@@ -118,11 +120,29 @@ class Task:
                     self.scheme.check_numbers(jnp.asarray(x))
             project = _project_each if self.scheme.host and self.stacked else _project_mapped
             forms = project(self.scheme, xs, previous, mu, weights, self.stacked)
-        except ValueError as error:
-            raise ValueError(f"{', '.join(self.paths)}: {error}") from error
         if len(self.paths) > 1:
             forms = tuple(share(form, self.name) for form in forms)
         return forms
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Puts `path` before the words of ValueErrors that lcq itself raises inside; those of JAX, which may be about
+    anything, keep their own.
+
+    JAX may cut its own frames out of a traceback: the last one is lcq's own fault only if it stands at a `raise`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "lcq":
+            raise
+        if dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] != "RAISE_VARARGS":
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, weights: Any, stacked: int) -> tuple[Form, ...]:

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import lcq
+from lcq.blocks import cut
 from lcq.rules import flatten, resolve
 
 PARAMS = {
@@ -304,3 +305,33 @@ def test_arrays_of_no_numbers_on_forms():
     params = lcq.compress(WEIGHTS, [RULE]) | {"words": np.array(["a"])}
     with pytest.raises(ValueError, match=r"^params/words: wanted an array, a form or a number; got ndarray"):
         lcq.packed(product)(params, jnp.ones((2, 8)))
+
+
+class Faulty(lcq.KMeans):
+    """Broadcasts what does not fit in its solve, or finds a fault of lcq's own there."""
+
+    def solve(self, xs, previous, mu, weights=None):
+        if self.k == 3:
+            return self.fit(cut(xs, None), None)
+        return jnp.broadcast_to(jnp.ones(3), (4,))
+
+
+@pytest.mark.parametrize("stacked", [0, 1])
+def test_errors_of_jax_are_not_dressed_as_faults_of_a_leaf(stacked):
+    w = {"some/kernel": jnp.ones((2, 8))}
+    with pytest.raises(ValueError, match="broadcasting") as caught:
+        lcq.compress(w, [lcq.Rule(".*", Faulty(4), stacked=stacked)])
+    assert "some/kernel" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^some/kernel: .*drop rate="):
+        lcq.compress(w, [lcq.Rule(".*", Faulty(3, rate=0.1), stacked=stacked)])
+
+
+def test_errors_that_jax_raises_at_a_line_of_lcq_keep_their_words(monkeypatch):
+    """JAX's own frames being cut out of it, the traceback ends in lcq."""
+    code = "import jax.numpy as jnp\ndef solve(self, xs, previous, mu, weights=None): jnp.broadcast_to(xs[0], (2, 5))"
+    space = {"__name__": "lcq.schemes.faulty"}
+    exec(code, space)
+    monkeypatch.setattr(Faulty, "solve", space["solve"])
+    with pytest.raises(ValueError, match="broadcasting") as caught:
+        lcq.compress({"some/kernel": jnp.ones((2, 7))}, [lcq.Rule(".*", Faulty(4))])
+    assert "some/kernel" not in str(caught.value)

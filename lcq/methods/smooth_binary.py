@@ -21,7 +21,7 @@ from lcq.base import straight_through
 from lcq.blocks import Per, block_counts, blocks, compute_dtype
 from lcq.forms import Codes
 from lcq.methods.given import abstract
-from lcq.rules import Rule, checked, flatten, resolve
+from lcq.rules import Rule, checked, flatten, named, resolve
 from lcq.schemes.levels import Binary
 from lcq.tree import check_finite
 
@@ -311,11 +311,9 @@ class SmoothBinary:
             raise ValueError(f"wanted alphas of the selected leaves; got more or fewer: {', '.join(wrong)}")
         for task in tasks:
             path, alpha = task.name, None if alphas is None else alphas[task.name]
-            try:
+            with named(path):
                 mapped = _stacked(f, task.scheme.per, task.stacked)  # type: ignore[attr-defined]
                 leaves[path] = mapped(jnp.asarray(leaves[path]), alpha)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
         return jax.tree.unflatten(structure, leaves.values())
 
 
