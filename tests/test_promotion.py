@@ -84,6 +84,34 @@ def test_strict_promotion(strict):
         assert jnp.isfinite(updates["kernel"]).all()
 
 
+METHODS = {
+    "hemp": lambda: lcq.hemp(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))], every=1),
+    "direct": lambda: lcq.iterated_direct(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))], every=1),
+    "straight": lambda: lcq.straight_through_training(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_ways_to_train(strict, method):
+    tx = METHODS[method]()
+    state = tx.init(W)
+    for _ in range(2):
+        updates, state = tx.update(W, state, W)
+    assert jnp.isfinite(updates["kernel"]).all()
+
+
+def test_choices_and_tables(strict):
+    schemes = [lcq.KMeans(2), lcq.KMeans(4)]
+    assert "kernel" in str(lcq.table(lcq.compress(W, [lcq.Rule("kernel", schemes[0])]), W))
+    assert lcq.pareto(W, {"kernel": schemes}, bits_per_weight=8.0)
+
+
+def test_tuned_levels(strict):
+    forms = lcq.compress(W, [lcq.Rule("kernel", lcq.KMeans(4))])
+    tuned = lcq.tune(lambda p, x: jnp.mean(net(p, x) ** 2), forms, optax.sgd(0.1), [X])
+    assert tuned is not None
+
+
 def test_the_users_own_code_stays_strict():
     with jax.numpy_rank_promotion("raise"):
         with own_promotion():
