@@ -112,6 +112,13 @@ def test_tuned_levels(strict):
     assert tuned is not None
 
 
+def test_packed_experts_of_constant_sizes(strict):
+    w, sizes = jnp.stack([W["kernel"], -W["kernel"]]), jnp.array([20, 12], jnp.int32)
+    forms = lcq.compress({"w": w}, [lcq.Rule("w", lcq.KMeans(4, per="channel"), stacked=1)])
+    y = lcq.packed(lambda p, x: jax.lax.ragged_dot(x, p["w"], sizes))(forms, X)
+    np.testing.assert_allclose(y, jax.lax.ragged_dot(X, forms["w"].dense(), sizes), atol=1e-4)
+
+
 def test_the_users_own_code_stays_strict():
     with jax.numpy_rank_promotion("raise"):
         with own_promotion():

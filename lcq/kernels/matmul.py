@@ -81,13 +81,15 @@ def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -
     if isinstance(form, Laid) and jnp.iscomplexobj(x):
         return jax.lax.complex(*(matmul(part, form, kernel=kernel) for part in (x.real, x.imag))).astype(dtype)
     if isinstance(form, Sum):
-        return functools.reduce(jnp.add, [matmul(x, part) for part in form.parts]).astype(dtype)
+        return functools.reduce(
+            jnp.add, [matmul(x, part).astype(wider(dtype, jnp.float32)) for part in form.parts]
+        ).astype(dtype)
     if isinstance(form, Factors) and form.right is not None and not form.separable:
-        return jnp.matmul(jnp.matmul(x, form.left), form.right).astype(dtype)
+        return jnp.matmul(jnp.matmul(x.astype(wider(x.dtype, form.left.dtype)), form.left), form.right).astype(dtype)
     if isinstance(form, Laid) and kernel != "dense":
         product = functools.partial(_laid, kernel=kernel)
         return (jax.vmap(product) if stacked else product)(x, form).astype(dtype)
-    return jnp.matmul(x, form.dense())
+    return jnp.matmul(x.astype(dtype), form.dense().astype(dtype))
 
 
 @own_promotion()

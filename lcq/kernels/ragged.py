@@ -33,6 +33,7 @@ def ragged_product(
         sizes: rows of each expert.
         multiply: (rows [b, k], a form (k, n)) -> [b, n].
     """
+    sizes = jnp.asarray(sizes)  # constants of a trace are numpy's
     (count,), rows = sizes.shape, x.shape[0]
     length = ROWS if not jaxprs.at_most(rows, ROWS - 1) else rows
     ends = jnp.cumsum(sizes)
