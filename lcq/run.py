@@ -57,7 +57,7 @@ class Packed:
             ValueError: a leaf that is no array, form or number.
 
         Example:
-            >>> import lcq
+            >>> import lcq, jax.numpy as jnp
             >>> forms = {"w": lcq.Binary().project(jnp.ones((64, 8)))}
             >>> net = packed(lambda params, x: x @ params["w"])
             >>> ready = net.lay_out(forms, jnp.ones((2, 64)))
@@ -122,7 +122,7 @@ def packed(fn: Callable[..., Any], *, held: int = 64 << 20) -> Packed:
         ValueError: when called with a leaf that is no array, form or number, or a dict that was a form.
 
     Example:
-        >>> import lcq
+        >>> import lcq, jax, jax.numpy as jnp
         >>> forms = {"w": lcq.Binary().project(jnp.array([[-1., -3.], [1., 3.]]))}
         >>> net = packed(lambda params, x: jax.nn.relu(x @ params["w"]))
         >>> jax.jit(net)(forms, jnp.array([[2., 5.]])).tolist()

@@ -63,6 +63,7 @@ class Rounding(abc.ABC):
 
         Example:
             >>> from lcq.methods.moments import gather, finish
+            >>> from lcq.methods.rounding import GPFQ
             >>> from lcq.schemes.levels import Levels
             >>> w, y = jnp.array([[0.4], [0.4]]), jnp.array([[1.0, 1.0], [2.0, 2.0]])
             >>> form = Levels((0, 1)).project(w)
