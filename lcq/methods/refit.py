@@ -209,15 +209,13 @@ class _Net:
     @own_promotion()
     def finish(self, numbers: dict[str, Array], steps: int) -> Any:
         """The tree with stored forms."""
-        rounded = {name: nearest_number(a, self.given[name].dtype) for name, a in numbers.items()}
-        wide = {name: a.astype(_wide(a.dtype)) for name, a in rounded.items()}
-        bad = [name for name, a in wide.items() if not bool(jnp.isfinite(a).all())]
+        bad = [name for name, a in numbers.items() if not bool(jnp.isfinite(a).all())]
         if bad:
             raise ValueError(
                 f"{', '.join(bad)}: wanted finite numbers; got NaN or infinite ones after {steps} updates: "
                 "the run diverged; use a smaller learning rate"
             )
-        leaves = self._put(rounded, self.rest, True)
+        leaves = self._put(numbers, self.rest, True)
         return jax.tree.unflatten(self._structure, [_ascending(a).pack() if is_form(a) else a for a in leaves])
 
 

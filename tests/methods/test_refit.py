@@ -173,7 +173,7 @@ def test_sharing_of_other_shapes_and_in_forms(nested, tmp_path):
     def loss(params, batch):
         return jnp.sum((params["a"] - batch) ** 2) + jnp.sum((params["b"] - 2 * batch) ** 2)
 
-    result = tuned(forms, loss=loss, batch=1.0)
+    result = tuned(forms, optax.sgd(0.06), 100, loss, 1.0)
     codes = [form.parts[0] if nested else form for form in forms.values()]
     high = [int(np.sum(form.codes)) for form in codes]
     expected = [(low + 2 * also) / (low + also) for low, also in ((6 - high[0], 8 - high[1]), high)]
@@ -317,9 +317,16 @@ def test_tune_says_what_is_wrong():
     for steps, message in ((None, "at least one batches; got 0"), (2, "wanted 2 batches; got 0")):
         with pytest.raises(ValueError, match=message):
             lcq.tune(loss, {"w": form_of("levels")}, optax.sgd(0.1), [], steps=steps)
-    for form, name in ((form_of("levels"), "w.levels"), (Cast(jnp.full(3, 400, "float8_e4m3fn")), "w.values")):
+    short = [(Cast(jnp.ones(3, dtype)), "w.values") for dtype in ("bfloat16", "float8_e4m3fn", "float4_e2m1fn")]
+    for form, name in ((form_of("levels"), "w.levels"), *short):  # 4 bits have neither infinity nor NaN to tell of it
         with pytest.raises(ValueError, match=f"{name}: wanted finite numbers.*after 9 updates.*learning rate"):
-            lcq.tune(loss, {"w": form}, optax.sgd(1e38 if name == "w.levels" else 10.0), [-1.0] * 9)
+            lcq.tune(loss, {"w": form}, optax.sgd(1e38), [-1.0] * 9)
+
+
+def test_what_goes_beyond_a_format_stays_at_its_largest_number():
+    form = Cast(jnp.full(3, 400, "float8_e4m3fn"))
+    result = tuned({"w": form}, optax.sgd(10.0), 9, lambda params, batch: -jnp.sum(params["w"]))["w"]
+    np.testing.assert_array_equal(result.values.astype(jnp.float32), 448)
 
 
 def test_tune_then_recalibrate():
