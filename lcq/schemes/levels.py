@@ -11,6 +11,7 @@ Source: Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.2; free scale
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -233,38 +234,47 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     whole, unit = of_size_one(whole)
     many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
     ranges = [_range(whole, values, sign) for sign in ((1.0,) if mirrored(values) else (1.0, -1.0))]
-    rows = jnp.linspace(0, 1, many, dtype=unit.dtype).reshape(-1, *(1,) * unit.ndim)
-    tried = jnp.concatenate([low * ratio**rows for low, ratio in ranges])
+    lows, ratios = (jnp.stack(numbers) for numbers in zip(*ranges, strict=True))
+    part, around = jnp.linspace(0, 1, many, dtype=unit.dtype), jnp.linspace(-1, 1, _ZOOM, dtype=unit.dtype)
 
     def better(leaves: Sequence[Array], a: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
         """The best scale for the codes at a, kept if its error is the least so far."""
         near = [_level_near(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
         return keep_better(whole, leaves, near, (), best, dtype)
 
-    def scan(leaves: Sequence[Array], scales: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
-        return jax.lax.fori_loop(0, len(scales), lambda i, best: better(leaves, scales[i], best), best)
+    def scan(leaves: Sequence[Array], a: Array, ratio: Array, powers: Array, best: Any) -> tuple[Array, ...]:
+        """The best of a[j] ratio[j]^powers, made one by one: for small blocks all would be larger than the leaf."""
+
+        def tried(i: Any, best: Any) -> tuple[Array, ...]:
+            j, k = i // len(powers), i % len(powers)
+            return better(leaves, a[j] * ratio[j] ** powers[k], best)
+
+        return jax.lax.fori_loop(0, len(a) * len(powers), tried, best)
 
     nothing = (jnp.zeros_like(unit), jnp.full_like(unit, jnp.inf))
-    found = scan(whole.thin(_SAMPLE).leaves, tried, nothing)[0]
+    found = scan(whole.thin(_SAMPLE).leaves, lows, ratios, part, nothing)[0]
     best = better(whole.leaves, found, nothing)
     if warm is not None:
         best = better(whole.leaves, warm.reshape(unit.shape).astype(unit.dtype) / unit, best)
     for zoom in (1, _ZOOM) if many > 1 else ():  # between the neighbours of the best, then between those
         ratio = jnp.where(best[0] < 0, ranges[-1][1], ranges[0][1])
-        width = ratio ** (1 / many / zoom)
-        scales = best[0] * width ** jnp.linspace(-1, 1, _ZOOM, dtype=unit.dtype).reshape(-1, *(1,) * unit.ndim)
-        best = scan(whole.leaves, scales, best)
+        best = scan(whole.leaves, best[0][None], ratio[None] ** (1 / many / zoom), around, best)
     return best[0] * unit
 
 
 def _range(whole: Cut, values: tuple[float, ...], sign: float) -> tuple[Array, Array]:
-    """The least scale of a sign that can be best, and how many times larger the largest is, per block."""
+    """The least scale of a sign that can be best, and how many times larger the largest is, per block.
+
+    What is summed is made anew for each sum: XLA keeps an array that two sums share, one as large as the leaf.
+    """
     two_sided = values[0] < 0 < values[-1]
     side = sign if values[-1] > 0 else -sign
-    usable = [jnp.abs(x) if two_sided else jnp.maximum(side * x, 0) for x in whole.leaves]
-    count = jnp.maximum(whole.sum([(x > 0).astype(x.dtype) for x in usable]), 1)
+    sides = (1.0, -1.0) if two_sided else (side,)
+    total = whole.sum([jnp.abs(x) if two_sided else jnp.maximum(side * x, 0) for x in whole.leaves])
+    count = whole.sum([(x != 0 if two_sided else side * x > 0).astype(x.dtype) for x in whole.leaves])
+    high = functools.reduce(jnp.maximum, [whole.max([s * x for x in whole.leaves]) for s in sides])
     sizes = [abs(v) for v in values if v]
-    low, high = whole.sum(usable) / count / max(sizes), whole.max(usable) / min(sizes)
+    low, high = total / jnp.maximum(count, 1) / max(sizes), jnp.maximum(high, 0) / min(sizes)
     return sign * low, jnp.where(low > 0, high / jnp.where(low > 0, low, 1), 1)
 
 

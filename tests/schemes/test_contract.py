@@ -189,8 +189,13 @@ COPIES = 4
 LARGE = [
     lcq.KMeans(16),
     lcq.KMeans(16, rate=0.01),
+    lcq.Binary(),
     lcq.Ternary(),
+    lcq.Ternary(per=32),
+    lcq.PowersOfTwo(3, scale=True),
     lcq.Uniform(4),
+    lcq.Uniform(4, per=32),
+    lcq.Uniform(4, zero_point=True),
     lcq.Prune(kept=0.05),
     lcq.Prune(kept=0.05, group=(4, 4)),
     lcq.Prune(kept="2:4"),
