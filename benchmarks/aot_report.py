@@ -38,7 +38,7 @@ from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from record import record  # noqa: E402
 
-from lcq.kernels import xnor_pallas_gpu, xnor_pallas_tpu  # noqa: E402
+from lcq.kernels import pallas_gpu, pallas_tpu  # noqa: E402
 
 K = N = 4096
 ROWS = (1, 16, 256)
@@ -79,7 +79,7 @@ def compiled(target: str, device: Any, kernel: str, m: int) -> Any:
     place = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
     left = jax.ShapeDtypeStruct((m, columns), dtype, sharding=place)
     words = jax.ShapeDtypeStruct((K // 32, N), "uint32", sharding=place)
-    f = choose(xnor_pallas_tpu if target in TPU else xnor_pallas_gpu)
+    f = choose(pallas_tpu if target in TPU else pallas_gpu)
     lowered = jax.jit(f, out_shardings=place).trace(left, words)
     if target in TPU:
         return lowered.lower(lowering_platforms=("tpu",)).compile()

@@ -57,7 +57,7 @@ def lc(loss: Callable[[Any], Any], start: Any, smooth: float) -> Any:
 
     def l_step(carry: Any, _: Any) -> Any:
         carry, _ = jax.lax.scan(step, carry, length=200)
-        return (carry[0], lcq.c_step(carry[1], carry[0])), None
+        return (carry[0], lcq.training.c_step(carry[1], carry[0])), None
 
     (params, _), _ = jax.lax.scan(l_step, (params, tx.init(params)), length=120)
     return lcq.KMeans(2).project(params["w"]).dense()

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from record import record
 
-from lcq.artifact import rans
+from lcq.io.entropy_coding import rans
 
 ROUNDS, SIZE, SHORT, SEED = 3, 10_000_000, 1000, 0
 PEERS = ("constriction", "zstandard", "pcodec", "nncodec")

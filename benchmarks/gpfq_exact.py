@@ -19,10 +19,12 @@ import numpy as np
 from record import record
 
 import lcq
-from lcq.methods.following import follow
-from lcq.methods.moments import finish, gather
-from lcq.methods.resolving import GPTQ, Qronos
-from lcq.methods.rounding import GPFQ, residual
+from lcq.ptq.rounding.base import residual
+from lcq.ptq.rounding.gpfq import GPFQ
+from lcq.ptq.rounding.gptq import GPTQ
+from lcq.ptq.rounding.qronos import Qronos
+from lcq.ptq.rounding.sequential import follow
+from lcq.ptq.statistics import finish, gather
 
 SEEDS, SHAPE, SOLVED, DAMP = (0, 1, 2), (1000, 400, 64), (250, 100, 16), 0.01
 SCHEMES = {

@@ -25,9 +25,9 @@ import numpy as np
 from record import record
 
 import lcq
-from lcq.methods.following import follow
-from lcq.methods.moments import Statistics, finish, gather
-from lcq.methods.rounding import GPFQ
+from lcq.ptq.rounding.gpfq import GPFQ
+from lcq.ptq.rounding.sequential import follow
+from lcq.ptq.statistics import Statistics, finish, gather
 
 ROUNDS, ROWS, SMALL, LARGE, NEURONS = 15, 4096, 1024, 4096, 1024
 SCHEME = lcq.Uniform(4, per="channel")

@@ -330,7 +330,7 @@ def changed(tree: Any, given: Any) -> Any:
     """Of nested dicts, what is not as it was: forms, and biases that follow. The rest is in the net's own package."""
     if isinstance(tree, dict):
         return {key: kept for key, value in tree.items() if (kept := changed(value, given[key])) is not None} or None
-    return tree if isinstance(tree, lcq.Form) or not np.array_equal(tree, given) else None
+    return tree if isinstance(tree, lcq.forms.Form) or not np.array_equal(tree, given) else None
 
 
 def put_back(params: Any, tree: Any) -> Any:

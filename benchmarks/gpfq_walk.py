@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from record import record
 
 from lcq.examples import models
-from lcq.methods.walk import walk
-from lcq.trace import trace
+from lcq.ptq.two_stream import walk
+from lcq.tracing.param_flow import trace
 
 ROUNDS = 5
 COMPILED: list[str] = []

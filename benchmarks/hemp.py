@@ -93,7 +93,7 @@ def sample(size: int, centres: int, seed: int = 0) -> tuple[np.ndarray, np.ndarr
 
 
 def slopes_of(order: int) -> Any:
-    return jax.jit(jax.value_and_grad(lambda w, c: lcq.block_entropy(w, c, order)))
+    return jax.jit(jax.value_and_grad(lambda w, c: lcq.training.block_entropy(w, c, order)))
 
 
 def exact() -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def speed(rounds: int) -> list[dict[str, Any]]:
     rows = []
     for size, order in itertools.product(CENTRES, ORDERS):
         w, c = (jnp.asarray(a, jnp.float32) for a in sample(SIZE, size))
-        value = jax.jit(lambda w, c, order=order: lcq.block_entropy(w, c, order))
+        value = jax.jit(lambda w, c, order=order: lcq.training.block_entropy(w, c, order))
         for what, run in (("value", value), ("value_and_gradient", slopes_of(order))):
             jax.block_until_ready(run(w, c))
             seconds = []
@@ -352,22 +352,22 @@ def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
     now, log = resume(path, maker(recipe, __file__, resnet20.__file__, Path(lcq.__file__).parent / "methods"), now)
 
     def each(now: Any) -> None:
-        variables = net.finished(lcq.compress_warm(now[2], now[0]), now[1], images)
+        variables = net.finished(lcq.training.compress_warm(now[2], now[0]), now[1], images)
         loss, error = judge(net, variables, images.held_back)
         log["curve"].append({"entropy": float(now[2].entropy), "loss": loss, "error": error})
         print(name, log["curve"][-1], flush=True)
         keep(path, now, log)
 
     params, statistics, state = train(net, tx, now, images, log, epochs, point.seed, each)
-    forms = lcq.compress_warm(state, params)
+    forms = lcq.training.compress_warm(state, params)
     if args.trial:
         size = -(-lcq.table(forms).total.coded // 8)
         return print(name, settings, f"{size:,} bytes, {log['seconds']:.0f} s", flush=True)
     file = ARTIFACTS / f"{name}.lcq"
     row = {"net": args.net, **point._asdict(), "artifact": file.name}
     row |= {"bytes": lcq.save(file, net.finished(forms, statistics, images)), "entropy": float(state.entropy)}
-    leaves = jax.tree.leaves(forms, is_leaf=lambda leaf: isinstance(leaf, lcq.Form))
-    codes = [np.asarray(leaf.codes) for leaf in leaves if isinstance(leaf, lcq.Form)]
+    leaves = jax.tree.leaves(forms, is_leaf=lambda leaf: isinstance(leaf, lcq.forms.Form))
+    codes = [np.asarray(leaf.codes) for leaf in leaves if isinstance(leaf, lcq.forms.Form)]
     for n in (1, 2, 3):
         parts = [empirical(c, n) for c in codes]
         row[f"bits_of_blocks_of_{n}"] = sum(h * many for h, many in parts) / sum(many for _, many in parts)

@@ -74,8 +74,8 @@ def signs_rows() -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
+    from lcq.kernels.api import binary_matmul
     from lcq.kernels.columns import pack_signs
-    from lcq.kernels.matmul import binary_matmul
     from lcq.kernels.signs import signs
 
     rows = []
@@ -116,8 +116,8 @@ def weight_rows() -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
     import lcq
+    from lcq.kernels.api import matmul
     from lcq.kernels.columns import columns
-    from lcq.kernels.matmul import matmul
 
     w = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
     schemes = {
@@ -148,8 +148,8 @@ def kept_rows() -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
     import lcq
-    from lcq.kernels.lists import lists
-    from lcq.kernels.matmul import matmul
+    from lcq.kernels.api import matmul
+    from lcq.kernels.ell import lists
 
     w = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
     laid = {kept: lists(lcq.Prune(kept=kept).project(w)) for kept in (0.02, 0.05, 0.1)}

@@ -100,7 +100,7 @@ def main() -> None:
         steps = ratios({"bare": inner, "wrapped": wrapped, "bare again": inner}, params, x, y)
         state = wrapped.init(params)
         weights = [w for path, w in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path)]
-        temporary = jax.jit(lcq.c_step).lower(state, params).compile().memory_analysis().temp_size_in_bytes
+        temporary = jax.jit(lcq.training.c_step).lower(state, params).compile().memory_analysis().temp_size_in_bytes
         row = {
             "scheme": name,
             "steps": steps,

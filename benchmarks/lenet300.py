@@ -59,12 +59,12 @@ class Recipe:
         return self.epochs[0] + self.epochs[1] * (self.l_steps - 1)
 
 
-def each(scheme: lcq.Scheme, pattern: str = KERNELS) -> tuple[lcq.Rule, ...]:
+def each(scheme: lcq.schemes.Scheme, pattern: str = KERNELS) -> tuple[lcq.Rule, ...]:
     """Every kernel for itself."""
     return (lcq.Rule(pattern, scheme),)
 
 
-def jointly(scheme: lcq.Scheme) -> tuple[lcq.Rule, ...]:
+def jointly(scheme: lcq.schemes.Scheme) -> tuple[lcq.Rule, ...]:
     """One codebook and one budget for all kernels."""
     return (lcq.Rule(KERNELS, scheme, joint=True),)
 
@@ -179,9 +179,9 @@ def optimizer_of(recipe: Recipe, per_epoch: int) -> optax.GradientTransformation
     inner = {"nesterov": lambda eta: optax.sgd(eta, 0.9, nesterov=True), "adam": optax.adam}[recipe.optimizer]
     match recipe.method:
         case "idc":
-            return lcq.iterated_direct(inner(rate), rules, every=rest)
+            return lcq.training.iterated_direct(inner(rate), rules, every=rest)
         case "ste":
-            return lcq.straight_through_training(inner(rate), rules)
+            return lcq.training.straight_through_training(inner(rate), rules)
     mu = lcq.geometric(recipe.mu, recipe.factor, steps=recipe.l_steps)
     return lcq.lc(inner, rules, mu=mu, every=(first, rest), learning_rate=rate, coupling=recipe.coupling)
 

@@ -202,7 +202,7 @@ def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:
     rate = optax.cosine_decay_schedule(recipe.rate, steps)
     inner = functools.partial(sgd, recipe.l2)
     if recipe.method == "ste":
-        return lcq.straight_through_training(inner(rate), rules_of(recipe))
+        return lcq.training.straight_through_training(inner(rate), rules_of(recipe))
     (first, last), count = recipe.mu, steps / recipe.every
     growing = max(1, int((1 - recipe.wait - recipe.hold) * count))
     mu = lcq.geometric(first, (last / first) ** (1 / growing), steps=growing, wait=int(recipe.wait * count))

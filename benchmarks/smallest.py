@@ -46,7 +46,7 @@ class Small:
     moved: bool = False
     seed: int = 0
 
-    def stage(self, values: lcq.Scheme | None, **schedule: Any) -> lenet300.Recipe:
+    def stage(self, values: lcq.schemes.Scheme | None, **schedule: Any) -> lenet300.Recipe:
         rules = (
             lcq.Rule(lenet300.KERNELS, lcq.Prune(kept=self.kept, values=values), joint=True),
             lcq.Rule(".*/bias", lcq.Cast("bfloat16")),

@@ -73,7 +73,7 @@ class Recipe:
         l2: the loss gains l2/2 ||w||^2 over the kernels, binary or not.
     """
 
-    binarization: lcq.Binarization | None
+    binarization: lcq.training.Binarization | None
     learned: bool = False
     net: str = "resnet20"
     epochs: int = 20
@@ -89,18 +89,18 @@ class Recipe:
 
 METHODS: dict[str, Recipe] = {
     "float": Recipe(None),
-    "sign": Recipe(lcq.StraightSign("constant")),
-    "bwn": Recipe(lcq.StraightSign()),
-    "group_sign": Recipe(lcq.StraightSign("constant", centres=True)),
-    "tanh": Recipe(lcq.AnnealedTanh("constant")),
-    "smooth_wide": Recipe(lcq.GroupPower("constant", last=1.0)),
-    "smooth": Recipe(lcq.GroupPower("constant")),
-    "smooth_l2": Recipe(lcq.GroupPower("constant"), l2=5e-4),
-    "smooth_mean": Recipe(lcq.GroupPower()),
-    "smooth_learned": Recipe(lcq.GroupPower("constant"), learned=True),
+    "sign": Recipe(lcq.training.StraightSign("constant")),
+    "bwn": Recipe(lcq.training.StraightSign()),
+    "group_sign": Recipe(lcq.training.StraightSign("constant", centres=True)),
+    "tanh": Recipe(lcq.training.AnnealedTanh("constant")),
+    "smooth_wide": Recipe(lcq.training.GroupPower("constant", last=1.0)),
+    "smooth": Recipe(lcq.training.GroupPower("constant")),
+    "smooth_l2": Recipe(lcq.training.GroupPower("constant"), l2=5e-4),
+    "smooth_mean": Recipe(lcq.training.GroupPower()),
+    "smooth_learned": Recipe(lcq.training.GroupPower("constant"), learned=True),
 }
 SHAPE = ("least", "settled", "width", "last")
-"""Of `lcq.GroupPower`, which a trial may change."""
+"""Of `lcq.training.GroupPower`, which a trial may change."""
 
 SMALL = {"net": "small", "epochs": 7, "l2": 5e-4}
 

@@ -1,64 +1,98 @@
-"""lcq: compress any JAX function's parameters, and run the result."""
+"""lcq: compress any JAX function's parameters, and run the result.
 
-from lcq.artifact.file import ArtifactError as ArtifactError
-from lcq.artifact.file import load as load
-from lcq.artifact.file import save as save
-from lcq.base import Form as Form
-from lcq.base import Quantizer as Quantizer
-from lcq.base import Scheme as Scheme
-from lcq.base import straight_through as straight_through
-from lcq.budget import Pareto as Pareto
-from lcq.budget import pareto as pareto
-from lcq.methods.baselines import iterated_direct as iterated_direct
-from lcq.methods.baselines import straight_through_training as straight_through_training
-from lcq.methods.coupling import adam_step as adam_step
-from lcq.methods.coupling import geometric as geometric
-from lcq.methods.curvature import curvature as curvature
-from lcq.methods.descent import Descent as Descent
-from lcq.methods.differentiable_entropy import block_entropy as block_entropy
-from lcq.methods.differentiable_entropy import entropy_centres as entropy_centres
-from lcq.methods.ending import compress_warm as compress_warm
-from lcq.methods.flops import flops as flops
-from lcq.methods.hemp import hemp as hemp
-from lcq.methods.lc import c_step as c_step
-from lcq.methods.lc import extract as extract
-from lcq.methods.lc import lc as lc
-from lcq.methods.progress import metrics as metrics
-from lcq.methods.quantize import Quantized as Quantized
-from lcq.methods.quantize import Record as Record
-from lcq.methods.quantize import quantize as quantize
-from lcq.methods.refit import recalibrate as recalibrate
-from lcq.methods.refit import tune as tune
-from lcq.methods.resolving import GPTQ as GPTQ
-from lcq.methods.resolving import Qronos as Qronos
-from lcq.methods.rounding import GPFQ as GPFQ
-from lcq.methods.rounding import SPFQ as SPFQ
-from lcq.methods.rounding import Nearest as Nearest
-from lcq.methods.rounding import Rounding as Rounding
-from lcq.methods.rounding import SparseGPFQ as SparseGPFQ
-from lcq.methods.smooth_binary import AnnealedTanh as AnnealedTanh
-from lcq.methods.smooth_binary import Binarization as Binarization
-from lcq.methods.smooth_binary import GroupPower as GroupPower
-from lcq.methods.smooth_binary import StraightSign as StraightSign
-from lcq.methods.smooth_binary import smooth_binary as smooth_binary
-from lcq.methods.weighing import largest_weight as largest_weight
-from lcq.plan import Plan as Plan
-from lcq.plan import dry_run as dry_run
-from lcq.plan import read_plan as read_plan
-from lcq.report import table as table
-from lcq.rules import Rule as Rule
-from lcq.run import packed as packed
-from lcq.schemes.additive import Additive as Additive
-from lcq.schemes.cast import Cast as Cast
-from lcq.schemes.kmeans import KMeans as KMeans
-from lcq.schemes.levels import Binary as Binary
-from lcq.schemes.levels import Levels as Levels
-from lcq.schemes.levels import PowersOfTwo as PowersOfTwo
-from lcq.schemes.levels import Ternary as Ternary
-from lcq.schemes.lowrank import LowRank as LowRank
-from lcq.schemes.prune import Prune as Prune
-from lcq.schemes.uniform import Uniform as Uniform
-from lcq.tree import compress as compress
-from lcq.tree import decompress as decompress
-from lcq.tree import ratio as ratio
-from lcq.tree import sizes as sizes
+What a first hour needs is here; the rest is in namespaces, whose `__all__` is what is public:
+
+    lcq.forms      what is stored
+    lcq.schemes    how an array becomes a form
+    lcq.tree       where: paths of leaves, rules on them, whole trees
+    lcq.tracing    functions as equations
+    lcq.training   who chooses the weights while a net trains
+    lcq.io         files and checkpoints
+    lcq.kernels    products with forms
+    lcq.ptq        who chooses the weights without training
+    lcq.reporting  tables and pages
+    lcq.runtime    functions on forms
+    lcq.plans      rules chosen, written down, previewed
+    lcq.layers     binary layers of linen and nnx
+    lcq.examples   data, nets, training loops
+"""
+
+import importlib
+from typing import Any
+
+from lcq.io import ArtifactError, load, save
+from lcq.plans import Plan, dry_run, pareto, read_plan
+from lcq.ptq import GPFQ, GPTQ, Descent, Qronos, quantize
+from lcq.reporting import table
+from lcq.runtime import packed
+from lcq.schemes import Additive, Binary, Cast, KMeans, Levels, LowRank, PowersOfTwo, Prune, Ternary, Uniform
+from lcq.training import extract, geometric, hemp, lc, metrics, recalibrate, smooth_binary, tune
+from lcq.tree import Rule, compress, decompress, ratio, sizes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPFQ",
+    "GPTQ",
+    "Additive",
+    "ArtifactError",
+    "Binary",
+    "Cast",
+    "Descent",
+    "KMeans",
+    "Levels",
+    "LowRank",
+    "Plan",
+    "PowersOfTwo",
+    "Prune",
+    "Qronos",
+    "Rule",
+    "Ternary",
+    "Uniform",
+    "__version__",
+    "cli",
+    "compress",
+    "decompress",
+    "dry_run",
+    "examples",
+    "extract",
+    "forms",
+    "geometric",
+    "hemp",
+    "io",
+    "kernels",
+    "layers",
+    "lc",
+    "load",
+    "metrics",
+    "packed",
+    "pareto",
+    "plans",
+    "ptq",
+    "quantize",
+    "ratio",
+    "read_plan",
+    "recalibrate",
+    "reporting",
+    "runtime",
+    "save",
+    "schemes",
+    "sizes",
+    "smooth_binary",
+    "table",
+    "tracing",
+    "training",
+    "tree",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Namespaces that nothing has imported yet: layers need flax, examples need data."""
+    if name in __all__:
+        return importlib.import_module(f"lcq.{name}")
+    raise AttributeError(f"module 'lcq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,7 +2,7 @@
 
 import sys
 
-from lcq.cli import main
+from lcq.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lcq
-from lcq.dtypes import own_promotion
+from lcq.forms.dtypes import own_promotion
 
 SCHEMES = [
     lcq.KMeans(4),
@@ -53,7 +53,7 @@ def test_schemes_and_forms(strict, scheme):
     tx = lcq.lc(optax.sgd(0.1), rules, mu=0.1, every=2)
     state = tx.init(W)
     _, state = tx.update(W, state, W)
-    assert jnp.isfinite(lcq.extract(lcq.c_step(state, W), W)["kernel"].dense()).all()
+    assert jnp.isfinite(lcq.extract(lcq.training.c_step(state, W), W)["kernel"].dense()).all()
 
 
 @pytest.mark.parametrize("scheme", [SCHEMES[1], SCHEMES[3], SCHEMES[6], SCHEMES[9]], ids=str)
@@ -78,7 +78,7 @@ def test_strict_promotion(strict):
         lcq.lc(lambda eta: optax.sgd(eta, 0.9), rules, mu=0.1, every=2, learning_rate=0.1, coupling="proximal"),
     ]
     if strict == "rank":  # optax.adam itself raises b2 to a whole number
-        wrapped.append(lcq.lc(optax.adam, rules, mu=0.1, every=2, learning_rate=0.1, coupling=lcq.adam_step()))
+        wrapped.append(lcq.lc(optax.adam, rules, mu=0.1, every=2, learning_rate=0.1, coupling=lcq.training.adam_step()))
     for tx in wrapped:
         updates, _ = tx.update(W, tx.init(W), W)
         assert jnp.isfinite(updates["kernel"]).all()
@@ -86,8 +86,8 @@ def test_strict_promotion(strict):
 
 METHODS = {
     "hemp": lambda: lcq.hemp(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))], every=1),
-    "direct": lambda: lcq.iterated_direct(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))], every=1),
-    "straight": lambda: lcq.straight_through_training(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))]),
+    "direct": lambda: lcq.training.iterated_direct(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))], every=1),
+    "straight": lambda: lcq.training.straight_through_training(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(4))]),
 }
 
 

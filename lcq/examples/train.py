@@ -137,7 +137,7 @@ def train_lc(
         now = _run(step, now, upcoming, rest if number else first, None)
         here = _extract(now)
         score = float(evaluate(here))
-        opt_state = lcq.c_step(now.opt_state, now.params)
+        opt_state = lcq.training.c_step(now.opt_state, now.params)
         is_at = lcq.metrics(opt_state)
         if int(is_at["c_steps"]) != number + 1:
             raise ValueError("C steps are made here and in update too: make tx by lcq.lc(..., every=None)")

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from lcq.base import Form, leafwise, register_form
-from lcq.dtypes import nearest_number
-from lcq.forms.checks import check_float, check_shape
+from lcq.forms.base import Form, leafwise, register_form
+from lcq.forms.dtypes import nearest_number
+from lcq.forms.validate import check_float, check_shape
 
 
 @register_form

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq import packing
-from lcq.base import Form, leafwise, register_form, static
-from lcq.blocks import blocks, compute_dtype, explicit_sharding
-from lcq.dtypes import nearest_number, wider
-from lcq.forms.checks import check_blocks, check_codes, check_float, check_shape
+from lcq.forms import bitpack
+from lcq.forms.base import Form, leafwise, register_form, static
+from lcq.forms.blocks import blocks, compute_dtype, explicit_sharding
+from lcq.forms.dtypes import nearest_number, wider
+from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
 _SELECT = 8
 """Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
@@ -56,12 +56,12 @@ class Codes(Form):
 
     @property
     def bits(self) -> int:
-        return math.prod(self.shape) * packing.width(self.size_of_table) + self.shared_bits
+        return math.prod(self.shape) * bitpack.width(self.size_of_table) + self.shared_bits
 
     @property
     def shared_bits(self) -> int:
         wide = [a for a in (self.levels, self.scale, None if self._whole else self.zero) if a is not None]
-        zeros = self._zeros * packing.width(self.size_of_table)
+        zeros = self._zeros * bitpack.width(self.size_of_table)
         return sum((a.size * a.dtype.itemsize * 8 for a in wide), zeros)
 
     @property
@@ -79,21 +79,21 @@ class Codes(Form):
     def pack(self) -> Self:
         if self.packed is not None:
             return self
-        host, width = jax.device_get(self), packing.width(self.size_of_table)
-        zero = packing.pack(host.zero, width) if self._whole and self.scale is not None else host.zero
-        return dataclasses.replace(host, codes=packing.pack(host.codes, width), zero=zero, packed=self.codes.shape)
+        host, width = jax.device_get(self), bitpack.width(self.size_of_table)
+        zero = bitpack.pack(host.zero, width) if self._whole and self.scale is not None else host.zero
+        return dataclasses.replace(host, codes=bitpack.pack(host.codes, width), zero=zero, packed=self.codes.shape)
 
     def unpack(self) -> Self:
         if self.packed is None:
             return self
-        codes = packing.unpack(jnp.asarray(self.codes), packing.width(self.size_of_table), self.packed)
+        codes = bitpack.unpack(jnp.asarray(self.codes), bitpack.width(self.size_of_table), self.packed)
         return dataclasses.replace(self.with_zeros(), codes=codes, packed=None)
 
     def with_zeros(self) -> Self:
         """The form with a zero for every block, in either layout, where they are in words."""
         if self.zero is None or self.zero.dtype != jnp.uint32:
             return self
-        zero = packing.unpack(jnp.asarray(self.zero), packing.width(self.size_of_table), self.scale.shape)
+        zero = bitpack.unpack(jnp.asarray(self.zero), bitpack.width(self.size_of_table), self.scale.shape)
         return dataclasses.replace(self, zero=zero)
 
     @property
@@ -136,11 +136,11 @@ class Codes(Form):
         if words and self.scale is None:
             raise ValueError("zero: wanted a scale beside packed zeros, which says how many there are; got none")
         streams = {"codes": (self.codes, math.prod(self.packed)), "zero": (self.zero, self._zeros)}
-        width = packing.width(self.size_of_table)
+        width = bitpack.width(self.size_of_table)
         for name, (array, size) in streams.items():
             if name == "zero" and not words:
                 continue
-            many = packing.word_count(size, width)
+            many = bitpack.word_count(size, width)
             if array.dtype != np.uint32 or array.shape != (many,):
                 raise ValueError(
                     f"{name}: wanted uint32[{many}] for {size} codes of {width} bits; "

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcq.base import Form, own, register_form, static
-from lcq.dtypes import nearest_number
-from lcq.forms.checks import check_float, check_shape
+from lcq.forms.base import Form, own, register_form, static
+from lcq.forms.dtypes import nearest_number
+from lcq.forms.validate import check_float, check_shape
 
 
 @register_form

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from lcq.base import FORMS, is_form
-from lcq.registry import MARK, name_of
+from lcq.forms.base import FORMS, is_form
+from lcq.forms.registry import MARK, name_of
 
 
 def check_restored(tree: Any) -> None:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq import packing
-from lcq.base import Form, leafwise, register_form, static
-from lcq.dtypes import nearest_number
-from lcq.forms.checks import check_blocks, check_codes, check_float, check_shape
+from lcq.forms import bitpack
+from lcq.forms.base import Form, leafwise, register_form, static
 from lcq.forms.codes import Codes
+from lcq.forms.dtypes import nearest_number
+from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
 
 @register_form
@@ -24,7 +24,7 @@ class Sparse(Form):
     each group of weights, or the gaps between chosen groups, whichever is smaller.
 
     Attributes:
-        mask: bool of the leaf's shape; in the stored layout uint32 words, see `packing.pack_positions`.
+        mask: bool of the leaf's shape; in the stored layout uint32 words, see `bitpack.pack_positions`.
         values: floats of the leaf's shape, or codes if there are `levels`; stored: those chosen, codes packed.
         levels: the values' codebook, [*blocks, K] as in `Codes`; None if they are floats.
         group: lengths along the trailing axes of what is chosen together; () for single weights.
@@ -70,7 +70,7 @@ class Sparse(Form):
     @property
     def _width(self) -> int:
         """Bits of one value."""
-        return 8 * self.values.dtype.itemsize if self.levels is None else packing.width(self.levels.shape[-1])
+        return 8 * self.values.dtype.itemsize if self.levels is None else bitpack.width(self.levels.shape[-1])
 
     @property
     def alphabets(self) -> dict[str, tuple[int, int]]:
@@ -90,11 +90,11 @@ class Sparse(Form):
         host = jax.device_get(self)
         shape = tuple(self.mask.shape)
         firsts = np.asarray(host.mask[tuple(slice(None, None, n) for n in self._lengths(shape))])
-        words, gap = packing.pack_positions(firsts)
+        words, gap = bitpack.pack_positions(firsts)
         values = host.values[host.mask]
         kept = values.size
         if self.levels is not None:
-            values = packing.pack(values, self._width)
+            values = bitpack.pack(values, self._width)
         return dataclasses.replace(host, mask=words, values=values, packed=shape, kept=kept, gap=gap)
 
     def unpack(self) -> Self:
@@ -103,12 +103,12 @@ class Sparse(Form):
         lengths = self._lengths(self.packed)
         counts = tuple(n // g for n, g in zip(self.packed, lengths, strict=True))
         groups = self.kept // math.prod(lengths)
-        mask = packing.unpack_positions(jnp.asarray(self.mask), self.gap, groups, math.prod(counts)).reshape(counts)
+        mask = bitpack.unpack_positions(jnp.asarray(self.mask), self.gap, groups, math.prod(counts)).reshape(counts)
         for axis, length in enumerate(lengths):
             mask = jnp.repeat(mask, length, axis) if length > 1 else mask
         values = jnp.asarray(self.values)
         if self.levels is not None:
-            values = packing.unpack(values, self._width, (self.kept,))
+            values = bitpack.unpack(values, self._width, (self.kept,))
         spread = jnp.zeros(self.packed, values.dtype)
         if self.kept:
             order = jnp.cumsum(mask.reshape(-1), dtype=jnp.uint32).reshape(self.packed) - 1
@@ -144,7 +144,7 @@ class Sparse(Form):
             check_blocks(self.packed, {"levels": self.levels})
             if not 1 <= self.levels.shape[-1] <= 65536:
                 raise ValueError(f"wanted 1 to 65,536 levels; got {self.levels.shape[-1]}")
-            wanted = (np.dtype(np.uint32), packing.word_count(self.kept, self._width))
+            wanted = (np.dtype(np.uint32), bitpack.word_count(self.kept, self._width))
         if (self.values.dtype, self.values.shape) != (wanted[0], wanted[1:]):
             got = f"{self.values.dtype}{list(self.values.shape)}"
             raise ValueError(f"values: wanted {wanted[0]}[{wanted[1]}] for {self.kept} weights; got {got}")
@@ -153,6 +153,6 @@ class Sparse(Form):
         if self.mask.dtype != np.uint32 or len(self.mask.shape) != 1:
             raise ValueError(f"mask: wanted words; got {self.mask.dtype}{list(self.mask.shape)}")
         if isinstance(self.mask, np.ndarray | jax.Array):
-            packing.check_positions(np.asarray(self.mask), self.gap, self.kept // together, size // together)
+            bitpack.check_positions(np.asarray(self.mask), self.gap, self.kept // together, size // together)
         if self.levels is not None:
             check_codes("values", self.values, self.kept, self.levels.shape[-1])

@@ -7,9 +7,9 @@ from typing import Any, Self
 
 from jaxtyping import Array
 
-from lcq.base import Form, register_form
-from lcq.dtypes import nearest_number
-from lcq.forms.checks import check_float
+from lcq.forms.base import Form, register_form
+from lcq.forms.dtypes import nearest_number
+from lcq.forms.validate import check_float
 
 
 @register_form

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped, UInt, UInt32
 
-from lcq import packing
-from lcq.base import own, static, tree_form
-from lcq.dtypes import own_promotion
-from lcq.forms import Codes
-from lcq.kernels.laid import Laid
+from lcq.forms import Codes, bitpack
+from lcq.forms.base import own, static, tree_form
+from lcq.forms.dtypes import own_promotion
+from lcq.kernels.base import Laid
 from lcq.kernels.reference import fields
 
 _SELECT = 16
@@ -122,7 +121,7 @@ def columns(form: Codes) -> Columns:
         jnp.asarray(n if a is None else a).astype(jnp.float32)[..., None]
         for n, a in ((0.0, form.zero), (1.0, form.scale))
     )
-    width = next(bits for bits in (1, 2, 4, 8, 16) if bits >= packing.width(table.shape[-1]))
+    width = next(bits for bits in (1, 2, 4, 8, 16) if bits >= bitpack.width(table.shape[-1]))
     words = pack_columns(form.codes.reshape(*stacked, b, rows // b, n), width)
     laid = Columns(words=words, width=width, tail=(rows, n), axes=(0, 1), dtype=form.dtype, shared=form.shared)
     if not _equal_step(form):

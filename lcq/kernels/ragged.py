@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Num
 
-from lcq import jaxprs
-from lcq.base import Form
+from lcq.forms.base import Form
+from lcq.tracing import jaxpr
 
 ROWS = 64
 """Rows of one window: as many as make the decoding of a tile cost little beside its product."""
@@ -35,11 +35,11 @@ def ragged_product(
     """
     sizes = jnp.asarray(sizes)  # constants of a trace are numpy's
     (count,), rows = sizes.shape, x.shape[0]
-    length = ROWS if not jaxprs.at_most(rows, ROWS - 1) else rows
+    length = ROWS if not jaxpr.at_most(rows, ROWS - 1) else rows
     ends = jnp.cumsum(sizes)
     windows = -(-sizes // length)  # of each expert
     before = jnp.cumsum(windows) - windows
-    most = (count if not jaxprs.at_most(rows, count) else rows) + rows // length
+    most = (count if not jaxpr.at_most(rows, count) else rows) + rows // length
     x = jnp.pad(x, ((0, length), (0, 0)))
     one = jax.eval_shape(lambda x, form: multiply(x[:length], jax.tree.map(lambda a: a[0], form)), x, experts)
 

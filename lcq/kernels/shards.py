@@ -6,11 +6,11 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from lcq.base import Form
 from lcq.forms import Cast, Codes, Factors, Sparse, Sum
+from lcq.forms.base import Form
 from lcq.kernels.columns import Columns
-from lcq.kernels.lists import Lists
-from lcq.meshes import explicit_mesh, laid_on, spec_of
+from lcq.kernels.ell import Lists
+from lcq.kernels.meshes import explicit_mesh, laid_on, spec_of
 
 _FIELDS = {"words": -1, "first": -1, "step": -1, "levels": -2, "zero": -1}
 """The axis of columns in each array of `Columns`."""

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from lcq.dtypes import own_promotion
+from lcq.forms.dtypes import own_promotion
+from lcq.forms.registry import register_node
 from lcq.kernels import xnor_xla
 from lcq.kernels.columns import pack_columns, pack_signs
-from lcq.registry import register_node
 
 Layout = Literal["xla", "tpu", "gpu"]
 

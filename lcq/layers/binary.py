@@ -21,7 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num, Shaped
 
-from lcq.dtypes import own_promotion, wider
+from lcq.forms.dtypes import own_promotion, wider
 
 _ROUNDING = 0.01
 """Of binary weights in bfloat16."""

@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
-from lcq.dtypes import own_promotion
+from lcq.forms.dtypes import own_promotion
+from lcq.forms.registry import register_node
+from lcq.kernels.api import binary_matmul
 from lcq.kernels.columns import pack_columns, pack_signs
-from lcq.kernels.matmul import binary_matmul
+from lcq.kernels.meshes import by_compiler, explicit_mesh, laid_on, spec_of
 from lcq.kernels.reference import fields
 from lcq.kernels.signs import Layout, Signs, signs
 from lcq.layers.binary import Window, affine, binarize, check_window
-from lcq.meshes import by_compiler, explicit_mesh, laid_on, spec_of
-from lcq.registry import register_node
-from lcq.unfold import patches
+from lcq.tracing.im2col import patches
 
 
 @functools.partial(register_node, static=("inputs", "window"), made={"window": lambda fields: Window(**fields)})

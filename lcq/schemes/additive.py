@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lcq.base import Form, Scheme, share
-from lcq.blocks import Per, compute_dtype
 from lcq.forms import Sum
+from lcq.forms.base import Form, share
+from lcq.forms.blocks import Per, compute_dtype
+from lcq.schemes.base import Scheme
 
 _COLD, _WARM = 30, 4
 """Sweeps at most, over all schemes; a C step has a warm start."""

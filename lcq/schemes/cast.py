@@ -6,8 +6,9 @@ from typing import Any
 from jaxtyping import Array
 
 from lcq import forms
-from lcq.base import Form, Scheme
-from lcq.dtypes import format_name, nearest_number
+from lcq.forms.base import Form
+from lcq.forms.dtypes import format_name, nearest_number
+from lcq.schemes.base import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Cast(Scheme):
     """Delta = x rounded to the nearest finite number of a shorter floating-point format, to the even one on ties.
 
     Attributes:
-        format: name of the stored dtype: "bfloat16", "float16", "float8_e4m3fn" or another of `lcq.dtypes.FORMATS`.
+        format: name of the stored dtype: "bfloat16", "float16", "float8_e4m3fn" or another of
+            `lcq.forms.dtypes.FORMATS`.
 
     Raises:
         ValueError: no name of a floating-point format.

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcq.base import Form, Quantizer
-from lcq.blocks import Cut, Per, cut
 from lcq.forms import Codes
+from lcq.forms.base import Form
+from lcq.forms.blocks import Per
+from lcq.schemes.base import Quantizer
+from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, rounded_scale, scale_format
 
 _CANDIDATES = 64
@@ -46,7 +48,7 @@ class Levels(Quantizer):
             (on at most 32,768 of a block's elements, on all if they are weighted) and twice 16 around the best of them,
             each judged after its codes have got their best scale: sort-free, jit-able, and global up to the resolution
             of the search. Negative only if that is better, and never where the values are symmetric around 0.
-        per: what shares one scale, see `lcq.blocks.block_counts`.
+        per: what shares one scale, see `lcq.forms.blocks.block_counts`.
         scale_dtype: the format of scales, in which they are chosen: "float32", "bfloat16" or "float16". None for
             bfloat16 in groups (per=32), as 32 bits for each group are a bit a weight, and float32 elsewhere. bfloat16
             has the range of float32, and the codes make up for its 8 bits. float16 holds 6.1e-5 to 65,504 in full:

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcq.axes import outputs_last
-from lcq.base import Form, Scheme
-from lcq.blocks import compute_dtype, explicit_sharding
 from lcq.forms import Factors
+from lcq.forms.axes import outputs_last
+from lcq.forms.base import Form
+from lcq.forms.blocks import compute_dtype, explicit_sharding
 from lcq.forms.factors import as_matrix, check_matrix_shape, matrix_shape
+from lcq.schemes.base import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LowRank(Scheme):
         rank: of the result, at most that of the matrix.
         penalty: alpha, instead of a rank; then `mu` is needed, and of equally good ranks the smallest is taken.
         unit: what one stored number costs in C(r): 32 bits; or, for the cost in floating-point operations, those of the
-            layer (see `lcq.flops`) over its number of weights, in a rule for each layer.
+            layer (see `lcq.tracing.flops`) over its number of weights, in a rule for each layer.
         separable: the other matrix of a convolution's kernel.
 
     Raises:

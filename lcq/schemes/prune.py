@@ -20,13 +20,15 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from lcq.axes import block_lengths, inputs_axis
-from lcq.base import Form, Scheme
-from lcq.blocks import Per, block_counts, blocks, compute_dtype, cut, cut_axes, explicit_sharding, join_axes
-from lcq.dtypes import format_name, nearest_number
 from lcq.forms import Sparse
-from lcq.schemes.kmeans import KMeans
-from lcq.schemes.selection import largest, largest_in_runs, shrinkage
+from lcq.forms.axes import block_lengths, inputs_axis
+from lcq.forms.base import Form
+from lcq.forms.blocks import Per, block_counts, blocks, compute_dtype, cut_axes, explicit_sharding, join_axes
+from lcq.forms.dtypes import format_name, nearest_number
+from lcq.schemes.base import Scheme
+from lcq.schemes.grouped import cut
+from lcq.schemes.kmeans.kmeans import KMeans
+from lcq.schemes.topk import largest, largest_in_runs, shrinkage
 
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
@@ -45,7 +47,7 @@ class Prune(Scheme):
             (l1); alpha counts groups.
         norm: of a penalty: "l0", the number of groups, or "l1", the sum of their norms.
         group: what is kept or dropped together: None for single weights; "channel" for all weights of an index of the
-            last axis, an output unit or filter; an int or a tuple for blocks, see `lcq.blocks.block_counts`.
+            last axis, an output unit or filter; an int or a tuple for blocks, see `lcq.forms.blocks.block_counts`.
         values: how kept values are stored: None as they are, the name of a shorter dtype such as "bfloat16", or
             KMeans(16) and the like for a codebook, fitted to the weights that are kept; one for each task.
         axis: of inputs, for "n:m", counted from the end.

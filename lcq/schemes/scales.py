@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from lcq.blocks import Per, compute_dtype
-from lcq.dtypes import nearest_number
+from lcq.forms.blocks import Per, compute_dtype
+from lcq.forms.dtypes import nearest_number
 
 
 def scale_format(per: Per, given: str | None) -> str | None:

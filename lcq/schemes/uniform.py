@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from lcq.base import Form, Quantizer
-from lcq.blocks import Cut, Per, cut
 from lcq.forms import Codes
+from lcq.forms.base import Form
+from lcq.forms.blocks import Per
+from lcq.schemes.base import Quantizer
+from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.levels import Levels, code_dtype, keep_better, of_size_one
 from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, scale_format
 
@@ -29,7 +31,7 @@ class Uniform(Quantizer):
 
     Attributes:
         bits: 2 to 16; with a zero point 1 to 16.
-        per: what shares one scale, see `lcq.blocks.block_counts`.
+        per: what shares one scale, see `lcq.forms.blocks.block_counts`.
         zero_point: whether the grid may be shifted.
         symmetric: without -2^(b-1), so that the scale is positive; for runtimes that want it.
         scale_dtype: the format of scales, see `Levels`: None for bfloat16 in groups and float32 elsewhere. Zeros take b

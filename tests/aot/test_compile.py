@@ -8,7 +8,7 @@ import functools
 import jax
 import pytest
 
-from lcq.kernels import xnor_pallas_gpu, xnor_pallas_tpu
+from lcq.kernels import pallas_gpu, pallas_tpu
 
 TARGETS = ["v5e", "v6e", "v5p", "sm_80", "sm_90a"]
 
@@ -17,7 +17,7 @@ SHAPES = [(1, 4096, 4096), (16, 4096, 4096), (256, 4096, 4096), (300, 1000, 700)
 
 
 def kernels_of(target):
-    return xnor_pallas_gpu if target.startswith("sm") else xnor_pallas_tpu
+    return pallas_gpu if target.startswith("sm") else pallas_tpu
 
 
 def has_a_kernel(executable):
@@ -55,7 +55,7 @@ def test_kernels_compile_at_any_precision_a_user_has_chosen(compiled, target, dt
     ("unit", "m", "instructions"), [("popcount", 8, ["popc.b32"]), ("matrix", 64, ["wgmma.mma_async", "mma.sync"])]
 )
 def test_gpu_code_has_the_instruction_it_is_written_for(compiled, target, unit, m, instructions, tmp_path):
-    f = functools.partial(xnor_pallas_gpu.xnor, k=1024, unit=unit)
+    f = functools.partial(pallas_gpu.xnor, k=1024, unit=unit)
     compiled(target, f, ("uint32", m, 32), ("uint32", 32, 256), xla_dump_to=str(tmp_path))
     code = "".join(path.read_text() for path in tmp_path.glob("*.ptx"))
     assert any(name in code for name in instructions)

@@ -146,7 +146,7 @@ def test_momentum_starts_from_rest(name):
             for _ in range(updates):
                 change, state = step(params, state, next(upcoming))
                 params = optax.apply_updates(params, change)
-            state = lcq.c_step(state, params)
+            state = lcq.training.c_step(state, params)
             if reset:
                 state = optax.tree.set(state, **{name: jax.tree.map(jnp.zeros_like, params)})
         ran = run(tx=tx, l_steps=3, every=(3, 2), reset_momentum=reset).last

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.artifact import codec
 from lcq.forms import Factors
 from lcq.forms.factors import as_matrix, from_matrix
+from lcq.io import records
 
 
 def normal(*shape, seed=0):
@@ -159,7 +159,7 @@ MATRIX = CASES["full"][0].pack()
 )
 def test_a_hostile_file_is_refused(tmp_path, monkeypatch, changes, message):
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(codec, "check_form", lambda form: None)
+        unchecked.setattr(records, "check_form", lambda form: None)
         unchecked.setattr(Factors, "pack", lambda self: self)
         lcq.save(tmp_path / "net.lcq", {"w": dataclasses.replace(GOOD, **changes)})
     with pytest.raises(lcq.ArtifactError, match=f"w: .*{message}"):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.artifact import codec
-from lcq.artifact.paths import flatten
 from lcq.forms import Sparse
-from lcq.packing import width
+from lcq.forms.bitpack import width
+from lcq.io import records
+from lcq.io.tree_paths import flatten
 
 
 def sparse(mask, k=None, group=(), seed=0):
@@ -177,14 +177,14 @@ HOSTILE = [
 @pytest.mark.parametrize(("form", "message"), HOSTILE)
 def test_a_hostile_file_is_refused(tmp_path, monkeypatch, form, message):
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(codec, "check_form", lambda form: None)
+        unchecked.setattr(records, "check_form", lambda form: None)
         unchecked.setattr(Sparse, "pack", lambda self: self)
         unchecked.setattr(Sparse, "alphabets", {})
         lcq.save(tmp_path / "net.lcq", {"w": form})
     with pytest.raises(lcq.ArtifactError, match=f"w: .*({message})"):
         lcq.load(tmp_path / "net.lcq")
     with pytest.raises(ValueError, match=message):
-        codec.check_form(form)
+        records.check_form(form)
 
 
 # Joint tasks
@@ -195,7 +195,7 @@ def test_a_joint_task_stores_its_codebook_once(tmp_path):
     params = {"a": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "b": jnp.asarray(rng.normal(size=9), jnp.float32)}
     forms = lcq.compress(params, [lcq.Rule("a|b", lcq.Prune(kept=12, values=lcq.KMeans(3, exact=True)), joint=True)])
     lcq.save(tmp_path / "net.lcq", forms)
-    encoder = codec.Encoder()
+    encoder = records.Encoder()
     back = lcq.load(tmp_path / "net.lcq")
     for leaf in flatten(back)[0]:
         encoder.encode(leaf)

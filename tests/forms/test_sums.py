@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.artifact import codec
-from lcq.artifact.paths import flatten
 from lcq.forms import Cast, Sum
+from lcq.io import records
+from lcq.io.tree_paths import flatten
 
 RNG = np.random.default_rng(0)
 A, B = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((6, 4), (5, 2)))
@@ -37,7 +37,7 @@ def test_layouts_are_the_same_object_where_nothing_changes(forms):
 
 def test_joint_sums_store_and_count_what_they_share_once(tmp_path, forms):
     lcq.save(tmp_path / "net.lcq", forms)
-    back, encoder = lcq.load(tmp_path / "net.lcq"), codec.Encoder()
+    back, encoder = lcq.load(tmp_path / "net.lcq"), records.Encoder()
     for leaf in flatten(back)[0]:
         encoder.encode(leaf)
     tables = [f"a.parts.{i}.levels" for i in (0, 1)]
@@ -80,7 +80,7 @@ CAST = Cast(np.ones((2, 3), np.float16))
 )
 def test_a_hostile_file_is_refused(tmp_path, monkeypatch, form, message):
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(codec, "check_form", lambda form: None)
+        unchecked.setattr(records, "check_form", lambda form: None)
         lcq.save(tmp_path / "net.lcq", {"w": form})
     with pytest.raises(lcq.ArtifactError, match=f"w: .*{message}"):
         lcq.load(tmp_path / "net.lcq")
@@ -91,7 +91,7 @@ def test_a_very_deep_sum_is_refused(tmp_path, monkeypatch):
     for _ in range(12):
         form = Sum((form,))
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(codec, "check_form", lambda form: None)
+        unchecked.setattr(records, "check_form", lambda form: None)
         lcq.save(tmp_path / "net.lcq", {"w": form})
     with pytest.raises(lcq.ArtifactError, match="w: wanted a form"):
         lcq.load(tmp_path / "net.lcq")

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcq.kernels import xnor_pallas_gpu, xnor_pallas_tpu
+from lcq.kernels import pallas_gpu, pallas_tpu
 
-BACKENDS = {"tpu": xnor_pallas_tpu, "gpu": xnor_pallas_gpu}
+BACKENDS = {"tpu": pallas_tpu, "gpu": pallas_gpu}
 
 # m, k, n: one word; ragged everywhere; aligned; several blocks of K; several blocks of rows and columns
 SHAPES = [(1, 7, 1), (5, 300, 130), (16, 256, 128), (9, 4400, 20), (260, 40, 1030)]

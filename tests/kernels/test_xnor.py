@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from lcq.kernels import reference, xnor_xla
+from lcq.kernels.api import binary_matmul
 from lcq.kernels.columns import pack_signs
-from lcq.kernels.matmul import binary_matmul
 from lcq.kernels.signs import signs
 
 SHAPES = [

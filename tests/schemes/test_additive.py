@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.rules import Task
+from lcq.tree.rules import Task
 
 X = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
 H = np.random.default_rng(1).lognormal(size=(50, 8)).astype(np.float32)

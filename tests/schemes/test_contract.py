@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.base import FORMS, Quantizer, Scheme, split_leafwise
 from lcq.forms import Codes, Factors
-from lcq.notation import SCHEMES, format_scheme, parse_scheme
+from lcq.forms.base import FORMS, split_leafwise
+from lcq.plans.text import SCHEMES, format_scheme, parse_scheme
+from lcq.schemes.base import Quantizer, Scheme
 
 CASES = [
     lcq.KMeans(1),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.rules import Task
+from lcq.tree.rules import Task
 
 RNG = np.random.default_rng(0)
 

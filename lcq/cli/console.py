@@ -1,0 +1,115 @@
+"""What a command says: tables on stdout, a bar of progress on stderr."""
+
+import ast
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lcq.reporting.summary import text
+
+
+def show(renderable: Any) -> None:
+    """In colour and as wide as the terminal; as plain text, never cut, where there is none."""
+    console = Console()
+    if console.is_terminal:
+        console.print(renderable)
+    else:
+        print(text(renderable))
+
+
+@contextlib.contextmanager
+def progress(total: int | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on stderr while the block runs, if that is a terminal.
+
+    Call what it gives with a label ("" keeps the last), the steps made, and the total if it was not known before.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(label: str, steps: int, total: int | None = None) -> None:
+            bar.update(task, advance=steps, description=label or None, total=total)
+
+        yield advance
+
+
+def refuse(force: bool, *paths: Path) -> None:
+    """Raises unless nothing would be replaced, or that is what was asked for."""
+    if not force and (there := [str(path) for path in paths if path.exists() or path.is_symlink()]):
+        raise ValueError(f"{', '.join(there)}: already there; choose another name, or replace it with --force")
+
+
+def check_output(out: Path, *inputs: Path, folder: bool = False) -> None:
+    """Raises unless a file can be written at `out`; made before the work, which may take long.
+
+    Args:
+        out: of the file.
+        inputs: what is read, and must not be replaced.
+        folder: whether `out` may be a folder that is there.
+
+    Raises:
+        ValueError: there is no folder for it, that cannot be written to, a folder has its name, or it is an input.
+    """
+    for given in inputs:
+        if out.exists() and given.exists() and os.path.samefile(out, given):
+            raise ValueError(f"{out}: wanted another file than the input; choose another name")
+    if out.is_dir() and not folder:
+        raise ValueError(f"{out}: wanted the name of a file; got a folder; name a file in it")
+    parent = Path(os.path.realpath(out)).parent
+    if not parent.is_dir():
+        raise ValueError(f"{out.parent}: no such folder; make it, or choose another name")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out.parent}: cannot write there: {error.strerror}; choose another folder") from error
+
+
+def in_words_of_the_command(message: str) -> str:
+    """An error or a warning of the library with its remedies as one types them here.
+
+    Example:
+        >>> in_words_of_the_command("exclude it with Rule('head/bias', None) before that rule; or raise limit=")
+        "exclude it with --rule 'head/bias=None' before that rule; or raise --limit"
+        >>> print(in_words_of_the_command("say lcq.Rule('w', lcq.KMeans(4, per='channel'), stacked=1)"))
+        say --rule 'w=KMeans(4, per="channel"); stacked=1'
+    """
+    message = _RULE.sub(_option, message)
+    for python, typed in _OPTIONS:
+        message = re.sub(python, typed, message)
+    return message
+
+
+_SCHEME = r"None|(?:lcq\.)?\w+(?:\((?:[^()]|\([^()]*\))*\))?"
+_RULE = re.compile(
+    rf"""(?:lcq\.)?\bRule\((?P<pattern>'[^']*'|"[^"]*"),\s*(?P<scheme>{_SCHEME})(?P<more>(?:,\s*\w+=[\w'"]+)*)\)"""
+)
+_OPTIONS = (
+    (r"\blcq\.Rule\(\.\.\., (\w+=\w+)\)", r"'; \1' behind the scheme of the rule"),
+    (r"\blayout=(?=[\s,;.)]|$)", "'; layout=..' likewise"),
+    (r"\blcq\.(?=[A-Z]\w*\()", ""),
+    (r"\bwith lcq\.save\(\.\., plan=plan\)", "with lcq compress or lcq quantize"),
+    (r"\blcq\.load and lcq\.save are for \.lcq files", "of .lcq files lcq decompress makes checkpoints"),
+    (r"\blcq\.(compress|quantize|decompress)\b", r"lcq \1"),
+    (r"\bcentred=False", "--not-centred"),
+    (r"\bquantize\(\.\.\., nearest=\[--rule ('[^']*')\]\)", r"with --nearest-rule \1"),
+    (r"\bnearest=", "--nearest-rule"),
+    (r"\bstacked=(?=[\s,;.)]|$)", "the N of '; stacked=N'"),
+    (r"\bdry_run\(params, rules, fn, batch\)", "lcq quantize --dry-run"),
+    (r"\b(limit|mask|method|plan|seed)=(?=[\s,;.)]|$)", r"--\1"),
+)
+
+
+def _option(found: re.Match[str]) -> str:
+    more = (part.replace("joint=True", "joint").translate({34: "", 39: ""}) for part in found["more"].split(","))
+    words = "; ".join([found["scheme"].replace("lcq.", ""), *(part.strip() for part in more if part.strip())])
+    rule = f"{ast.literal_eval(found['pattern'])}={words}"
+    return "--rule '" + rule.replace("'", '"') + "'"

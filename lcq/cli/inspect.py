@@ -1,0 +1,91 @@
+"""lcq inspect and lcq table: what an .lcq file is made of, and what its leaves cost."""
+
+from pathlib import Path
+
+import rich.table
+from rich import box
+from rich.text import Text
+
+import lcq
+from lcq.cli.console import check_output, progress, refuse, show
+from lcq.forms import bitpack
+from lcq.io.checkpoints import checkpoint
+from lcq.io.container import NAMES, bytes_of
+from lcq.io.entropy_coding import rans
+from lcq.io.file import LIMIT, each_leaf, read_index
+from lcq.io.records import code_streams
+from lcq.reporting.html import write_page
+from lcq.reporting.summary import table
+
+
+def inspect_file(path: Path, limit: float = LIMIT) -> None:
+    """Prints a file's make-up: format, streams, and the plan if it holds one; every digest is checked.
+
+    Leaves are looked at one by one and never made dense, so the size of the file's dense tree does not matter.
+
+    Args:
+        path: of the .lcq file.
+        limit: bytes that one leaf's streams and their decoding may take.
+
+    Raises:
+        ArtifactError: not an lcq file, or a damaged one.
+    """
+    held, entropies = read_index(path), dict[str, str]()
+    for record, leaf in each_leaf(path, limit):
+        for name, (stream, levels, count) in code_streams(record, leaf.value).items():
+            codes = bitpack.unpack_host(stream, bitpack.width(levels), count)
+            entropies[name] = f"{count * rans.entropy(codes, levels) / 8:,.0f}"
+    grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("stream", overflow="fold", style="bold")
+    for name in ("dtype", "shape", "bytes", "entropy", "in the file"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for name, struct in held.structs.items():
+        words = (name, NAMES[struct.dtype], "x".join(map(str, struct.shape)), f"{bytes_of(struct):,}")
+        grid.add_row(*map(Text, (*words, entropies.get(name, ""), f"{held.sizes[name]:,}")))
+    size, streams, raw = path.stat().st_size, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
+    print(f"{path}: format lcq {held.version}, {len(held.structs)} streams")
+    print(f"{size:,} bytes: {streams:,} of streams ({raw:,} before coding), {size - streams:,} of header and index")
+    show(grid)
+    if held.metadata:
+        print(f"metadata: {', '.join(f'{key!r}: {value!r:.200}' for key, value in held.metadata.items())}")
+    if held.plan is not None:
+        print(f"plan:\n\n{lcq.read_plan(path)}")
+
+
+def table_of_file(
+    path: Path, reference: Path | None = None, page: Path | None = None, *, force: bool = False, limit: float = LIMIT
+) -> None:
+    """Prints what each leaf of a file costs and, with a reference, how far it is from that; writes both as a page.
+
+    Args:
+        path: of the .lcq file.
+        reference: a checkpoint with the same leaves, or another .lcq file.
+        page: of the HTML file to write, if any.
+        force: whether that may be replaced.
+        limit: bytes that a file's streams, and its forms made dense, may take together.
+
+    Raises:
+        ValueError: files that are not what they should be, a reference with other leaves or shapes, a page that is
+            there already.
+    """
+    if page is not None:
+        refuse(force, page)
+        check_output(page, path, *filter(None, [reference]))
+    tree, size = lcq.load(path, limit=limit), path.stat().st_size
+    weights = None
+    if reference is not None and reference.suffix == ".lcq":
+        weights = lcq.decompress(lcq.load(reference, limit=limit))
+    elif reference is not None:
+        weights = checkpoint.read(reference)
+    title = path.name if reference is None else f"{path.name} beside {reference.name}"
+    try:
+        if page is None:
+            with progress() as advance:
+                report = table(
+                    tree, weights, on_disk=size, progress=lambda number, total, name: advance(name, 1, total)
+                )
+        else:
+            report = write_page(page, tree, weights, title=title, on_disk=size)
+    except ValueError as error:
+        raise ValueError(f"{reference or path}: {error}") from error
+    show(report)

@@ -1,0 +1,204 @@
+"""The safetensors container: a header of JSON with a digest, then tensors without gaps.
+
+    u64 n, little-endian | header: n bytes of JSON, padded by spaces to a multiple of 8 | the tensors, one after another
+
+The header is that of safetensors,
+
+    {"__metadata__": {..}, name: {"dtype": "U32", "shape": [3], "data_offsets": [0, 12]}, ..}
+
+with strings of our own in its metadata, among them
+
+    format    "lcq"
+    version   "1" or "2"
+    digest    of the header, with 32 zeros in the place of this digest
+
+Digests are BLAKE2b in hexadecimal. They find damage, not forgery: whoever writes a file can write its digests, so what
+reads one trusts nothing that it has not checked.
+"""
+
+import hashlib
+import json
+import math
+import reprlib
+import struct
+from collections.abc import Mapping
+from io import BufferedReader
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcq.forms.validate import check_shape
+
+DTYPES = {
+    "BOOL": np.dtype(bool),
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "C64": np.dtype(np.complex64),
+}
+"""Dtypes by their names in a safetensors header."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""And the other way round."""
+
+LONGEST_HEADER = 100_000_000  # as in other readers of safetensors
+_NO_DIGEST = "0" * 32
+
+
+class Tensor(NamedTuple):
+    """A tensor that a header declares: `begin` counts from the start of the file."""
+
+    struct: jax.ShapeDtypeStruct
+    begin: int
+    size: int
+
+
+class Container(NamedTuple):
+    """An open file whose header has been checked."""
+
+    file: BufferedReader
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str) -> np.ndarray:
+        """The bytes of a tensor."""
+        tensor = self.tensors[name]
+        data = np.empty(tensor.size, np.uint8)
+        self.file.seek(tensor.begin)
+        if self.file.readinto(data.data) != tensor.size:
+            raise ValueError(f"{name}: the file ends before its data does")
+        return data
+
+
+def header(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int]) -> bytes:
+    """The file up to its first tensor.
+
+    Args:
+        metadata: strings by name.
+        tensors: in their order in the file; a number stands for so many bytes.
+
+    Raises:
+        ValueError: a header that is too long.
+    """
+    entries: dict[str, Any] = {}
+    begin = 0
+    for name, tensor in tensors.items():
+        if isinstance(tensor, int):
+            dtype, shape, end = "U8", [tensor], begin + tensor
+        else:
+            dtype, shape, end = NAMES[tensor.dtype], list(tensor.shape), begin + tensor.nbytes
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    whole = {"format": "lcq", **metadata, "digest": _NO_DIGEST}
+    raw = to_json({"__metadata__": whole} | entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > LONGEST_HEADER:
+        raise ValueError(f"wanted a header of at most {LONGEST_HEADER} bytes; got {len(raw)}; save fewer leaves a file")
+    whole["digest"] = digest(raw)
+    raw = to_json({"__metadata__": whole} | entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def open_container(file: BufferedReader, size: int) -> Container:
+    """Reads and checks the header of a file of so many bytes.
+
+    Raises:
+        ValueError: anything that is not as the module says.
+    """
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or not 2 <= length <= min(size - 8, LONGEST_HEADER):
+        raise ValueError(f"not an lcq file, or cut short: a header of {length} bytes in a file of {size}")
+    raw = file.read(length)
+    entries = parse(raw.decode("utf-8"))
+    match entries:
+        case {"__metadata__": {"format": "lcq", "version": "1" | "2", "digest": str(stated)} as metadata}:
+            pass
+        case {"__metadata__": {"format": "lcq", "version": version}} if version not in ("1", "2"):
+            raise ValueError(
+                f"wanted format version 1 or 2; got {reprlib.repr(version)}; read it with the lcq that wrote it"
+            )
+        case _:
+            raise ValueError("not an lcq file: its header does not name the format")
+    if raw.count(stated.encode()) != 1 or digest(raw.replace(stated.encode(), _NO_DIGEST.encode())) != stated:
+        raise ValueError("the header is damaged: its digest differs")
+    start = 8 + length
+    tensors = {name: _tensor(name, entry, start) for name, entry in entries.items() if name != "__metadata__"}
+    end = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].size)):
+        if tensor.begin != end:
+            raise ValueError(f"{name}: wanted data at {end - start}; got {tensor.begin - start}")
+        end += tensor.size
+    if end != size:
+        raise ValueError(f"wanted {end} bytes; the file has {size}")
+    return Container(file, metadata, tensors)
+
+
+def _tensor(name: str, entry: Any, start: int) -> Tensor:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest} if not rest:
+            if all(type(n) is int for n in (begin, end)):
+                struct = struct_of(dtype, shape)
+                if struct is not None and 0 <= begin and bytes_of(struct) == end - begin:
+                    return Tensor(struct, start + begin, end - begin)
+    raise ValueError(
+        f"{name[:200]}: wanted a known dtype, a shape, and the offsets of as many bytes; got {reprlib.repr(entry)}"
+    )
+
+
+def struct_of(dtype: Any, shape: list[Any]) -> jax.ShapeDtypeStruct | None:
+    """What a dtype's name and a shape from a file declare; None if they declare nothing."""
+    if dtype not in DTYPES or not all(type(n) is int for n in shape):
+        return None
+    check_shape(tuple(shape))
+    return jax.ShapeDtypeStruct(tuple(shape), DTYPES[dtype])
+
+
+def bytes_of(struct: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array."""
+    return math.prod(struct.shape) * struct.dtype.itemsize
+
+
+def view(data: np.ndarray, struct: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Bytes as the array that they are.
+
+    Raises:
+        ValueError: truth values that are none.
+    """
+    if struct.dtype == bool and data.max(initial=0) > 1:
+        raise ValueError("wanted truth values 0 and 1; got others")
+    return data.view(struct.dtype).reshape(struct.shape)
+
+
+def flat(array: np.ndarray) -> np.ndarray:
+    """The bytes of an array."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def digest(data: Any, size: int = 16) -> str:
+    """BLAKE2b of so many bytes, in hexadecimal."""
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+def to_json(value: Any) -> str:
+    """JSON without spaces; no NaN."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def parse(text: str) -> Any:
+    """JSON without NaN, and without keys that occur twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice in its JSON")
+        return dict(pairs)
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} in its JSON")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)

@@ -1,0 +1,1 @@
+"""Lane-interleaved rANS over blocks of codes, and what a code costs."""

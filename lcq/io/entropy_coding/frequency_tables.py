@@ -1,0 +1,336 @@
+"""Frequency tables: counts of symbols <-> a few bytes <-> integer frequencies that sum to 2^r.
+
+Of an alphabet of M <= 2^16 symbols S are present. Each has a weight, and with W_i the sum of the weights before the
+i-th, W of all (all 1 if all are 0), and R = 2^r - S, its frequency ends where the next begins:
+
+    c_i = i + floor(W_i R / W)        f_i = c_{i+1} - c_i >= 1
+
+so frequencies sum to 2^r whatever the weights are, and weights may be coarse. Of a weight b = its number of binary
+digits (its class, 0 to 16) and the m digits behind the first one are stored; half a unit of the last is added for the
+rest. A table is, all little-endian,
+
+    u8      r - 8 in the low 4 bits, m in the high 4
+    u8      plain: k in the low 4 bits, class bits q <= 5 in the high 4;      nested: 0xf0
+    plain:  varint S - 1, then one string of bits, lowest first, filled up by zeros to whole bytes, of
+            the S gaps' lengths, the S gaps' digits, the S classes of q bits, the S weights' digits
+            where a gap is the number of absent symbols before a present one: of g = gap + 2^k, which has n binary
+            digits, the length is n - k - 1 zeros and a one, the digits all but the first
+    nested: for each of the M symbols the letter 0 if it is absent, else its class + 1, coded by rANS (see `lanes`): a
+            plain table of the 18 letters and, if it has more than one, varint words, u32 state, u16 words;
+            then a string of bits of the S weights' digits
+
+A varint has 7 bits a byte, lowest first, and a high bit in all bytes but the last.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from lcq.io.entropy_coding import lanes
+
+PRECISIONS = (8, 10, 12, 14, 16)
+"""r that `fit` tries; `read` takes any from 8 to 16."""
+
+_LETTERS = 18
+_NESTED = 0xF0
+_FINEST = 128  # slots a counted symbol, above which frequencies say no more about few of them
+_WORTH = 1e-4  # of all bits: what more precision must save, as small tables are faster
+
+
+class Table(NamedTuple):
+    """A table as it is stored, what it says, and what it would cost to code the counts by it.
+
+    States of 32 bits lose about 4^(r - 20) bits a symbol, as (x div f_s) 2^r is coarse where x is near 2^16: so it was
+    measured, and it is nothing up to r = 14.
+
+    Attributes:
+        data: its bytes.
+        frequencies: of all symbols of the alphabet, 0 of absent ones; they sum to 2^r.
+        bits: of the counted symbols coded by these frequencies, without the table's own.
+    """
+
+    data: bytes
+    frequencies: np.ndarray
+    bits: float
+
+
+def fit(counts: Int[np.ndarray, " alphabet"], nested: bool = True) -> Table:
+    """The table that makes itself and the counted symbols smallest together; of like ones that of fewest slots.
+
+    Example:
+        >>> table = fit(np.array([700, 200, 0, 100]))
+        >>> table.frequencies, len(table.data)
+        (array([185,  47,   0,  24]), 6)
+    """
+    present = np.flatnonzero(counts)
+    count, total = counts[present], int(counts.sum())
+    gaps, order, told = _gaps(present)
+    entropy = entropy_bits(count)
+    found, best = None, np.inf
+    for precision in PRECISIONS:
+        if present.size > 1 << precision or (found and 1 << precision > _FINEST * total):
+            continue
+        ideal = count * (2.0**precision / total) - 1
+        weights = np.clip(np.rint(ideal), 0, 65535).astype(np.int64)
+        weights *= weights.min() < weights.max()  # equal ones need not be told
+        fixed = float(told + present.size * int(_classes(weights).max()).bit_length())
+        if nested:
+            fixed = min(fixed, _letter_bits(weights, counts.size))
+        for digits in range(16):
+            known = fixed + float(_digit_widths(weights, digits).sum())
+            if known + entropy >= best * (1 - _WORTH):
+                break  # more digits cost more, and no frequencies code below the entropy
+            frequencies = _frequencies(_coarse(weights, digits), precision)
+            bits = _bits(count, frequencies) + total * 4.0 ** (precision - 20)
+            if known + bits < best * (1 - _WORTH):
+                found, best = (precision, digits, weights, frequencies, bits), known + bits
+            if int(weights.max()) < 2 << digits:
+                break
+    assert found is not None
+    precision, digits, weights, frequencies, bits = found
+    data = _write_plain(present, gaps, weights, order, precision, digits)
+    if nested and _least_nested(weights, counts.size, digits) < len(data):
+        data = min(data, _write_nested(present, weights, counts.size, precision, digits), key=len)
+    dense = np.zeros(counts.size, np.int64)
+    dense[present] = frequencies
+    return Table(data, dense, bits)
+
+
+def least_bits(present: Int[np.ndarray, " present"], alphabet: int) -> float:
+    """Bits that no table goes below in saying which symbols of an alphabet are present, be it plain or nested.
+
+    Example:
+        >>> least_bits(np.array([3, 200]), 256) < 8 * len(fit(np.bincount([3, 200], minlength=256)).data)
+        True
+    """
+    absent = alphabet - present.size
+    if not absent:
+        return float(present.size)
+    nested = entropy_bits(np.array([present.size, absent]))
+    return max(float(present.size), min(float(_gaps(present)[2]), nested))
+
+
+def entropy_bits(counts: Int[np.ndarray, " present"]) -> float:
+    """Bits of all counted symbols at their entropy; none of the counts is 0.
+
+    Example:
+        >>> entropy_bits(np.array([2, 1, 1]))
+        6.0
+    """
+    return float((counts * np.log2(counts.sum() / counts)).sum())
+
+
+def read(data: UInt8[np.ndarray, " bytes"], alphabet: int, nested: bool = True) -> tuple[np.ndarray, int]:
+    """The frequencies of a table at the start of `data`, and the number of its bytes.
+
+    Raises:
+        ValueError: what is there is no table of such an alphabet.
+    """
+    if data.size < 2:
+        raise ValueError(f"wanted a table of frequencies; got {data.size} bytes")
+    precision, digits, kind = (int(data[0]) & 15) + 8, int(data[0]) >> 4, int(data[1])
+    if precision > 16 or (kind != _NESTED and kind >> 4 > 5) or (kind == _NESTED and not nested):
+        raise ValueError(f"wanted a table of 8 to 16 bits, plain or nested once; got {precision} bits, kind {kind}")
+    if kind == _NESTED:
+        present, classes, at = _read_letters(data, 2, alphabet)
+        if not 0 < present.size <= 1 << precision:
+            raise ValueError(f"wanted 1 to {1 << precision} symbols; got {present.size}")
+        bits = _Bits(data, at, 15 * present.size)
+    else:
+        at = 2
+        size, at = read_varint(data, at)
+        size += 1
+        if size > min(alphabet, 1 << precision):
+            raise ValueError(f"wanted at most {min(alphabet, 1 << precision)} symbols; got {size}")
+        bits = _Bits(data, at, (17 + 16 + 5 + 15) * size)
+        present = np.cumsum(bits.gaps(size, kind & 15) + 1) - 1
+        if present[-1] >= alphabet:
+            raise ValueError(f"wanted symbols below {alphabet}; got {present[-1]}")
+        classes = bits.numbers(np.full(size, kind >> 4))
+    if classes.max() > 16:
+        raise ValueError(f"wanted weights of at most 16 binary digits; got {classes.max()}")
+    widths = np.minimum(np.maximum(classes - 1, 0), digits)
+    weights = _from_digits(classes, bits.numbers(widths), widths)
+    dense = np.zeros(alphabet, np.int64)
+    dense[present] = _frequencies(weights, precision)
+    return dense, bits.end()
+
+
+def varint(value: int) -> bytes:
+    """A number in as few bytes as it needs, 7 bits each.
+
+    Example:
+        >>> varint(300).hex()
+        'ac02'
+    """
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def read_varint(data: UInt8[np.ndarray, " bytes"], at: int) -> tuple[int, int]:
+    """A number below 2^35 written by `varint`, and where it ends; ValueError if there is none."""
+    value = 0
+    for i, byte in enumerate(data[at : at + 5].tolist()):
+        value |= (byte & 127) << 7 * i
+        if byte < 128:
+            if i and not byte:
+                break
+            return value, at + i + 1
+    raise ValueError(f"wanted a number in as few bytes as it needs, at most 5; got {data[at : at + 5].tobytes().hex()}")
+
+
+def _frequencies(weights: np.ndarray, precision: int) -> np.ndarray:
+    ends = np.cumsum(weights if weights.any() else np.ones_like(weights))
+    free = (1 << precision) - weights.size
+    return 1 + np.diff(ends * free // ends[-1], prepend=0)
+
+
+def _bits(counts: np.ndarray, frequencies: np.ndarray) -> float:
+    return float((counts * -np.log2(frequencies / frequencies.sum())).sum())
+
+
+def _classes(weights: np.ndarray) -> np.ndarray:
+    return np.frexp(weights)[1].astype(np.int64)  # frexp gives 2^(b-1) <= w < 2^b, and b = 0 for 0
+
+
+def _digit_widths(weights: np.ndarray, digits: int) -> np.ndarray:
+    return np.minimum(np.maximum(_classes(weights) - 1, 0), digits)
+
+
+def _cut(weights: np.ndarray, digits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The digits of weights that are stored, behind the first one, and how many they are."""
+    widths = _digit_widths(weights, digits)
+    shift = np.maximum(_classes(weights) - 1, 0) - widths
+    return (weights >> shift) & ((1 << widths) - 1), widths
+
+
+def _from_digits(classes: np.ndarray, stored: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    shift = np.maximum(classes - 1, 0) - widths
+    return np.where(classes > 0, ((1 << widths) + stored << shift) + (1 << shift >> 1), 0)
+
+
+def _coarse(weights: np.ndarray, digits: int) -> np.ndarray:
+    return _from_digits(_classes(weights), *_cut(weights, digits))
+
+
+def _gaps(present: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The gaps between present symbols, the k that says them in the fewest bits, and these bits."""
+    gaps = present.copy()
+    gaps[1:] -= present[:-1] + 1
+    orders = np.arange(min(16, int(gaps.max()).bit_length() + 1))  # above, every k adds a bit to each
+    widths = 2 * _classes(gaps[:, None] + (1 << orders)).sum(axis=0) - (1 + orders) * gaps.size
+    order = int(np.argmin(widths))
+    return gaps, order, int(widths[order])
+
+
+def _letters(weights: np.ndarray, alphabet: int) -> np.ndarray:
+    """How often each letter of a nested table occurs, without those that do not."""
+    counts = np.bincount(_classes(weights), minlength=_LETTERS)
+    counts[-1] = alphabet - weights.size
+    return counts[counts > 0]
+
+
+def _letter_bits(weights: np.ndarray, alphabet: int) -> float:
+    """About what nested classes cost."""
+    used = _letters(weights, alphabet)
+    return entropy_bits(used) + 8 * (9 + used.size)
+
+
+def _least_nested(weights: np.ndarray, alphabet: int, digits: int) -> float:
+    """Bytes that a nested table does not go below: a state of 32 bits holds 16 bits of its letters at most."""
+    letters = entropy_bits(_letters(weights, alphabet))
+    return 5 + (letters + float(_digit_widths(weights, digits).sum())) / 8
+
+
+def _write_plain(
+    present: np.ndarray, gaps: np.ndarray, weights: np.ndarray, order: int, precision: int, digits: int
+) -> bytes:
+    classes, far = _classes(weights), gaps + (1 << order)
+    lengths, bits = _classes(far), int(classes.max()).bit_length()
+    stored, widths = _cut(weights, digits)
+    parts = (
+        (1 << lengths - order - 1, lengths - order),
+        (far - (1 << lengths - 1), lengths - 1),
+        (classes, np.full(classes.size, bits)),
+        (stored, widths),
+    )
+    head = bytes([precision - 8 | digits << 4, order | bits << 4])
+    return head + varint(present.size - 1) + _string(*parts)
+
+
+def _write_nested(present: np.ndarray, weights: np.ndarray, alphabet: int, precision: int, digits: int) -> bytes:
+    letters = np.zeros(alphabet, np.uint16)
+    letters[present] = _classes(weights) + 1
+    table = fit(np.bincount(letters, minlength=_LETTERS), nested=False)
+    data = bytes([precision - 8 | digits << 4, _NESTED]) + table.data
+    if np.count_nonzero(table.frequencies) > 1:
+        states, words = lanes.encode(letters, table.frequencies, 1)
+        data += varint(words.size) + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
+    return data + _string(_cut(weights, digits))
+
+
+def _read_letters(data: np.ndarray, at: int, alphabet: int) -> tuple[np.ndarray, np.ndarray, int]:
+    frequencies, size = read(data[at:], _LETTERS, nested=False)
+    at += size
+    if np.count_nonzero(frequencies) > 1:
+        count, at = read_varint(data, at)
+        end = at + 4 + 2 * count
+        if end > data.size:
+            raise ValueError(f"wanted {count} words of a table; got the end of the stream")
+        state = np.frombuffer(data[at : at + 4].tobytes(), "<u4").astype(np.uint32)
+        words = np.frombuffer(data[at + 4 : end].tobytes(), "<u2").astype(np.uint16)
+        if state[0] < lanes.START:
+            raise ValueError(f"wanted a state of at least 2^16; got {state[0]}")
+        letters, at = lanes.decode(state, words, frequencies, alphabet).astype(np.int64), end
+    else:
+        letters = np.full(alphabet, int(np.argmax(frequencies)))
+    present = np.flatnonzero(letters)
+    return present, letters[present] - 1, at
+
+
+def _string(*parts: tuple[np.ndarray, np.ndarray]) -> bytes:
+    """Values of given widths as one string of bits."""
+    values, widths = (np.concatenate(column) for column in zip(*parts, strict=True))
+    owner, place = _places(widths)
+    return np.packbits((values[owner] >> place & 1).astype(np.uint8), bitorder="little").tobytes()
+
+
+def _places(widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every bit in a string whose it is, and its place there."""
+    owner = np.repeat(np.arange(widths.size), widths)
+    return owner, np.arange(owner.size) - (np.cumsum(widths) - widths)[owner]
+
+
+class _Bits:
+    """Reads a string of at most `limit` bits that starts at a byte of `data`."""
+
+    def __init__(self, data: np.ndarray, start: int, limit: int) -> None:
+        self._start, self._at = start, 0
+        self._bits = np.unpackbits(data[start : start + (limit + 7) // 8], bitorder="little")
+
+    def numbers(self, widths: np.ndarray) -> np.ndarray:
+        start, self._at = self._at, self._at + int(widths.sum())
+        if self._at > self._bits.size:
+            raise ValueError("wanted a table of frequencies; got the end of the stream")
+        owner, place = _places(widths)
+        sums = np.bincount(owner, self._bits[start : self._at] * 2.0**place, minlength=widths.size)
+        return sums.astype(np.int64)
+
+    def gaps(self, size: int, order: int) -> np.ndarray:
+        ones = np.flatnonzero(self._bits[: (17 * size)])[:size]
+        lengths = np.diff(ones, prepend=-1) + order
+        if ones.size < size or lengths.max() > 17:
+            raise ValueError("wanted gaps of at most 17 binary digits; got longer ones or the end of the stream")
+        self._at = int(ones[-1]) + 1
+        return (1 << lengths - 1) + self.numbers(lengths - 1) - (1 << order)
+
+    def end(self) -> int:
+        """Where the next byte begins, in `data`."""
+        rest = self._bits[self._at : -(-self._at // 8) * 8]
+        if rest.any():
+            raise ValueError("wanted zeros behind a table; got ones")
+        return self._start + -(-self._at // 8)

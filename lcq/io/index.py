@@ -1,0 +1,271 @@
+"""How the streams of a tree lie in a file: a tensor each, or coded, all in one.
+
+Version 1, plain: every stream is a tensor of its own, for other readers of safetensors; in the metadata
+
+    index     JSON {"leaves": [record, ..], "digests": {name: digest}, "plan": TOML}
+
+Version 2, coded: two tensors of bytes, as a header entry costs more than many a stream,
+
+    index     JSON {"leaves": [record, ..], "streams": [[name, dtype, shape, bytes, digest, ..], ..], "plan": TOML},
+              deflated (RFC 1951); its digest is `index` in the metadata
+    data      what the streams take, in the order of the index
+
+A stream's digest is that of its bytes in the file: 16 bytes in the plain layout, 8 in the coded one. A stream of packed
+codes has `[levels, count]` at its end: it is coded as in `rans`, and decodes alone. Any other one is as it is.
+Records are those of `codec`. The plan, if there is one, is only text here. So is "metadata", strings by name from the
+checkpoint that was compressed, if it had any: {.., "metadata": {name: string, ..}}.
+"""
+
+import reprlib
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lcq.forms import bitpack
+from lcq.io.container import (
+    LONGEST_HEADER,
+    NAMES,
+    Container,
+    bytes_of,
+    digest,
+    flat,
+    header,
+    parse,
+    struct_of,
+    to_json,
+    view,
+)
+from lcq.io.entropy_coding import rans
+from lcq.io.records import Encoder
+
+LONGEST_PLAN = 1 << 22
+"""Bytes of the text of a plan, and of metadata."""
+
+_SAID = {"plan", "metadata"}
+_METADATA = {"format", "version", "digest", "index"}
+_SHORT = 8  # bytes of a digest where every byte counts
+_DECODING = 4  # bytes of memory for a code, and for a byte of its stream
+_EXPANSION = 32  # bytes of memory, roughly, for a byte of parsed JSON
+_SMALL_INDEX = 1 << 16  # bytes that any limit allows
+
+
+class Contents(NamedTuple):
+    """What a file says it holds; nothing of it is in memory yet but this.
+
+    Attributes:
+        version: of the layout.
+        records: of the leaves.
+        plan: its text, if there is one.
+        metadata: strings by name.
+        structs: shapes and dtypes of the streams, by name.
+        sizes: bytes that each takes in the file.
+        decoding: bytes of memory that decoding a stream takes beside it, by name, of those that are coded.
+        bytes: of memory for all streams, and for decoding the longest.
+        read: gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
+    """
+
+    version: str
+    records: list[Any]
+    plan: str | None
+    metadata: dict[str, str]
+    structs: dict[str, jax.ShapeDtypeStruct]
+    sizes: dict[str, int]
+    decoding: dict[str, int]
+    bytes: int
+    read: Callable[[str, bool], Any]
+
+
+Said = dict[str, Any]
+"""What a file says beside its leaves: "plan" and "metadata", as far as there are such."""
+
+Progress = Callable[[int, int, str], None] | None
+"""Called after each stream with its number from 1, how many there are, and its name."""
+
+
+def plain_layout(records: list[Any], encoder: Encoder, said: Said, progress: Progress = None) -> list[Any]:
+    """A file of version 1, in pieces."""
+    del progress  # nothing takes long
+    streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
+    digests = {name: digest(flat(array)) for name, array in streams.items()}
+    index = to_json({"leaves": records, "digests": digests} | said)
+    return [header({"version": "1", "index": index}, streams), *(flat(array).data for array in streams.values())]
+
+
+def coded_layout(records: list[Any], encoder: Encoder, said: Said, progress: Progress = None) -> list[Any]:
+    """A file of version 2, in pieces."""
+    entries, pieces = [], []
+    for number, (name, array) in enumerate(encoder.streams.items(), 1):
+        piece, codes = flat(array).data, encoder.codes.get(name)
+        if codes is not None:
+            levels, count = codes
+            symbols = bitpack.unpack_host(array, bitpack.width(levels), count)
+            piece = memoryview(rans.encode(symbols, levels))
+        entries.append([name, NAMES[array.dtype], [*array.shape], piece.nbytes, digest(piece, _SHORT)])
+        entries[-1] += [[*codes]] if codes is not None else []
+        pieces.append(piece)
+        if progress is not None:
+            progress(number, len(encoder.streams), name)
+    deflate = zlib.compressobj(9, wbits=-15)
+    index = deflate.compress(to_json({"leaves": records, "streams": entries} | said).encode()) + deflate.flush()
+    tensors = {"index": len(index), "data": sum(piece.nbytes for piece in pieces)}
+    return [header({"version": "2", "index": digest(index, _SHORT)}, tensors), index, *pieces]
+
+
+def contents_of(container: Container, limit: int) -> Contents:
+    """Reads and checks the index of a file.
+
+    Raises:
+        ValueError: anything that is not as the module says.
+    """
+    return (_plain if container.metadata["version"] == "1" else _coded)(container, limit)
+
+
+def _plain(container: Container, limit: int) -> Contents:
+    del limit  # the index is in the header, and its bytes in the file
+    if container.metadata.keys() != _METADATA or not isinstance(container.metadata["index"], str):
+        raise ValueError(f"wanted metadata of version 1; got {reprlib.repr(container.metadata)}")
+    index = parse(container.metadata["index"])
+    match index:
+        case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if rest.keys() <= _SAID:
+            plan, metadata = _plan(index), _kept(index)
+        case _:
+            raise ValueError("wanted an index of leaves and digests; got another")
+    tensors = container.tensors
+    if odd := digests.keys() ^ tensors.keys():
+        raise ValueError(f"{min(odd)}: wanted as many digests as tensors; this has only one of them")
+
+    def read(name: str, on_device: bool) -> np.ndarray:
+        del on_device  # nothing has to be decoded
+        data = container.read(name)
+        return _verified(name, data, digests[name], 16, lambda: view(data, tensors[name].struct))
+
+    structs = {name: tensor.struct for name, tensor in tensors.items()}
+    sizes = {name: tensor.size for name, tensor in tensors.items()}
+    return Contents("1", records, plan, metadata, structs, sizes, {}, sum(sizes.values()), read)
+
+
+class _Entry(NamedTuple):
+    """A stream of a coded file."""
+
+    struct: jax.ShapeDtypeStruct
+    begin: int
+    size: int
+    digest: str
+    codes: tuple[int, int] | None
+
+
+def _coded(container: Container, limit: int) -> Contents:
+    index = _inflated(container, limit)
+    match index:
+        case {"leaves": [_, *_] as records, "streams": [*streams], **rest} if rest.keys() <= _SAID:
+            plan, metadata = _plan(index), _kept(index)
+        case _:
+            raise ValueError("wanted an index of leaves and streams; got another")
+    entries: dict[str, _Entry] = {}
+    begin = container.tensors["data"].begin
+    for stream in streams:
+        name, entry = _entry(stream, begin)
+        if name in entries:
+            raise ValueError(f"{name[:200]}: two streams have this name")
+        entries[name], begin = entry, begin + entry.size
+    start = container.tensors["data"].begin
+    if begin - start != container.tensors["data"].size:
+        raise ValueError(f"wanted {begin - start} bytes of data; the file has {container.tensors['data'].size}")
+
+    def read(name: str, on_device: bool) -> Any:
+        entry = entries[name]
+        data = np.empty(entry.size, np.uint8)
+        container.file.seek(entry.begin)
+        container.file.readinto(data.data)
+        return _verified(name, data, entry.digest, _SHORT, lambda: _decoded(data, entry, on_device))
+
+    structs = {name: entry.struct for name, entry in entries.items()}
+    sizes = {name: entry.size for name, entry in entries.items()}
+    decoding = {name: _DECODING * (entry.codes[1] + entry.size) for name, entry in entries.items() if entry.codes}
+    memory = sum(map(bytes_of, structs.values())) + max(decoding.values(), default=0)
+    return Contents("2", records, plan, metadata, structs, sizes, decoding, memory, read)
+
+
+def _inflated(container: Container, limit: int) -> Any:
+    """The index of a coded file, within the memory that it may take."""
+    structs = {name: tensor.struct.dtype for name, tensor in container.tensors.items()}
+    if container.metadata.keys() != _METADATA or structs != dict.fromkeys(("index", "data"), np.dtype(np.uint8)):
+        raise ValueError("wanted the metadata and tensors of version 2, index and data; got others")
+    raw = container.read("index")
+    if digest(raw, _SHORT) != container.metadata["index"]:
+        raise ValueError("index: its data is damaged: the digest differs")
+    most = min(LONGEST_HEADER, max(limit // _EXPANSION, _SMALL_INDEX))
+    inflate = zlib.decompressobj(wbits=-15)
+    try:
+        text = inflate.decompress(raw.data, most + 1)
+    except zlib.error as error:
+        raise ValueError(f"index: {error}") from error
+    if len(text) > most:
+        raise ValueError(f"wanted an index of at most {most} bytes; got more; raise limit= if you trust the file")
+    if not inflate.eof or inflate.unused_data:
+        raise ValueError("index: wanted one whole deflated text; got another")
+    return parse(text.decode("utf-8"))
+
+
+def _entry(stream: Any, begin: int) -> tuple[str, _Entry]:
+    match stream:
+        case [str(name), str(dtype), [*shape], int(size), str(stated), *codes] if size >= 0 and len(codes) <= 1:
+            struct = struct_of(dtype, shape)
+            match codes:
+                case [] if struct is not None and bytes_of(struct) == size:
+                    return name, _Entry(struct, begin, size, stated, None)
+                case [[int(levels), int(count)]] if 2 <= levels <= 65536 and 0 <= count < 1 << 48:
+                    words = bitpack.word_count(count, bitpack.width(levels))
+                    if struct == jax.ShapeDtypeStruct((words,), np.uint32):
+                        return name, _Entry(struct, begin, size, stated, (levels, count))
+    raise ValueError(f"wanted a stream of the coded layout; got {reprlib.repr(stream)}")
+
+
+def _decoded(data: np.ndarray, entry: _Entry, on_device: bool) -> Any:
+    if entry.codes is None:
+        return view(data, entry.struct)
+    levels, count = entry.codes
+    if on_device:
+        return bitpack.pack_on_device(rans.decode_on_device(data, count, levels), bitpack.width(levels))
+    return bitpack.pack(rans.decode(data, count, levels), bitpack.width(levels))
+
+
+def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callable[[], Any]) -> Any:
+    if digest(data, size) != stated:
+        raise ValueError(f"{name}: its data is damaged: the digest differs")
+    try:
+        return made()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _plan(index: dict[str, Any]) -> str | None:
+    plan = index.get("plan")
+    if "plan" in index and not isinstance(plan, str):
+        raise ValueError(f"wanted a plan that is text; got {reprlib.repr(plan)}")
+    if plan is not None:
+        check_plan(plan)
+    return plan
+
+
+def _kept(index: dict[str, Any]) -> dict[str, str]:
+    metadata = index.get("metadata", {})
+    check_metadata(metadata)
+    return metadata
+
+
+def check_metadata(metadata: Any) -> None:
+    """Raises ValueError unless metadata are strings by name, and not too long."""
+    if not isinstance(metadata, dict) or not all(type(s) is str for pair in metadata.items() for s in pair):
+        raise ValueError(f"wanted metadata= a dict of strings by name; got {reprlib.repr(metadata)}")
+    if (size := len(to_json(metadata))) > LONGEST_PLAN:
+        raise ValueError(f"wanted metadata of at most {LONGEST_PLAN} bytes; got {size}; keep them in a file beside")
+
+
+def check_plan(text: str) -> None:
+    """Raises ValueError if the text of a plan is too long."""
+    if (size := len(text.encode())) > LONGEST_PLAN:
+        raise ValueError(f"wanted a plan of at most {LONGEST_PLAN} bytes; got {size}; patterns can say more in fewer")

@@ -1,1 +1,0 @@
-"""Who chooses w: one algorithm a file."""

@@ -1,0 +1,20 @@
+"""Who chooses the weights without training: one walk over a net, and a rounding method at each product."""
+
+from lcq.ptq.importance import curvature
+from lcq.ptq.quantize import Quantized, Record, quantize
+from lcq.ptq.rounding import GPFQ, GPTQ, SPFQ, Descent, Nearest, Qronos, Rounding, SparseGPFQ
+
+__all__ = [
+    "GPFQ",
+    "GPTQ",
+    "SPFQ",
+    "Descent",
+    "Nearest",
+    "Qronos",
+    "Quantized",
+    "Record",
+    "Rounding",
+    "SparseGPFQ",
+    "curvature",
+    "quantize",
+]

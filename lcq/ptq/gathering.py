@@ -1,0 +1,260 @@
+"""The inputs of a product's uses: sums over parts of them, the folds, or the inputs themselves as matrices.
+
+    H = sum over uses and batches of Y'Y, over the rows that count; D and K alike, see `lcq.ptq.statistics`
+
+Rows that follow each other are in one fold, so that those of one example are; what is left over of a batch, all of it
+where it has less rows than there are folds, is in another fold each time.
+
+A `ragged_dot` is a product for each expert: group g has the rows that the quantized net gives it. Its X is paired with
+Y where that expert has the same rows in both nets, by their numbers; elsewhere X is taken to be Y.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from lcq.forms.blocks import compute_dtype, explicit_sharding
+from lcq.forms.dtypes import own_promotion, wider
+from lcq.ptq.pieces import Structure
+from lcq.ptq.rounding.sequential import dot
+from lcq.ptq.statistics import Moments, counted, gather, mean
+from lcq.ptq.two_stream import Use
+from lcq.tracing.contraction import Operand, Product
+
+_ROWS = 4096
+"""Rows of a convolution's inputs that are made at a time."""
+
+_FOLDS, _FEWER, _WIDE = 4, 2, 2048
+"""Parts that rows are cut into, and of more than so many inputs, whose sums need much memory."""
+
+
+def fold_count(inputs: int) -> int:
+    """K, in how many folds the rows of so many inputs are cut."""
+    return _FOLDS if inputs <= _WIDE else _FEWER
+
+
+@own_promotion()
+def folded(uses: Sequence[Use], w: Float[Array, "G N n"]) -> tuple[Moments, Array]:
+    """Sums over the rows of each fold, of all uses and batches.
+
+    Args:
+        uses: of the same weights in the same layout.
+        w: the weights.
+
+    Returns:
+        Moments with leading axes [G, K], each shifted by a mean of its own; the sum of ((X - Y) w)^2 of each fold and
+        neuron, [G, K, n].
+    """
+    sums: Any = None
+    pairs = [pair for use in uses for pair in use.inputs]
+    same = all(one is two for one, two in pairs)
+    alone = all(len(a.sharding.device_set) == 1 for a in jax.tree.leaves(pairs) if isinstance(a, jax.Array))
+    number = 0
+    for use in uses:
+        key = Structure(use.product.structure, use.product)
+        parts = use.product.parts(_ROWS) if alone else 1
+        add = _gather(key, parts, fold_count(w.shape[1]))
+        for x, y in use.inputs:
+            sums = add(y, None if same else x, w, sums, number)
+            number += parts
+    moments, gaps = sums
+    shape = (*moments.count.shape, w.shape[2])
+    return moments, jnp.zeros(shape, moments.shift.dtype) if gaps is None else gaps
+
+
+@own_promotion()
+def squares(use: Use) -> tuple[Array, Array]:
+    """Of the inputs in the original net: sums of X^2 [G, N] over the rows that count, and how many these are [G]."""
+    sums: Any = 0.0
+    many: Any = 0
+    for x, _ in use.inputs:
+        rows, _, counts = _grouped(use.product, jax.tree.map(lambda a: jnp.asarray(everywhere(a)), x), None)
+        rows = jax.vmap(counted)(rows.astype(compute_dtype(rows.dtype)), counts)
+        sums = sums + (rows**2).sum(1)
+        many = many + (jnp.full(len(rows), rows.shape[1]) if counts is None else counts.sum(1))
+    return sums, many
+
+
+@own_promotion()
+def matrices(uses: Sequence[Use], folds: int) -> tuple[Array, Array, Array | None, np.ndarray]:
+    """X and Y [G, M, N] of all uses and batches, which of their rows count [G, M] (None for all), their folds [M]."""
+    parts = []
+    for use in uses:
+        for pair in use.inputs:
+            x, y = (jax.tree.map(lambda a: jnp.asarray(everywhere(a)), operand) for operand in pair)
+            parts.append(_grouped(use.product, y, None if pair[0] is pair[1] else x))
+    rows = None
+    if any(counts is not None for _, _, counts in parts):
+        every = [jnp.ones(y.shape[:2], bool) if counts is None else counts for y, _, counts in parts]
+        rows = jnp.concatenate(every, 1)
+    xs, ys = (jnp.concatenate(each, 1) for each in zip(*((y if x is None else x, y) for y, x, _ in parts), strict=True))
+    wide = wider(jnp.float32, xs.dtype, ys.dtype)
+    ragged = uses[0].product.kind == "ragged"
+    fold = [fold_of(y.shape[1], folds, number, ragged) for number, (y, _, _) in enumerate(parts)]
+    return xs.astype(wide), ys.astype(wide), rows, np.concatenate(fold)
+
+
+def fold_of(rows: int, folds: int, number: int, ragged: bool = False) -> np.ndarray:
+    """The fold of each row of a batch; of a ragged product they go round, as the rows of one expert are neighbours.
+
+    Example:
+        >>> fold_of(10, 4, number=2)
+        array([0, 0, 1, 1, 2, 2, 3, 3, 2, 2])
+    """
+    each = rows // folds
+    most = np.tile(np.arange(folds), each) if ragged else np.repeat(np.arange(folds), each)
+    return np.concatenate([most, np.full(rows - each * folds, number % folds)])
+
+
+def _grouped(product: Product, y: Operand, x: Operand | None) -> tuple[Array, Array | None, Array | None]:
+    """Y and X [G, M, N], and the rows that count [G, M]; of a ragged product all rows for each expert."""
+    ys, xs, counts = product.inputs(y.x), None if x is None else product.inputs(x.x), _counts(product, y, x)
+    if product.kind != "ragged":
+        return ys, xs, counts
+    members, paired = _members(product, y, x)
+    each = members.shape[0] // ys.shape[0]
+    ys = jnp.repeat(ys, each, 0)
+    xs = None if xs is None else jnp.where(paired[:, None, None], jnp.repeat(xs, each, 0), ys)
+    return ys, xs, members if counts is None else members & jnp.repeat(counts, each, 0)
+
+
+def _counts(product: Product, y: Operand, x: Operand | None) -> Array | None:
+    """Rows of the canonical inputs that count in both nets, which give a position different rows only by routing."""
+    both = [product.counted(each) for each in (y, x) if each is not None and each.counts is not None]
+    return functools.reduce(jnp.logical_and, both) if both else None
+
+
+def _members(product: Product, y: Operand, x: Operand | None) -> tuple[Array, Array]:
+    """Which rows an expert has, and whether they have the same numbers in both nets."""
+    members = product.members(y)
+    if x is None:
+        return members, jnp.ones(len(members), bool)
+    return members, (members == product.members(x)).all(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
+    """Adds one batch of a product's inputs to the sums of its folds, compiled once for all products of this kind.
+
+    A convolution's inputs become matrices part by part, which stay in the cache and need less memory; the experts of a
+    ragged product take their rows one after another.
+    """
+    product: Product = key.thing
+
+    def experts(y: Operand, x: Operand | None, w: Any, sums: Any, number: Any) -> Any:
+        ys, xs, counts = product.inputs(y.x), None if x is None else product.inputs(x.x), _counts(product, y, x)
+        members, paired = _members(product, y, x)
+        each = len(members) // len(ys)
+
+        def expert(of: Any) -> Any:
+            i, member, pair, v, before = of
+            y_here, x_here, rows = jax.tree.map(lambda a: a[i // each], (ys, xs, counts))
+            x_here = None if x_here is None else jnp.where(pair, x_here, y_here)
+            rows = member if rows is None else member & rows
+            return _add(y_here, x_here, rows, v, before, number, folds=folds, ragged=True)
+
+        return jax.lax.map(expert, (jnp.arange(len(members)), members, paired, w, sums))
+
+    def add_part(sums: Any, number: Any, part: Any, w: Any) -> Any:
+        y, x, counts = part
+        one = functools.partial(_add, number=number, folds=folds)
+        return jax.vmap(one)(product.inputs(y), None if x is None else product.inputs(x), counts, w, sums)
+
+    def sums(y: Operand, x: Operand | None, w: Any, before: Any, number: Any) -> Any:
+        if before is None:
+            before = _nothing(w, folds, wider(jnp.float32, y.x.dtype), x is not None)
+        if product.kind == "ragged":
+            return experts(y, x, w, before, number)
+        counts = _counts(product, y, x)
+        arrays = y.x, None if x is None else x.x
+        if parts == 1:
+            return add_part(before, number, (*arrays, counts), w)
+        cut = jax.tree.map(lambda a: product.cut(a, parts), arrays)
+        if counts is not None:
+            counts = counts.reshape(len(counts), parts, -1).swapaxes(0, 1)
+
+        def step(carry: Any, part: Any) -> tuple[Any, None]:
+            return (add_part(carry[0], carry[1], part, w), carry[1] + 1), None
+
+        return jax.lax.scan(step, (before, number), (*cut, counts))[0][0]
+
+    @jax.jit
+    def add(y: Any, x: Any, w: Any, before: Any, number: Any) -> Any:
+        spread = explicit_sharding(y.x)
+        if spread is None:
+            return sums(y, x, w, before, number)
+        whole, axes = NamedSharding(spread.mesh, P()), spread.mesh.axis_names
+        return jax.sharding.auto_axes(sums, axes=axes, out_sharding=whole)(y, x, w, before, number)
+
+    return add
+
+
+def _nothing(w: Array, folds: int, wide: Any, drift: bool) -> Any:
+    """Sums of no rows."""
+    groups, many, neurons = w.shape
+
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros((groups, folds, *shape), wide)
+
+    count = jnp.zeros((groups, folds), jnp.int32)
+    square = zeros(many, many)
+    moments = Moments(count, zeros(many), zeros(many), zeros(many), square, zeros(many, many) if drift else None)
+    return moments, zeros(neurons) if drift else None
+
+
+def _add(
+    y: Array, x: Array | None, rows: Array | None, w: Any, sums: Any, number: Any, folds: int, ragged: bool = False
+) -> Any:
+    """Adds the rows of one group to the sums of its folds [K, ...]."""
+    each = len(y) // folds
+
+    def fold(moments: Any, gaps: Any, y: Any, x: Any, rows: Any) -> Any:
+        wide = moments.shift.dtype
+        shift = jnp.where(moments.count > 0, moments.shift, mean(y.astype(wide), rows))
+        moments = gather(y, x, moments._replace(shift=shift), rows=rows)
+        if x is None:
+            return moments, None
+        away = counted(x.astype(wide) - y.astype(wide), rows)
+        return moments, gaps + (dot(away, w.astype(wide)) ** 2).sum(0)
+
+    def cut(a: Any) -> Any:
+        return None if a is None else a[: each * folds].reshape(folds, each, *a.shape[1:])
+
+    if ragged:
+        places, rows = _by_rank(rows, folds, number)
+        return jax.lax.map(lambda part: fold(*part), (*sums, y[places], None if x is None else x[places], rows))
+    if each:
+        sums = jax.lax.map(lambda part: fold(*part), (*sums, cut(y), cut(x), cut(rows)))
+    if len(y) > each * folds:
+        k = number % folds
+        here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, keepdims=False), sums)
+        new = fold(*here, *(None if a is None else a[each * folds :] for a in (y, x, rows)))
+        sums = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, k, 0), sums, new)
+    return sums
+
+
+def _by_rank(rows: Any, folds: int, number: Any) -> tuple[Array, Array]:
+    """Places [K, .] of the rows that count, cut into folds as if there were no others, and which of them are meant."""
+    most, many = len(rows) // folds, rows.sum()
+    each = many // folds
+    order = jnp.argsort(~rows, stable=True)
+    k, i, j = jnp.arange(folds)[:, None], jnp.arange(most), jnp.arange(folds - 1)
+    rest = each * folds + j
+    places = jnp.concatenate([k * each + i, jnp.broadcast_to(rest, (folds, folds - 1))], 1)
+    meant = jnp.concatenate([jnp.broadcast_to(i < each, (folds, most)), (k == number % folds) & (rest < many)], 1)
+    return order[jnp.minimum(places, len(rows) - 1)], meant
+
+
+def everywhere(a: Any) -> Any:
+    """The whole array on every device, if it is spread over a mesh with explicit axes, which cannot be reshaped."""
+    if not isinstance(a, jax.Array) or explicit_sharding(a) is None:
+        return a
+    assert isinstance(a.sharding, NamedSharding)
+    return jax.device_put(a, NamedSharding(a.sharding.mesh, P()))

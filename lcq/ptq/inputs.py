@@ -1,0 +1,235 @@
+"""GPFQ on the inputs of a product themselves: rows held back, noise and shrinkage as in `lcq.ptq.shrinkage`.
+
+Rows that do not count are zeros, so that all programs are of one shape.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lcq.forms import Codes
+from lcq.ptq import shrinkage
+from lcq.ptq.gathering import fold_count, matrices
+from lcq.ptq.rounding.base import Rounding, correction
+from lcq.ptq.rounding.codebook import scaled
+from lcq.ptq.rounding.gpfq import GPFQ
+from lcq.ptq.rounding.sequential import Order, dot, follow
+from lcq.ptq.two_stream import Use
+
+_PROBES = 64
+"""Vectors by which noise is measured, as H is not made; with no more inputs than that it is exact."""
+
+
+class Inputs(NamedTuple):
+    """A product's rounding on the inputs of all uses and batches, vmapped over groups, by the literal recursion.
+
+    Attributes:
+        x: in the original net, [G, M, N].
+        y: in the quantized one.
+        rows: which of them count, [G, M].
+        fold: of each row, [M], in 0..folds - 1.
+        folds: how many.
+        centred: whether the mean is taken off, of x and y once settled.
+        shares: p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
+        means: of x and of y, once settled.
+        raw: x and y as they were, once settled, if the correction leaves out what is noise.
+    """
+
+    x: Array
+    y: Array
+    rows: Array
+    fold: Array
+    folds: int
+    centred: bool
+    shares: Any = None
+    means: Any = None
+    raw: Any = None
+
+    @classmethod
+    def of(cls, uses: Sequence[Use], centred: bool, w: Float[Array, "G N n"]) -> "Inputs":
+        folds = fold_count(w.shape[1])
+        x, y, rows, fold = matrices(uses, folds)
+        rows = jnp.ones(y.shape[:2], bool) if rows is None else rows
+        return cls(x, y, rows, jnp.asarray(fold), folds, centred)
+
+    @property
+    def finite(self) -> bool:
+        sums = (self.y**2).sum(1, where=self.rows[..., None]) + 0 * self.x.sum(1, where=self.rows[..., None])
+        return bool(jnp.isfinite(sums).all())
+
+    @property
+    def counts(self) -> Array:
+        """Rows that count, of every group."""
+        return self.rows.sum(1)
+
+    @property
+    def noise(self) -> Array:
+        return jax.vmap(lambda y, rows: noise(y, rows, self.fold, self.folds))(self.y, self.rows)
+
+    @property
+    def squares(self) -> Array:
+        """Sums of squares of the inputs, [G, N], once settled."""
+        return (self.y**2).sum(1)
+
+    def held(self, method: Rounding, w: Array, form: Codes, tried: tuple[float, ...], key: Any) -> Any:
+        del key
+        assert isinstance(method, GPFQ)
+        given = (w, self.x, self.y, self.rows, form, self.noise)
+        return _held(*given, self.fold, jnp.asarray(tried, self.y.dtype), self.folds, method.order, self.centred)
+
+    def settled(self, shares: Any, careful: bool) -> "Inputs":
+        x, y, *means = jax.vmap(functools.partial(taken, centred=self.centred))(self.x, self.y, self.rows)
+        raw = (self.x, self.y) if careful else None
+        return self._replace(x=x, y=y, means=means, raw=raw, shares=np.asarray(shares))
+
+    def losses(self, method: Rounding, w: Array, form: Codes, factors: Array, key: Any) -> Array:
+        del key
+
+        def one(factor: Array) -> Array:
+            return self._follow(method, w, jax.vmap(scaled)(form, factor))[1]
+
+        return jax.lax.map(one, factors)
+
+    def codes(self, method: Rounding, w: Array, form: Codes, key: Any) -> tuple[Codes, float]:
+        del key
+        return self._follow(method, w, form)[0], 0.0
+
+    def correction(self, w: Array, form: Codes) -> Array:
+        if self.raw is None:
+            return jax.vmap(correction)(w, self.means[0], self.means[1], form)
+        one = functools.partial(steady, fold=self.fold, folds=self.folds)
+        return jax.vmap(one)(w.astype(self.y.dtype), self.raw[0], self.raw[1], form, self.rows)
+
+    def _follow(self, method: Rounding, w: Array, form: Codes) -> tuple[Codes, Array]:
+        assert isinstance(method, GPFQ)
+        one = functools.partial(follow, order=method.order)
+        if not self.shares.any():
+            return jax.vmap(one)(w, self.x, self.y, form)
+        shares = jnp.asarray(self.shares, self.y.dtype)
+        return jax.vmap(lambda w, x, y, form, share, use: one(w, x, y, form, shares=share, use=use))(
+            w, self.x, self.y, form, shares, self.rows
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(8, 9, 10))
+def _held(
+    w: Array,
+    x: Array,
+    y: Array,
+    rows: Array,
+    form: Codes,
+    noise: Array,
+    fold: Array,
+    c: Array,
+    folds: int,
+    order: Order,
+    centred: bool,
+) -> tuple[Array, Array]:
+    def one(w: Array, x: Array, y: Array, rows: Array, form: Codes, noise: Array) -> tuple[Array, Array]:
+        return held(w, x, y, rows, form, fold, folds, noise, c, order, centred)
+
+    return jax.vmap(one, out_axes=(1, 0))(w, x, y, rows, form, noise)
+
+
+def taken(
+    x: Float[Array, "m N"], y: Float[Array, "m N"], use: Bool[Array, "m"], centred: bool
+) -> tuple[Array, Array, Array, Array]:
+    """The rows in use, the mean taken off where it is centred, zeros for the others; and the means of X and of Y.
+
+    An input that does not vary but by rounding errors is zero where it is centred.
+    """
+    count = jnp.maximum(use.sum(), 1).astype(y.dtype)
+    x, y = (jnp.where(use[:, None], a, 0) for a in (x, y))
+    mean_x, mean_y = x.sum(0) / count, y.sum(0) / count
+    if centred:
+        x, y = (jnp.where(use[:, None], a - mean, 0) for a, mean in ((x, mean_x), (y, mean_y)))
+    if centred:
+        lives = shrinkage.varies((y * y).sum(0), mean_y, count)
+        x, y = (jnp.where(lives, a, 0) for a in (x, y))
+    return x, y, mean_x, mean_y
+
+
+def noise(y: Float[Array, "m N"], rows: Bool[Array, "m"], fold: Int[Array, "m"], folds: int) -> Float[Array, "2"]:
+    """`lcq.ptq.shrinkage.noise` by products with some vectors, without H."""
+    many = y.shape[1]
+    if many == 1:
+        return jnp.zeros(2, y.dtype)
+    signs = np.eye(many) if many <= _PROBES else np.sign(np.random.default_rng(0).normal(size=(many, _PROBES)))
+    probes = jnp.asarray(signs, y.dtype)
+    counts = ((fold == jnp.arange(folds)[:, None]) & rows).sum(1).astype(y.dtype)
+    around, _, _, mean = taken(y, y, rows, True)
+    total = jnp.maximum(counts.sum(), 1)
+    squares = (around**2).sum(0)
+    unit = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+    around, middle = around * unit, mean * unit
+    reach = dot(around, probes)
+
+    def off(k: Array) -> Array:
+        part = jnp.where((fold == k)[:, None], around, 0)
+        return dot(part.T, reach) - (part**2).sum(0)[:, None] * probes
+
+    whole = dot(around.T, reach) - (around**2).sum(0)[:, None] * probes
+
+    def apart(k: Array) -> Array:
+        away = (jnp.where((fold == k)[:, None], around, 0)).sum(0)
+        return jnp.stack([((off(k) - counts[k] / total * whole) ** 2).sum(), (away**2).sum()])
+
+    often = 1 if many <= _PROBES else _PROBES  # each column of off(C) is seen so many times
+    spread = jax.lax.map(apart, jnp.arange(folds)).sum(0)
+    size = jnp.stack([(whole**2).sum() / often, ((total * middle) ** 2).sum()])
+    return shrinkage.part_of_noise(spread / jnp.array([often, 1.0], y.dtype), size, counts, (unit > 0).sum())
+
+
+def steady(
+    w: Float[Array, "N n"],
+    x: Float[Array, "m N"],
+    y: Float[Array, "m N"],
+    form: Codes,
+    rows: Bool[Array, "m"],
+    fold: Int[Array, "m"],
+    folds: int,
+    leave: Any = -1,
+) -> Float[Array, "n"]:
+    """What the bias is to take up, less by the part of it that is noise, over all folds but one."""
+    left = jnp.where(rows[:, None], dot(x, w) - dot(y, form.dense().astype(w.dtype)), 0)
+    use = ((fold == jnp.arange(folds)[:, None]) & (fold != leave) & rows).astype(left.dtype)
+    return shrinkage.less_noise(dot(use, left), use.sum(1))
+
+
+def held(
+    w: Float[Array, "N n"],
+    x: Float[Array, "m N"],
+    y: Float[Array, "m N"],
+    rows: Bool[Array, "m"],
+    form: Codes,
+    fold: Int[Array, "m"],
+    folds: int,
+    noise: Float[Array, "2"],
+    c: Float[Array, "S"],
+    order: Order,
+    centred: bool,
+) -> tuple[Float[Array, "S"], Float[Array, ""]]:
+    """`lcq.ptq.shrinkage.held` on rows."""
+    w = w.astype(y.dtype)
+
+    def one(k: Array, c: Array) -> Array:
+        use = rows & (fold != k)
+        a, b, _, _ = taken(x, y, use, centred)
+        share = shrinkage.shares(noise, c, folds / (folds - 1))
+        chosen = follow(w, a, b, form, order, share, use)[0]
+        left = dot(x, w) - dot(y, chosen.dense().astype(w.dtype))
+        if centred:
+            left = left - steady(w, x, y, chosen, rows, fold, folds, k)
+        return jnp.where((rows & ~use)[:, None] & use.any(), left**2, 0).sum()
+
+    def of(c: Array) -> Array:
+        return jax.lax.map(lambda k: one(k, c), jnp.arange(folds)).sum()
+
+    filled = ((fold == jnp.arange(folds)[:, None]) & rows).any(1).sum()
+    size = jnp.where(rows[:, None], dot(x, w) ** 2, 0).sum()
+    return jax.lax.map(of, c), jnp.where(filled > 1, size, 0)

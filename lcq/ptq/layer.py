@@ -1,0 +1,223 @@
+"""One product of a net: statistics of its inputs, an alphabet, its scale by the exact residual, and codes.
+
+How far the statistics are believed is chosen first, on rows held back, see `lcq.ptq.shrinkage`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lcq.forms import Codes
+from lcq.forms.dtypes import own_promotion
+from lcq.ptq import shrinkage
+from lcq.ptq.inputs import Inputs
+from lcq.ptq.rounding.base import Rounding
+from lcq.ptq.rounding.codebook import block_count, scaled
+from lcq.ptq.rounding.gpfq import GPFQ
+from lcq.ptq.rounding.sequential import alive, cheaper
+from lcq.ptq.sums import Sums
+from lcq.ptq.two_stream import Use
+from lcq.schemes.levels import mirrored
+from lcq.tree.rules import Rule, Task
+
+Recursion = Literal["auto", "blocked", "follow"]
+
+_COARSE = np.float32(1.15) ** np.arange(-4, 5, dtype=np.float32)
+"""Factors of the scale that are tried first, 1 among them, .."""
+
+_FINE = np.float32(1.018) ** np.arange(-4, 5, dtype=np.float32)
+""".. and then around the best of them: as many, for one compilation."""
+
+_ONE = len(_COARSE) // 2
+"""Where 1 is among them."""
+
+_SAME = 1e-5
+"""A factor whose residual is less by no more than this part of that of factor 1 is no better."""
+
+
+class Rounded(NamedTuple):
+    """The outcome at one product.
+
+    Attributes:
+        form: codes [G, N, n], and an alphabet for every group.
+        correction: [G, n], what the bias is to take up; None if not centred.
+        recursion: blocked or follow.
+        factor: of the scheme's scale, the median of its size over neurons.
+        dead: inputs that are always zero.
+        rows: that counted, of the group with the most.
+        silent: groups all of whose inputs are, or do not vary where a bias takes their mean: their scale is as it was.
+        shrink: how much smaller what is between two inputs was made, the median over groups.
+        held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose; None if it was not measured.
+        damp: what the method damped H by, at most, in units of the mean of its diagonal; 0 if it does not.
+    """
+
+    form: Codes
+    correction: Array | None
+    recursion: str
+    factor: float
+    dead: int
+    rows: int
+    silent: tuple[int, ...]
+    shrink: float
+    held_out: float | None
+    damp: float
+
+
+@own_promotion()
+def round_product(
+    uses: Sequence[Use],
+    w: Float[Array, "G N n"],
+    rule: Rule,
+    method: Rounding,
+    *,
+    centred: bool,
+    search: bool,
+    shrink: float | None,
+    recursion: Recursion,
+    key: Any,
+) -> Rounded:
+    """Rounds the weights of one product, or of several with the same weights.
+
+    Args:
+        uses: all products with these weights, and for every batch their inputs in the original and in the quantized
+            net; the statistics of all are summed.
+        w: the weights in the canonical layout.
+        rule: its scheme gives the alphabet.
+        method: how to round.
+        centred: whether a bias is free to follow.
+        search: whether to search the scale.
+        shrink: see `lcq.quantize`.
+        recursion: see `lcq.quantize`.
+        key: for methods that draw.
+
+    Raises:
+        ValueError: NaN or infinite activations, `recursion="follow"` for another method than GPFQ, or statistics that
+            the method cannot factorise.
+    """
+    product = uses[0].product
+    form, tied = _alphabet(product.path, w, rule)
+    search = search and not (form.scale is None and form.levels is None)
+    if recursion == "follow" and not isinstance(method, GPFQ):
+        raise ValueError(f"wanted recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
+    if recursion == "auto":
+        _, _, many, neurons = product.shape
+        runs = sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1
+        count = sum(use.product.shape[1] * len(use.inputs) for use in uses)
+        able = isinstance(method, GPFQ) and product.kind != "ragged"  # each expert would follow the rows of all
+        recursion = cheaper(count, many, neurons, runs) if able else "blocked"
+    problem: Inputs | Sums = (Inputs if recursion == "follow" else Sums).of(uses, centred, w)
+    if not problem.finite:
+        _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
+        raise ValueError(
+            f"{product.path}: wanted finite inputs; got NaN or infinite activations {where} at {product.source}; "
+            "look at the batches, or at the weights before"
+        )
+    problem, held_out = _settled(problem, method, w, form, shrink, key)
+    factor = jnp.ones((1, 1))
+    for sets in (_coarse(form), (_FINE,)) if search else ():
+        losses = []
+        for factors in sets:
+            tried = jnp.asarray(factors)[:, None, None] * factor
+            tried = jnp.broadcast_to(tried, (len(factors), w.shape[0], w.shape[2]))
+            losses.append(problem.losses(method, w, form, tried, key).sum(tied, keepdims=True))
+        factor = factor * jnp.concatenate(sets)[_best(jnp.concatenate(losses))]
+    lives = jax.vmap(alive)(problem.squares)
+    if search:
+        wider = jax.vmap(scaled)(form, jnp.broadcast_to(factor, (w.shape[0], factor.shape[1])))
+        form = _where_data(lives, wider, form)
+    form, damp = problem.codes(method, w, form, key)
+    if not np.isfinite(damp):
+        raise ValueError(
+            f"{product.path}: wanted H + damp I with a root at {product.source}; got none with {method}: "
+            "raise damp=, or most= up to which it may grow by itself"
+        )
+    shift = problem.correction(w, form) if centred else None
+    silent = tuple(np.flatnonzero(~np.asarray(lives.any(1))).tolist())
+    share = float(np.median(problem.shares[:, 0]))
+    median, dead = float(np.median(np.abs(factor))), int((~lives).sum())
+    rows = int(problem.counts.max())
+    return Rounded(form, shift, recursion, median, dead, rows, silent, share, held_out, damp)
+
+
+def _coarse(form: Codes) -> tuple[np.ndarray, ...]:
+    """The factors that are tried first; of both signs where the mirrored table is another one."""
+    one_sign = form.scale is None or form.zero is not None or (form.values is not None and mirrored(form.values))
+    return (_COARSE,) if one_sign else (_COARSE, -_COARSE)
+
+
+def _best(losses: Float[Array, "F G n"]) -> Array:
+    """The place of the least loss; that of factor 1 unless another is better by more than rounding errors."""
+    better = losses.min(0) < losses[_ONE] - _SAME * jnp.abs(losses[_ONE])
+    return jnp.where(better, losses.argmin(0), _ONE)
+
+
+def _where_data(lives: Array, found: Codes, given: Codes) -> Codes:
+    """`found` in the blocks of inputs with data, `given` in the others."""
+    groups, blocks = len(lives), jax.vmap(lambda form: jnp.zeros(block_count(form)))(given).shape[1]
+    known = lives.reshape(groups, blocks, -1).any(2)
+
+    def one(new: Array | None, old: Array | None) -> Array | None:
+        if new is None or old is None:
+            return new
+        here = known if new.shape[1] == blocks else known.any(1, keepdims=True)
+        return jnp.where(here.reshape(*here.shape, *[1] * (new.ndim - 2)), new, old)
+
+    return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=one(found.scale, given.scale))
+
+
+def _settled(
+    problem: Any, method: Rounding, w: Array, form: Codes, shrink: float | None, key: Any
+) -> tuple[Any, float | None]:
+    """The problem with its statistics shrunk, and the error on rows held back."""
+    if shrink is not None:
+        return problem.settled(np.full((len(w), 2), shrink), False), None
+    noise = np.asarray(problem.noise)
+    tried = shrinkage.parts(noise)
+    errors, sizes = (np.asarray(a, np.float64) for a in problem.held(method, w, form, tried, key))
+    chosen = shrinkage.pick(noise, tried, errors)
+    shares = np.asarray(shrinkage.shares(noise, np.asarray(tried)[chosen][:, None]), noise.dtype)
+    error, size = errors[chosen, np.arange(len(w))].sum(), sizes.sum()
+    return problem.settled(shares, True), (float(error / size) if size > 0 else None)
+
+
+def _alphabet(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
+    """The scheme's projection of w [G, N, n] with an alphabet for every group, and the axes of losses [F, G, n] over
+    which one scale is shared."""
+    assert rule.scheme is not None
+    groups, many, neurons = w.shape
+    if rule.stacked:
+        (form,) = Task((path,), rule.scheme, 1).project((w,))
+        assert isinstance(form, Codes)
+        return form, (2,) if _columns(form) == 1 else ()
+    (merged,) = Task((path,), rule.scheme).project((w.swapaxes(0, 1).reshape(many, groups * neurons),))
+    assert isinstance(merged, Codes)
+
+    def split(a: Array | None) -> Array | None:
+        if a is None:
+            return None
+        if a.shape[1] == 1:
+            return jnp.broadcast_to(a, (groups, *a.shape))
+        return a.reshape(a.shape[0], groups, neurons, *a.shape[2:]).swapaxes(0, 1)
+
+    fields: dict[str, Any] = {name: split(getattr(merged, name)) for name in ("codes", "levels", "scale", "zero")}
+    return dataclasses.replace(merged, **fields), (1, 2) if _columns(merged) == 1 else ()
+
+
+def _columns(form: Codes) -> int:
+    """How many neurons of a group have an alphabet of their own; 1 if they share it."""
+    if form.levels is not None:
+        return form.levels.shape[-2]
+    return 1 if form.scale is None else form.scale.shape[-1]
+
+
+def _not_finite(uses: Sequence[Use]) -> Iterator[tuple[int, str]]:
+    for use in uses:
+        for batch, pair in enumerate(use.inputs):
+            for operand, net in zip(pair, ("original", "quantized"), strict=True):
+                if not bool(jnp.isfinite(operand.x).all()):
+                    yield batch, f"in the {net} net, batch {batch},"

@@ -1,0 +1,86 @@
+"""What `quantize` will give, before anything is computed: the forms' shapes, from the products of a function."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcq.forms import Codes
+from lcq.forms.base import is_form
+from lcq.forms.blocks import block_counts
+from lcq.ptq.leaf_assembly import period
+from lcq.ptq.quantize import decide
+from lcq.tracing.contraction import Product
+from lcq.tracing.param_flow import trace
+from lcq.tree.paths import flatten
+from lcq.tree.rules import Rule, Task
+
+
+def preview(
+    fn: Callable[[Any, Any], Any], params: Any, batch: Any, rules: Sequence[Rule], *, nearest: Sequence[Rule] = ()
+) -> tuple[Any, tuple[Task, ...]]:
+    """The tree that `quantize(fn, params, [batch], rules, nearest=nearest)` gives, with shape structs in its forms.
+
+    Scales and codebooks that come out equal, and then are stored once, are counted for each.
+
+    Args:
+        fn: (params, batch) -> anything; traced, never run.
+        params: a tree of arrays or shape structs; leaves that are forms stay.
+        batch: one batch, of arrays or shape structs.
+        rules: as for `quantize`.
+        nearest: likewise.
+
+    Returns:
+        The tree, and the tasks that are projected before the walk, whose forms are not in it.
+
+    Raises:
+        ValueError: as `quantize` does, for rules, shapes and what cannot be followed.
+    """
+    leaves, structure = flatten(params)
+    given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
+    shapes = {path: jax.eval_shape(leaf.dense) if is_form(leaf) else leaf for path, leaf in leaves.items()}
+    dense = jax.tree.unflatten(structure, shapes.values())
+    chosen, direct = decide(rules, nearest, dense, given)
+    blocks = {path: np.zeros(shapes[path].shape, np.int64) for path in chosen}
+    for product in trace(fn, dense, batch, chosen).products:
+        path = product.path
+        places = product.weights(jax.numpy.asarray(product.weight.elements(shapes[path].shape)))
+        flat = blocks[path].reshape(-1)
+        if not flat[np.asarray(places)].any():  # else an earlier product has chosen its codes
+            flat[np.asarray(places)] = _numbers(product, chosen[path]) + flat.max() + 1
+    forms = {path: _form(shapes[path], chosen[path], numbers) for path, numbers in blocks.items()}
+    return jax.tree.unflatten(structure, (leaves | forms).values()), tuple(direct)
+
+
+def _numbers(product: Product, rule: Rule) -> np.ndarray:
+    """The number of its block for each weight [G, N, n] of a product."""
+    groups, _, many, neurons = product.shape
+    per: Any = getattr(rule.scheme, "per", None)
+    try:
+        inputs, columns = block_counts(per, (many, groups * neurons))
+    except ValueError as error:
+        raise ValueError(f"{product.path}: {error}, the inputs of its product; choose a length that does") from error
+    counts = (groups if rule.stacked or columns > 1 else 1, inputs, neurons if columns > 1 else 1)
+    numbers = np.arange(math.prod(counts)).reshape(counts).repeat(many // inputs, 1)
+    return np.broadcast_to(numbers, (groups, many, neurons))
+
+
+def _form(leaf: Any, rule: Rule, blocks: np.ndarray) -> Codes:
+    """The form of a whole leaf."""
+    scheme: Any = rule.scheme
+    if scheme.host:
+        scheme = dataclasses.replace(scheme, exact=False)
+    group = (scheme.per, 1) if isinstance(scheme.per, int) else (1, 1)  # one block, whose numbers are as of all
+    one = jax.eval_shape(scheme.project, jax.ShapeDtypeStruct(group, leaf.dtype))
+    assert isinstance(one, Codes)
+    counts = tuple(n // period(axis, blocks) for axis, n in enumerate(blocks.shape))
+
+    def spread(a: Any) -> Any:
+        return None if a is None else jax.ShapeDtypeStruct((*counts, *a.shape[2:]), a.dtype)
+
+    codes = jax.ShapeDtypeStruct(leaf.shape, one.codes.dtype)
+    tables = {name: spread(getattr(one, name)) for name in ("scale", "zero", "levels")}
+    return dataclasses.replace(one, codes=codes, **tables)

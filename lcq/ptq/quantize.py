@@ -1,0 +1,370 @@
+"""Quantization of a trained net without labels or retraining: one walk, and a rounding method at each product."""
+
+import dataclasses
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from lcq.forms.base import Form, is_form
+from lcq.forms.dtypes import nearest_number
+from lcq.ptq.batches import Mask, checked_batches, traced
+from lcq.ptq.gathering import everywhere
+from lcq.ptq.layer import Recursion, Rounded, round_product
+from lcq.ptq.leaf_assembly import Assembly
+from lcq.ptq.rounding.base import Rounding
+from lcq.ptq.rounding.coordinate_descent import Descent
+from lcq.ptq.rounding.gpfq import GPFQ
+from lcq.ptq.rounding.gptq import GPTQ
+from lcq.ptq.rounding.qronos import Qronos
+from lcq.ptq.rounding.rtn import Nearest
+from lcq.ptq.rounding.spfq import SPFQ
+from lcq.ptq.two_stream import Outcome, Use, Visit, walk
+from lcq.schemes.base import Quantizer
+from lcq.tracing.contraction import Shift, region
+from lcq.tracing.param_flow import Program
+from lcq.tree.compress import check_finite
+from lcq.tree.paths import check_numbers, flatten
+from lcq.tree.rules import Rule, Task, checked, resolve
+
+METHODS: dict[str, Rounding] = {
+    "nearest": Nearest(),
+    "gpfq": GPFQ(),
+    "spfq": SPFQ(),
+    "gptq": GPTQ(),
+    "qronos": Qronos(),
+    "descent": Descent(),
+}
+"""By name, with their usual settings; `SparseGPFQ` has none."""
+
+
+class Record(NamedTuple):
+    """What was done at one product.
+
+    Attributes:
+        path: of the leaf; with indices where a leaf holds several layers or kernels, such as w[2] or qkv[:, 0:64].
+        shape: (G, M, N, n) of one batch: groups, rows, inputs and neurons, see `lcq.tracing.im2col`.
+        levels: of the codebook.
+        method: such as GPFQ(order='natural').
+        recursion: "blocked" on statistics, or "follow" on the inputs themselves.
+        centred: whether a bias or a batch-norm mean took up the change of the mean.
+        factor: median over neurons of the size of the factor that the exact residual chose for the scale.
+        scale: median of the sizes of the scales, 1 for tables without one.
+        dead: inputs that are always zero.
+        error: ||Y - Y'||^2 / ||Y||^2 of the product's result in the original and in the quantized net, all before it
+            quantized too.
+        seconds: spent on it.
+        uses: products of these weights whose inputs were summed: steps of a recurrent cell, branches, tied layers.
+        others: products that have them in another layout (a transpose): they see the codes, and have no say.
+        rows: of the inputs that counted, over all batches and uses; of the expert with the most.
+        lost: the equation behind which it was not known which positions count, so that all did; "" if it was.
+        silent: groups without data, whose scales are the scheme's own: experts that saw no token, channels that are
+            always zero, or do not vary where a bias takes their mean.
+        shrink: by which part the products of two different inputs were made smaller for what so few rows can carry, the
+            median over groups; see `lcq.ptq.shrinkage`.
+        damp: what the method damped H by, at most, in units of the mean of its diagonal; more than its setting if that
+            left no root; 0 if it does not damp.
+        held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose: of codes from three quarters of the rows,
+            with the scheme's scales, on the last, in turns. None if `shrink` was given, or there was one row alone.
+    """
+
+    path: str
+    shape: tuple[int, int, int, int]
+    levels: int
+    method: str
+    recursion: str
+    centred: bool
+    factor: float
+    scale: float
+    dead: int
+    error: float
+    seconds: float
+    uses: int = 1
+    others: int = 0
+    rows: int = 0
+    lost: str = ""
+    silent: tuple[int, ...] = ()
+    shrink: float = 0.0
+    damp: float = 0.0
+    held_out: float | None = None
+
+
+class Quantized(NamedTuple):
+    """A quantized net.
+
+    Attributes:
+        forms: the parameters' tree, forms at the quantized leaves, biases and batch-norm means updated.
+        records: one for each product that chose codes, in the order of the net.
+    """
+
+    forms: Any
+    records: tuple[Record, ...]
+
+
+def quantize(
+    fn: Callable[[Any, Any], Any],
+    params: Any,
+    batches: Iterable[Any],
+    rules: Sequence[Rule],
+    method: str | Rounding = "descent",
+    *,
+    nearest: Sequence[Rule] = (),
+    mask: Mask = None,
+    centred: bool = True,
+    search: bool = True,
+    shrink: float | None = None,
+    recursion: Recursion = "auto",
+    key: Array | None = None,
+    host: bool = True,
+    progress: Callable[[int, int, Record], None] | None = None,
+) -> Quantized:
+    """Quantizes the weights of every product of fn, each so that its results change least.
+
+        min over q in the alphabet of ||X w - Y q||^2,  X a product's inputs in the original net, Y in the quantized one
+
+    The function is traced once and walked once, with two values for each variable, the original and the quantized one;
+    for each leaf (each layer of a stacked one, each slice of a fused one) the method rounds its weights on the
+    statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The alphabet is the scheme's projection of
+    the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
+    unless another is better beyond rounding errors; of 26, for tables that are not symmetric, where the mirrored table
+    is tried too.
+
+    Few rows say little of how inputs vary together, and codes that fit them are wrong for new data: with 32 rows for
+    128 inputs much worse than `lcq.compress`. So what H and D have between two inputs is shrunk; by how much is chosen
+    on rows held back, four times a quarter of them, for each product and method; nothing where the rows suffice.
+
+    Uses: weights with several uses (a recurrent cell's steps, siamese branches, tied layers) are rounded once, on the
+    sums over all of them. Where a use depends on an earlier one, X is from the original net as ever, and Y from the net
+    in which all weights are quantized whose first use came before these weights' first, while these and later ones are
+    not yet; then that stretch of the net is run again with their codes, for later weights, and for the errors. A use in
+    another layout (a transpose) sees the codes and has no say. A `ragged_dot` is a product for each expert; one without
+    rows keeps its scale and gets the nearest codes.
+
+    Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `host`), H and D
+    of one product five times (of more than 2,048 inputs three times), and one batch's inputs of it as a matrix (of a
+    convolution, 4,096 rows at a time).
+
+    Args:
+        fn: (params, batch) -> anything; any function of jax arrays: linen's `apply`, nnx through `split` and `merge`.
+        params: a tree of arrays; leaves that are forms already stay as they are.
+        batches: unlabelled inputs of fn, all kept until the end; may be sharded over a mesh. Of any shapes: a trace and
+            a compilation for each.
+        rules: schemes of the leaves: `Uniform`, `Levels` and its kin, or `KMeans`. per="channel" means a neuron of the
+            product whatever the leaf's layout, and per=g groups of g of its inputs. Other schemes, such as `Cast`,
+            are projected as `compress` does.
+        method: "descent", best on most nets that were measured, from Qronos's codes; "qronos", "gptq", "gpfq" as its
+            paper has it, "nearest", "spfq"; or a `Rounding` with settings of your own.
+        nearest: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
+        mask: which positions of a batch count; None for all. Either a function of the batch that gives a boolean array
+            (or 0 and 1) of the leading axes of its leaves, such as lambda tokens: tokens != 0, or a tree with such an
+            array or None for every leaf; or the path of the leaf that is that array, such as "attention_mask". It is
+            followed through fn, see `lcq.tracing.positions`; positions that do not count are left out of all
+            statistics, of means and of errors. Where it cannot be followed a warning names leaf and equation, and
+            `Record.lost` keeps it; then all rows count.
+        centred: whether biases and batch-norm means that are added to a product, and nothing else, absorb the change
+            of its mean; weights are then rounded on centred statistics.
+        search: whether to search the scale; else the scheme's own is kept.
+        shrink: by which part the products of two different inputs in H and D are made smaller; 0 as the papers have it;
+            by default chosen on rows held back, and the change of a bias then leaves out the part that is noise.
+        recursion: "blocked" on H and D, or "follow" the inputs themselves (GPFQ only); "auto" counts operations and
+            bytes.
+        key: a random key, for methods that draw.
+        host: whether activations between products are kept in the host's memory.
+        progress: called with each record, its number from 1 and how many there are; for weights whose uses depend on
+            each other when the last of them are rounded.
+
+    Raises:
+        ValueError: no batch, batches of different structure, a leaf or a part of a batch that is no array, a mask that
+            fits none, NaN activations, a leaf that cannot be followed to a product, statistics that the method
+            cannot factorise, or a rule that cannot be applied; names the leaf and the remedy.
+
+    Example:
+        >>> import lcq
+        >>> def net(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> params = {"w1": jax.random.normal(keys[0], (8, 16)), "w2": jax.random.normal(keys[1], (16, 4))}
+        >>> batches = [jax.random.normal(keys[2], (64, 8))]
+        >>> done = lcq.quantize(net, params, batches, [lcq.Rule("w.", lcq.Uniform(4, per="channel"))])
+        >>> [record.path for record in done.records], done.forms["w2"].bits
+        (['w1', 'w2'], 384)
+
+    Source: Lybrand & Saab, arXiv 2010.15979; the walk, centring and the choice of scales are lcq's.
+    """
+    method, batches = _method(method), checked_batches(batches)
+    if shrink is not None and not 0 <= shrink <= 1:
+        raise ValueError(f"wanted shrink between 0 and 1, or None to choose it; got {shrink}")
+    leaves, structure = flatten(params)
+    check_numbers(leaves)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(f"{path}: wanted an array, whose values are rounded; got {leaf}; pass the parameters")
+    given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
+    original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
+    dense = jax.tree.unflatten(structure, original.values())
+    chosen, direct = decide(rules, nearest, dense, given)
+    result = {**original, **given}
+    other = dict(original)
+    for task in direct:
+        for path, form in zip(task.paths, task.project(tuple(original[p] for p in task.paths)), strict=True):
+            result[path], other[path] = form, form.dense()
+    programs, inputs = traced(fn, dense, batches, chosen, mask)
+    _warn_of_lost(programs)
+    assemblies = {path: Assembly(original[path]) for path in chosen}
+    updates: dict[str, np.ndarray] = {}
+    records: list[Record] = []
+    waiting: list[tuple[Record, Outcome]] = []
+
+    def tell() -> None:
+        while waiting and waiting[0][1].error is not None:
+            record, outcome = waiting.pop(0)
+            records.append(record._replace(error=outcome.error or 0.0))
+            if progress is not None:
+                progress(len(records), len(programs[0].units), records[-1])
+
+    for visit in walk(programs, original, other, inputs, host=host):
+        unit, product, start = visit.unit, visit.product, time.perf_counter()
+        if unit is None:
+            visit.finish()
+            continue
+        shift = _shift(visit.uses, programs) if centred else None
+        if shift is not None and shift.path in given:
+            shift = None
+        rounded = round_product(
+            visit.uses,
+            product.weights(product.weight.moved(everywhere(original[product.path]))),
+            chosen[product.path],
+            method,
+            centred=shift is not None,
+            search=search,
+            shrink=shrink,
+            recursion=recursion,
+            key=None if key is None else jax.random.fold_in(key, product.number),
+        )
+        assembly = assemblies[product.path]
+        assembly.put(product, rounded.form)
+        other[product.path] = assembly.dense
+        if shift is not None:
+            update = updates.setdefault(shift.path, np.array(original[shift.path], np.float32, order="C"))
+            update.reshape(-1)[shift.elements] += shift.sign * np.asarray(rounded.correction)
+        record = _record(visit, method, rounded, np.shape(original[product.path]))
+        outcome = visit.finish(rounded.correction)
+        waiting.append((record._replace(seconds=time.perf_counter() - start), outcome))
+        del visit
+        tell()
+    tell()
+    result.update({path: assembly.form() for path, assembly in assemblies.items()})
+    for path, update in updates.items():
+        result[path] = _like(update, original[path])
+    for task in direct:
+        if any(path in updates for path in task.paths):
+            result.update(zip(task.paths, task.project(tuple(result[p] for p in task.paths)), strict=True))
+    return Quantized(jax.tree.unflatten(structure, result.values()), tuple(records))
+
+
+def _method(method: str | Rounding) -> Rounding:
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method]
+    if isinstance(method, Rounding):
+        return method
+    raise ValueError(f"wanted method one of {', '.join(METHODS)}, or a rounding such as lcq.GPFQ(); got {method!r}")
+
+
+def decide(
+    rules: Sequence[Rule], nearest: Sequence[Rule], dense: Any, given: dict[str, Form]
+) -> tuple[dict[str, Rule], list[Task]]:
+    """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
+    rules, nearest = checked(rules), checked(nearest)
+    for rule in rules:
+        per = getattr(rule.scheme, "per", None)
+        if isinstance(per, tuple):
+            raise ValueError(
+                f"rule {rule.pattern!r}: wanted per=None, 'channel' or a group length, whose axes the product decides; "
+                f"got per={per!r}"
+            )
+    kept = [Rule(re.escape(path), None) for path in given]
+    direct = resolve([*kept, *nearest], dense) if nearest else ()
+    taken = {path for task in direct for path in task.paths}
+    whole = [dataclasses.replace(rule, scheme=_without_blocks(rule)) for rule in rules]
+    tasks = resolve([*kept, *(Rule(re.escape(path), None) for path in taken), *whole], dense)
+    chosen: dict[str, Rule] = {}
+    before = list(direct)
+    for task in tasks:
+        if not isinstance(task.scheme, Quantizer):
+            before.append(task)
+            continue
+        if len(task.paths) > 1:
+            raise ValueError(f"{', '.join(task.paths)}: each product has an alphabet of its own; drop joint=True")
+        chosen[task.name] = next(rule for rule in rules if re.fullmatch(rule.pattern, task.name))
+        if chosen[task.name].stacked > 1:
+            raise ValueError(f"{task.name}: wanted stacked=0 or 1; layers of a scan are independent without it")
+    for path in (*chosen, *(path for task in before for path in task.paths)):
+        check_finite(path, flatten(dense)[0][path])
+    return chosen, before
+
+
+def _without_blocks(rule: Rule) -> Any:
+    """The scheme on the whole leaf: the blocks of `per` are the product's, not the leaf's."""
+    if not isinstance(rule.scheme, Quantizer):
+        return rule.scheme
+    scheme: Any = rule.scheme  # a dataclass, as all schemes are
+    return dataclasses.replace(scheme, per=None)
+
+
+def _like(values: np.ndarray, leaf: Any) -> Array:
+    return jax.device_put(nearest_number(values, leaf.dtype), leaf.sharding if isinstance(leaf, jax.Array) else None)
+
+
+def _shift(uses: Sequence[Use], programs: Sequence[Program]) -> Shift | None:
+    """What takes up the change of the mean: a bias of weights with one use, the same in all traces."""
+    found = [programs[use.batches[0]].shifts.get(use.product.number) for use in uses]
+    if len(found) != len(set(programs)) or found[0] is None:
+        return None
+    alike = all(
+        other is not None and other.path == found[0].path and np.array_equal(other.elements, found[0].elements)
+        for other in found
+    )
+    return found[0] if alike else None
+
+
+def _warn_of_lost(programs: Sequence[Program]) -> None:
+    """Says once for each leaf where it is not known any more which positions count."""
+    lost = {product.path: product.lost for program in programs for product in program.products if product.lost}
+    for path, where in lost.items():
+        warnings.warn(
+            f"{path}: wanted to follow mask= to its inputs; got lost at {where}, so all of their rows count; move that "
+            "out of the function, or exclude the leaf",
+            stacklevel=3,
+        )
+
+
+def _record(visit: Visit, method: Rounding, rounded: Rounded, shape: tuple[int, ...]) -> Record:
+    """Without the error, which may not be known yet, and the time."""
+    assert visit.unit is not None
+    product = visit.product
+    return Record(
+        product.path + region(visit.unit.places, shape, len(product.weight.index)),
+        product.shape,
+        rounded.form.size_of_table,
+        str(method),
+        rounded.recursion,
+        rounded.correction is not None,
+        rounded.factor,
+        1.0 if rounded.form.scale is None else float(np.median(np.abs(rounded.form.scale))),
+        rounded.dead,
+        np.nan,
+        0.0,
+        len(visit.unit.uses),
+        len(visit.unit.others),
+        rounded.rows,
+        next((use.product.lost for use in visit.uses if use.product.lost), ""),
+        rounded.silent,
+        rounded.shrink,
+        rounded.damp,
+        rounded.held_out,
+    )

@@ -1,0 +1,169 @@
+"""GPFQ and its family on statistics: which level each weight gets, so that the product changes least.
+
+Neurons are the columns of w [N, n]; inputs t = 1..N are rounded one after another, each with regard to the errors
+e = w - q before it. All methods are one recursion,
+
+    z_t = b_t + (1/F_tt) sum_{s<t} F_ts (v_s - q_s),    q_t = Q(z_t),
+
+    GPFQ      F = H                            v = w                                      b = w + tril(D) w / diag(H)
+    GPTQ      F = R', R R' = H + damp I        v = w                                      b = v
+    Qronos    F = R' of H without input 1,     v = w + (H_22 + damp I)^{-1} (D w)_2       b = v,
+              F_21 = R^{-1} H_21               v_1 = w_1                                  b_1 = w_1 + (D w)_1 / H_11
+
+with R upper triangular and H, D of `lcq.ptq.statistics`. GPFQ's minimises ||X w_{<=t} - Y q_{<=t}|| over q_t. That of
+GPTQ is commonly written as w_{>t} -= (z_t - q_t) L_{>t,t} / L_tt with L = R^{-T}: then L diag(L)^{-1} (z - q) = w - q,
+so no inverse is needed. Qronos rounds input 1, re-solves the rest by least squares, and goes on as GPTQ.
+
+A column of H with H_tt <= 1e-10 max H_ss is dead: its weights go to the nearest level.
+
+Source: Lybrand & Saab, arXiv 2010.15979; Zhang, Zhou & Saab, arXiv 2201.11113; SPFQ: arXiv 2309.10975; GPTQ: arXiv
+2210.17323; Qronos: arXiv 2505.11695. The recursions on H and D are lcq's.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lcq.forms import Codes
+from lcq.forms.blocks import compute_dtype
+from lcq.forms.dtypes import wider
+from lcq.ptq.rounding.codebook import scaled
+from lcq.ptq.rounding.sequential import Order, alive, dot, falling
+from lcq.ptq.statistics import Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding(abc.ABC):
+    """A way to choose the codes of weights w [N, n]; final subclasses have hashable settings, static under jit."""
+
+    def codes(self, w: Float[Array, "N n"], statistics: Statistics, form: Codes, key: Any = None) -> Codes:
+        """Chooses codes for the alphabet of a form.
+
+        Args:
+            w: weights, a column for each neuron.
+            statistics: of the product's N inputs.
+            form: of w, in the working layout: its levels and scales are the alphabet, its codes do not count.
+            key: a random key, for methods that draw.
+
+        Returns:
+            The form with new codes, and with a new table if the method has its own.
+
+        Raises:
+            ValueError: no key where one is needed, an alphabet that the method cannot use, or statistics that it cannot
+                factorise; inside a transformation, where nothing can be looked at, these give the nearest levels.
+
+        Example:
+            >>> from lcq.ptq.statistics import gather, finish
+            >>> from lcq.ptq.rounding.base import GPFQ
+            >>> from lcq.schemes.levels import Levels
+            >>> w, y = jnp.array([[0.4], [0.4]]), jnp.array([[1.0, 1.0], [2.0, 2.0]])
+            >>> form = Levels((0, 1)).project(w)
+            >>> GPFQ().codes(w, finish(gather(y)), form).dense()
+            Array([[0.],
+                   [1.]], dtype=float32)
+        """
+        chosen, damp = solved(self, w, statistics, form, key)
+        if damp is not None and not isinstance(damp, jax.core.Tracer) and not jnp.isfinite(damp):
+            raise ValueError(
+                f"wanted H + damp I with a root; got none with {self}: "
+                "raise damp=, or most= up to which it may grow by itself"
+            )
+        return chosen
+
+    @abc.abstractmethod
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+        """What does not depend on the alphabet, computed once for many."""
+
+    @abc.abstractmethod
+    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+        """`codes`, from what `prepare` gave."""
+
+    def damped(self, prepared: Any) -> Array | None:
+        """What H was damped by, in units of the mean of its diagonal, infinite if that failed; None without damping."""
+        del prepared
+        return None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def solved(method: Rounding, w: Array, statistics: Statistics, form: Codes, key: Any) -> tuple[Codes, Array | None]:
+    """Codes, and the damping that they took."""
+    prepared = method.prepare(w, statistics)
+    return method.solve(prepared, form, key), method.damped(prepared)
+
+
+def residual(w: Float[Array, "N n"], statistics: Statistics, form: Codes) -> Float[Array, "n"]:
+    """||X w - Y q||^2 = w'Kw + 2 e'Dw + e'He per neuron, e = w - q, without X and Y.
+
+    Where K is None its term is left out: it is 0 if X is Y, and else the same for every q, so that differences between
+    alphabets are right, and a value may be negative.
+    """
+    return _measure(w, statistics)(form)
+
+
+def correction(
+    w: Float[Array, "N n"], mean_x: Float[Array, "N"], mean_y: Float[Array, "N"], form: Codes
+) -> Float[Array, "n"]:
+    """What to add to the bias when statistics are centred: mean(X) w - mean(Y) q per neuron."""
+    w = w.astype(mean_y.dtype)
+    return dot(mean_x - mean_y, w) + dot(mean_y, w - form.dense().astype(w.dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sweep(
+    method: Rounding,
+    w: Float[Array, "N n"],
+    statistics: Statistics,
+    form: Codes,
+    factors: Float[Array, "F"] | Float[Array, "F n"],
+    key: Any = None,
+) -> Float[Array, "F n"]:
+    """Residuals after rounding with the form's scale times each factor, one after another, compiled once.
+
+    Args:
+        method: how to round.
+        w: weights, a column for each neuron.
+        statistics: of the inputs.
+        form: the alphabet before it is scaled.
+        factors: of the scale, F of them, for all neurons or for each.
+        key: for methods that draw, the same for every factor.
+
+    Returns:
+        For each factor and neuron `residual`; the least is that of `method.codes` with `scaled(form, factor)`.
+    """
+    prepared, measure = method.prepare(w, statistics), _measure(w, statistics)
+    return jax.lax.map(lambda factor: measure(method.solve(prepared, scaled(form, factor), key)), factors)
+
+
+def wide(w: Array, statistics: Statistics) -> Array:
+    return w.astype(wider(compute_dtype(w.dtype), statistics.gram.dtype))
+
+
+def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:
+    """`residual` as a function of the form, the products with w made once."""
+    w, drift, gap = wide(w, statistics), statistics.drift, statistics.gap
+    fixed = 0 if gap is None else (w * dot(gap, w)).sum(0)
+    slope = None if drift is None else 2 * dot(drift, w)
+
+    def measure(form: Codes) -> Array:
+        errors = w - form.dense().astype(w.dtype)
+        moved = dot(statistics.gram, errors)
+        return fixed + (errors * (moved if slope is None else moved + slope)).sum(0)
+
+    return measure
+
+
+def ordered(w: Array, statistics: Statistics, order: Order) -> tuple[Array, Array, Array | None, Array | None, Array]:
+    """(w, H, D, order, which columns are not dead), in the order of rounding."""
+    w, gram, drift = wide(w, statistics), statistics.gram, statistics.drift
+    if order == "natural":
+        return w, gram, drift, None, alive(jnp.diagonal(gram))
+    by_size = falling(jnp.diagonal(gram))
+    gram = gram[by_size][:, by_size]
+    drift = None if drift is None else drift[by_size][:, by_size]
+    return w[by_size], gram, drift, by_size, alive(jnp.diagonal(gram))

@@ -1,0 +1,106 @@
+"""GPFQ: greedy path following, plain and with more zeros."""
+
+import dataclasses
+import itertools
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lcq.forms import Codes
+from lcq.forms.blocks import compute_dtype
+from lcq.ptq.rounding.base import Rounding, ordered
+from lcq.ptq.rounding.codebook import choose, spaced
+from lcq.ptq.rounding.sequential import Order, Recursion, dot, recurse
+from lcq.ptq.statistics import Statistics
+
+_PANELS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GPFQ(Rounding):
+    """Greedy path following: q_t = Q of what makes ||X w_{<=t} - Y q_{<=t}|| least, w as it was.
+
+    Attributes:
+        order: of the inputs: as they are, or by falling H_tt.
+
+    Source: Lybrand & Saab, arXiv 2010.15979, equation 6; here in terms of H and D.
+    """
+
+    order: Order = "natural"
+
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+        return follow_path(w, statistics, self.order)
+
+    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+        del key
+        return recurse(prepared, form, lambda z, row, _: choose(z, row))
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseGPFQ(Rounding):
+    """GPFQ with more zeros: z is thresholded before it is rounded, lambda = threshold times the form's scale's size.
+
+        soft    Q(sign(z) max(|z| - lambda, 0))
+        hard    0 if |z| <= lambda, else sign(z) (lambda + scale * round((|z| - lambda) / scale))
+
+    Attributes:
+        threshold: in units of the form's scale, of 1 where it has none.
+        kind: hard needs an integer grid around 0; its table becomes 0, +-(threshold + k), of the same length.
+        order: of the inputs.
+
+    Raises:
+        ValueError: a threshold below 0, or of 0 and hard.
+
+    Source: Zhang, Zhou & Saab, arXiv 2201.11113, section 5.
+    """
+
+    threshold: float
+    kind: Literal["soft", "hard"] = "soft"
+    order: Order = "natural"
+
+    def __post_init__(self) -> None:
+        if self.threshold < 0 or (self.kind == "hard" and not self.threshold > 0):
+            raise ValueError(f"wanted a threshold above 0; got {self.threshold}")
+
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+        return follow_path(w, statistics, self.order)
+
+    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+        del key
+        if self.kind == "soft":
+            return recurse(prepared, form, lambda z, row, _: choose(_shrink(z, self._limit(row)), row))
+        form = spaced(form, self.threshold)
+        assert form.values is not None
+        zero = form.values.index(0.0)
+
+        def far(z: Array, row: Codes, _: Any) -> Array:
+            codes = choose(z, row)
+            return jnp.where(jnp.abs(z) <= self._limit(row), jnp.asarray(zero, codes.dtype), codes)
+
+        return recurse(prepared, form, far)
+
+    def _limit(self, row: Codes) -> Any:
+        if row.scale is None:
+            return self.threshold
+        return self.threshold * jnp.abs(row.scale.astype(compute_dtype(row.scale.dtype)))
+
+
+def follow_path(w: Array, statistics: Statistics, order: Order) -> Recursion:
+    """GPFQ."""
+    w, gram, drift, by_size, lives = ordered(w, statistics, order)
+    inverse = jnp.where(lives, 1 / jnp.where(lives, jnp.diagonal(gram), 1), 0)
+    start = w if drift is None else w + inverse[:, None] * _lower_product(drift, w)
+    return Recursion(by_size, start, w, gram, inverse)
+
+
+def _lower_product(a: Array, w: Array) -> Array:
+    """tril(a) w, leaving out most of the upper triangle."""
+    size = len(a)
+    edges = [size * i // _PANELS for i in range(_PANELS + 1)] if size >= 64 * _PANELS else [0, size]
+    panels = [jnp.tril(a[low:high, :high], low) for low, high in itertools.pairwise(edges)]
+    return jnp.concatenate([dot(panel, w[: panel.shape[1]]) for panel in panels])
+
+
+def _shrink(z: Array, limit: Any) -> Array:
+    return jnp.sign(z) * jnp.maximum(jnp.abs(z) - limit, 0)

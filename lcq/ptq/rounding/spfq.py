@@ -1,0 +1,36 @@
+"""SPFQ: path following with stochastic rounding."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from lcq.forms import Codes
+from lcq.ptq.rounding.base import Rounding
+from lcq.ptq.rounding.codebook import draw
+from lcq.ptq.rounding.gpfq import follow_path
+from lcq.ptq.rounding.sequential import Order, recurse
+from lcq.ptq.statistics import Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class SPFQ(Rounding):
+    """GPFQ with stochastic rounding: q_t one of the two levels around z_t, with mean z_t inside the alphabet.
+
+    Attributes:
+        order: of the inputs.
+
+    Source: Zhang & Saab, arXiv 2309.10975.
+    """
+
+    order: Order = "natural"
+
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+        return follow_path(w, statistics, self.order)
+
+    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+        if key is None:
+            raise ValueError("SPFQ draws at random: pass key=jax.random.key(...)")
+        noise = jax.random.uniform(key, prepared.target.shape, prepared.target.dtype)
+        return recurse(prepared, form, draw, noise)

@@ -1,0 +1,271 @@
+"""What few rows can carry: sums over parts of the rows say how much is noise, rows held back how far to believe them.
+
+H of m rows differs from that of all rows there could be, most where m is not far above N: a method that trusts it finds
+codes that are good on these m rows alone. So what is between two inputs is made smaller, and what each has stays,
+
+    C_s = C - p off(C)          p = v / (1 + v)    C = H - m ybar ybar', off(C) is C without its diagonal
+    M_s = M - p' off(M)         M = m ybar ybar'   H_s = C_s + M_s, and the same of D
+
+with v = c u, where u/(1 + u) is the part of off(C) that is noise. The rows are cut into K folds with sums C_k about the
+common mean, m_k rows each; in units of the diagonal of C,
+
+    u / (1 + u) = K/(K - 1) sum_k ||off(C_k - (m_k/m) C)||^2 / ||off(C)||^2
+
+or, if that is more, what independent rows would leave, N (N - 1)/m over the same: with few rows the first is uncertain.
+For c = 1 this is the shrinkage of least expected square error (Ledoit & Wolf), where rows may depend on each other.
+Which c is best depends on the method: it is tried on the rows held back. Codes chosen on all folds but one, with
+u K/(K - 1) for their fewer rows, are judged on that one; c = 0 is the method as its paper has it.
+
+Source: the target and the intensity as in Ledoit & Wolf, J. Multivariate Analysis 88 (2004), and Schaefer & Strimmer,
+Stat. Appl. Genet. Mol. Biol. 4 (2005); from folds, for products with a mean and with a drift, and the choice: lcq's.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from lcq.forms import Codes
+from lcq.ptq.rounding.base import Rounding, correction, residual
+from lcq.ptq.rounding.sequential import dot
+from lcq.ptq.statistics import Moments, Statistics, finish
+
+PARTS = (0.0, 0.1, 0.3, 1.0)
+"""c that are tried."""
+
+_NOISY = 0.5
+"""From this part of noise on c = 0 is not tried, and c = 1 is kept unless another is better; below, c = 0 is."""
+_BETTER = 0.02
+"""By how much the error on rows held back must fall for that."""
+_NOTHING = 0.01
+"""Up to this part of noise c = 0 is taken as it is."""
+_LARGEST = 0.999
+_SURE = 3.0
+"""A change of the mean is taken up less that many times the part of its square that is noise, as noise is uncertain."""
+_SAME = 8.0
+"""A variation of that many rounding errors of the mean is none."""
+
+
+class Folds(NamedTuple):
+    """Sums over each of K parts of the rows, of one group.
+
+    Attributes:
+        moments: with a leading axis [K], all shifted alike, see `aligned`.
+        gaps: sum of ((X - Y) w)^2 in each, [K, n].
+    """
+
+    moments: Moments
+    gaps: Any
+
+
+def aligned(moments: Moments) -> Moments:
+    """Moments [K, ...] of folds with a shift each, with one for all."""
+    filled = moments.count > 0
+    shift = moments.shift[jnp.argmax(filled)]
+
+    def move(fold: Moments) -> Moments:
+        by, count = fold.shift - shift, fold.count.astype(shift.dtype)
+        cross = fold.sum_y[:, None] * by
+        return fold._replace(
+            shift=shift,
+            sum_y=fold.sum_y + count * by,
+            gram=fold.gram + cross + cross.T + count * by[:, None] * by,
+            drift=None if fold.drift is None else fold.drift + by[:, None] * fold.sum_gap,
+        )
+
+    return jax.lax.map(move, moments)
+
+
+def together(moments: Moments) -> Moments:
+    """The sums over all folds."""
+    return jax.tree.map(lambda a: a.sum(0), moments)._replace(shift=moments.shift[0])
+
+
+def noise(moments: Moments) -> Float[Array, "2"]:
+    """Which part of off(C) and of off(M) is noise: 0 to .999.
+
+    Args:
+        moments: of folds [K, ...], aligned.
+    """
+    total, counts = together(moments), moments.count.astype(moments.shift.dtype)
+    if len(total.shift) == 1:
+        return jnp.zeros(2, counts.dtype)
+    share = counts / jnp.maximum(counts.sum(), 1)
+    mean = total.sum_y / jnp.maximum(counts.sum(), 1)
+    unit = _unit(total)
+
+    def about(sums: Array, gram: Array, count: Array) -> Array:
+        cross = sums[:, None] * mean
+        return (gram - cross - cross.T + count * mean[:, None] * mean) * unit[:, None] * unit
+
+    whole = about(total.sum_y, total.gram, counts.sum())
+    middle = (total.sum_y + counts.sum() * total.shift) * unit
+
+    def apart(fold: tuple[Array, ...]) -> Array:
+        sums, gram, count, part = fold
+        away = (sums - part * total.sum_y) * unit
+        return jnp.stack([_square(about(sums, gram, count) - part * whole), (away**2).sum()])
+
+    spread = jax.lax.map(apart, (moments.sum_y, moments.gram, counts, share)).sum(0)
+    return part_of_noise(spread, jnp.stack([_square(whole), (middle**2).sum()]), counts, (unit > 0).sum())
+
+
+def part_of_noise(spread: Array, size: Array, counts: Array, inputs: Array) -> Array:
+    """K/(K - 1) spread / size between 0 and .999, K the number of folds with rows; .999 of less than two.
+
+    Args:
+        spread: of off(C) and of the mean between folds, in units of the diagonal of C.
+        size: of them, in the same units.
+        counts: rows of each fold.
+        inputs: that vary.
+    """
+    filled, inputs = (counts > 0).sum(), inputs.astype(size.dtype)
+    least = jnp.stack([inputs * (inputs - 1) / jnp.maximum(counts.sum(), 1), inputs])
+    found = jnp.maximum(spread * filled / jnp.maximum(filled - 1, 1), least)
+    sure = (filled > 1) & (size > 0)
+    return jnp.where(sure, jnp.clip(found / jnp.where(sure, size, 1), 0, _LARGEST), _LARGEST)
+
+
+def shares(noise: Shaped[Any, "*groups 2"], c: Any, folds: Any = 1.0) -> Any:
+    """p and p' for c; `folds` is K/(K - 1) where a fold is held back."""
+    v = c * folds * noise / (1 - noise)
+    return v / (1 + v)
+
+
+def shrunk(moments: Moments, share: Float[Array, "2"], centred: bool) -> Statistics:
+    """The statistics with what is between inputs made smaller; of inputs that do not vary, nothing where centred.
+
+    Args:
+        moments: of all rows.
+        share: p and p'.
+        centred: as in `finish`.
+    """
+    plain, around = finish(moments, centred), finish(moments, True)
+    count = moments.count.astype(moments.shift.dtype)
+
+    def less(whole: Array | None, varied: Array | None, mean: Array) -> Array | None:
+        if whole is None or varied is None:
+            return None
+        steady = 0 if centred else share[1] * count * plain.mean_y[:, None] * mean
+        return whole - _off(share[0] * varied + steady)
+
+    gram = less(plain.gram, around.gram, plain.mean_y)
+    drift = less(plain.drift, around.drift, plain.mean_x - plain.mean_y)
+    if centred:
+        lives = _unit(moments) > 0
+        both = lives[:, None] & lives
+        gram, drift = (None if a is None else jnp.where(both, a, 0) for a in (gram, drift))
+    return plain._replace(gram=gram, drift=drift)
+
+
+def steady(w: Array, form: Codes, moments: Moments, use: Shaped[Array, "K"] | None = None) -> Float[Array, "n"]:
+    """What the bias is to take up, less by the part of it that is noise, see `lcq.ptq.rounding.base.correction`.
+
+    Args:
+        w: weights.
+        form: of them, rounded.
+        moments: of folds, aligned.
+        use: 0 or 1 for each fold; all by default.
+    """
+    counts = moments.count.astype(moments.shift.dtype)
+    moved = moments.sum_y + counts[:, None] * moments.shift
+    w = w.astype(moved.dtype)
+    sums = dot(moments.sum_gap, w) + dot(moved, w - form.dense().astype(moved.dtype))
+    use = jnp.ones_like(counts) if use is None else use.astype(counts.dtype)
+    return less_noise(use[:, None] * sums, use * counts)
+
+
+def less_noise(sums: Float[Array, "K n"], counts: Float[Array, "K"]) -> Float[Array, "n"]:
+    """The mean of all folds times the part of its square that is surely no noise."""
+    total, many = sums.sum(0), jnp.maximum(counts.sum(), 1)
+    spread = ((sums - (counts / many)[:, None] * total) ** 2).sum()
+    filled = (counts > 0).sum()
+    found = spread * filled / jnp.maximum(filled - 1, 1)
+    size = (total**2).sum()
+    sure = 1 - jnp.clip(_SURE * found / jnp.where(size > 0, size, 1), 0, 1)
+    return jnp.where(filled > 1, sure, 1) * total / many
+
+
+def held(
+    method: Rounding,
+    w: Float[Array, "N n"],
+    folds: Folds,
+    form: Codes,
+    noise: Float[Array, "2"],
+    c: Float[Array, "S"],
+    key: Any,
+    centred: bool,
+) -> tuple[Float[Array, "S"], Float[Array, ""]]:
+    """Errors on rows that did not choose: of codes from all folds but one, on that one, summed over folds and neurons.
+
+    Returns:
+        ||X w - Y q||^2, or that after the bias has followed, for each c; ||X w||^2. All 0 of less than two
+        folds with rows.
+    """
+    moments, total = folds.moments, together(folds.moments)
+    count = len(moments.count)
+
+    def one(k: Array, c: Array) -> Array:
+        fold = jax.tree.map(lambda a: a[k], moments)
+        rest = jax.tree.map(jnp.subtract, total, fold)._replace(shift=total.shift)
+        statistics = shrunk(rest, shares(noise, c, count / (count - 1)), centred)
+        chosen = method.solve(method.prepare(w, statistics), form, key)
+        judge = finish(fold, centred)
+        error = residual(w, judge, chosen) + folds.gaps[k]
+        if centred:
+            own = correction(w, judge.mean_x, judge.mean_y, chosen)
+            taken = steady(w, chosen, moments, jnp.arange(count) != k)
+            away = judge.mean_x - judge.mean_y
+            here = fold.count.astype(w.dtype)
+            error += here * ((own - taken) ** 2 - dot(away, w) ** 2)
+        return jnp.where((fold.count > 0) & (rest.count > 0), error, 0).sum()
+
+    def of(c: Array) -> Array:
+        return jax.lax.map(lambda k: one(k, c), jnp.arange(count)).sum()
+
+    w = w.astype(moments.shift.dtype)
+    whole = finish(total)
+    pull = dot(whole.gram, w) + (0 if whole.drift is None else 2 * dot(whole.drift, w))
+    return jax.lax.map(of, c), jnp.where((moments.count > 0).sum() > 1, (w * pull).sum() + folds.gaps.sum(), 0)
+
+
+def parts(noise: Shaped[np.ndarray, "G 2"]) -> tuple[float, ...]:
+    """Which c are worth a trial: 0 alone where no group has noise."""
+    return PARTS if (noise[:, 0] > _NOTHING).any() else (0.0,)
+
+
+def pick(noise: Shaped[np.ndarray, "G 2"], c: tuple[float, ...], errors: Shaped[np.ndarray, "S G"]) -> np.ndarray:
+    """Place of the chosen c for each group: the first whose error is near the least, from 1 down in noise, else from 0
+    up."""
+    chosen = []
+    for much, here in zip(noise[:, 0], np.asarray(errors, np.float64).T, strict=True):
+        order = list(range(len(c)))
+        if much >= _NOISY and len(c) > 1:
+            order = [i for i in reversed(order) if c[i] > 0]
+        least = min(here[i] for i in order)
+        chosen.append(next((i for i in order if here[i] <= least * (1 + _BETTER)), order[0]))
+    return np.asarray(chosen)
+
+
+def varies(squares: Float[Array, "N"], mean: Float[Array, "N"], count: Any) -> Array:
+    """Which inputs vary by more than rounding errors, of their sums of squares about the mean."""
+    least = (_SAME * jnp.finfo(squares.dtype).eps * mean) ** 2
+    return squares > least * count
+
+
+def _unit(moments: Moments) -> Array:
+    """1 over the root of the diagonal of C; 0 where an input does not vary."""
+    around = finish(moments, True)
+    varied = jnp.diagonal(around.gram)
+    lives = varies(varied, around.mean_y, moments.count.astype(varied.dtype))
+    return jnp.where(lives, jax.lax.rsqrt(jnp.where(lives, varied, 1)), 0)
+
+
+def _off(a: Float[Array, "N N"]) -> Float[Array, "N N"]:
+    return jnp.where(jnp.eye(len(a), dtype=bool), 0, a)
+
+
+def _square(a: Float[Array, "N N"]) -> Float[Array, ""]:
+    return (_off(a) ** 2).sum()

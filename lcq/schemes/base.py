@@ -1,0 +1,203 @@
+"""`Scheme`: how arrays become forms."""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lcq.forms.axes import block_lengths
+from lcq.forms.base import Form
+from lcq.forms.blocks import Per, block_counts, compute_dtype
+from lcq.forms.dtypes import native, own_promotion
+
+
+class Scheme(abc.ABC):
+    """How arrays become forms: the C step Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta).
+
+    The weights h are one unless they are given. Subclasses are frozen dataclasses whose settings are hashable, so that
+    a scheme can be static under jit.
+
+    Attributes:
+        leafwise: at most how many leaf-shaped arrays (`leafwise()` fields) its working forms hold.
+        host: whether `solve` needs concrete arrays (an exact solver in float64 outside of any trace).
+        costly: whether C(Theta) is not zero; then `mu` is required, and there is no direct compression.
+    """
+
+    @property
+    def leafwise(self) -> int:
+        return 1
+
+    @property
+    def host(self) -> bool:
+        return False
+
+    @property
+    def costly(self) -> bool:
+        return False
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _compiled(self, xs: tuple[Array, ...], previous: Any, mu: Any, *weights: Any) -> tuple[Form, ...]:
+        """`solve`, compiled once for all leaves of equal shapes."""
+        return self.solve(xs, previous, mu, *weights)
+
+    @abc.abstractmethod
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError if a leaf of this shape cannot be projected."""
+
+    def check_numbers(self, x: Array) -> None:
+        """Raises ValueError if a concrete leaf cannot be projected for what its numbers are."""
+        del x
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        xs: tuple[Array, ...],
+        previous: tuple[Form, ...] | None,
+        mu: Any,
+        weights: tuple[Array, ...] | None = None,
+    ) -> tuple[Form, ...]:
+        """The C step for arrays that share one Theta; `previous` is a warm start of the same structure.
+
+        `weights` are as `check_weights` returns them; they are passed only if a caller has given some.
+        """
+
+    @property
+    def cuts(self) -> tuple[Per, ...]:
+        """What of its settings cuts a leaf into blocks along its axes."""
+        return ()
+
+    def oriented(self, layout: str, rank: int) -> "Scheme":
+        """This scheme for leaves of `rank` axes with another layout, see `lcq.forms.axes`.
+
+        Raises:
+            ValueError: a layout for which it has no projection.
+        """
+        del layout, rank
+        return self
+
+    def cost(self, forms: tuple[Form, ...]) -> Any:
+        """C(Theta); zero for schemes that are constraints."""
+        del forms
+        return 0.0
+
+    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+        """What is paid beside the distance, in its units, so that the C step minimises both: (2/mu) C(Theta)."""
+        return 2 * self.cost(forms) / mu if self.costly else 0.0
+
+    @own_promotion()
+    def project(self, x: Any, previous: Any = None, *, mu: Any = None, weights: Any = None) -> Any:
+        """Projects an array, or several arrays onto one shared Theta.
+
+            Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta)
+
+        Args:
+            x: a floating-point array, or a tuple of such arrays that share one codebook or budget.
+            previous: an earlier result for the same shapes, as a warm start.
+            mu: the penalty weight; needed by schemes with a cost, ignored by others.
+            weights: h >= 0, an array that broadcasts against x, or a tuple of them for a tuple; None for ones. For
+                instance h of shape (inputs, 1), the mean square of every input of a layer, for the error that its
+                outputs make. Only ratios within a block that shares a codebook matter (with a price too, as in
+                `KMeans(rate=)`, their size); a block whose h are all zero counts as unweighted, and so do schemes that
+                choose nothing but the nearest number.
+
+        Returns:
+            A form in the working layout for an array; a tuple of forms for a tuple.
+
+        Raises:
+            ValueError: a shape, dtype or setting that has no projection; weights that are negative, not finite, or do
+                not broadcast.
+        """
+        single = not isinstance(x, tuple)
+        xs = tuple(map(native, (x,) if single else x))
+        if previous is not None and single:
+            previous = (previous,)
+        if self.costly and mu is None:
+            raise ValueError(f"{self} has a cost: pass mu=, the weight of the distance it is traded against")
+        for array in xs:
+            if not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(f"wanted a floating-point array; got {array.dtype}{list(array.shape)}")
+            if array.size == 0:
+                raise ValueError(f"wanted at least one weight; got {array.dtype}{list(array.shape)}")
+            self.check(array.shape)
+            if not isinstance(array, jax.core.Tracer):
+                self.check_numbers(jnp.asarray(array))
+            if self.host and isinstance(array, jax.core.Tracer):
+                raise ValueError(
+                    f"{self} is solved on the host and cannot run under jit; call it on concrete arrays "
+                    "(lcq.compress, or lcq.lc(every=None) with lcq.training.c_step), or choose exact=False"
+                )
+        given: tuple[Any, ...] = ()
+        if weights is not None:
+            given = (check_weights(xs, (weights,) if single else weights),)
+            if self.host and any(isinstance(h, jax.core.Tracer) for h in given[0]):
+                raise ValueError(f"{self} is solved on the host: wanted concrete weights; got traced ones")
+        forms = (self.solve if self.host else self._compiled)(xs, previous, mu, *given)
+        return forms[0] if single else forms
+
+
+class Quantizer(Scheme):
+    """A scheme whose forms are `Codes`: every element is an index into a codebook, one for each block of the leaf.
+
+    Attributes:
+        per: what shares one codebook or scale, see `lcq.forms.blocks.block_counts`.
+    """
+
+    per: Per
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        block_counts(self.per, shape)
+
+    @property
+    def cuts(self) -> tuple[Per, ...]:
+        return (self.per,)
+
+    def oriented(self, layout: str, rank: int) -> "Scheme":
+        same: Any = self  # a dataclass, as all schemes are
+        if self.per is None:
+            return self
+        changes: dict[str, Any] = {"per": block_lengths(self.per, layout, rank)}
+        if isinstance(self.per, int) and getattr(same, "scale_dtype", "") is None:
+            changes["scale_dtype"] = "bfloat16"  # what None means in groups, which lengths no longer tell
+        return dataclasses.replace(same, **changes)
+
+
+@own_promotion()
+def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
+    """Weights of a projection, one array for each of `xs`, with as many axes as that, in float32 or wider; ones for
+    weights that are all zero.
+
+    Raises:
+        ValueError: not one real array each that broadcasts against its leaf; negative, not finite, or above 2^126,
+            which is seen of concrete arrays only.
+    """
+    if not isinstance(weights, tuple) or len(weights) != len(xs):
+        got = f"{len(weights)} of them" if isinstance(weights, tuple) else type(weights).__name__
+        raise ValueError(f"weights: wanted a tuple of {len(xs)} arrays; got {got}; pass one for each array of x")
+    weights = tuple(map(native, weights))
+    for h, x in zip(weights, xs, strict=True):
+        if not hasattr(h, "dtype") or not any(jnp.issubdtype(h.dtype, t) for t in (jnp.floating, jnp.integer, bool)):
+            got = str(h.dtype) if hasattr(h, "dtype") else type(h).__name__
+            raise ValueError(f"weights: wanted an array of real numbers; got {got}; convert it with jnp.asarray")
+        if h.ndim > x.ndim or any(n not in (1, m) for n, m in zip(h.shape[::-1], x.shape[::-1], strict=False)):
+            raise ValueError(
+                f"weights: wanted a shape that broadcasts to {list(x.shape)}; got {list(h.shape)}; "
+                "one number for each row of a matrix has the shape (rows, 1)"
+            )
+        if not isinstance(h, jax.core.Tracer):
+            with jax.ensure_compile_time_eval():
+                low, high = float(h.min()), float(h.max())
+            if not (low >= 0 and high <= 2.0**126):  # of more, XLA flushes the reciprocal to zero
+                raise ValueError(
+                    f"weights: wanted finite numbers >= 0, at most 8.5e37; got some from {low} to {high} "
+                    f"in {h.dtype}{list(h.shape)}; clip them, or look where they come from"
+                )
+    some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in weights])
+    return tuple(
+        jnp.where(some, h, 1).astype(compute_dtype(x.dtype)).reshape((1,) * (x.ndim - h.ndim) + h.shape)
+        for h, x in zip(map(jnp.asarray, weights), xs, strict=True)
+    )

@@ -1,0 +1,244 @@
+"""Learned codebooks: one-dimensional k-means."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from lcq.forms import Codes
+from lcq.forms.base import Form
+from lcq.forms.blocks import Per, explicit_sharding
+from lcq.schemes.base import Quantizer
+from lcq.schemes.grouped import Cut, cut
+from lcq.schemes.kmeans.ecvq import (
+    Coded,
+    Price,
+    code_bits,
+    coded_pass,
+    conclude,
+    descend_coded,
+    even_levels,
+    merged_levels,
+    objective,
+)
+from lcq.schemes.kmeans.exact import best_levels
+from lcq.schemes.kmeans.init import EXACT, explore, summarise
+from lcq.schemes.kmeans.lloyd import Centres, assign, cell_counts, descend, lloyd_pass
+
+_COLD = 150
+"""Passes over a histogram, or over data that are no longer than one; a fifth of them over many short blocks."""
+
+_SHORT = 1 << 18
+"""Numbers up to which all of these passes are affordable."""
+
+_WIDEST = 512
+"""Levels, at most, that are merged at a cold start with a rate."""
+
+_WARM = 3
+"""Passes over the data, at most, before the one that gives the codes; few, because a C step has a warm start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KMeans(Quantizer):
+    """Projection on a codebook of K learned values: Pi(x) = argmin_{c, z} sum_i h_i (x_i - c_{z_i})^2, h = 1 or given.
+
+    By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a good local minimum, and x itself if x has at
+    most K distinct values. Cold, it starts from the best partition of a histogram's bins (above 64 learned levels from
+    density^(1/3) quantiles) and converges on a histogram before it sees the data; warm, from the previous codebook: a
+    few passes over the data, none of which raises the error. Sums of |x| must be finite in float32.
+
+    With a `rate` the codes are made to be entropy-coded, at most K of them:
+
+        Pi(x) = argmin_{c, z} sum_i h_i (x_i - c_{z_i})^2 + rate sum_i len(z_i),    len(k) = -log2 p_k,
+
+    p_k the share of the numbers under the codebook that have code k. No pass raises this sum. A level that loses all of
+    its numbers stays unused. Cold, the best of three starts: the codebook without a rate, one of equal steps, and twice
+    as many levels of which neighbours are merged.
+
+    Attributes:
+        k: how many levels, 1 to 65,536.
+        fixed: levels among the k that are given and do not move: (0.0,) prunes and quantizes at once.
+        exact: the global minimum in float64 by dynamic programming, on the host; any warm start is ignored.
+        per: what shares one codebook, see `lcq.forms.blocks.block_counts`.
+        rate: the squared distance that one bit is worth, times a weight where there are some, so not only their ratios
+            matter. One rate for several leaves shares out the bits between them at the least distance.
+
+    Raises:
+        ValueError: k out of range; fixed levels that are not finite and distinct, or more than k; a rate that is
+            negative, not finite, or together with `exact`.
+
+    Example:
+        >>> KMeans(2).project(jnp.array([1.0, 2.0, 3.0, 9.0])).dense()
+        Array([2., 2., 2., 9.], dtype=float32)
+        >>> KMeans(2, fixed=(0,)).project(jnp.array([1.0, 2.0, 3.0, 9.0])).dense()
+        Array([0., 0., 0., 9.], dtype=float32)
+        >>> KMeans(3, rate=0.5).project(jnp.array([1.0, 1.0, 1.0, 1.0, 2.0, 9.0, 9.0, 9.0])).dense()
+        Array([1.2, 1.2, 1.2, 1.2, 1.2, 9. , 9. , 9. ], dtype=float32)
+
+    Source: Lloyd 1982; Carreira-Perpinan & Idelbayev, arXiv 1707.04319, section 4.1; exact: Wu & Rokne 1989;
+    rate: Chou, Lookabaugh & Gray 1989.
+    """
+
+    k: int
+    fixed: tuple[float, ...] = ()
+    exact: bool = False
+    per: Per = None
+    rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or not 1 <= self.k <= 65536:
+            raise ValueError(f"wanted 1 to 65,536 levels; got k={self.k!r}; pass an int in that range")
+        fixed = tuple(sorted(float(np.float32(v)) for v in self.fixed))
+        if not all(map(math.isfinite, fixed)) or len(set(fixed)) < len(fixed) or len(fixed) > self.k:
+            raise ValueError(
+                f"wanted at most k={self.k} distinct finite fixed levels; got {self.fixed!r}; drop some or raise k"
+            )
+        object.__setattr__(self, "fixed", fixed)
+        if isinstance(self.per, list):
+            object.__setattr__(self, "per", tuple(self.per))
+        if not isinstance(self.rate, int | float | np.number) or not 0 <= self.rate <= np.finfo(np.float32).max:
+            raise ValueError(f"wanted a rate >= 0, finite in float32; got {self.rate!r}")
+        object.__setattr__(self, "rate", float(self.rate))
+        if self.exact and self.rate:
+            raise ValueError(
+                f"wanted exact=True or a rate; got both, rate={self.rate!r}: with one there is no exact solver"
+            )
+
+    @property
+    def host(self) -> bool:
+        return self.exact
+
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+        del mu
+        whole = cut(xs, self.per, weights)
+        if self.rate:
+            price = Price(_rate(self.rate, whole, xs, weights), each=weights is not None)
+            codes, levels = _fit_coded(self, whole, price, previous)
+        else:
+            codes, levels = self.fit(whole, None if previous is None else previous[0].levels)
+        leaves = zip(xs, codes, whole.counts, strict=True)
+        return tuple(
+            Codes(c.reshape(x.shape), levels=levels.reshape(*count, self.k), dtype=str(x.dtype))
+            for x, c, count in leaves
+        )
+
+    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+        """rate sum_i len(z_i)."""
+        del mu
+        pairs = [(form.codes, form.levels) for form in forms if isinstance(form, Codes)]
+        return self.rate * code_bits([c for c, _ in pairs], pairs[0][1], self.per) if self.rate else 0.0
+
+    def fit(self, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
+        """Codes of every leaf, cut into blocks, and the levels they share; `warm` are those of an earlier fit."""
+        if self.rate:
+            raise ValueError(f"{self}: wanted no rate where a codebook is for a part of the weights; drop rate=")
+        return _solve_exactly(self, whole) if self.exact else _fit(self, whole, warm)
+
+
+def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
+    """Codes of every leaf in blocks, and the levels they share."""
+    passes, learned = _WARM, scheme.k - len(scheme.fixed)
+    if warm is not None:
+        centres = Centres(*_freeze(warm.reshape(*whole.blocks[0].stat, scheme.k), scheme.fixed))
+    else:
+        short, centres, many = _explore(scheme, whole)
+        passes = many if short is whole else _WARM
+    if learned:
+        centres = descend(whole, centres, passes)
+    codes, centres, _ = lloyd_pass(whole, centres)
+    return codes, centres.levels
+
+
+def _explore(scheme: KMeans, whole: Cut) -> tuple[Cut, Centres, int]:
+    """What stands in for the data at a cold start, the best levels found there, and how many passes it may take."""
+    stat, learned = whole.blocks[0].stat, scheme.k - len(scheme.fixed)
+    if learned == 0:
+        return whole, _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed), _WARM
+    short, levels = summarise(whole, learned, scheme.fixed)
+    many = _COLD if sum(x.size for x in short.leaves) <= _SHORT else _COLD // 5
+    start = _merge(levels, scheme.fixed)
+    centres = descend(short, start, many) if learned <= EXACT else explore(short, start, many)
+    return short, Centres(*(a.reshape(*stat, scheme.k) for a in centres)), many
+
+
+def _solve_exactly(scheme: KMeans, whole: Cut) -> tuple[tuple[Array, ...], Array]:
+    """The same by dynamic programming over every block, on the host."""
+    rows, weights = whole.rows()
+    each = [None] * len(rows) if weights is None else weights
+    levels = np.stack([best_levels(x, scheme.k, scheme.fixed, h) for x, h in zip(rows, each, strict=True)])
+    levels = levels.astype(whole.leaves[0].dtype).reshape(*whole.blocks[0].stat, scheme.k)
+    shaped = [jnp.asarray(levels.reshape(*b.stat, scheme.k)) for b in whole.blocks]
+    return tuple(assign(x, level) for x, level in zip(whole.leaves, shaped, strict=True)), shaped[0]
+
+
+def _merge(levels: Array, fixed: tuple[float, ...]) -> Centres:
+    """Free levels together with the fixed ones, in order."""
+    frozen = jnp.zeros_like(levels.sum(-1, keepdims=True)) + jnp.asarray(fixed, levels.dtype)  # sharded like levels
+    free = jnp.concatenate([jnp.ones_like(levels, bool), jnp.zeros_like(frozen, bool)], -1)
+    return Centres(*jax.lax.sort((jnp.concatenate([levels, frozen], -1), free), num_keys=2))
+
+
+def _freeze(levels: Array, fixed: tuple[float, ...], *others: Array) -> Sequence[Array]:
+    """Levels of an earlier solution, the nearest one to each fixed level being frozen there; which are free; `others`
+    in the same order."""
+    free = jnp.ones_like(levels, bool)
+    for value in fixed:
+        distance = jnp.where(free, jnp.abs(levels - value), jnp.inf)
+        here = jnp.arange(levels.shape[-1]) == jnp.argmin(distance, -1)[..., None]
+        levels, free = jnp.where(here, value, levels), free & ~here
+    return jax.lax.sort((levels, free, *others), num_keys=2) if fixed else (levels, free, *others)
+
+
+def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], weights: Any) -> Array:
+    """What a bit is worth in every block, in units of the weights of the cut: their mean is one there."""
+    stat, kind = whole.blocks[0].stat, whole.leaves[0].dtype
+    if weights is None:
+        return jnp.full((*stat, 1), rate, kind)
+    plain, size = whole._replace(weights=None), sum(b.size for b in whole.blocks)
+    same = [jnp.broadcast_to(h, x.shape, out_sharding=explicit_sharding(x)) for h, x in zip(weights, xs, strict=True)]
+    same = [h.reshape(b.split) for h, b in zip(same, whole.blocks, strict=True)]
+    mean = plain.sum([h / size for h in same])
+    return (rate / jnp.where(plain.max(same) >= jnp.finfo(kind).tiny, mean, 1))[..., None]
+
+
+def _fit_coded(scheme: KMeans, whole: Cut, price: Price, previous: Any) -> tuple[tuple[Array, ...], Array]:
+    """Codes of every leaf in blocks, and the levels they share, for a rate."""
+    if previous is None:
+        start, passes = _begin(scheme, whole, price)
+    else:
+        levels, passes = previous[0].levels.reshape(*whole.blocks[0].stat, scheme.k), _WARM
+        codes = [form.unpack().codes.reshape(b.split) for form, b in zip(previous, whole.blocks, strict=True)]
+        number = cell_counts(whole._replace(weights=None), codes, levels).astype(levels.dtype)
+        start = Coded(*_freeze(levels, scheme.fixed, number))
+    return conclude(whole, descend_coded(whole, start, price, passes), price)
+
+
+def _begin(scheme: KMeans, whole: Cut, price: Price) -> tuple[Coded, int]:
+    """The best of three cold starts in every block, and how many passes over the data it needs."""
+    short, centres, many = _explore(scheme, whole)
+    stat = short.blocks[0].stat
+    price = Price(price.rate.reshape(*stat, 1), price.each and short is whole)
+    starts = [Centres(*(a.reshape(*stat, scheme.k) for a in centres))]
+    if learned := scheme.k - len(scheme.fixed):
+        starts.append(_merge(even_levels(short, learned, price.rate), scheme.fixed))
+    if 0 < 2 * learned <= _WIDEST:
+        _, wide, _ = _explore(dataclasses.replace(scheme, k=2 * learned, fixed=()), whole)
+        few = merged_levels(short, wide.levels.reshape(*stat, -1), learned, price)
+        starts.append(_merge(few, scheme.fixed))
+
+    def settle(start: Centres) -> tuple[Coded, Array]:
+        number = lloyd_pass(short, start)[2].astype(start.levels.dtype)
+        codes, end = coded_pass(short, descend_coded(short, Coded(*start, number), price, many), price)
+        return Coded(*jax.lax.sort(tuple(end), num_keys=2)), objective(short, codes, end, price)
+
+    ends, costs = jax.lax.map(settle, jax.tree.map(lambda *each: jnp.stack(each), *starts))
+    least = jnp.argmin(costs, 0)[None, ..., None]
+    best = [jnp.take_along_axis(a, least, 0).reshape(*whole.blocks[0].stat, scheme.k) for a in ends]
+    if short is whole:
+        return Coded(*best), 0
+    return Coded(*best), many if whole.weights is not None else _WARM

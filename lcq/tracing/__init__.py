@@ -1,0 +1,7 @@
+"""Functions as equations: which products a function makes with its parameters."""
+
+from lcq.tracing.contraction import Product
+from lcq.tracing.flops import Flops, flops
+from lcq.tracing.param_flow import Program, trace
+
+__all__ = ["Flops", "Product", "Program", "flops", "trace"]

@@ -1,0 +1,367 @@
+"""What is known of a product with a parameter: how the parameter gets there, and its operands as matrices."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Shaped
+
+from lcq.tracing import im2col
+from lcq.tracing.jaxpr import IN_PLACE
+
+
+class Step(NamedTuple):
+    """One change of layout: output `out` of a primitive applied to an array and to constants."""
+
+    primitive: Any
+    params: dict[str, Any]
+    rest: tuple[Any, ...]
+    out: int
+
+    def __call__(self, a: Any) -> Any:
+        result = self.primitive.bind(a, *self.rest, **self.params)
+        return result[self.out] if self.primitive.multiple_results else result
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A parameter on its way to a product: leaf[index], then steps.
+
+    Attributes:
+        path: of the leaf.
+        index: leading indices, taken by scans over stacked layers.
+        steps: changes of layout since.
+    """
+
+    path: str
+    index: tuple[int, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    def of(self, leaf: Any) -> Any:
+        """The array that reaches the product, of the leaf's array or of another in its place."""
+        leaf = jnp.asarray(leaf)
+        for i in self.index:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
+        return functools.reduce(lambda a, step: step(a), self.steps, leaf)
+
+    def moved(self, leaf: Any) -> Any:
+        """The elements that reach the product in the leaf's own dtype, before any cast."""
+        moves = (step for step in self.steps if step.primitive.name not in IN_PLACE)
+        return dataclasses.replace(self, steps=tuple(moves)).of(leaf)
+
+    def elements(self, shape: tuple[int, ...]) -> np.ndarray:
+        """For each element that reaches the product, its flat place in a leaf of this shape."""
+        rest = shape[len(self.index) :]
+        size = math.prod(rest)
+        first = int(np.ravel_multi_index(self.index, shape[: len(self.index)])) * size if self.index else 0
+        with jax.ensure_compile_time_eval():
+            places = dataclasses.replace(self, index=()).moved(jnp.arange(size, dtype=jnp.int32).reshape(rest))
+        return np.asarray(np.asarray(places, np.int64) + first)  # of no axes it would be a number
+
+    def then(self, step: Step) -> "Placed":
+        return dataclasses.replace(self, steps=(*self.steps, step))
+
+    def at(self, i: int, shape: tuple[int, ...]) -> "Placed":
+        """Slice i along the first axis, of this shape: as an index, if no step is in its way."""
+        if all(step.primitive.name in IN_PLACE for step in self.steps):
+            return dataclasses.replace(self, index=(*self.index, i))
+        params = {"start_indices": (i, *(0,) * len(shape)), "limit_indices": (i + 1, *shape), "strides": None}
+        cut = Step(jax.lax.slice_p, params, (), 0)
+        return self.then(cut).then(Step(jax.lax.squeeze_p, {"dimensions": (0,)}, (), 0))
+
+    def chain(self) -> str:
+        where = self.path + "".join(f"[{i}]" for i in self.index)
+        return " -> ".join([where, *(step.primitive.name for step in self.steps)])
+
+
+class Operand(NamedTuple):
+    """What a product multiplies with its weight, in one net and one batch.
+
+    Attributes:
+        x: the data.
+        sizes: rows of each expert, for a ragged product only.
+        counts: boolean, broadcasts against the result: which of its rows count; None for all.
+    """
+
+    x: Any
+    sizes: Any = None
+    counts: Any = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """One product of data with a parameter, Y[g] = X[g] W[g] in the canonical layouts of `lcq.tracing.im2col`.
+
+    A ragged one has a group for each expert, all of which share the rows of X; sizes say how many rows each has.
+
+    Attributes:
+        number: its place among the products of a trace.
+        weight: the parameter, and how it gets here.
+        primitive: dot_general, conv_general_dilated or ragged_dot_general.
+        params: of the primitive.
+        side: which operand the weight is.
+        x: shape and dtype of the other one.
+        w: shape and dtype of the weight as it gets here.
+        y: shape and dtype of the result.
+        source: file and line.
+        lost: the equation behind which it is not known which positions count, so that all of them do; "" if known.
+    """
+
+    number: int
+    weight: Placed
+    primitive: Any
+    params: dict[str, Any]
+    side: int
+    x: jax.ShapeDtypeStruct
+    w: jax.ShapeDtypeStruct
+    y: jax.ShapeDtypeStruct
+    source: str
+    lost: str = ""
+
+    @property
+    def path(self) -> str:
+        return self.weight.path
+
+    @property
+    def kind(self) -> str:
+        return {"dot_general": "dot", "conv_general_dilated": "conv"}.get(self.primitive.name, "ragged")
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for products whose methods do the same to arrays of equal shapes."""
+        return self.primitive, self.params, self.side, len(self.x.shape), self.w.shape
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(G, M, N, n)."""
+        g, m, n_out = jax.eval_shape(self.outputs, self.y).shape
+        if self.kind == "ragged":
+            g *= self.w.shape[self._experts]
+        return g, m, math.prod(self.w.shape) // (g * n_out), n_out
+
+    @property
+    def window(self) -> int:
+        """Pixels of a convolution's window; 1 of a dot."""
+        if self.kind != "conv":
+            return 1
+        return math.prod(self.w.shape[axis] for axis in self.params["dimension_numbers"].rhs_spec[2:])
+
+    @property
+    def flops(self) -> int:
+        """2 G M N n; every row of a ragged product has one expert."""
+        experts = self.w.shape[self._experts] if self.kind == "ragged" else 1
+        return 2 * math.prod(self.shape) // experts
+
+    def __call__(self, x: Array, w: Array, sizes: Array | None = None) -> Array:
+        """The product, as the function makes it."""
+        operands = (x, w) if self.side else (w, x)
+        return self.primitive.bind(*operands, *(() if sizes is None else (sizes,)), **self.params)
+
+    def inputs(self, x: Shaped[Array, "..."]) -> Shaped[Array, "G M N"]:
+        """The data operand in its canonical layout; of a ragged product for all experts of a group together."""
+        if self.kind != "conv":
+            contract, batch = self._axes(1 - self.side)
+            return im2col.flatten_axes(x, batch, self._free(1 - self.side), contract)
+        spec = self.params["dimension_numbers"]
+        return im2col.patches(
+            x,
+            spec.lhs_spec,
+            window=[self.w.shape[axis] for axis in spec.rhs_spec[2:]],
+            strides=self.params["window_strides"],
+            padding=self.params["padding"],
+            lhs_dilation=self.params["lhs_dilation"],
+            rhs_dilation=self.params["rhs_dilation"],
+            groups=self.params["feature_group_count"],
+        )
+
+    def parts(self, rows: int) -> int:
+        """How many equal parts the images of a convolution can be cut into with at least so many rows each; else 1."""
+        if self.kind != "conv":
+            return 1
+        images = self.x.shape[self.params["dimension_numbers"].lhs_spec[0]]
+        most = max(1, self.shape[1] // rows)
+        return next(k for k in range(min(most, images), 0, -1) if images % k == 0)
+
+    def cut(self, x: Shaped[Array, "..."], parts: int) -> Shaped[Array, "parts ..."]:
+        """The images of a convolution in equal parts."""
+        axis = self.params["dimension_numbers"].lhs_spec[0]
+        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    def weights(self, w: Shaped[Array, "..."]) -> Shaped[Array, "G N n"]:
+        """The weight operand in its canonical layout."""
+        if self.kind != "conv":
+            contract, batch = self._axes(self.side)
+            experts = [self._experts] if self.kind == "ragged" else []
+            return im2col.flatten_axes(w, [*batch, *experts], contract, self._free(self.side))
+        spec = self.params["dimension_numbers"]
+        return im2col.kernel_matrix(w, spec.rhs_spec, self.params["feature_group_count"])
+
+    def outputs(self, y: Shaped[Array, "..."]) -> Shaped[Array, "G M n"]:
+        """The result in its canonical layout; of a ragged product as `inputs`."""
+        if self.kind == "conv":
+            return im2col.output_matrix(
+                y, self.params["dimension_numbers"].out_spec, self.params["feature_group_count"]
+            )
+        batch, rows = len(self._axes(0)[1]), len(self._free(1 - self.side))
+        columns = len(y.shape) - batch - rows
+        first, second = (rows, columns) if self.side else (columns, rows)
+        axes = range(batch), range(batch, batch + first), range(batch + first, batch + first + second)
+        return im2col.flatten_axes(y, axes[0], *(axes[1:] if self.side else (axes[2], axes[1])))
+
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Axes of the data operand that are no rows."""
+        if self.kind == "conv":
+            return (self.params["dimension_numbers"].lhs_spec[1],)
+        return self._axes(1 - self.side)[0]
+
+    def counted(self, operand: Operand) -> Bool[Array, "G M"]:
+        """Which rows of `inputs` count."""
+        y = jax.eval_shape(self.__call__, operand.x, self.w, operand.sizes)
+        return self.outputs(jnp.broadcast_to(operand.counts, y.shape)).any(-1)
+
+    def members(self, operand: Operand) -> Bool[Array, "G M"]:
+        """Which rows of a ragged product's inputs each expert has: the first are those of expert 0, then of 1, ..."""
+        lengths = [operand.x.shape[axis] for axis in self._free(0)]
+        groups = math.prod(operand.x.shape[axis] for axis in self._axes(0)[1])
+        sizes = operand.sizes.reshape(-1, operand.sizes.shape[-1])
+        sizes = jnp.broadcast_to(sizes, (groups, sizes.shape[1]))
+        last = jnp.cumsum(sizes, 1).reshape(-1, 1)
+        place = jax.lax.broadcasted_iota(last.dtype, lengths, 0).reshape(1, -1)
+        return (place < last) & (place >= last - sizes.reshape(-1, 1))
+
+    def spread(self, number: Shaped[Array, "G n"]) -> Shaped[Array, "..."]:
+        """One number for each neuron, shaped to broadcast against the result."""
+        if self.kind == "conv":
+            shape = [1] * len(self.y.shape)
+            shape[self.params["dimension_numbers"].out_spec[1]] = number.size
+            return number.reshape(shape)
+        batch = [self.w.shape[axis] for axis in self._axes(self.side)[1]]
+        columns = [self.w.shape[axis] for axis in self._free(self.side)]
+        rows = [1] * len(self._free(1 - self.side))
+        return number.reshape([*batch, *(rows + columns if self.side else columns + rows)])
+
+    def _axes(self, side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        numbers = self.params.get("dimension_numbers")
+        if numbers is None:
+            numbers = self.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        contract, batch = numbers
+        return tuple(map(int, contract[side])), tuple(map(int, batch[side]))
+
+    @property
+    def _experts(self) -> int:
+        """The axis of a ragged product's weight with a slice for each expert."""
+        (axis,) = self.params["ragged_dot_dimension_numbers"].rhs_group_dimensions
+        return int(axis)
+
+    def _free(self, side: int) -> list[int]:
+        contract, batch = self._axes(side)
+        rank = len(self.w.shape if side == self.side else self.x.shape)
+        experts = (self._experts,) if self.kind == "ragged" and side == self.side else ()
+        return [axis for axis in range(rank) if axis not in (*contract, *batch, *experts)]
+
+
+class Unit(NamedTuple):
+    """Weights that are rounded together, and the products that use them.
+
+    Attributes:
+        path: of the leaf.
+        places: flat places in the leaf of the weights of the first use, [G, N, n].
+        uses: numbers of the products that have these weights for the same inputs of the same groups: those whose
+            inputs can be summed. The first is the first use.
+        others: products that have them in another layout (a transpose), or together with other weights.
+    """
+
+    path: str
+    places: np.ndarray
+    uses: tuple[int, ...]
+    others: tuple[int, ...] = ()
+
+    @property
+    def order(self) -> np.ndarray:
+        """The places, by input; equal for uses whose inputs can be summed."""
+        return np.sort(self.places, axis=2)
+
+
+class Shift(NamedTuple):
+    """A parameter that is added to the result of a product, one number for each neuron, and used nowhere else.
+
+    Attributes:
+        path: of the leaf.
+        sign: +1, or -1 where it is subtracted, like the mean of a batch norm.
+        elements: flat places in the leaf, [G, n].
+    """
+
+    path: str
+    sign: int
+    elements: np.ndarray
+
+
+def per_neuron(product: Product, steps: tuple[Step, ...], places: np.ndarray, onto: tuple[int, ...]) -> Any:
+    """The place in the bias of each neuron [G, n]; None unless neurons and places go one to one."""
+    g, _, _, n = product.shape
+    moves = [step for step in steps if step.primitive.name not in IN_PLACE]
+    with jax.ensure_compile_time_eval():
+        number = product.spread(jnp.arange(g * n, dtype=jnp.int32).reshape(g, n))
+        neurons = functools.reduce(lambda a, step: step(a), moves, jnp.broadcast_to(number, product.y.shape))
+    if neurons.shape != onto:
+        return None
+    of, at = np.asarray(neurons).reshape(-1), np.broadcast_to(places, onto).reshape(-1)
+    result = np.empty(g * n, np.int64)
+    result[of] = at
+    one_to_one = (result[of] == at).all() and len(np.unique(result)) == g * n
+    return result.reshape(g, n) if one_to_one else None
+
+
+def uses_of_each(places: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """How many of these arrays each of the numbers below size is in."""
+    often = np.zeros(size, np.int64)
+    for each in places:
+        inside = np.zeros(size, bool)
+        inside[each] = True
+        often += inside
+    return often
+
+
+def region(places: np.ndarray, shape: tuple[int, ...], lead: int = 0) -> str:
+    """The part of a leaf that flat places make up, as an index; "" for the whole.
+
+    Args:
+        places: all different.
+        shape: of the leaf.
+        lead: how many of the first axes are named by a number in brackets of its own.
+
+    Example:
+        >>> places = np.arange(24).reshape(2, 3, 4)
+        >>> region(places[1], (2, 3, 4), 1), region(places[:, 1], (2, 3, 4)), region(places[..., ::2], (2, 3, 4))
+        ('[1]', '[:, 1]', '[:, :, 0:3:2]')
+    """
+    axes = [np.unique(index) for index in np.unravel_index(places.reshape(-1), shape)]
+    if math.prod(map(len, axes)) != places.size:
+        return f"[{int(places.min())} .. {int(places.max())}]"
+    first = "".join(f"[{int(axis[0])}]" for axis in axes[:lead])
+    rest = [_index(axis, length) for axis, length in zip(axes[lead:], shape[lead:], strict=True)]
+    while rest and rest[-1] == ":":
+        rest.pop()
+    if all(part.isdigit() for part in rest):
+        return first + "".join(f"[{part}]" for part in rest)
+    return f"{first}[{', '.join(rest)}]"
+
+
+def _index(places: np.ndarray, length: int) -> str:
+    if len(places) == length:
+        return ":"
+    if len(places) == 1:
+        return str(int(places[0]))
+    steps = np.unique(np.diff(places))
+    if len(steps) > 1:
+        return "(" + ", ".join(map(str, map(int, places))) + ")"
+    start, stop = int(places[0]), int(places[-1]) + 1
+    step = int(steps[0])
+    return f"{start}:{stop}:{step}" if step > 1 else f"{start}:{stop}"

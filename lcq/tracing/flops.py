@@ -1,0 +1,46 @@
+"""What a function costs: the floating-point operations of its products."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lcq.tracing.param_flow import trace
+from lcq.tree.paths import flatten
+
+
+class Flops(NamedTuple):
+    """What one product costs.
+
+    Attributes:
+        path: of the parameter.
+        kind: dot or conv.
+        shape: (G, M, N, n), see `lcq.tracing.im2col`.
+        flops: 2 G M N n.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, int, int, int]
+    flops: int
+
+
+def flops(fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> list[Flops]:
+    """Floating-point operations of every product of data with a parameter: 2 G M N n.
+
+    Products under a scan are listed once for each of its rounds. Products of data with data (attention scores) or with
+    what is computed from parameters (w * scale), and everything elementwise, are not counted.
+
+    Args:
+        fn: (params, batch) -> anything; traced, never run.
+        params: a tree of arrays or shape structs.
+        batch: a tree of arrays or shape structs.
+
+    Raises:
+        ValueError: a parameter goes into a while, a cond or a kernel, whose products cannot be seen.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> flops(lambda w, x: x @ w["kernel"], {"kernel": jnp.zeros((64, 10))}, jnp.zeros((2, 64)))
+        [Flops(path='kernel', kind='dot', shape=(1, 2, 64, 10), flops=2560)]
+    """
+    program = trace(fn, params, batch, flatten(params)[0], strict=False)
+    return [Flops(p.path, p.kind, p.shape, p.flops) for p in program.products]

@@ -1,0 +1,44 @@
+"""Who chooses the weights while a net trains: LC, entropy penalties, smooth binary weights, baselines, finetuning."""
+
+from lcq.training.baselines import IteratedState, StraightThroughState, iterated_direct, straight_through_training
+from lcq.training.batch_norm import recalibrate
+from lcq.training.block_entropy import block_entropy, entropy_centres
+from lcq.training.ending import compress_warm
+from lcq.training.finetune import tune
+from lcq.training.hemp import HempState, hemp
+from lcq.training.lc import LCState, c_step, extract, lc
+from lcq.training.penalty import Geometric, adam_step, geometric
+from lcq.training.progress import metrics
+from lcq.training.smooth_binary import AnnealedTanh, Binarization, GroupPower, SmoothBinary, StraightSign, smooth_binary
+from lcq.training.straight_through import straight_through
+from lcq.training.weighing import largest_weight
+
+__all__ = [
+    "AnnealedTanh",
+    "Binarization",
+    "Geometric",
+    "GroupPower",
+    "HempState",
+    "IteratedState",
+    "LCState",
+    "SmoothBinary",
+    "StraightSign",
+    "StraightThroughState",
+    "adam_step",
+    "block_entropy",
+    "c_step",
+    "compress_warm",
+    "entropy_centres",
+    "extract",
+    "geometric",
+    "hemp",
+    "iterated_direct",
+    "largest_weight",
+    "lc",
+    "metrics",
+    "recalibrate",
+    "smooth_binary",
+    "straight_through",
+    "straight_through_training",
+    "tune",
+]

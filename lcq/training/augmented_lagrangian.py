@@ -1,0 +1,300 @@
+"""The augmented Lagrangian of a compressed net: Theta, the multipliers lambda, and the C step on them.
+
+    x = w - lambda/mu
+    Theta <- Pi(x) = argmin ||x - Delta(Theta)||^2 + (2/mu) C(Theta)
+    lambda <- lambda - mu (w - Delta(Theta)) = mu (Delta(Theta) - x)
+
+Theta is kept in parts: leaf-shaped arrays (codes) in trees shaped like the parameters, which shard, map and
+partition like them, and the rest (codebooks, scales) by task. Delta(Theta) is never kept.
+
+Source: Carreira-Perpinan, arXiv 1707.01209, figure 3.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcq.forms.base import Form, cast_masks, join_leafwise, split_leafwise
+from lcq.forms.blocks import compute_dtype
+from lcq.forms.dtypes import nearest_number, own_promotion
+from lcq.forms.registry import register_empty
+from lcq.training.given import slope_of, weights_of
+from lcq.training.objective import Term
+from lcq.training.penalty import Geometric, gradient, penalty, proximal
+from lcq.tree.compress import check_finite
+from lcq.tree.paths import flatten
+from lcq.tree.rules import Task
+
+_ROUNDING = 1e-4
+"""Relative rise of an objective that float32 sums explain."""
+_INFINITE = 1e30
+"""A mu so large that a cost does not count: Theta = w."""
+
+
+@register_empty
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is fixed when the state is initialised: the C steps and the penalty weights. A pytree without leaves."""
+
+    tasks: tuple[Task, ...] = dataclasses.field(metadata={"static": True})
+    mu: Geometric = dataclasses.field(metadata={"static": True})
+
+
+class Info(NamedTuple):
+    """Scalars of the last C step, see `lcq.metrics`."""
+
+    gap: Any
+    distortion: Any
+    multiplier_norm: Any
+    kept_back: Any
+    skipped: Any
+
+
+class Lagrangian(NamedTuple):
+    """Theta, lambda and mu.
+
+    Attributes:
+        problem: tasks and penalty weights, static.
+        c_steps: C steps made, int32; mu = problem.mu.at(c_steps).
+        multipliers: lambda, shaped like the parameters; `optax.MaskedNode()` at leaves under no rule.
+        codes: leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise; those
+            that are bool in a form are uint8 here, see `lcq.forms.base.cast_masks`.
+        tables: what else the forms hold (codebooks, scales), per task and leaf.
+        info: scalars of the last C step.
+    """
+
+    problem: Any
+    c_steps: Any
+    multipliers: Any
+    codes: tuple[Any, ...]
+    tables: Any
+    info: Any
+
+
+@own_promotion()
+def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False) -> Lagrangian:
+    """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost), and lambda = 0.
+
+    Every array is a fresh one, so that parameters and state can be donated together. `blank`: only shapes are wanted.
+    """
+    leaves, _ = flatten(params)
+    for task in problem.tasks:
+        for path in task.paths:
+            check_finite(path, leaves[path])
+    all_ws = [_wide(leaves, task) for task in problem.tasks]
+    forms = [first_forms(task, ws, blank, _INFINITE) for task, ws in zip(problem.tasks, all_ws, strict=True)]
+    codes, tables = _split(problem, forms)
+    lagrange = {
+        path: jnp.zeros_like(w)
+        for task, ws in zip(problem.tasks, all_ws, strict=True)
+        for path, w in zip(task.paths, ws, strict=True)
+    }
+    away, zero = sum(map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
+    state = Lagrangian(
+        problem=problem,
+        c_steps=zero,
+        multipliers=_like(params, lagrange if multipliers else {}),
+        codes=tuple(_like(params, chosen) for chosen in codes),
+        tables=tables,
+        info=_info(_Sums(away, away, jnp.float32(0), zero), sum(map(_square, all_ws)), zero, zero),
+    )
+    return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
+
+
+def first_forms(task: Task, ws: tuple[Any, ...], blank: bool, mu: Any = None) -> tuple[Form, ...]:
+    """Pi(w). Where only shapes are wanted a scheme that is solved on the host gets zeros: it cannot be traced."""
+    if not (blank and task.scheme.host):
+        return task.project(ws, mu=mu)
+    with jax.ensure_compile_time_eval():
+        return task.project(tuple(jnp.zeros(w.shape, w.dtype) for w in ws), mu=mu)
+
+
+@own_promotion()
+def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagrangian]:
+    """The C step at `params`: the forms of every task, and the state after it.
+
+    If weights are not finite nothing changes but `skipped`, one higher.
+    """
+    mu, leaves, lagrange = state.problem.mu.at(state.c_steps), flatten(params)[0], flatten(state.multipliers)[0]
+    all_ws = [_wide(leaves, task) for task in state.problem.tasks]
+    size = sum(map(_square, all_ws))
+    finite = jnp.isfinite(size)
+    nothing = _Sums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
+    all_forms, all_sums = [], []
+    for task, ws, previous in zip(state.problem.tasks, all_ws, theta(state), strict=True):
+        of_task = {path: lagrange[path] for path in task.paths if path in lagrange}
+        before = (previous, of_task, nothing)
+        forms, of_task, sums = _when(finite, functools.partial(_solve_task, task, ws, mu), before)
+        lagrange.update(of_task)
+        all_forms.append(forms)
+        all_sums.append(sums)
+    codes, tables = _split(state.problem, all_forms)
+    sums = jax.tree.map(lambda *parts: sum(parts), *all_sums)
+    info = _info(sums, size, state.info.kept_back + sums.kept_back, state.info.skipped)
+    skipped = state.info._replace(skipped=state.info.skipped + 1)
+    return all_forms, state._replace(
+        c_steps=state.c_steps + finite.astype(state.c_steps.dtype),
+        multipliers=_like(state.multipliers, lagrange),
+        codes=tuple(map(_like, state.codes, codes)),
+        tables=tables,
+        info=jax.tree.map(lambda a, b: jnp.where(finite, a, b), info, skipped),
+    )
+
+
+class _Sums(NamedTuple):
+    """||w - Delta||^2, ||x - Delta||^2, ||lambda||^2 and projections dropped, over the leaves of tasks."""
+
+    away: Any
+    distortion: Any
+    multipliers: Any
+    kept_back: Any
+
+
+def _solve_task(task: Task, ws: tuple[Any, ...], mu: Any, before: Any) -> Any:
+    """The C step of one task; a projection with a higher objective than the Theta before is dropped."""
+    previous, lagrange, _ = before
+    xs = tuple(w - lagrange[p] / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
+    forms = task.project(xs, previous, mu=mu)
+    new, old = (_distance(xs, f) + task.scheme.charge(f, mu) for f in (forms, previous))
+    forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
+    moved = (mu * (form.dense() - x) for x, form in zip(xs, forms, strict=True))
+    lagrange = {path: value for path, value in zip(task.paths, moved, strict=True) if path in lagrange}
+    sums = _Sums(
+        away=_distance(ws, forms).astype(jnp.float32),
+        distortion=_distance(xs, forms).astype(jnp.float32),
+        multipliers=_square(lagrange.values()).astype(jnp.float32),
+        kept_back=(new > old * (1 + _ROUNDING)).astype(jnp.int32),
+    )
+    return forms, lagrange, sums
+
+
+def _when(true: Any, f: Callable[[Any], Any], before: Any) -> Any:
+    """f(before) if true, else `before`. In a trace a branch, which keeps the memory of tasks apart."""
+    if isinstance(true, jax.core.Tracer):
+        return jax.lax.cond(true, f, lambda kept: kept, before)
+    return f(before) if true else before
+
+
+def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
+    """Theta, put together from the state: the forms of every task."""
+    codes = [flatten(tree)[0] for tree in state.codes]
+    return [
+        tuple(
+            cast_masks(join_leafwise(rest, [jnp.asarray(tree[path]) for tree in codes if path in tree]), bool)
+            for path, rest in zip(task.paths, tables, strict=True)
+        )
+        for task, tables in zip(state.problem.tasks, state.tables, strict=True)
+    ]
+
+
+def coupling_term(state: Lagrangian, mu: Any) -> Term:
+    """The coupling mu/2 ||w - Delta - lambda/mu||^2 of the L step, as a function of the parameters."""
+    fixed = _targets(state)
+
+    def coupled(params: Any) -> dict[str, tuple[Any, Any, Any]]:
+        ws = _wide_by_path(state, params)
+        return {path: (ws[path], *parts) for path, parts in fixed.items()}
+
+    @own_promotion()
+    def value(params: Any) -> Any:
+        return functools.reduce(jnp.add, (penalty(*parts, mu) for parts in coupled(params).values()))
+
+    @own_promotion()
+    def slope(params: Any) -> dict[str, Any]:
+        return {path: gradient(*parts, mu) for path, parts in coupled(params).items()}
+
+    @own_promotion()
+    def add(grads: Any, params: Any) -> Any:
+        slopes, structure = flatten(grads)
+        for path, more in slope(params).items():
+            given = slope_of(slopes, path, more)
+            slopes[path] = nearest_number(given.astype(more.dtype) + more, given.dtype)
+        return jax.tree.unflatten(structure, slopes.values())
+
+    return Term(value, slope, add)
+
+
+def check_slopes(grads: Any, state: Lagrangian, params: Any) -> None:
+    """Refuses gradients that lack one of a selected leaf."""
+    slopes = flatten(grads)[0]
+    for path, w in _wide_by_path(state, params).items():
+        slope_of(slopes, path, w)
+
+
+@own_promotion()
+def pull(updates: Any, state: Lagrangian, params: Any, mu: Any, s: Any) -> Any:
+    """Follows the inner optimizer's updates by the proximal step at the selected leaves; s as in `proximal`."""
+    moves, structure = flatten(updates)
+    sizes, ws = flatten(s)[0], _wide_by_path(state, params)
+    for path, (delta, multiplier) in _targets(state).items():
+        w, size = ws[path], sizes[path] if path in sizes else sizes[""]
+        moved = proximal(w + moves[path].astype(w.dtype), delta, multiplier, mu, size)
+        moves[path] = nearest_number(moved - w, moves[path].dtype)
+    return jax.tree.unflatten(structure, moves.values())
+
+
+def _targets(state: Lagrangian) -> dict[str, tuple[Any, Any]]:
+    """(Delta(Theta), lambda or None) of every selected leaf, by path."""
+    lagrange = flatten(state.multipliers)[0]
+    return {
+        path: (form.dense(), lagrange.get(path))
+        for task, forms in zip(state.problem.tasks, theta(state), strict=True)
+        for path, form in zip(task.paths, forms, strict=True)
+    }
+
+
+def _wide_by_path(state: Lagrangian, params: Any) -> dict[str, Any]:
+    """Every selected weight in float32 or wider, by path."""
+    leaves = flatten(params)[0]
+    return {path: w for task in state.problem.tasks for path, w in zip(task.paths, _wide(leaves, task), strict=True)}
+
+
+def _wide(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
+    """The weights of a task in float32 or wider."""
+    ws = (weights_of(leaves, path, "lc") for path in task.paths)
+    return tuple(jnp.asarray(w, compute_dtype(w.dtype)) for w in ws)
+
+
+def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Any]], Any]:
+    """The leaf-shaped arrays of all forms by path, and the rest by task; inverse of `theta`."""
+    codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leafwise for task in problem.tasks))]
+    tables = []
+    for task, of_task in zip(problem.tasks, forms, strict=True):
+        parts = [split_leafwise(cast_masks(form, jnp.uint8)) for form in of_task]
+        tables.append(tuple(rest for _, rest in parts))
+        for path, (arrays, _) in zip(task.paths, parts, strict=True):
+            for chosen, array in zip(codes, arrays, strict=False):
+                chosen[path] = array
+    return codes, tuple(tables)
+
+
+def _like(tree: Any, chosen: dict[str, Any]) -> Any:
+    """`tree` with the chosen arrays at its leaves, and masks where there is none."""
+    leaves, structure = flatten(tree)
+    return jax.tree.unflatten(structure, [chosen.get(path, optax.MaskedNode()) for path in leaves])
+
+
+def _distance(xs: tuple[Any, ...], forms: tuple[Form, ...]) -> Any:
+    """||x - Delta(Theta)||^2 over the leaves of a task."""
+    return sum(jnp.sum((x - form.dense()) ** 2) for x, form in zip(xs, forms, strict=True))
+
+
+def _square(arrays: Iterable[Any]) -> Any:
+    """The sum of all squares."""
+    return sum((jnp.sum(a**2) for a in arrays), jnp.float32(0))
+
+
+def _info(sums: _Sums, size: Any, kept_back: Any, skipped: Any) -> Info:
+    return Info(
+        gap=(sums.away / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)).astype(jnp.float32),
+        distortion=sums.distortion.astype(jnp.float32),
+        multiplier_norm=jnp.sqrt(sums.multipliers),
+        kept_back=kept_back,
+        skipped=skipped,
+    )

@@ -1,0 +1,189 @@
+"""What LC is compared with, on the same schemes: iterated direct compression and straight-through training.
+
+Direct compression itself, Theta = Pi(w) of a trained net, is `lcq.compress`. Both wrappers here leave parameters of
+which `lcq.compress(params, rules)` is the result.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcq.forms.base import Form, cast_masks, is_form
+from lcq.forms.dtypes import native_tree
+from lcq.forms.registry import register_empty
+from lcq.training.augmented_lagrangian import first_forms
+from lcq.training.given import abstract, check_arrays, check_state, slope_of, start_inner, weights_of
+from lcq.training.objective import at, forget
+from lcq.training.straight_through import straight_through
+from lcq.tree.compress import check_finite, take
+from lcq.tree.paths import flatten
+from lcq.tree.rules import Rule, Task, checked, resolve
+
+
+@register_empty
+@jax.tree_util.register_static
+class Tasks(tuple[Task, ...]):
+    """Tasks as a node of a state without arrays."""
+
+
+class IteratedState(NamedTuple):
+    """State of `iterated_direct`: the inner state, updates made, tasks, Theta of each task."""
+
+    inner: Any
+    steps: Any
+    tasks: Tasks
+    forms: tuple[tuple[Form, ...], ...]
+
+
+def iterated_direct(
+    inner: optax.GradientTransformation, rules: Sequence[Rule], *, every: int
+) -> optax.GradientTransformationExtraArgs:
+    """Iterated direct compression: w <- Delta(Pi(w)) after every `every` updates, and plain training in between.
+
+    Nothing couples the two, so that training moves away what the projection did: it sticks near direct compression.
+
+    Extra arguments of `update` reach the inner optimizer as they are, for it minimises the loss; what a line search
+    keeps for `optax.value_and_grad_from_state` is dropped when a projection moves the parameters away from there.
+
+    Args:
+        inner: any optax optimizer.
+        rules: which leaves are projected, and how.
+        every: updates between two projections.
+
+    Source: "iDC" of arXiv 1707.04319, section 5; Han et al., arXiv 1510.00149.
+    """
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"wanted every= a positive int; got {every!r}")
+    inner, rules = optax.with_extra_args_support(inner), checked(rules)
+
+    def first_state(params: Any, blank: bool) -> IteratedState:
+        tasks, inner_state = Tasks(resolve(rules, params)), start_inner(inner, params)
+        return IteratedState(inner_state, jnp.zeros([], jnp.int32), tasks, _first(tasks, params, blank))
+
+    def init(params: Any) -> Any:
+        if abstract(params):
+            return jax.eval_shape(functools.partial(first_state, blank=True), params)
+        return first_state(native_tree(params), blank=False)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, IteratedState]:
+        _check(grads, state, params, IteratedState, "iterated_direct")
+        grads, params = native_tree((grads, params))
+        updates, inner_state = inner.update(grads, state.inner, params, **extra)
+        steps = state.steps + 1
+        moved = optax.apply_updates(params, updates)
+        due = steps % every == 0
+        forms = jax.lax.cond(due, lambda p, f: _project(state.tasks, p, f), lambda p, f: f, moved, state.forms)
+        there = _put(state.tasks, moved, forms)
+        moved = jax.tree.map(lambda a, b: jnp.where(due, a, b), there, moved)
+        updates = jax.tree.map(jnp.subtract, moved, params)
+        return updates, IteratedState(forget(inner_state, due), steps, state.tasks, forms)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class StraightThroughState(NamedTuple):
+    """State of `straight_through_training`: the inner state, latent weights, tasks, Theta of each task."""
+
+    inner: Any
+    latent: Any
+    tasks: Tasks
+    forms: tuple[tuple[Form, ...], ...]
+
+
+def straight_through_training(
+    inner: optax.GradientTransformation, rules: Sequence[Rule]
+) -> optax.GradientTransformationExtraArgs:
+    """Straight-through training: v <- v - eta dL/dw at w = Delta(Pi(v)), with latent weights v in the state.
+
+    The parameters of the loop are the compressed ones from the first update on (pass them through `lcq.decompress(
+    lcq.compress(params, rules))` to have them so before it), and the gradient with respect to them moves v. Each
+    projection starts from the last.
+
+    Functions among the extra arguments of `update` (`value_fn` and the like) are handed on as functions of v, with the
+    gradient of w = Delta(Pi(v)) as that of v: what a line search then looks at is constant between flips of codes.
+
+    Args:
+        inner: any optax optimizer.
+        rules: which leaves are projected, and how.
+
+    Source: Courbariaux, Bengio & David, arXiv 1511.00363; learned codebooks as in arXiv 1707.04319.
+    """
+    inner, rules = optax.with_extra_args_support(inner), checked(rules)
+
+    def first_state(params: Any, blank: bool) -> StraightThroughState:
+        tasks, inner_state = Tasks(resolve(rules, params)), start_inner(inner, params)
+        check_arrays(params)
+        latent = jax.tree.map(lambda w: jnp.array(w, copy=True), params)
+        return StraightThroughState(inner_state, latent, tasks, _first(tasks, params, blank))
+
+    def init(params: Any) -> Any:
+        if abstract(params):
+            return jax.eval_shape(functools.partial(first_state, blank=True), params)
+        return first_state(native_tree(params), blank=False)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        _check(grads, state, params, StraightThroughState, "straight_through_training")
+        grads, params = native_tree((grads, params))
+
+        def compressed(latent: Any) -> Any:
+            return _put(state.tasks, latent, _project(state.tasks, latent, state.forms), straight_through)
+
+        updates, inner_state = inner.update(grads, state.inner, state.latent, **at(extra, compressed))
+        latent = optax.apply_updates(state.latent, updates)
+        forms = _project(state.tasks, latent, state.forms)
+        updates = jax.tree.map(jnp.subtract, _put(state.tasks, latent, forms), params)
+        return updates, StraightThroughState(inner_state, latent, state.tasks, forms)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(grads: Any, state: Any, params: Any, kind: type, method: str) -> None:
+    """Refuses an update without parameters, or a gradient for each of them, or the types of the state."""
+    if params is None:
+        raise ValueError("the parameters are projected: call update(grads, state, params)")
+    tasks = getattr(state, "tasks", None)
+    nodes = jax.tree.leaves(getattr(state, "forms", None), is_leaf=is_form)
+    check_state(state, kind, method, sound=isinstance(tasks, Tasks) and all(map(is_form, nodes)))
+    leaves, slopes = flatten(params)[0], flatten(grads)[0]
+    selected = [path for task in state.tasks for path in task.paths]
+    for path in (*selected, *(path for path in leaves if path not in slopes)):
+        slope_of(slopes, path, weights_of(leaves, path, method))
+
+
+def _first(tasks: Tasks, params: Any, blank: bool) -> tuple[tuple[Form, ...], ...]:
+    """The first projection; masks as states hold them."""
+    leaves = _finite(tasks, params)
+    return _kept(first_forms(task, take(leaves, task), blank) for task in tasks)
+
+
+def _project(tasks: Tasks, params: Any, previous: tuple[tuple[Form, ...], ...]) -> tuple[tuple[Form, ...], ...]:
+    """A projection that starts from the last."""
+    leaves = _finite(tasks, params)
+    warm = (tuple(cast_masks(form, bool) for form in of_task) for of_task in previous)
+    return _kept(task.project(take(leaves, task), p) for task, p in zip(tasks, warm, strict=True))
+
+
+def _finite(tasks: Tasks, params: Any) -> dict[str, Any]:
+    """The leaves by path, those of tasks looked at."""
+    leaves, _ = flatten(params)
+    for task in tasks:
+        for path in task.paths:
+            check_finite(path, leaves[path])
+    return leaves
+
+
+def _kept(forms: Iterable[tuple[Form, ...]]) -> tuple[tuple[Form, ...], ...]:
+    return tuple(tuple(cast_masks(form, jnp.uint8) for form in of_task) for of_task in forms)
+
+
+def _put(tasks: Tasks, params: Any, forms: Any, join: Callable[[Any, Any], Any] = lambda w, delta: delta) -> Any:
+    """The parameters with Delta(Theta), or join(w, Delta(Theta)), at the selected leaves."""
+    leaves, structure = flatten(params)
+    for task, of_task in zip(tasks, forms, strict=True):
+        for path, form in zip(task.paths, of_task, strict=True):
+            leaves[path] = join(leaves[path], cast_masks(form, bool).dense())
+    return jax.tree.unflatten(structure, leaves.values())

@@ -1,0 +1,102 @@
+"""What a training wrapper is given, looked at once at its door: parameters, gradients, states."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from lcq.tree.paths import flatten, leave_out
+
+
+def abstract(params: Any) -> bool:
+    """Whether a tree has shape structs among its leaves, as `jax.eval_shape` returns them.
+
+    Example:
+        >>> abstract({"kernel": jax.ShapeDtypeStruct((2,), "float32")}), abstract({"kernel": np.ones(2)})
+        (True, False)
+    """
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+
+
+def named(path: str) -> str:
+    """A leaf's path for a message; of a tree that is a single leaf it is empty."""
+    return path or "the only leaf"
+
+
+def start_inner(inner: optax.GradientTransformation, params: Any) -> Any:
+    """`inner.init(params)`.
+
+    Raises:
+        ValueError: it fails, and there are leaves that are no arrays; names the first.
+    """
+    try:
+        return inner.init(params)
+    except (TypeError, AttributeError) as error:
+        check_arrays(params, error)
+        raise
+
+
+def check_arrays(params: Any, cause: Exception | None = None) -> None:
+    """Refuses leaves that are neither arrays nor numbers.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for path, leaf in flatten(params)[0].items():
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
+            raise ValueError(
+                f"{named(path)}: wanted an array; got {type(leaf).__name__}, which the optimizer cannot take: keep "
+                "what is no array out of the parameters, or put optax.masked around the optimizer"
+            ) from cause
+
+
+def weights_of(leaves: dict[str, Any], path: str, method: str) -> Any:
+    """The leaf at a path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    leaf: Any = leaves.get(path)
+    if not hasattr(leaf, "dtype"):
+        got = "they have no such leaf" if leaf is None else f"it is {type(leaf).__name__}"
+        raise ValueError(
+            f"{named(path)}: wanted the parameters that {method} was given in init; {got}; pass params in the same tree"
+        )
+    return leaf
+
+
+def slope_of(slopes: dict[str, Any], path: str, w: Any, what: str = "the gradient of the loss") -> Any:
+    """The gradient of the leaf w at a path.
+
+    Raises:
+        ValueError: there is none, or one of another shape.
+    """
+    slope: Any = slopes.get(path)
+    if not hasattr(slope, "dtype") or slope.dtype == jax.dtypes.float0:
+        got = "none" if slope is None else getattr(slope, "dtype", type(slope).__name__)
+        raise ValueError(
+            f"{named(path)}: wanted {what}; got {got}; differentiate with respect to this leaf, or exclude it "
+            f"with {leave_out(path)} before its rule"
+        )
+    if slope.shape != w.shape:
+        raise ValueError(
+            f"{named(path)}: wanted {what}, of the leaf's shape {list(w.shape)}; got {slope.dtype}{list(slope.shape)}; "
+            "pass gradients in the tree of the parameters, summed over examples"
+        )
+    return slope
+
+
+RESTORED = "a state that was restored without a target is plain dicts and lists: restore into tx.init(params)"
+"""The remedy where a checkpoint lost the types of a state."""
+
+
+def check_state(state: Any, kind: type, method: str, sound: bool = True) -> None:
+    """Refuses what is not a state of a method, or has lost the types in it.
+
+    Raises:
+        ValueError: not of `kind`, or not `sound`.
+    """
+    if not isinstance(state, kind) or not sound:
+        got = type(state).__name__ if not isinstance(state, kind) else f"a {kind.__name__} of plain dicts and lists"
+        raise ValueError(f"wanted the state that init of {method} made; got {got}; {RESTORED}")

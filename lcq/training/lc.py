@@ -1,0 +1,343 @@
+"""LC: model compression as constrained optimization, as an optax gradient transformation.
+
+    minimise L(w)  subject to  w = Delta(Theta)
+
+by an augmented Lagrangian whose penalty weight mu grows:
+
+    L step   w <- argmin L(w) + mu/2 ||w - Delta(Theta) - lambda/mu||^2     by any optax optimizer
+    C step   Theta <- Pi(w - lambda/mu),   lambda <- lambda - mu (w - Delta(Theta))
+
+Source: Carreira-Perpinan, arXiv 1707.01209; Carreira-Perpinan & Idelbayev, arXiv 1707.04319.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lcq.forms.base import is_form
+from lcq.forms.dtypes import native_tree
+from lcq.training.augmented_lagrangian import Info, Lagrangian, Problem, check_slopes, coupling_term, pull, solve, start
+from lcq.training.given import RESTORED, abstract, check_state, start_inner, weights_of
+from lcq.training.objective import add_term, keeps_value, refuse_used, take_term
+from lcq.training.penalty import Geometric, geometric, linear_step
+from lcq.tree.compress import check_finite, replace
+from lcq.tree.paths import flatten
+from lcq.tree.rules import Rule, checked, resolve
+
+_LARGE_GAP = 0.01
+
+_PROXIMAL = (
+    "with a proximal coupling it sees the loss alone, and is pulled to Theta after its step, which is not one along a "
+    "function that could be searched; use coupling='gradient'"
+)
+
+_placeholders: list[Any] = []
+optax.tree.map_params(lambda params: _placeholders.append(params), lambda leaf: leaf, None)
+Placeholder = type(_placeholders[0])
+"""What `optax.tree.map_params` passes to `init` in place of the parameters."""
+
+
+class LCState(NamedTuple):
+    """State of `lc`.
+
+    Attributes:
+        inner: state of the wrapped optimizer.
+        steps: updates made, int32.
+        lagrangian: Theta, lambda and mu.
+    """
+
+    inner: Any
+    steps: Any
+    lagrangian: Lagrangian
+
+
+def lc(
+    inner: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
+    rules: Sequence[Rule],
+    *,
+    mu: Geometric | float,
+    every: int | tuple[int, int] | None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    coupling: str | Callable[[Any, Any], Any] = "gradient",
+    multipliers: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that the parameters converge to compressed ones.
+
+    minimise L(w) subject to w = Delta(Theta), see the module's docstring. The training loop stays as it is:
+    `update` adds the coupling's gradient mu (w - Delta(Theta)) - lambda to the gradients of the selected leaves,
+    and at the start of the update that follows an L step it makes a C step on the parameters it is given. `init`
+    is direct compression, Theta = Pi(w) and lambda = 0: start from trained parameters.
+
+    Args:
+        inner: an optax optimizer; or, with `learning_rate`, a function from a learning rate to one.
+        rules: which leaves are compressed, and how.
+        mu: penalty weights, `lcq.geometric(...)`; a number is constant.
+        every: updates per L step, or (first, rest); None leaves C steps to `lcq.training.c_step`, as an ensemble under
+            vmap wants: there a C step would be computed at every update. With s the step per unit of gradient (for SGD
+            with momentum beta the learning rate over 1 - beta), s mu `every` should stay above 3: in fewer updates
+            w cannot follow its multipliers, which then drive it to and fro, codes flip back and forth, and the gap
+            stays. So mu grows faster than the learning rate falls.
+        learning_rate: number, or schedule of the number of updates. With coupling="gradient" the inner optimizer
+            runs at min(learning_rate, 1/mu), which keeps SGD stable as mu grows.
+        coupling: "gradient", or "proximal": the inner optimizer sees the loss gradient alone, and its result v is
+            pulled to t = Delta(Theta) + lambda/mu by w <- (v + s mu t)/(1 + s mu), stable for every mu. s is the
+            step per unit of gradient that the inner optimizer makes in the long run, and with a wrong s the fixed
+            point is wrong: "proximal" finds it for optimizers linear in the gradient (SGD, momentum, Nesterov);
+            for Adam pass `lcq.training.adam_step(b2, eps)`, for others a function (inner state, learning rate) -> s, a
+            scalar or a tree like the parameters.
+        multipliers: False for the quadratic-penalty method, lambda = 0: larger gap at the same mu.
+
+    What `update` is given beside the gradients to describe the loss (`value`, `grad`, `value_fn`, `obj_fn`, `grad_fn`)
+    it hands on with the coupling mu/2 ||w - Delta(Theta) - lambda/mu||^2 or its gradient added, so that line searches
+    search what is minimised. docs/guides/optax_wrappers.md says which optimizers go inside, which outside.
+
+    Returns:
+        A `GradientTransformationExtraArgs` whose `update` needs `params`. Its state holds one copy of the selected
+        weights (lambda) and their codes. Under `optax.inject_hyperparams` name static_args=("inner", "mu",
+        "every", "coupling"). Under `optax.MultiSteps(tx, k)` updates that are not emitted are undone, so each C step
+        is computed k times and counts once.
+
+    Raises:
+        ValueError: at construction for settings that do not fit together; in `init` for rules that do not fit the
+            parameters and for weights that are not finite; in `update` for a leaf without a gradient, a state that
+            lost its types, and an optimizer that uses `value` and the like under a proximal coupling.
+
+    Example:
+        >>> import jax, lcq, optax
+        >>> w = {"kernel": jnp.array([0.0, 1.0, 2.0, 5.0])}
+        >>> mu = lcq.geometric(0.1, 1.2, steps=20)
+        >>> tx = lcq.lc(optax.sgd(0.1), [lcq.Rule("kernel", lcq.Binary())], mu=mu, every=10)
+        >>> state, grad = tx.init(w), jax.jit(jax.grad(lambda w: jnp.sum((w["kernel"] - 3) ** 2)))
+        >>> update = jax.jit(tx.update)
+        >>> for _ in range(200):
+        ...     updates, state = update(grad(w), state, w)
+        ...     w = optax.apply_updates(w, updates)
+        >>> lcq.extract(state, w)["kernel"].dense().round(2)
+        Array([3., 3., 3., 3.], dtype=float32)
+
+    Source: arXiv 1707.01209, fig. 3 (augmented Lagrangian); clipped learning rate: arXiv 1707.04319, section 3.3.
+    """
+    rules = checked(rules)
+    schedule, (first, rest) = _schedule(mu), _periods(every)
+    _check_settings(inner, rules, every, learning_rate, coupling)
+    step_size: Any = linear_step(inner) if coupling == "proximal" else coupling
+
+    def at_rate(eta: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(inner if learning_rate is None else inner(eta))
+
+    def rate(steps: Any) -> Any:
+        return learning_rate(steps) if callable(learning_rate) else learning_rate
+
+    def first_state(params: Any, blank: bool) -> LCState:
+        steps = jnp.zeros([], jnp.int32)
+        inner_state = start_inner(at_rate(rate(steps)), params)
+        if isinstance(params, Placeholder):
+            return LCState(inner_state, 0, _placeholder(params, rules))
+        if learning_rate is not None:
+            _check_rate_is_not_kept(inner_state)
+        problem = Problem(resolve(rules, params), schedule)
+        return LCState(inner_state, steps, start(params, problem, multipliers, blank))
+
+    def init(params: Any) -> Any:
+        if abstract(params):
+            return jax.eval_shape(functools.partial(first_state, blank=True), params)
+        return first_state(native_tree(params), blank=False)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LCState]:
+        if params is None:
+            raise ValueError("lc couples the gradients to the parameters: call update(grads, state, params)")
+        grads, params = native_tree((grads, params))
+        check_state(state, LCState, "lc", sound=_is_sound(getattr(state, "lagrangian", None)))
+        inner_state, steps, lagrangian = state
+        if every is not None:
+            due = (steps >= first) & ((steps - first) % rest == 0)
+            lagrangian = jax.lax.cond(due, lambda: solve(lagrangian, params)[1], lambda: lagrangian)
+        weight, eta = schedule.at(lagrangian.c_steps), rate(steps)
+        if coupling == "gradient":
+            term = coupling_term(lagrangian, weight)
+            coupled = term.add(grads, params)
+            optimizer = at_rate(None if eta is None else jnp.minimum(eta, 1 / weight))
+            updates, inner_state = optimizer.update(coupled, inner_state, params, **add_term(extra, params, term))
+            if keeps_value(inner_state):
+                inner_state = take_term(inner_state, optax.apply_updates(params, updates), term)
+        else:
+            check_slopes(grads, lagrangian, params)
+            optimizer = at_rate(eta)
+            refuse_used(functools.partial(optimizer.update, grads, inner_state, params), extra, _PROXIMAL)
+            updates, inner_state = optimizer.update(grads, inner_state, params, **extra)
+            updates = pull(updates, lagrangian, params, weight, step_size(inner_state, eta))
+        return updates, LCState(inner_state, optax.safe_increment(steps), lagrangian)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def c_step(opt_state: Any, params: Any) -> Any:
+    """Makes a C step by hand: Theta <- Pi(w - lambda/mu), lambda <- lambda - mu (w - Delta(Theta)), the next mu.
+
+    For `lc(every=None)`: own schedules, exact solvers on the host (called outside jit), ensembles under vmap.
+
+    Args:
+        opt_state: an optimizer state with one LC state anywhere inside.
+        params: the parameters, as given to `update`.
+
+    Returns:
+        The optimizer state after the C step. That of an `nnx.Optimizer` comes without variables: put it back by
+        nnx.update(optimizer.opt_state, nnx.state(result)).
+
+    Raises:
+        ValueError: no LC state in `opt_state`, or several.
+    """
+    find_lagrangian(opt_state)
+    return jax.tree.map(
+        lambda node: solve(node, params)[1] if _is_lagrangian(node) else node,
+        nnx.as_pure(opt_state),
+        is_leaf=_is_lagrangian,
+    )
+
+
+def extract(opt_state: Any, params: Any) -> Any:
+    """The compressed net: one more C step on a copy, packed. Right at any moment, with averaged parameters too.
+
+    Args:
+        opt_state: an optimizer state with one LC state anywhere inside.
+        params: the parameters, as given to `update`, or a running mean of them.
+
+    Returns:
+        `params` with stored forms, of the leaves' dtypes, at the selected leaves.
+
+    Raises:
+        ValueError: no LC state or several; weights that are not finite, now or at an earlier C step.
+
+    Warns:
+        UserWarning: ||w - Delta(Theta)||^2 > 1 % of ||w||^2: the penalty schedule ended early, and the compressed
+            net is not the trained one.
+    """
+    state = find_lagrangian(opt_state)
+    leaves, structure = flatten(params)
+    for task in state.problem.tasks:
+        for path in task.paths:
+            check_finite(path, weights_of(leaves, path, "lc"))
+    if skipped := int(state.info.skipped):
+        raise ValueError(
+            f"wanted finite weights at every C step; {skipped} were skipped for NaN or infinite ones: the run "
+            "diverged; use a smaller learning rate, learning_rate= to clip it at 1/mu, or a slower mu"
+        )
+    forms, after = solve(state, params)
+    if (gap := float(after.info.gap)) > _LARGE_GAP:
+        warnings.warn(
+            f"the weights are {gap:.1%} (squared) away from the compressed ones: let mu grow further", stacklevel=2
+        )
+    stored = [
+        tuple(
+            dataclasses.replace(form, dtype=str(leaves[path].dtype)).pack()
+            for path, form in zip(task.paths, of_task, strict=True)
+        )
+        for task, of_task in zip(state.problem.tasks, forms, strict=True)
+    ]
+    return replace(structure, leaves, state.problem.tasks, stored)
+
+
+def _is_lagrangian(node: Any) -> bool:
+    return isinstance(node, Lagrangian)
+
+
+def lagrangians(opt_state: Any) -> list[Lagrangian]:
+    """Every Lagrangian in an optimizer state, without nnx variables."""
+    nodes = jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=_is_lagrangian)
+    return [node for node in nodes if _is_lagrangian(node)]
+
+
+def find_lagrangian(opt_state: Any) -> Lagrangian:
+    """The one Lagrangian in an optimizer state, without nnx variables.
+
+    Raises:
+        ValueError: none, several, or one that lost its types.
+    """
+    found = lagrangians(opt_state)
+    if len(found) != 1:
+        nothing = f"was the optimizer made by lcq.lc? {RESTORED}"
+        remedy = "pass the part that holds one of them" if found else nothing
+        raise ValueError(f"wanted one LC state in the optimizer state; got {len(found)}: {remedy}")
+    check_state(found[0], Lagrangian, "lc", sound=_is_sound(found[0]))
+    return found[0]
+
+
+def _is_sound(lagrangian: Any) -> bool:
+    """Whether a state's types are there, which a checkpoint may have lost at any depth."""
+    if not _is_lagrangian(lagrangian) or not isinstance(lagrangian.problem, Problem):
+        return False
+    forms = jax.tree.leaves(lagrangian.tables, is_leaf=is_form)
+    return isinstance(lagrangian.info, Info) and isinstance(lagrangian.codes, tuple) and all(map(is_form, forms))
+
+
+def _schedule(mu: Any) -> Geometric:
+    if isinstance(mu, Geometric):
+        return mu
+    if not isinstance(mu, int | float):
+        raise ValueError(
+            f"wanted mu= a number or lcq.geometric(start, factor, steps=...); got {mu!r}; "
+            "under optax.inject_hyperparams name it in static_args"
+        )
+    return geometric(mu, 1.0, steps=0)
+
+
+def _periods(every: Any) -> tuple[int, int]:
+    """Updates before the first C step, and between two."""
+    periods = every if isinstance(every, tuple) else (every, every)
+    if every is None:
+        return 1, 1
+    if len(periods) != 2 or not all(isinstance(n, int) and n > 0 for n in periods):
+        raise ValueError(
+            f"wanted every= a positive int, a pair (first, rest) of them, or None; got {every!r}; "
+            "under optax.inject_hyperparams name it in static_args"
+        )
+    return periods
+
+
+def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rate: Any, coupling: Any) -> None:
+    schemes = [rule.scheme for rule in rules if isinstance(rule, Rule) and rule.scheme is not None]
+    if not schemes:
+        raise ValueError("lc wants a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.Ternary())")
+    for scheme in schemes:
+        if every is not None and scheme.host:
+            raise ValueError(
+                f"{scheme} is solved on the host, not in update: pass every=None, call lcq.training.c_step"
+            )
+    if coupling not in ("gradient", "proximal") and not callable(coupling):
+        raise ValueError(f"wanted coupling='gradient', 'proximal' or a function; got {coupling!r}")
+    transformation = hasattr(inner, "init") and hasattr(inner, "update")
+    if transformation and learning_rate is not None:
+        raise ValueError(
+            "with learning_rate= the optimizer is a function of it: pass optax.sgd or "
+            "lambda eta: optax.sgd(eta, momentum=0.9), not optax.sgd(0.1)"
+        )
+    if coupling != "gradient" and learning_rate is None:
+        raise ValueError(
+            "a proximal coupling needs the step size: pass learning_rate= and the optimizer as a function of it"
+        )
+    if not transformation and learning_rate is None:
+        raise ValueError(
+            f"wanted an optax optimizer, or a function of the learning rate and learning_rate=; got {inner!r}"
+        )
+
+
+def _check_rate_is_not_kept(inner_state: Any) -> None:
+    kept = optax.InjectStatefulHyperparamsState
+    if any(isinstance(n, kept) for n in jax.tree.leaves(inner_state, is_leaf=lambda n: isinstance(n, kept))):
+        raise ValueError(
+            "optax.inject_hyperparams inside lc keeps its first learning rate, and lc could not clip it: "
+            'wrap lc instead, inject_hyperparams(lcq.lc, static_args=("inner", "mu", "every", "coupling"))'
+        )
+
+
+def _placeholder(params: Any, rules: tuple[Rule, ...]) -> Lagrangian:
+    """The state of `optax.tree.map_params`, in which `params` stands for every tree shaped like the parameters."""
+    trees = max(rule.scheme.leafwise for rule in rules if rule.scheme is not None)
+    return Lagrangian(0, 0, params, (params,) * trees, 0, Info(0, 0, 0, 0, 0))

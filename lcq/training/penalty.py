@@ -1,0 +1,163 @@
+"""How the L step ties w to Delta(Theta): penalty weights, the coupling's gradient, the proximal pull.
+
+    L step   w <- argmin L(w) + mu/2 ||w - t||^2,   t = Delta(Theta) + lambda/mu
+
+Functions on arrays; `lc` applies them to the selected leaves of a tree.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from lcq.forms.dtypes import own_promotion
+
+_SETTLE = 1 << 13
+"""Updates in which an optimizer under a constant gradient settles to 1e-3; enough for momentum .999."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometric:
+    """The penalty weights mu_k = start * factor^min(max(k - wait, 0), steps). See `geometric`."""
+
+    start: float
+    factor: float
+    steps: int
+    wait: int = 0
+
+    def at(self, k: Any) -> Array:
+        """mu_k as float32; k counts the C steps made."""
+        k = jnp.clip(k - self.wait, 0, self.steps).astype(jnp.float32)
+        return jnp.float32(self.start) * jnp.exp(k * jnp.float32(math.log(self.factor)))
+
+
+def geometric(start: float, factor: float, *, steps: int, wait: int = 0) -> Geometric:
+    """A penalty schedule mu_k = start * factor^min(max(k - wait, 0), steps), k counting C steps.
+
+    A value, not a function, so that wrappers which trace callables (`optax.inject_hyperparams`) leave it
+    alone; constant after `steps`, because a factor above 1 overflows float32 in the end.
+
+    Args:
+        start: mu of the first L step, > 0; 1e-4 to 1e-3 is usual. Too large and w sticks at direct compression.
+        factor: > 0; 1.1 to 1.4 is usual.
+        steps: C steps in which mu grows; then it stays as it is.
+        wait: C steps before it begins to.
+
+    Raises:
+        ValueError: not positive and finite, or a mu outside of 1e-30 .. 1e30.
+
+    Example:
+        >>> float(geometric(0.5, 2.0, steps=3).at(10))
+        4.0
+    """
+    if not (0 < start < math.inf and 0 < factor < math.inf and steps >= 0 and wait >= 0):
+        raise ValueError(f"wanted start > 0, factor > 0, steps >= 0, wait >= 0; got {start}, {factor}, {steps}, {wait}")
+    for exponent in (math.log10(start), math.log10(start) + steps * math.log10(factor)):
+        if abs(exponent) > 30:
+            raise ValueError(
+                f"mu = {start} * {factor}^{steps} leaves 1e-30 .. 1e30, where float32 is safe; "
+                "take fewer steps or a factor nearer to 1"
+            )
+    return Geometric(float(start), float(factor), int(steps), int(wait))
+
+
+def gradient(
+    w: Float[Array, "*leaf"], delta: Float[Array, "*leaf"], multiplier: Float[Array, "*leaf"] | None, mu: Any
+) -> Float[Array, "*leaf"]:
+    """Gradient of the coupling mu/2 ||w - Delta - lambda/mu||^2: mu (w - Delta) - lambda."""
+    pull = mu * (w - delta)
+    return pull if multiplier is None else pull - multiplier
+
+
+def penalty(
+    w: Float[Array, "*leaf"], delta: Float[Array, "*leaf"], multiplier: Float[Array, "*leaf"] | None, mu: Any
+) -> Float[Array, ""]:
+    """The coupling itself, mu/2 ||w - Delta - lambda/mu||^2 >= 0; `gradient` is its gradient."""
+    away = w - delta if multiplier is None else w - delta - multiplier / mu
+    return 0.5 * mu * jnp.sum(away**2)
+
+
+def proximal(
+    v: Float[Array, "*leaf"],
+    delta: Float[Array, "*leaf"],
+    multiplier: Float[Array, "*leaf"] | None,
+    mu: Any,
+    s: Any,
+) -> Float[Array, "*leaf"]:
+    """The proximal step w = (v + s mu t)/(1 + s mu) from v, the inner optimizer's result, to t = Delta + lambda/mu.
+
+    Where w stays as it is, v = w - s dL/dw gives dL/dw + mu (w - t) = 0: the minimiser of the L step, if s is the
+    step per unit of gradient that the inner optimizer makes in the long run.
+    """
+    target = mu * delta if multiplier is None else mu * delta + multiplier
+    return (v + s * target) / (1 + s * mu)
+
+
+@own_promotion()
+def linear_step(inner: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, Any], Any]:
+    """s(inner state, eta) of an optimizer that is linear in the gradient, found by giving it a constant one.
+
+    s/eta = lim_t -u_t / g: 1 for SGD, 1/(1 - beta) for `optax.sgd` with momentum, Nesterov or not.
+
+    Raises:
+        ValueError: -u_t/g does not settle, or depends on g.
+    """
+
+    def per_gradient(g: Any) -> Any:
+        tx = optax.with_extra_args_support(inner(jnp.float32(1.0)))
+        w = jnp.zeros([])
+
+        def step(_: Any, carry: Any) -> Any:
+            return tx.update(g, carry[1], w)
+
+        half = jax.lax.fori_loop(0, _SETTLE, step, (w, tx.init(w)))
+        full = jax.lax.fori_loop(0, _SETTLE, step, half)
+        return jnp.stack([-half[0] / g, -full[0] / g])
+
+    linear = False
+    with jax.ensure_compile_time_eval(), contextlib.suppress(TypeError):  # one that wants a value= is not
+        found = jax.vmap(per_gradient)(jnp.array([1.0, 1e-3, 1e3]))
+        slope = float(found[0, 1])
+        linear = slope > 0 and bool((abs(found / slope - 1) < 1e-3).all())
+    if not linear:
+        raise ValueError(
+            "coupling='proximal' finds the step size of optimizers that are linear in the gradient, as SGD with "
+            "momentum; got one that is not: for Adam pass coupling=lcq.training.adam_step(b2, eps), for others a "
+            "function (inner state, learning rate) -> step, or coupling='gradient'"
+        )
+    return lambda inner_state, eta: eta * slope
+
+
+def adam_step(b2: float = 0.999, eps: float = 1e-8) -> Callable[[Any, Any], Any]:
+    """Adam's step per unit of gradient, s = eta / (sqrt(nu / (1 - b2^t)) + eps), for `lc(coupling=...)`.
+
+    Args:
+        b2: decay of the second moment, as given to the optimizer.
+        eps: as given to the optimizer.
+
+    Raises:
+        ValueError: when used, if the optimizer's state has no `optax.ScaleByAdamState`, or several.
+    """
+
+    def step(inner_state: Any, eta: Any) -> Any:
+        nodes = jax.tree.leaves(inner_state, is_leaf=_is_adam)
+        found = [node for node in nodes if _is_adam(node)]
+        if len(found) != 1:
+            raise ValueError(
+                f"coupling=adam_step(...) wants one optax.ScaleByAdamState in the inner optimizer's state; "
+                f"got {len(found)}; pass a function (inner state, learning rate) -> step instead"
+            )
+        correction = 1 - b2 ** found[0].count.astype(jnp.float32)
+        return jax.tree.map(lambda nu: eta / (jnp.sqrt(nu.astype(jnp.float32) / correction) + eps), found[0].nu)
+
+    return step
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)

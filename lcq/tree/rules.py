@@ -1,0 +1,310 @@
+"""Where to compress: rules on leaf paths, resolved once into tasks."""
+
+import contextlib
+import dataclasses
+import difflib
+import dis
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcq.forms.axes import check_layout, mixes_layers, warning
+from lcq.forms.base import Form, is_form, share
+from lcq.forms.blocks import block_counts
+from lcq.schemes.base import Scheme, check_weights
+from lcq.tree.paths import flatten, leave_out, places_of_none
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Says how the leaves whose path matches are compressed. The first rule that matches a leaf decides.
+
+    Attributes:
+        pattern: a regular expression that must match the whole path; paths are keys joined by "/", as in
+            "dense0/kernel". "(.*/)?kernel" matches at any depth.
+        scheme: how; None leaves the leaves alone.
+        joint: all matching leaves share one Theta (one codebook, one budget), stored and counted once.
+        stacked: the first `stacked` axes of a leaf count independent layers or experts, each with a Theta of its own.
+        layout: what the axes behind those are, a letter for each: "o" outputs, "i" inputs, any other a window; None for
+            "io" and "hwio", kernels of JAX. per="channel" tells apart the outputs, and per=g runs along the inputs:
+            "oi" for weights of PyTorch, filters too, "ioo" for [inputs, heads, units]. Not for `per` as a tuple, which
+            says lengths itself. In `quantize` products say what is what.
+
+    Example:
+        >>> import lcq
+        >>> Rule("(.*/)?bias", lcq.Cast("bfloat16"))
+        Rule(pattern='(.*/)?bias', scheme=Cast(format='bfloat16'), joint=False, stacked=0, layout=None)
+        >>> w = {"weight": jnp.array([[1.0, 2.0, 3.0], [40.0, 50.0, 60.0]])}  # (out, in)
+        >>> form = lcq.compress(w, [Rule("weight", lcq.Uniform(8, per="channel"), layout="oi")])["weight"]
+        >>> form.scale.shape
+        (2, 1)
+    """
+
+    pattern: str
+    scheme: Scheme | None
+    joint: bool = False
+    stacked: int = 0
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ValueError(f"wanted a regular expression; got {self.pattern!r}; write it as a string")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"wanted a regular expression; got {self.pattern!r} ({error})") from error
+        if not (self.scheme is None or isinstance(self.scheme, Scheme)):
+            raise ValueError(
+                f"rule {self.pattern!r}: wanted a scheme such as lcq.KMeans(4), or None; got {self.scheme!r}"
+            )
+        if isinstance(self.stacked, bool) or not isinstance(self.stacked, int) or self.stacked < 0:
+            raise ValueError(
+                f"rule {self.pattern!r}: wanted stacked >= 0; got {self.stacked!r}; count the axes of layers"
+            )
+        if self.layout is None:
+            return
+        try:
+            check_layout(self.layout)
+        except ValueError as error:
+            raise ValueError(f"rule {self.pattern!r}: {error}") from error
+        if self.scheme is not None and any(isinstance(per, tuple) for per in self.scheme.cuts):
+            raise ValueError(
+                f"rule {self.pattern!r}: wanted layout= or lengths as a tuple; got {self.scheme} and layout="
+                f"{self.layout!r}, which both say what the axes are; drop one"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One C step: the leaves that share a Theta, and the scheme that projects them."""
+
+    paths: tuple[str, ...]
+    scheme: Scheme
+    stacked: int = 0
+
+    @property
+    def name(self) -> str:
+        """The path of its first leaf, which no other task has."""
+        return self.paths[0]
+
+    def project(
+        self,
+        xs: tuple[Any, ...],
+        previous: tuple[Form, ...] | None = None,
+        mu: Any = None,
+        weights: tuple[Any, ...] | None = None,
+    ) -> tuple[Form, ...]:
+        """The C step of this task: `scheme.project`, mapped over the stacked axes.
+
+        Args:
+            xs: the leaves, in the order of `paths`.
+            previous: their forms, as a warm start.
+            mu: the penalty weight.
+            weights: an array for each leaf that broadcasts against the whole of it, stacked axes included.
+        """
+        with named(", ".join(self.paths)):
+            if weights is not None:
+                weights = tuple(
+                    jnp.broadcast_to(h, x.shape[: self.stacked] + h.shape[self.stacked :]) if self.stacked else h
+                    for h, x in zip(check_weights(xs, weights), xs, strict=True)
+                )
+            for x in xs if self.stacked else ():
+                if not isinstance(x, jax.core.Tracer):
+                    self.scheme.check_numbers(jnp.asarray(x))
+            project = _project_each if self.scheme.host and self.stacked else _project_mapped
+            forms = project(self.scheme, xs, previous, mu, weights, self.stacked)
+        if len(self.paths) > 1:
+            forms = tuple(share(form, self.name) for form in forms)
+        return forms
+
+
+@contextlib.contextmanager
+def named(path: str) -> Iterator[None]:
+    """Puts `path` before the words of ValueErrors that lcq itself raises inside; those of JAX, which may be about
+    anything, keep their own.
+
+    JAX may cut its own frames out of a traceback: the last one is lcq's own fault only if it stands at a `raise`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "lcq":
+            raise
+        if dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] != "RAISE_VARARGS":
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, weights: Any, stacked: int) -> tuple[Form, ...]:
+    """Absent warm starts and weights are trees without leaves to map over."""
+    if not stacked:
+        return scheme.project(xs, previous, mu=mu, weights=weights)
+    return jax.vmap(lambda x, p, h: _project_mapped(scheme, x, p, mu, h, stacked - 1))(xs, previous, weights)
+
+
+def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, weights: Any, stacked: int) -> tuple[Form, ...]:
+    """The same for solvers on the host, which cannot be mapped: one after another, then stacked."""
+    if not stacked:
+        return scheme.project(xs, previous, mu=mu, weights=weights)
+
+    def at(i: int) -> Any:
+        return jax.tree.map(lambda a: a[i], (xs, previous, weights))
+
+    each = []
+    for i in range(xs[0].shape[0]):
+        x, p, h = at(i)
+        each.append(_project_each(scheme, x, p, mu, h, stacked - 1))
+    return jax.tree.map(lambda *a: jnp.stack(a), *each)
+
+
+def checked(rules: Any) -> tuple[Rule, ...]:
+    """Rules as a tuple.
+
+    Raises:
+        ValueError: anything else, with what was meant.
+    """
+    like = "[lcq.Rule('(.*/)?kernel', lcq.KMeans(4))]"
+    if isinstance(rules, Rule):
+        raise ValueError(f"wanted a list of rules; got one rule, {rules!r}; put it into brackets: [rule]")
+    if isinstance(rules, Scheme):
+        raise ValueError(
+            f"wanted a list of rules; got the scheme {rules!r}; say for which leaves: [lcq.Rule('.*', scheme)]"
+        )
+    if isinstance(rules, Mapping):
+        raise ValueError(
+            f"wanted a list of rules such as {like}; got a {type(rules).__name__}; "
+            "write [lcq.Rule(pattern, scheme) for pattern, scheme in rules.items()]"
+        )
+    if isinstance(rules, str) or not isinstance(rules, Iterable):
+        raise ValueError(
+            f"wanted a list of rules such as {like}; got {rules!r}; make lcq.Rule(pattern, scheme) of each"
+        )
+    rules = tuple(rules)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise ValueError(f"wanted rules such as {like}; got {rule!r}; make lcq.Rule(pattern, scheme) of it")
+    return rules
+
+
+def resolve(rules: Sequence[Rule], tree: Any) -> tuple[Task, ...]:
+    """Assigns every leaf of `tree` to the first rule that matches it.
+
+    Warns of leaves whose layers would share scales or codebooks because the rule does not say that they are stacked.
+
+    Args:
+        rules: in order of precedence.
+        tree: parameters; arrays or shape structs.
+
+    Returns:
+        Tasks in the order of the tree's leaves, a joint task at its first leaf.
+
+    Raises:
+        ValueError: rules that are none, a rule that decides no leaf (with the nearest paths), or a leaf its scheme
+            cannot take.
+    """
+    rules = checked(rules)
+    leaves, _ = flatten(tree)
+    chosen: list[list[str]] = [[] for _ in rules]
+    for path in leaves:
+        for matched, rule in zip(chosen, rules, strict=True):
+            if re.fullmatch(rule.pattern, path):
+                matched.append(path)
+                break
+    tasks = []
+    for matched, rule in zip(chosen, rules, strict=True):
+        if not matched:
+            raise ValueError(_unmatched(rule, rules, list(leaves), tree))
+        if rule.scheme is None:
+            continue
+        schemes = [_fitted(path, leaves[path], rule) for path in matched]
+        groups = [tuple(matched)] if rule.joint else [(path,) for path in matched]
+        if rule.joint and rule.stacked and len({leaves[p].shape[: rule.stacked] for p in matched}) > 1:
+            raise ValueError(
+                f"rule {rule.pattern!r}: jointly stacked leaves must agree in their leading axes: {matched}"
+            )
+        if rule.joint and len(set(schemes)) > 1:
+            raise ValueError(
+                f"rule {rule.pattern!r}: joint leaves with a layout must have equally many axes: {matched}"
+            )
+        tasks += [Task(group, scheme, rule.stacked) for group, scheme in zip(groups, schemes, strict=False)]
+        if rule.layout is None and rule.scheme.cuts:
+            _warn(rule, matched, leaves)
+    order = {path: i for i, path in enumerate(leaves)}
+    return tuple(sorted(tasks, key=lambda task: order[task.name]))
+
+
+def _warn(rule: Rule, paths: Sequence[str], leaves: Mapping[str, Any]) -> None:
+    """Says which leaves seem to be stacks of layers that share what `per` should give each of them."""
+    assert rule.scheme is not None
+    named = [per for per in rule.scheme.cuts if per is not None and not isinstance(per, tuple)]
+    if not named:
+        return
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
+    for path in paths:
+        shape, n = shapes[path], rule.stacked
+        if mixes_layers(path, shapes, n):
+            before, one = (math.prod(block_counts(named[0], shape[i:])) for i in (n, n + 1))
+            words = warning(path, shape, named[0], n, before, shape[n] * one)
+            warnings.warn(words, stacklevel=4)  # where the caller was called that resolves rules
+
+
+def _fitted(path: str, leaf: Any, rule: Rule) -> Scheme:
+    """The scheme of a rule for one of its leaves."""
+    assert rule.scheme is not None
+    name, remedy = path or "params, which is one leaf without a name", f"exclude it with {leave_out(path)} before it"
+    if is_form(leaf):
+        raise ValueError(
+            f"{name}: rule {rule.pattern!r} wants a floating-point array; got a form, {type(leaf).__name__}, which is "
+            f"compressed already; make it dense with lcq.decompress, or {remedy}"
+        )
+    if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
+        raise ValueError(f"{name}: rule {rule.pattern!r} wants a floating-point array; got {got}; {remedy}")
+    if leaf.size == 0:
+        got = f"{leaf.dtype}{list(leaf.shape)}"
+        raise ValueError(f"{name}: rule {rule.pattern!r} wants at least one weight; got {got}, an empty leaf; {remedy}")
+    if leaf.ndim < rule.stacked:
+        raise ValueError(
+            f"{name}: rule {rule.pattern!r} wants {rule.stacked} stacked axes; got {leaf.dtype}{list(leaf.shape)}; "
+            f"lower stacked=, or {remedy}"
+        )
+    shape = leaf.shape[rule.stacked :]
+    try:
+        scheme = rule.scheme if rule.layout is None else rule.scheme.oriented(rule.layout, len(shape))
+        scheme.check(shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; change rule {rule.pattern!r}, or {remedy}") from error
+    return scheme
+
+
+def _unmatched(rule: Rule, rules: Sequence[Rule], paths: list[str], tree: Any) -> str:
+    taken = [path for path in paths if re.fullmatch(rule.pattern, path)]
+    if taken:
+        return (
+            f"rule {rule.pattern!r} decides no leaf: earlier rules take {', '.join(taken[:4])}; move it up or drop it"
+        )
+    if paths == [""]:
+        return (
+            f"rule {rule.pattern!r} matches no leaf: params is one leaf, which has no name; give it one, "
+            "{'kernel': params}, or take scheme.project(params)"
+        )
+    nothing = [path for path in places_of_none(tree) if re.fullmatch(rule.pattern, path)]
+    if nothing:
+        return (
+            f"rule {rule.pattern!r} decides no leaf: {', '.join(nothing[:4])} is None, without weights; drop the rule, "
+            "or give the leaf an array"
+        )
+    plain = re.sub(r"[\\^$.|?*+(){}\[\]]", "", rule.pattern)
+    near = difflib.get_close_matches(plain, paths, n=4, cutoff=0.0)
+    return (
+        f"rule {rule.pattern!r} matches no leaf (a pattern must match the whole path); "
+        f"the nearest of {len(paths)} paths: {', '.join(near) or 'none, the tree is empty'}"
+    )

@@ -1,0 +1,552 @@
+"""The command line, through `main` and once through a process."""
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+import lcq
+from lcq.cli.main import main
+from lcq.forms import Factors
+from lcq.io.checkpoints import checkpoint
+
+RULE = "(.*/)?kernel=KMeans(4)"
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    kernels = {f"dense{i}": {"kernel": rng.normal(size=(12, 8)).astype(np.float32)} for i in range(2)}
+    return kernels | {"bias": np.arange(5, dtype=np.float32), "count": np.arange(3)}
+
+
+@pytest.fixture
+def source(tmp_path):
+    checkpoint.write(tmp_path / "in.npz", weights())
+    return tmp_path / "in.npz"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def same(a, b):
+    x, y = (lcq.decompress(tree) for tree in (a, b))
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".npz", ""])
+def test_there_and_back(tmp_path, kind, capsys):
+    source, packed, back = tmp_path / f"in{kind}", tmp_path / "out.lcq", tmp_path / f"back{kind}"
+    checkpoint.write(source, weights())
+    assert run("compress", source, "--rule", "bias=Cast", "--rule", RULE, "-o", packed) == 0
+    expected = lcq.compress(weights(), [lcq.Rule("bias", lcq.Cast()), lcq.Rule("(.*/)?kernel", lcq.KMeans(4))])
+    same(lcq.load(packed), expected)
+    out = capsys.readouterr().out
+    assert "codes K=4" in out and "distortion" in out and f"{packed.stat().st_size:,}" in out
+    assert run("inspect", packed) == 0
+    out = capsys.readouterr().out
+    assert "format lcq 2" in out and "dense0/kernel.codes" in out and "BF16" in out and "I64" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["dense0/kernel.levels", "F32", "1x1x4", "16", "16"] in lines and ["count", "I64", "3", "24", "24"] in lines
+    streams = [line for line in lines if len(line) > 4 and line[1] in ("F32", "U32", "BF16", "I64")]
+    raw, held = (sum(int(line[i]) for line in streams) for i in (3, -1))
+    share = np.bincount(expected["dense0"]["kernel"].codes.reshape(-1)) / expected["dense0"]["kernel"].codes.size
+    least = -(share * np.log2(share)).sum() * expected["dense0"]["kernel"].codes.size / 8
+    assert [line[4] for line in streams if len(line) == 6 and line[0] == "dense0/kernel.codes"] == [f"{least:.0f}"]
+    size = packed.stat().st_size
+    parts = f"{held:,} of streams ({raw:,} before coding), {size - held:,} of header and index"
+    assert f"{size:,} bytes: {parts}" in out
+    assert run("decompress", packed, "-o", back) == 0
+    same(checkpoint.read(back), expected)
+
+
+TOML = """
+# dense1 stays
+[[rule]]
+pattern = 'dense1/.*'
+scheme = "None"
+
+[[rule]]
+pattern = '(.*/)?kernel'
+scheme = "KMeans(4)"
+"""
+
+
+def test_a_plan_is_read_kept_and_shown(source, tmp_path, capsys):
+    plan, packed, again = tmp_path / "plan.toml", tmp_path / "out.lcq", tmp_path / "again.lcq"
+    plan.write_text(TOML)
+    rules = [lcq.Rule("dense1/.*", None), lcq.Rule("(.*/)?kernel", lcq.KMeans(4))]
+    assert run("compress", source, "--plan", plan, "--dry-run") == 0
+    assert "dense1/.*" in capsys.readouterr().out
+    assert run("compress", source, "--plan", plan, "-o", packed) == 0
+    same(lcq.load(packed), lcq.compress(weights(), rules))
+    assert lcq.read_plan(packed) == lcq.read_plan(plan) == lcq.Plan(rules)
+    assert run("compress", source, "--plan", packed, "-o", again) == 0
+    assert again.read_bytes() == packed.read_bytes()
+    assert run("compress", source, "--rule", "dense1/.*=None", "--rule", RULE, "-o", again, "--force") == 0
+    assert again.read_bytes() == packed.read_bytes()
+    capsys.readouterr()
+    assert run("inspect", packed) == 0
+    assert capsys.readouterr().out.endswith(f"{lcq.Plan(rules)}\n")
+
+
+def test_a_plan_is_shown_without_what_a_terminal_would_run(tmp_path, capsys):
+    path, escape = tmp_path / "net.lcq", "\\u001b"
+    for pattern, scheme in ((f"{escape}2J", "None"), ("w", f"KMeans('{escape}2J')")):
+        lcq.save(path, weights(), plan=f'[[rule]]\npattern = "{pattern}"\nscheme = "{scheme}"')
+        assert run("inspect", path) == (scheme != "None")
+        out = "".join(capsys.readouterr())
+        assert "\x1b" not in out and ("U0000001b2J" in out or "x1b2J" in out)
+
+
+def test_dry_run_writes_nothing(source, tmp_path, capsys):
+    assert run("compress", source, "--rule", RULE, "-o", tmp_path / "out.lcq", "--dry-run") == 0
+    assert run("compress", source, "--rule", RULE, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "(.*/)?kernel" in out and "KMeans(4)" in out and "codes K=4" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]
+
+
+def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
+    packed, back, folder = tmp_path / "out.lcq", tmp_path / "back.safetensors", tmp_path / "folder"
+    first = ("compress", source, "--rule", RULE, "-o", packed)
+    assert run(*first) == 0
+    before = packed.read_bytes()
+    assert run("compress", source, "--rule", "(.*/)?kernel=KMeans(2)", "-o", packed) == 1
+    assert "--force" in capsys.readouterr().err and packed.read_bytes() == before
+    assert run("compress", source, "--rule", "(.*/)?kernel=KMeans(2)", "-o", packed, "--force") == 0
+    assert packed.read_bytes() != before
+    for out in (back, folder):
+        assert [run("decompress", packed, "-o", out, *more) for more in ((), (), ("--force",))] == [0, 1, 0]
+        same(checkpoint.read(out), lcq.load(packed))
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "letter.txt").write_text("keep me")
+    assert run("decompress", packed, "-o", other, "--force") == 1
+    assert (other / "letter.txt").read_text() == "keep me"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "back.safetensors",
+        "folder",
+        "in.npz",
+        "mine",
+        "out.lcq",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("compress", "gone.npz", "--rule", RULE, "-o", "x.lcq"), "gone.npz"),
+        (("compress", "in.npz", "--rule", "kernle=KMeans(4)", "-o", "x.lcq"), "nearest of 4 paths: dense1/kernel"),
+        (("compress", "in.npz", "--rule", "count=KMeans(4)", "-o", "x.lcq"), "wants a floating-point array"),
+        (("compress", "nan.npz", "--rule", "w=KMeans(4)", "-o", "x.lcq"), "w: wanted finite weights"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "no/such/folder/x.lcq"), "no/such/folder: no such folder"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "."), "already there"),
+        (("compress", "in.npz", "--rule", RULE, "-o", ".", "--force"), "wanted the name of a file; got a folder"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "in.npz", "--force"), "wanted another file than the input"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "/proc/x.lcq"), "/proc: cannot write there"),
+        (("compress", "in.npz", "--rule", ".*=KMeans(4)", "-o", "x.lcq"), "exclude it with --rule 'count=None' before"),
+        (("decompress", "small.lcq", "-o", "x.txt"), "x.txt: wanted a .safetensors or .npz file"),
+        (("decompress", "small.lcq", "-o", "small.lcq", "--force"), "of .lcq files lcq decompress makes checkpoints"),
+        (("decompress", "small.lcq", "-o", "x.npz", "--limit", "10"), "raise --limit if you trust it"),
+        (("inspect", "small.lcq", "--limit", "10"), "raise --limit if you trust it"),
+        (("compress", "in.txt", "--rule", RULE, "-o", "x.lcq"), "in.txt"),
+        (("compress", "in.npz", "--plan", "gone.toml", "-o", "x.lcq"), "No such file or directory: gone.toml"),
+        (("compress", "in.npz", "--plan", "bad.toml", "-o", "x.lcq"), "bad.toml: rule 2: wanted a scheme; got 'Kmeens"),
+        (("compress", "in.npz", "--plan", "without.lcq", "-o", "x.lcq"), "none: save one with lcq compress or"),
+        (("inspect", "gone.lcq"), "No such file or directory: gone.lcq"),
+        (("inspect", "in.npz"), "in.npz: not an lcq file"),
+        (("table", "in.npz"), "in.npz: not an lcq file"),
+        (("table", "small.lcq", "--reference", "gone.npz"), "gone.npz: no such file"),
+        (("table", "small.lcq", "--reference", "in.npz"), "in.npz: wanted a reference with the same leaves; only in"),
+        (
+            ("table", "small.lcq", "--reference", "short.npz", "--html", "x.npz"),
+            "bias: wanted a reference of shape [5]",
+        ),
+        (("table", "small.lcq", "--html", "no/such/x.html"), "no/such: no such folder"),
+        (("decompress", "in.npz", "-o", "x.npz"), "in.npz: not an lcq file"),
+        (("decompress", "plain.safetensors", "-o", "x.npz"), "not an lcq file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    np.savez("nan.npz", w=np.array([1, np.nan], np.float32))
+    np.savez("short.npz", bias=np.ones(4, np.float32))
+    lcq.save("small.lcq", {"bias": np.ones(5, np.float32)})
+    (source.parent / "in.txt").write_text("weights")
+    safetensors.numpy.save_file({"w": np.ones(2)}, "plain.safetensors")
+    lcq.save("without.lcq", weights())
+    Path("bad.toml").write_text(TOML.replace("KMeans", "Kmeens"))
+    assert run(*arguments) == 1
+    captured = capsys.readouterr()
+    assert complaint in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (source.parent / "x.lcq").exists() and not (source.parent / "x.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "required"),
+        (("inspect", "x.lcq", "--limit", "much"), "wanted a number of bytes, such as 40G; got 'much'"),
+        (("explode",), "invalid choice"),
+        (("compress", "in.npz", "-o", "x.lcq"), "--rule"),
+        (("compress", "in.npz", "--rule", RULE), "wanted -o OUT.lcq, or --dry-run"),
+        (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: KMeans(k"),
+        (
+            ("compress", "in.npz", "--rule", RULE, "--plan", "plan.toml", "-o", "x.lcq"),
+            "not allowed with argument --rule",
+        ),
+        (("decompress", "in.lcq"), "-o"),
+        (("quantize", "in.npz", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "x.lcq"), "wanted MODULE:FUNCTION"),
+        (("quantize", "a:b", "in.npz", "--rule", RULE, "-o", "x.lcq"), "--data"),
+        (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE), "-o"),
+        (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "y", "--batch", "0"), "above 0"),
+        (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "y", "--method", "gtpq"), "gptq"),
+        (("demo", "--seed", "x"), "invalid int"),
+    ],
+)
+def test_bad_usage_is_status_2(arguments, complaint, capsys):
+    assert run(*arguments) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_output_is_checked_before_the_work(source, tmp_path, monkeypatch):
+    def work(*given, **more):
+        raise AssertionError
+
+    for door in ("read", "read_checkpoint"):
+        monkeypatch.setattr(checkpoint, door, work)
+    monkeypatch.setattr(lcq, "load", work)
+    lcq.save(tmp_path / "net.lcq", weights())
+    link = tmp_path / "link.lcq"
+    link.symlink_to(source)
+    for out in ("no/x.lcq", "/proc/x.lcq", str(tmp_path), str(source), str(link)):
+        assert run("compress", source, "--rule", RULE, "-o", out, "--force") == 1
+    for out in ("no/x.npz", "/proc/x.npz", "x.txt", str(tmp_path / "net.lcq")):
+        assert run("decompress", tmp_path / "net.lcq", "-o", out, "--force") == 1
+    assert run("table", tmp_path / "net.lcq", "--html", "no/x.html") == 1
+
+
+def test_a_sharded_checkpoint(tmp_path, capsys):
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (tmp_path / "hf").mkdir()
+    for i, name in enumerate(names):
+        w = {f"layers.{i}.proj.weight": weights()["dense0"]["kernel"] + i}
+        safetensors.numpy.save_file(w, tmp_path / "hf" / name, {"format": "pt"})
+    index = {"weight_map": {f"layers.{i}.proj.weight": name for i, name in enumerate(names)}}
+    where = tmp_path / "hf" / "model.safetensors.index.json"
+    where.write_text(json.dumps(index))
+    packed, back = tmp_path / "o.lcq", tmp_path / "back.safetensors"
+    assert run("compress", tmp_path / "hf", "--rule", ".*proj.weight=KMeans(4)", "-o", packed) == 0
+    assert run("compress", where, "--rule", ".*proj.weight=KMeans(4)", "-o", packed, "--force") == 0
+    assert sorted(lcq.load(packed)) == ["layers.0.proj.weight", "layers.1.proj.weight"]
+    assert run("table", packed, "--reference", tmp_path / "hf") == 0
+    assert run("inspect", packed) == 0 and "metadata: 'format': 'pt'" in capsys.readouterr().out
+    assert run("decompress", packed, "-o", back) == 0
+    with safetensors.safe_open(back, "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert run("decompress", packed, "-o", tmp_path / "back.npz") == 0
+    assert "no place for the metadata format" in capsys.readouterr().err
+    (tmp_path / "hf" / names[1]).unlink()
+    assert run("compress", tmp_path / "hf", "--rule", ".*=KMeans(4)", "-o", packed, "--force") == 1
+    assert names[1] in capsys.readouterr().err
+
+
+def test_inspect_makes_nothing_dense(tmp_path, capsys, monkeypatch):
+    ones = np.ones((1 << 17, 1), np.float32)
+    form = Factors(left=ones, tail=(1 << 17, 1 << 17), right=ones.T.copy())
+    lcq.save(tmp_path / "large.lcq", {"large": form, "small": lcq.KMeans(2).project(jnp.arange(8.0))})
+    assert run("decompress", tmp_path / "large.lcq", "-o", tmp_path / "x.npz") == 1
+    assert "--limit" in capsys.readouterr().err
+    monkeypatch.setattr(Factors, "dense", None)
+    assert run("inspect", tmp_path / "large.lcq") == 0
+    assert "131072x1" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "large.lcq", "--limit", "0.9M") == 1
+    assert run("inspect", tmp_path / "large.lcq", "--limit", "1.5MiB") == 0
+
+
+def test_warnings_are_a_line_in_the_words_of_the_command(tmp_path, capsys):
+    checkpoint.write(tmp_path / "in.npz", {"layers": {"kernel": np.ones((3, 8, 4), np.float32)}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert run("compress", tmp_path / "in.npz", "--rule", ".*=Uniform(4, per='channel')", "--dry-run") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and lines[0].startswith("lcq compress: warning: layers/kernel: ")
+    assert "'; stacked=1' behind the scheme" in lines[0] and "lcq.Rule" not in lines[0]
+
+
+def test_version(capsys):
+    assert run("--version") == 0 and capsys.readouterr().out.startswith("lcq 0.")
+
+
+def test_help_is_status_0(capsys):
+    assert run("--help") == 0 and "demo" in capsys.readouterr().out
+    assert run("compress", "--help") == 0 and "PATTERN=SCHEME" in capsys.readouterr().out
+
+
+NET = """
+import jax
+
+number = 3
+
+
+def apply(params, tokens):
+    x = params["embedding"][tokens]
+    for name in ("dense0", "dense1"):
+        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+    return x
+
+
+def misspelt(params, tokens):
+    return params["embeding"][tokens]
+
+
+def masked(params, batch):
+    return apply(params, batch["tokens"])
+
+
+def transposed(params, tokens):
+    return params["embedding"][tokens] @ params["dense0"]["kernel"].T @ params["dense1"]["kernel"].T
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """A current folder with a module tinynet, its checkpoint net.npz, and data.npz: 21 rows of 3 tokens."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (6, 6), "bias": (6,)}
+    params = {
+        name: {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+        for name in ("dense0", "dense1")
+    } | {"embedding": rng.normal(size=(11, 6)).astype(np.float32)}
+    checkpoint.write(tmp_path / "net.npz", params)
+    tokens = rng.integers(0, 11, (21, 3))
+    np.savez(tmp_path / "data.npz", tokens=tokens)
+    (tmp_path / "tinynet.py").write_text(NET)
+    (tmp_path / "broken.py").write_text("import nowhere_at_all\n")
+    (tmp_path / "torn.py").write_text("def apply(:\n")
+    monkeypatch.chdir(tmp_path)
+    for module in ("tinynet", "broken", "torn"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return params, tokens
+
+
+def quantize(*more, function="tinynet:apply", source="net.npz", data="data.npz", rule="dense./kernel=Ternary"):
+    return run("quantize", function, source, "--data", data, "--rule", rule, "-o", "out.lcq", *more)
+
+
+def test_quantize_does_what_the_function_does(net, capsys):
+    params, tokens = net
+    path = list(sys.path)
+    assert quantize("--nearest-rule", "embedding=Uniform(4)", "--batch", "8") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert sys.path == path
+
+    def apply(params, tokens):
+        x = params["embedding"][tokens]
+        for name in ("dense0", "dense1"):
+            x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+        return x
+
+    rules = [lcq.Rule("dense./kernel", lcq.Ternary())], [lcq.Rule("embedding", lcq.Uniform(4))]
+    expected = lcq.quantize(apply, params, [tokens[:8], tokens[8:16], tokens[16:]], rules[0], nearest=rules[1])
+    same(lcq.load("out.lcq"), expected.forms)
+    assert not np.array_equal(lcq.load("out.lcq")["dense1"]["bias"], params["dense1"]["bias"])
+    lines = [line.split() for line in captured.out.splitlines()]
+    for record in expected.records:
+        facts = [record.path, "1x24x6x6", "Descent,", f"{record.recursion},", "centred", "3", "2"]
+        assert [*facts, f"{record.error:.2e}", f"{record.scale:.3g}"] in [line[:-1] for line in lines]
+    size = (Path("out.lcq")).stat().st_size
+    assert ["on", "disk", f"{8 * size:,}", f"{size:,}"] in [line[:4] for line in lines] and "distortion" in captured.out
+    assert lcq.read_plan("out.lcq") == lcq.Plan([*rules[1], *rules[0]])
+    assert quantize() == 1 and "--force" in capsys.readouterr().err
+
+
+def test_quantize_takes_a_plan(net):
+    Path("plan.toml").write_text(str(lcq.Plan([lcq.Rule("dense./kernel", lcq.Ternary())])))
+    command = ["quantize", "tinynet:apply", "net.npz", "--data", "data.npz", "-o", "out.lcq"]
+    assert run(*command, "--plan", "plan.toml") == 0
+    assert lcq.read_plan("out.lcq") == lcq.read_plan("plan.toml")
+    assert lcq.load("out.lcq")["dense0"]["kernel"].size_of_table == 3
+    assert run(*command, "--plan", "plan.toml", "--rule", RULE) == 2 and run(*command) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "lengths"),
+    [
+        ((), [21]),
+        (("--batch", "7"), [7, 7, 7]),
+        (("--batch", "10"), [10, 10, 1]),
+        (("--batch", "10", "--limit", "20"), [10, 10]),
+        (("--batch", "10", "--limit", "13"), [10, 3]),
+        (("--limit", "4"), [4]),
+        (("--limit", "40"), [21]),
+    ],
+)
+def test_quantize_makes_batches_of_all_examples(net, more, lengths, monkeypatch):
+    _, tokens = net
+    given, options = asked(monkeypatch, *more)
+    assert [batch.shape for batch in given["batches"]] == [(length, 3) for length in lengths]
+    used = np.concatenate(given["batches"])
+    np.testing.assert_array_equal(used, tokens[: sum(lengths)])
+    assert options["centred"] and given["method"] == "descent" and options["nearest"] == [] and options["mask"] is None
+
+
+def test_quantize_hands_on_several_arrays_and_the_options(net, monkeypatch):
+    _, tokens = net
+    np.savez("many.npz", **{"tokens": tokens, "mask": tokens > 3})
+    more = ("--batch", "9", "--method", "spfq", "--seed", "5", "--not-centred", "--nearest-rule", "embedding=Cast")
+    given, options = asked(monkeypatch, *more, data="many.npz")
+    assert [{name: a.shape for name, a in batch.items()} for batch in given["batches"]] == [
+        {"tokens": (length, 3), "mask": (length, 3)} for length in (9, 9, 3)
+    ]
+    np.testing.assert_array_equal(given["batches"][1]["mask"], tokens[9:18] > 3)
+    assert given["method"] == "spfq" and not options["centred"]
+    assert options["nearest"] == [lcq.Rule("embedding", lcq.Cast())] and jnp.all(options["key"] == jax.random.key(5))
+
+
+def test_quantize_leaves_out_what_the_mask_does(net, capsys):
+    """Which token pads is no matter, in the short last batch as in others."""
+    _, tokens = net
+    counts = np.ones(tokens.shape, np.int32)
+    counts[4:, 2] = counts[17, 1] = 0
+    for padding in (3, 7):
+        np.savez(f"{padding}.npz", tokens=np.where(counts, tokens, padding), attention=counts)
+
+    def layers(padding, *more):
+        done = quantize("--batch", "8", "--force", *more, function="tinynet:masked", data=f"{padding}.npz")
+        assert done == 0 and Path("out.lcq").exists()
+        return jax.tree.leaves(lcq.decompress(lcq.load("out.lcq")))
+
+    for one, other in zip(layers(3, "--mask", "attention"), layers(7, "--mask", "attention"), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    counts[16:] = 0  # a batch of padding alone
+    np.savez("8.npz", tokens=np.where(counts, tokens, 3), attention=counts)
+    np.savez("9.npz", tokens=tokens[:16], attention=counts[:16])
+    for one, other in zip(layers(8, "--mask", "attention"), layers(9, "--mask", "attention"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    differ = [np.abs(one - other).max() > 1e-2 for one, other in zip(layers(3), layers(7), strict=True)]
+    assert any(differ)
+    np.savez("none.npz", tokens=tokens, attention=0 * counts)
+    assert quantize("--mask", "attention", "--force", data="none.npz") == 1
+    assert "none.npz: attention: wanted a position that counts" in capsys.readouterr().err
+    assert quantize("--mask", "attention", "--force") == 1
+    assert "inputs and the array 'attention' that says which of their positions" in capsys.readouterr().err
+    assert quantize("--mask", "tokens", "--force") == 1 and "; name it with --mask" in capsys.readouterr().err
+
+
+def test_quantize_dry_run_writes_nothing(net, capsys, monkeypatch):
+    monkeypatch.setattr(lcq, "quantize", None)
+    command = [
+        "quantize",
+        "tinynet:apply",
+        "net.npz",
+        "--data",
+        "data.npz",
+        "--rule",
+        "dense./kernel=Uniform(4, per=3)",
+    ]
+    assert run(*command, "--dry-run", "--nearest-rule", "embedding=Cast") == 0
+    shown = capsys.readouterr().out
+    assert "3 of axis 0, axis 1" in shown and "bfloat16" in shown and not Path("out.lcq").exists()
+    assert run(*command) == 2 and "wanted -o OUT.lcq, or --dry-run" in capsys.readouterr().err
+    transposed = [*command, "--dry-run"]
+    transposed[1] = "tinynet:transposed"
+    assert run(*transposed) == 0 and "axis 0, 3 of axis 1" in capsys.readouterr().out
+    assert run(*command[:-1], "dense./kernel=Uniform(4, per=4)", "--dry-run") == 1
+    assert capsys.readouterr().err.startswith("lcq quantize: dense0/kernel: ")
+
+
+def asked(monkeypatch, *more, **where):
+    """What the command asks of lcq.quantize."""
+    asked = []
+
+    def stand_in(fn, params, batches, rules, method, **options):
+        asked.append(({"batches": batches, "method": method}, options))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(lcq, "quantize", stand_in)
+    assert quantize(*more, **where) == 1
+    return asked[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"function": "notthere:apply"}, "notthere: no such module, neither in "),
+        ({"function": "tinynet.inner:apply"}, "tinynet.inner: no such module"),
+        ({"function": "tinynet:aply"}, "tinynet: no 'aply' in it; it has apply, misspelt, masked"),
+        ({"function": "tinynet:number"}, "tinynet:number: wanted a function of (params, batch); got int"),
+        ({"function": "tinynet:misspelt"}, "tinynet:misspelt: KeyError: 'embeding' (tinynet.py, line 15)"),
+        ({"function": "broken:apply"}, "broken: No module named 'nowhere_at_all', which it imports"),
+        ({"function": "torn:apply"}, "torn: SyntaxError: "),
+        ({"source": "gone.npz"}, "gone.npz: no such file"),
+        ({"data": "gone.npz"}, "gone.npz: no such file"),
+        (
+            {"data": "uneven.npz"},
+            "uneven.npz: wanted arrays with equally many examples along their first axis; got a [2]",
+        ),
+        ({"data": "empty.npz"}, "empty.npz: wanted arrays"),
+        ({"data": "number.npz"}, "number.npz: wanted arrays"),
+        ({"rule": "kernel=Ternary"}, "rule 'kernel' matches no leaf"),
+        ({"rule": "embedding=Ternary"}, "embedding: wanted a leaf that only products use"),
+        (
+            {"rule": ".*/kernel=KMeans(2); joint"},
+            "dense0/kernel, dense1/kernel: each product has an alphabet of its own",
+        ),
+    ],
+)
+def test_quantize_says_what_is_wrong_in_one_line(net, changed, complaint, capsys):
+    np.savez("uneven.npz", a=np.ones(2), b=np.ones(3))
+    np.savez("empty.npz", a=np.ones((0, 3)))
+    np.savez("number.npz", a=np.float32(3))
+    assert quantize(**changed) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lcq quantize: ") and captured.err.count("\n") == 1 and captured.out == ""
+    assert complaint in captured.err and not Path("out.lcq").exists()
+
+
+def test_quantize_misses_a_folder_before_it_works(net, capsys, monkeypatch):
+    monkeypatch.setattr(lcq, "quantize", None)
+    assert quantize("-o", "no/out.lcq") == 1 and "no: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:the weights are:UserWarning")
+def test_demo(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, "--quick") == 0
+    files = ["accuracy.png", "dc-1bit.lcq", "float.lcq", "lc-1bit.lcq", "weights.png"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in ("float", "1 bit, direct", "1 bit, LC", "360 test digits", "found equal"))
+    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    tree = lcq.load(out / "lc-1bit.lcq")
+    assert lcq.sizes(tree)["dense0/kernel"].bits == 640 + 64
+    assert len(jnp.unique(tree["dense0"]["kernel"].dense())) == 2
+    assert run("demo", "--out", out, "--quick") == 1
+    assert "--force" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error(source, tmp_path):
+    lcq.save(tmp_path / "net.lcq", {f"leaf{i}": np.ones(3) for i in range(3000)})
+    command = f"{sys.executable} -m lcq inspect {tmp_path}/net.lcq | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=240)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_as_a_process(source):
+    command = [sys.executable, "-m", "lcq", "compress", str(source), "--rule", RULE, "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "dense0/kernel" in done.stdout and done.stderr == ""
+    done = subprocess.run([*command[:3], "inspect", "gone.lcq"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "gone.lcq" in done.stderr

@@ -1,0 +1,166 @@
+"""How far statistics of few rows are believed, against float64 numpy: shrinking, noise, errors on rows held back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lcq
+from lcq.ptq import inputs, shrinkage
+from lcq.ptq.rounding.base import residual
+from lcq.ptq.rounding.gpfq import GPFQ
+from lcq.ptq.rounding.sequential import follow
+from lcq.ptq.shrinkage import Folds
+from lcq.ptq.statistics import Statistics, gather
+
+K, SIZE, NEURONS = 4, 6, 3
+FORM = lcq.Uniform(3, per="channel")
+
+
+def rows(many=22, offset=2.0, seed=0):
+    """w, X and Y, correlated and off zero, one input that does not vary, and folds of unequal length."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(many, SIZE)) @ rng.normal(size=(SIZE, SIZE)) + offset
+    x[:, 4] = 1.5
+    y = x + 0.2 * rng.normal(size=x.shape)
+    y[:, 4] = 1.5
+    fold = np.repeat(np.arange(K), [7, 5, 4, many - 16])
+    return tuple(a.astype(np.float32) for a in (rng.normal(size=(SIZE, NEURONS)), x, y)), fold
+
+
+def folds():
+    (w, x, y), fold = rows()
+    parts = [gather(jnp.asarray(y[fold == k]), jnp.asarray(x[fold == k])) for k in range(K)]
+    gaps = jnp.stack([(((x - y) @ w)[fold == k] ** 2).sum(0) for k in range(K)])
+    return Folds(shrinkage.aligned(jax.tree.map(lambda *a: jnp.stack(a), *parts)), gaps)
+
+
+def off(a):
+    return a - np.diag(np.diag(a))
+
+
+def plainly(x, y, share, centred):
+    """Shrunk H and D by their definition."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    mean, away = y.mean(0), (x - y).mean(0)
+    c = y - mean
+    h, d = c.T @ c, c.T @ (x - y - away)
+    flat = [len(y) * np.outer(mean, mean), len(y) * np.outer(mean, away)]
+    made = [a - share[0] * off(a) for a in (h, d)]
+    return made if centred else [a + b - share[1] * off(b) for a, b in zip(made, flat, strict=True)]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_shrunk(centred):
+    (_, x, y), _ = rows()
+    share = np.array([0.3, 0.6], np.float32)
+    got = shrinkage.shrunk(shrinkage.together(folds().moments), jnp.asarray(share), centred)
+    expected = plainly(x, y, share, centred)
+    for a, b in zip((got.gram, got.drift), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+    if centred:  # exactly nothing, not what rounding leaves
+        assert not got.gram[4].any() and not got.gram[:, 4].any()
+
+
+def noise(y, fold):
+    y = y.astype(np.float64)
+    c = y - y.mean(0)
+    s = np.sqrt((c**2).sum(0))
+    unit = np.where(s > 1e-3, 1 / np.maximum(s, 1e-3), 0)
+    whole, spread, away = off((c * unit).T @ (c * unit)), 0, 0
+    for k in range(K):
+        part, share = (c * unit)[fold == k], (fold == k).mean()
+        spread += ((off(part.T @ part) - share * whole) ** 2).sum()
+        away += (part.sum(0) ** 2).sum()
+    lives = (unit > 0).sum()
+    least = lives * (lives - 1) / len(y), lives
+    sizes = (whole**2).sum(), ((len(y) * y.mean(0) * unit) ** 2).sum()
+    return [min(max(a * K / (K - 1), b) / s, 0.999) for a, b, s in zip((spread, away), least, sizes, strict=True)]
+
+
+def test_noise_between_folds():
+    (_, _, y), fold = rows()
+    expected = noise(y, fold)
+    np.testing.assert_allclose(shrinkage.noise(folds().moments), expected, rtol=1e-3)
+    every = jnp.ones(len(y), bool)
+    np.testing.assert_allclose(inputs.noise(jnp.asarray(y), every, jnp.asarray(fold), K), expected, rtol=1e-3)
+
+
+def test_following_on_shrunk_statistics():
+    """The codes and the residual of GPFQ on shrunk H and D, with some rows left out."""
+    (w, x, y), fold = rows()
+    use, share, form = fold != 1, jnp.array([0.3, 0.6]), FORM.project(jnp.asarray(w))
+    h, d = plainly(x[use], y[use], share, False)
+    statistics = Statistics(jnp.float32(h), jnp.float32(d), None, None, None, None)
+    expected = GPFQ().codes(jnp.asarray(w), statistics, form)
+    a, b = (jnp.asarray(np.where(use[:, None], each, 0)) for each in (x, y))
+    got, error = follow(jnp.asarray(w), a, b, form, "natural", share, jnp.asarray(use))
+    np.testing.assert_array_equal(got.codes, expected.codes)
+    gap = (x - y)[use].astype(np.float64)
+    flat = len(gap) * np.outer(gap.mean(0), gap.mean(0))
+    k = gap.T @ gap - flat
+    k = k - 0.3 * off(k) + flat - 0.6 * off(flat)
+    np.testing.assert_allclose(
+        error, np.asarray(residual(jnp.asarray(w), statistics, got)) + (w * (k @ w)).sum(0), rtol=2e-3
+    )
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_errors_on_rows_held_back(centred):
+    """By a loop: codes from three folds on shrunk statistics, the error on the fourth after the bias has followed."""
+    (w, x, y), fold = rows()
+    form, part = FORM.project(jnp.asarray(w)), jnp.array([0.4, 0.7])
+    tried = jnp.array([0.0, 1.0])
+    got, size = shrinkage.held(GPFQ(), jnp.asarray(w), folds(), form, part, tried, None, centred)
+    every = jnp.ones(len(y), bool)
+    given = (jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), every, form, jnp.asarray(fold))
+    other, other_size = inputs.held(*given, K, part, tried, "natural", centred)
+    wide = w.astype(np.float64)
+    for c, here, there in zip(tried, got, other, strict=True):
+        v = np.asarray(c * K / (K - 1) * part / (1 - part), np.float64)
+        total = 0.0
+        for k in range(K):
+            use = fold != k
+            h, d = (jnp.float32(a) for a in plainly(x[use], y[use], v / (1 + v), centred))
+            q = np.asarray(GPFQ().codes(jnp.asarray(w), Statistics(h, d, None, None, None, None), form).dense())
+            left = x.astype(np.float64) @ wide - y.astype(np.float64) @ q
+            shift = 0
+            if centred:
+                means = np.stack([left[fold == j].mean(0) for j in range(K) if j != k])
+                counts = np.array([(fold == j).sum() for j in range(K) if j != k])
+                sums = counts[:, None] * means
+                away = ((sums - counts[:, None] / counts.sum() * sums.sum(0)) ** 2).sum() * 1.5
+                shift = max(0, 1 - 3 * away / (sums.sum(0) ** 2).sum()) * sums.sum(0) / counts.sum()
+            total += ((left - shift)[~use] ** 2).sum()
+        np.testing.assert_allclose([here, there], total, rtol=2e-3)
+    np.testing.assert_allclose([size, other_size], ((x.astype(np.float64) @ wide) ** 2).sum(), rtol=1e-4)
+
+
+def test_the_choice():
+    """Near the least error: from 0 up where there is little noise, from 1 down, and never 0, where there is much."""
+    quiet, loud = np.array([[0.1, 0.1]]), np.array([[0.9, 0.1]])
+    errors = np.array([[1.0], [0.99], [1.0], [1.2]])
+    assert shrinkage.pick(quiet, shrinkage.PARTS, errors) == 0
+    assert shrinkage.pick(loud, shrinkage.PARTS, errors) == 2
+    assert shrinkage.pick(quiet, shrinkage.PARTS, errors * [[2], [1], [1], [1]]) == 1
+    assert shrinkage.parts(np.array([[0.001, 1.0]])) == (0.0,) and shrinkage.parts(quiet) == shrinkage.PARTS
+
+
+def new_rows(many, seed=11):
+    rng = np.random.default_rng(seed)
+    mix, w = rng.normal(size=(64, 64)) * 0.4 + np.eye(64), rng.normal(size=(64, 24)).astype("f4")
+    return w, *((rng.normal(size=(m, 64)) @ mix).astype("f4") for m in (many, 2000))
+
+
+def square(a, b):
+    return float(((a - b) ** 2).sum() / (b**2).sum())
+
+
+def test_a_bias_does_not_follow_noise():
+    """With 8 rows, inputs of mean 0 and a bias that is free; and with many, a bias that has something to follow."""
+    w, x, new = new_rows(8)
+    params, rule = {"w": jnp.asarray(w), "b": jnp.zeros(24)}, [lcq.Rule("w", FORM)]
+    done = lcq.quantize(lambda p, x: x @ p["w"] + p["b"], params, [x], rule, "nearest")
+    error = square(new @ np.asarray(done.forms["w"].dense()) + done.forms["b"], new @ w)
+    plain = square(new @ np.asarray(lcq.compress(params, rule)["w"].dense()), new @ w)
+    assert done.records[0].centred and error < 1.15 * plain, (error, plain)

@@ -1,0 +1,179 @@
+"""What a wrapper is given: shape structs, gradients that are missing, states without their types, odd leaves."""
+
+import flax.serialization as fs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import lcq
+
+W = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)
+PARAMS = {"kernel": W, "bias": jnp.ones(8)}
+
+
+def rules(pattern="kernel", scheme=None):
+    return [lcq.Rule(pattern, scheme or lcq.KMeans(2))]
+
+
+def lc(pattern="kernel", **changes):
+    settings = {"mu": 1.0, "every": 2} | changes
+    return lcq.lc(optax.adam(1e-2), rules(pattern, settings.pop("scheme", None)), **settings)
+
+
+MAKERS = {
+    "lc": lc,
+    "lc, proximal": lambda pattern="kernel": lcq.lc(
+        optax.sgd, rules(pattern), mu=1.0, every=2, learning_rate=0.1, coupling="proximal"
+    ),
+    "hemp": lambda pattern="kernel": lcq.hemp(optax.adam(1e-2), rules(pattern), order=2, small=0, every=2),
+    "iterated_direct": lambda pattern="kernel": lcq.training.iterated_direct(optax.adam(1e-2), rules(pattern), every=2),
+    "straight_through_training": lambda pattern="kernel": lcq.training.straight_through_training(
+        optax.adam(1e-2), rules(pattern)
+    ),
+}
+
+
+def same_shapes(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_abstract_initialisation(name):
+    tx = MAKERS[name]()
+    same_shapes(tx.init(jax.eval_shape(lambda: PARAMS)), jax.eval_shape(tx.init, PARAMS))
+    same_shapes(tx.init(jax.eval_shape(lambda: PARAMS)), tx.init(PARAMS))
+    mixed = {"kernel": jax.ShapeDtypeStruct(W.shape, W.dtype), "bias": PARAMS["bias"]}
+    same_shapes(tx.init(mixed), tx.init(PARAMS))
+    alone = MAKERS[name](".*")
+    same_shapes(alone.init(jax.ShapeDtypeStruct(W.shape, W.dtype)), alone.init(W))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [lcq.KMeans(2, exact=True), lcq.Prune(kept=5), lcq.LowRank(2), lcq.Prune(penalty=0.1), lcq.Cast("bfloat16")],
+)
+def test_abstract_initialisation_of_any_scheme(scheme):
+    tx = lc(scheme=scheme, every=None)
+    same_shapes(tx.init(jax.eval_shape(lambda: PARAMS)), tx.init(PARAMS))
+
+
+def test_abstract_weights_are_made_binary_abstractly():
+    binary = lcq.smooth_binary([lcq.Rule("kernel", lcq.Binary(per="channel"))])
+    shapes = jax.eval_shape(lambda: PARAMS)
+    same_shapes(binary.alphas(shapes), binary.alphas(PARAMS))
+    same_shapes(binary(shapes, 0.5), binary(PARAMS, 0.5))
+    same_shapes(binary(shapes, 0.5, binary.alphas(shapes)), binary(PARAMS, 0.5))
+    same_shapes(binary.compress(shapes), binary.compress(PARAMS))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_update_without_a_gradient(name):
+    tx = MAKERS[name]()
+    state = tx.init(PARAMS)
+    for grads in ({"kernel": None, "bias": jnp.ones(8)}, {"bias": jnp.ones(8)}, None):
+        with pytest.raises(
+            ValueError, match=r"kernel: wanted the gradient of the loss; got none; .*lcq.Rule\('kernel'"
+        ):
+            tx.update(grads, state, PARAMS)
+    with pytest.raises(ValueError, match=r"kernel: wanted the gradient.* \[6, 8\]; got float32\[2, 6, 8\]"):
+        tx.update(jax.tree.map(lambda w: jnp.stack([w, w]), PARAMS), state, PARAMS)
+    with pytest.raises(ValueError, match=r"kernel: wanted the parameters that .* was given in init"):
+        tx.update(PARAMS, state, {"bias": PARAMS["bias"]})
+    if name in ("iterated_direct", "straight_through_training"):  # they move every leaf themselves
+        with pytest.raises(ValueError, match="bias: wanted the gradient of the loss; got none"):
+            tx.update({"kernel": W, "bias": None}, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_tree_that_is_one_leaf(name):
+    tx = MAKERS[name](".*")
+    state = tx.init(W)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(W, state, W)
+    assert updates.shape == W.shape and np.isfinite(updates).all()
+    with pytest.raises(ValueError, match=r"^the only leaf: wanted the gradient"):
+        tx.update(None, state, W)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_leaves_that_are_no_arrays_and_empty_ones(name):
+    tx = MAKERS[name]()
+    if name == "lc, proximal":  # SGD keeps nothing of a leaf, and lc nothing of this one
+        assert tx.init(PARAMS | {"act": jax.nn.relu}).lagrangian.multipliers["act"] == optax.MaskedNode()
+    else:
+        with pytest.raises(ValueError, match=r"^act: wanted an array; got \w+, .*optax.masked"):
+            tx.init(PARAMS | {"act": jax.nn.relu})
+    with pytest.raises(ValueError, match=r"kernel: .*got int"):
+        tx.init(PARAMS | {"kernel": 3})
+    empty = PARAMS | {"nothing": jnp.zeros((0, 3))}
+    updates, _ = tx.update(empty, tx.init(empty), empty)
+    assert updates["nothing"].shape == (0, 3)
+    with pytest.raises(ValueError, match=r"kernel: .*at least one"):
+        tx.init(PARAMS | {"kernel": jnp.zeros((0, 3))})
+
+
+def through_msgpack(state, _):
+    return fs.msgpack_restore(fs.to_bytes(state))
+
+
+def through_orbax(state, folder):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state")
+
+
+def as_lists(state, _):
+    return jax.tree.leaves(state)
+
+
+@pytest.mark.parametrize("restore", [through_msgpack, through_orbax, as_lists])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_state_that_was_restored_without_a_target(name, restore, tmp_path):
+    tx = MAKERS[name]()
+    state = tx.init(PARAMS)
+    plain = restore(state, tmp_path)
+    remedy = r"plain dicts and lists: restore into tx.init\(params\)"
+    with pytest.raises(ValueError, match=remedy):
+        tx.update(PARAMS, plain, PARAMS)
+    with pytest.raises(ValueError, match=remedy):
+        lcq.metrics(plain)
+    for function in {"lc": (lcq.training.c_step, lcq.extract), "hemp": (lcq.training.compress_warm,)}.get(name, ()):
+        with pytest.raises(ValueError, match=remedy):
+            function(plain, PARAMS)
+
+
+def test_a_state_that_lost_its_types_inside():
+    tx, chained = lc(), optax.chain(optax.clip(1.0), lc())
+    state = tx.init(PARAMS)
+    remedy = r"a .* of plain dicts and lists; .*restore into tx.init\(params\)"
+    for lost in (
+        state._replace(lagrangian=state.lagrangian._asdict()),
+        state._replace(lagrangian=state.lagrangian._replace(problem={})),
+        state._replace(lagrangian=state.lagrangian._replace(tables=[[{"levels": jnp.ones((1, 1, 2))}]])),
+        state._replace(lagrangian=state.lagrangian._replace(codes=[{"kernel": jnp.ones(3)}])),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            tx.update(PARAMS, lost, PARAMS)
+    with pytest.raises(ValueError, match=remedy):
+        lcq.extract((state._replace(lagrangian=state.lagrangian._replace(problem={})),), PARAMS)
+    inside = chained.init(PARAMS)
+    with pytest.raises(ValueError, match=r"got dict; .*restore into tx.init\(params\)"):
+        chained.update(PARAMS, (inside[0], inside[1]._asdict()), PARAMS)
+    tx = MAKERS["hemp"]()
+    with pytest.raises(ValueError, match=remedy):
+        tx.update(PARAMS, tx.init(PARAMS)._replace(tasks=[]), PARAMS)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_state_that_was_restored_into_one_goes_on(name):
+    tx = MAKERS[name]()
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    back = fs.from_bytes(tx.init(PARAMS), fs.to_bytes(state))
+    for a, b in zip(*(jax.tree.leaves(tx.update(PARAMS, s, PARAMS)) for s in (state, back)), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-6)
