@@ -60,7 +60,7 @@ class Rounding(abc.ABC):
 
         Example:
             >>> from lcq.ptq.statistics import gather, finish
-            >>> from lcq.ptq.rounding.base import GPFQ
+            >>> from lcq.ptq.rounding.gpfq import GPFQ
             >>> from lcq.schemes.levels import Levels
             >>> w, y = jnp.array([[0.4], [0.4]]), jnp.array([[1.0, 1.0], [2.0, 2.0]])
             >>> form = Levels((0, 1)).project(w)
