@@ -20,7 +20,7 @@ from lcq.runtime.traced_form import Leaf, Pieces
 from lcq.tracing import jaxpr
 from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, RAGGED
 
-LARGE = 1 << 20
+LARGE = 1 << 22
 """Weights from which few rows are multiplied faster with codes than with a dense array."""
 
 _VARIES = object()
