@@ -1,4 +1,4 @@
-"""The two nouns of lcq: `Form`, what is stored, and `Scheme`, how an array becomes one."""
+"""`Form`: what is stored in place of an array, and how a class becomes one."""
 
 import abc
 import dataclasses

@@ -1,4 +1,4 @@
-"""Plans: rules as one value, as TOML and inside a file; and what rules will do, before anything is done."""
+"""Plans: rules as one value, as TOML and inside a file."""
 
 import dataclasses
 import os

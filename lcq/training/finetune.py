@@ -1,4 +1,4 @@
-"""What is fitted again once the weights are compressed: the numbers in forms, and batch-norm statistics."""
+"""What is trained once the weights are compressed: the numbers in forms and the other leaves, codes fixed."""
 
 import dataclasses
 import functools
