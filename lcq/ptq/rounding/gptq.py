@@ -1,7 +1,8 @@
 """GPTQ: after each level, the weights left over are solved again by least squares.
 
-It is the recursion of `lcq.ptq.rounding.base`, as is Qronos in its own file, on triangular roots of H + damp I instead of H. Where rounding errors
-leave no root, damp grows tenfold until there is one; codes are never made of a factorisation that failed.
+It is the recursion of `lcq.ptq.rounding.base`, as is Qronos in its own file, on triangular roots of H + damp I instead
+of H. Where rounding errors leave no root, damp grows tenfold until there is one; codes are never made of a
+factorisation that failed.
 """
 
 import dataclasses
