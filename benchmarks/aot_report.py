@@ -126,7 +126,7 @@ def gpu_code() -> dict[str, Any]:
 
 def main() -> None:
     if os.environ.get("JAX_PLATFORMS") != "cpu":
-        sys.exit("wanted JAX_PLATFORMS=cpu: jax must not look for the machines that are compiled for")
+        sys.exit("expected JAX_PLATFORMS=cpu: jax must not look for the machines that are compiled for")
     rows = []
     for target in (*TPU, *GPU):
         device, bandwidth = device_of(target)

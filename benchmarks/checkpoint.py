@@ -30,7 +30,7 @@ def resume(path: Path, made_by: str, tree: Any) -> tuple[Any, dict[str, Any]]:
     saved = serialization.msgpack_restore(path.read_bytes())
     log = json.loads(saved["log"])
     if log["made_by"] != made_by:
-        raise ValueError(f"{path} is by {log['made_by']}; got {made_by}; choose another --out")
+        raise ValueError(f"{path} is by {log['made_by']}, got {made_by}; choose another --out")
     log["resumed_after"].append(len(log["curve"]))
     print("goes on after epoch", len(log["curve"]), flush=True)
     leaves = [jnp.array(saved["leaves"][str(i)]) for i in range(len(saved["leaves"]))]

@@ -265,7 +265,7 @@ def _data(name: str) -> Path:
     folder = Path(os.environ.get("LCQ_DATA", "")) / name
     if "LCQ_DATA" not in os.environ or not folder.is_dir():
         raise SystemExit(
-            f"wanted a folder {name!r}; set LCQ_DATA to the folder that holds it. stories: stories260k_llama.npz (the"
+            f"expected a folder {name!r}; set LCQ_DATA to the folder that holds it. stories: stories260k_llama.npz (the"
             " weights of karpathy/tinyllamas stories260K, MIT), tinystories_eval_tok512.npz, tinystories_sample.txt"
             " (TinyStories, CDLA-Sharing-1.0). stsb: stsb-en-train.csv, stsb-en-dev.csv (STS benchmark, CC BY-SA 4.0)"
         )

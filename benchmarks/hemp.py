@@ -448,7 +448,7 @@ def main() -> None:
     if args.what == "reference":
         return reference(args.epochs or 15)
     if args.out is None:
-        parser.error("wanted --out FOLDER")
+        parser.error("expected --out FOLDER")
     args.out.mkdir(parents=True, exist_ok=True)
     images = NETS[args.net].images()
     one = Point(args.order, args.weight, args.levels, args.price, args.seed)

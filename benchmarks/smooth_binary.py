@@ -312,10 +312,10 @@ def main() -> None:
         parser.add_argument(f"--{field}", type=kind, help="in place of the recipe's")
     args = parser.parse_args()
     if unknown := set(args.names) - set(METHODS):
-        parser.error(f"wanted methods of {', '.join(METHODS)}; got {', '.join(sorted(unknown))}")
+        parser.error(f"expected methods of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
     if args.question != "time":
         if args.out is None or (args.question == "resnet20" and not args.names):
-            parser.error("wanted --out FOLDER, and of resnet20 the names of methods")
+            parser.error("expected --out FOLDER, and of resnet20 the names of methods")
         args.out.mkdir(parents=True, exist_ok=True)
     questions[args.question](args)
 

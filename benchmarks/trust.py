@@ -253,7 +253,7 @@ def main() -> None:
     outcomes = rows[1]["outcomes"]
     bad = [name for name in outcomes if "wrong" in name or "raised" in name]
     if bad or rows[1]["peak_bytes"] > LIMIT + SLACK:
-        raise SystemExit(f"wanted ArtifactError alone, within the limit; got {bad or rows[1]['peak_bytes']}")
+        raise SystemExit(f"expected ArtifactError alone, within the limit, got {bad or rows[1]['peak_bytes']}")
     if not args.dry:
         record("trust", rows, seeds=[args.seed])
 

@@ -39,7 +39,7 @@ def function_of(module: str, name: str) -> Iterator[Callable[[Any, Any], Any]]:
             known = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
             raise ValueError(f"{module}: no {name!r} in it; it has {', '.join(known[:8]) or 'no function'}") from error
         if not callable(function):
-            raise ValueError(f"{module}:{name}: wanted a function of (params, batch); got {type(function).__name__}")
+            raise ValueError(f"{module}:{name}: expected a function of (params, batch), got {type(function).__name__}")
 
         def call(params: Any, batch: Any) -> Any:
             try:
@@ -87,11 +87,11 @@ def batches_of(path: Path, size: int, limit: int | None = None, mask: str | None
     if len(many) != 1 or 0 in many:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
         raise ValueError(
-            f"{path}: wanted arrays with equally many examples along their first axis; got {shapes or 'none'}"
+            f"{path}: expected arrays with equally many examples along their first axis, got {shapes or 'none'}"
         )
     if mask is not None and (mask not in arrays or len(arrays) == 1):
         raise ValueError(
-            f"{path}: wanted the inputs and the array {mask!r} that says which of their positions count; got "
+            f"{path}: expected the inputs and the array {mask!r} that says which of their positions count, got "
             f"{', '.join(arrays)}; name it with mask="
         )
     (count,) = many
@@ -103,7 +103,7 @@ def batches_of(path: Path, size: int, limit: int | None = None, mask: str | None
         if not counts.all():
             data, count = jax.tree.map(lambda a: a[counts], data), int(counts.sum())
         if not count:
-            raise ValueError(f"{path}: {mask}: wanted a position that counts; got none; mark it by 1")
+            raise ValueError(f"{path}: {mask}: expected a position that counts, got none; mark it by 1")
     return [jax.tree.map(lambda a, i=i: a[i : i + size], data) for i in range(0, count, size)]
 
 

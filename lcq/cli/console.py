@@ -60,9 +60,9 @@ def check_output(out: Path, *inputs: Path, folder: bool = False) -> None:
     """
     for given in inputs:
         if out.exists() and given.exists() and os.path.samefile(out, given):
-            raise ValueError(f"{out}: wanted another file than the input; choose another name")
+            raise ValueError(f"{out}: expected another file than the input; choose another name")
     if out.is_dir() and not folder:
-        raise ValueError(f"{out}: wanted the name of a file; got a folder; name a file in it")
+        raise ValueError(f"{out}: expected the name of a file, got a folder; name a file in it")
     parent = Path(os.path.realpath(out)).parent
     if not parent.is_dir():
         raise ValueError(f"{out.parent}: no such folder; make it, or choose another name")

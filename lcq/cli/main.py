@@ -204,13 +204,13 @@ def _plan(arguments: argparse.Namespace) -> lcq.Plan:
 def _reference(words: str) -> tuple[str, str]:
     module, colon, name = words.partition(":")
     if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
-        raise argparse.ArgumentTypeError(f"wanted MODULE:FUNCTION, such as mynet:apply; got {words!r}")
+        raise argparse.ArgumentTypeError(f"expected MODULE:FUNCTION, such as mynet:apply, got {words!r}")
     return module, name
 
 
 def _positive(words: str) -> int:
     if not (words.isascii() and words.isdigit() and int(words)):
-        raise argparse.ArgumentTypeError(f"wanted a number above 0; got {words!r}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {words!r}")
     return int(words)
 
 
@@ -218,7 +218,7 @@ def _bytes(words: str) -> int:
     """A number of bytes, with K, M, G or T for powers of 1,024."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", words.strip(), re.IGNORECASE | re.ASCII)
     if found is None or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"wanted a number of bytes, such as 40G; got {words!r}")
+        raise argparse.ArgumentTypeError(f"expected a number of bytes, such as 40G, got {words!r}")
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
 
 
@@ -228,7 +228,7 @@ def _bytes(words: str) -> int:
 def _compress(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         if arguments.out is None:
-            arguments.usage_error("wanted -o OUT.lcq, or --dry-run")
+            arguments.usage_error("expected -o OUT.lcq, or --dry-run")
         refuse(arguments.force, arguments.out)
         check_output(arguments.out, arguments.checkpoint)
     plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
@@ -283,7 +283,7 @@ def _decompress(arguments: argparse.Namespace) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         if arguments.out is None:
-            arguments.usage_error("wanted -o OUT.lcq, or --dry-run")
+            arguments.usage_error("expected -o OUT.lcq, or --dry-run")
         refuse(arguments.force, arguments.out)
         check_output(arguments.out, arguments.checkpoint, arguments.data)
     plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)

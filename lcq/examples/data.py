@@ -88,7 +88,7 @@ def cifar10(
         FileNotFoundError: the folder or a file is not there.
     """
     if split not in ("train", "test"):
-        raise ValueError(f"cifar10 wants split 'train' or 'test'; got {split!r}; choose one of the two")
+        raise ValueError(f"cifar10 wants split 'train' or 'test', got {split!r}; choose one of the two")
     from PIL import Image  # comes with matplotlib; only this reader needs it
 
     with np.load(_find("cifar10_labels.npz", folder, "cifar10")) as file:
@@ -160,7 +160,7 @@ def batches(
         [4, 4]
     """
     if not 0 < size <= len(x):
-        raise ValueError(f"batches wants a size of 1 to {len(x)}, the number of examples; got {size}; lower it")
+        raise ValueError(f"batches wants a size of 1 to {len(x)}, the number of examples, got {size}; lower it")
     order = np.random.default_rng((seed, epoch)).permutation(len(x))
     for start in range(0, len(x) - size + 1, size):
         chosen = order[start : start + size]
@@ -178,6 +178,6 @@ def _find(file: str, folder: str | Path | None, source: str | None = None) -> Pa
         got = "neither `folder` nor LCQ_DATA is set"
     about = _SOURCES.get(source or file, "a file of that name has to be made first")
     raise FileNotFoundError(
-        f"wanted the data file {file!r}; got no folder with it: {got}; set the environment variable LCQ_DATA"
+        f"expected the data file {file!r}, got no folder with it: {got}; set the environment variable LCQ_DATA"
         f" (or the argument `folder`) to the folder that holds it. What it is: {about}."
     )

@@ -33,10 +33,10 @@ def histograms(tree: Any, reference: Any, *, bins: int = 60) -> Figure:
     originals = flatten(reference)[0]
     leaves = {path: leaf for path, leaf in flatten(tree)[0].items() if is_form(leaf)}
     if not leaves:
-        raise ValueError("wanted a compressed tree; got one without forms")
+        raise ValueError("expected a compressed tree, got one without forms")
     for path, leaf in leaves.items():
         if path not in originals or np.shape(originals[path]) != leaf.shape:
-            raise ValueError(f"{path}: wanted a reference of shape {list(leaf.shape)} at this path")
+            raise ValueError(f"{path}: expected a reference of shape {list(leaf.shape)} at this path")
     columns = min(3, len(leaves))
     lines = math.ceil(len(leaves) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.9 * lines), layout="constrained")
@@ -69,7 +69,7 @@ def curves(
         ValueError: no points.
     """
     if not any(series.values()):
-        raise ValueError("wanted at least one point to draw")
+        raise ValueError("expected at least one point to draw")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     if reference is not None:

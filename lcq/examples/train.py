@@ -142,7 +142,7 @@ def train_lc(
         if int(is_at["c_steps"]) != number + 1:
             raise ValueError("C steps are made here and in update too: make tx by lcq.lc(..., every=None)")
         if math.isnan(score):
-            raise ValueError(f"L step {number}: wanted a number from evaluate; got NaN; use a smaller learning rate")
+            raise ValueError(f"L step {number}: expected a number from evaluate, got NaN; use a smaller learning rate")
         if all(score < past.score for past in history):
             forms, best = here, number
         history.append(LStep(float(now.loss), float(is_at["gap"]), score))
@@ -201,7 +201,7 @@ def without_momentum(opt_state: Any) -> Any:
         return node._replace(**{mean: jax.tree.map(jnp.zeros_like, getattr(node, mean))})
 
     if not any(map(moves, jax.tree.leaves(opt_state, is_leaf=moves))):
-        raise ValueError("wanted an optimizer with momentum; got a state without `trace` or `mu`")
+        raise ValueError("expected an optimizer with momentum, got a state without `trace` or `mu`")
     return jax.tree.map(lambda node: at_rest(node) if moves(node) else node, opt_state, is_leaf=moves)
 
 
@@ -280,7 +280,7 @@ def _run(step: Callable[..., Trained], now: Trained, upcoming: Iterator[Any], st
     for number in range(1, steps + 1):
         batch = next(upcoming, None)
         if batch is None:
-            raise ValueError(f"wanted {steps} batches; got {number - 1}; lower the steps or see `endless`")
+            raise ValueError(f"expected {steps} batches, got {number - 1}; lower the steps or see `endless`")
         now = step(now.params, now.opt_state, batch)
         if on_step is not None:
             on_step(number, now)

@@ -18,7 +18,7 @@ def check_layout(layout: str) -> None:
     letters = isinstance(layout, str) and layout.isascii() and layout.isalpha() and layout.islower()
     if not letters or "o" not in layout or "i" not in layout:
         raise ValueError(
-            "wanted layout= a letter for each axis, o outputs, i inputs, others a window, such as 'oi' or 'hwio'; "
+            "expected layout= a letter for each axis, o outputs, i inputs, others a window, such as 'oi' or 'hwio', "
             f"got {layout!r}"
         )
 
@@ -31,7 +31,7 @@ def letters(layout: str, rank: int) -> str:
         ('oiww', 'wio')
     """
     if len(layout) > rank:
-        raise ValueError(f"layout={layout!r} names {len(layout)} axes; got {rank}")
+        raise ValueError(f"layout={layout!r} names {len(layout)} axes, got {rank}")
     window = "w" * (rank - len(layout))
     return layout + window if layout[0] == "o" else window + layout
 

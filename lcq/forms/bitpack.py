@@ -40,7 +40,7 @@ def pack(codes: UInt[np.ndarray, "..."], bits: int) -> UInt32[np.ndarray, " word
     """
     flat = np.asarray(codes).reshape(-1)
     if flat.size and int(flat.max()) >> bits:
-        raise ValueError(f"wanted codes below {1 << bits} ({bits} bits); got {int(flat.max())}")
+        raise ValueError(f"expected codes below {1 << bits} ({bits} bits), got {int(flat.max())}")
     if flat.size <= _FEW:
         apart = np.zeros(32 * word_count(flat.size, bits), np.uint8)
         apart[: flat.size * bits].reshape(flat.size, bits)[...] = flat[:, None] >> np.arange(bits, dtype=flat.dtype) & 1
@@ -184,12 +184,12 @@ def check_positions(words: UInt32[np.ndarray, " words"], gap: int | None, count:
     if gap is None:
         chosen, needed = int(np.bitwise_count(words).sum()), word_count(size, 1)
         if words.size == needed and size % 32 and int(words[-1]) >> (size % 32):
-            raise ValueError("wanted a bit mask that ends with the leaf; got bits behind its end")
+            raise ValueError("expected a bit mask that ends with the leaf, got bits behind its end")
         places = size
     else:
         escape = (1 << gap) - 1
         if words.size > word_count(count + size // escape, gap):  # before memory is taken for their codes
-            raise ValueError(f"wanted gaps between {count} of {size} places; got {words.size} words of {gap} bits")
+            raise ValueError(f"expected gaps between {count} of {size} places, got {words.size} words of {gap} bits")
         codes = unpack_host(words, gap, 32 * words.size // gap)
         here = codes < escape
         behind = int(np.count_nonzero(here)) - count  # what fills the last word looks like chosen places
@@ -199,4 +199,4 @@ def check_positions(words: UInt32[np.ndarray, " words"], gap: int | None, count:
         needed = word_count(used, gap)
         places = int(codes[:used].sum(dtype=np.int64)) + int(np.count_nonzero(here[:used]))
     if chosen != count or words.size != needed or places > size:
-        raise ValueError(f"wanted {count} of {size} places; got {chosen} up to {places} in {words.size} words")
+        raise ValueError(f"expected {count} of {size} places, got {chosen} up to {places} in {words.size} words")

@@ -86,9 +86,9 @@ def block_counts(per: Per, shape: Sequence[int]) -> tuple[int, ...]:
     elif isinstance(per, tuple) and all(isinstance(g, int) and g >= 0 for g in per):
         lengths = per
     else:
-        raise ValueError(f"wanted per=None, 'channel', a group length or a tuple of block lengths; got {per!r}")
+        raise ValueError(f"expected per=None, 'channel', a group length or a tuple of block lengths, got {per!r}")
     if len(lengths) > len(shape):
-        raise ValueError(f"per={per!r} needs at least {len(lengths)} axes; got shape {tuple(shape)}")
+        raise ValueError(f"per={per!r} needs at least {len(lengths)} axes, got shape {tuple(shape)}")
     lengths = (0,) * (len(shape) - len(lengths)) + lengths
     counts = []
     for axis, (length, g) in enumerate(zip(shape, lengths, strict=True)):

@@ -121,20 +121,20 @@ class Codes(Form):
 
     def check_stored(self) -> None:
         if self.packed is None:
-            raise ValueError("wanted packed codes with the leaf's shape; got the working layout")
+            raise ValueError("expected packed codes with the leaf's shape, got the working layout")
         check_shape(self.packed)
         check_float("dtype", self.dtype)
         if (self.levels is None) == (self.values is None):
-            raise ValueError("wanted either learned levels or fixed values")
+            raise ValueError("expected either learned levels or fixed values")
         words = self.zero is not None and self.zero.dtype == np.uint32
         zero = None if words else self.zero
         check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": zero})
         if not 1 <= self.size_of_table <= 65536:
-            raise ValueError(f"wanted 1 to 65,536 levels; got {self.size_of_table}")
+            raise ValueError(f"expected 1 to 65,536 levels, got {self.size_of_table}")
         if self.values is not None and max(map(abs, self.values)) > float(np.finfo(np.float32).max):
-            raise ValueError("wanted fixed values that float32 can hold")
+            raise ValueError("expected fixed values that float32 can hold")
         if words and self.scale is None:
-            raise ValueError("zero: wanted a scale beside packed zeros, which says how many there are; got none")
+            raise ValueError("zero: expected a scale beside packed zeros, which says how many there are, got none")
         streams = {"codes": (self.codes, math.prod(self.packed)), "zero": (self.zero, self._zeros)}
         width = bitpack.width(self.size_of_table)
         for name, (array, size) in streams.items():
@@ -143,7 +143,7 @@ class Codes(Form):
             many = bitpack.word_count(size, width)
             if array.dtype != np.uint32 or array.shape != (many,):
                 raise ValueError(
-                    f"{name}: wanted uint32[{many}] for {size} codes of {width} bits; "
+                    f"{name}: expected uint32[{many}] for {size} codes of {width} bits, "
                     f"got {array.dtype}{list(array.shape)}"
                 )
             check_codes(name, array, size, self.size_of_table)

@@ -53,7 +53,7 @@ def format_name(given: Any, what: str = "format", other: str = "") -> str:
         name = None
     if name not in FORMATS:
         known = ", ".join(FORMATS) + (f", or {other}" if other else "")
-        raise ValueError(f"{what}: wanted a floating-point format, one of {known}; got {given!r}")
+        raise ValueError(f"{what}: expected a floating-point format, one of {known}, got {given!r}")
     return name
 
 

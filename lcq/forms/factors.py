@@ -104,7 +104,7 @@ class Factors(Form):
         form = self.pack()
         if form.right is None or len(form.left.shape) > 2:
             got = "a matrix without smaller factors" if form.right is None else f"shape {list(self.shape)}"
-            raise ValueError(f"wanted one low-rank kernel; got {got}; keep it as one layer")
+            raise ValueError(f"expected one low-rank kernel, got {got}; keep it as one layer")
         left, right, r = jnp.asarray(form.left), jnp.asarray(form.right), form.left.shape[-1]
         if len(self.tail) == 2:
             return left, right
@@ -116,7 +116,7 @@ class Factors(Form):
 
     def check_stored(self) -> None:
         if self.rank is not None:
-            raise ValueError("wanted factors without a rank; got the working layout")
+            raise ValueError("expected factors without a rank, got the working layout")
         check_shape(self.tail)
         check_float("dtype", self.dtype)
         check_matrix_shape(self.tail, self.separable)
@@ -131,14 +131,14 @@ class Factors(Form):
             wanted = ((*stacked, rows, width), (*stacked, width, columns))
         got = (tuple(self.left.shape), None if self.right is None else tuple(self.right.shape))
         if got != wanted:
-            raise ValueError(f"wanted factors of a matrix {[rows, columns]}, {wanted}; got {got}")
+            raise ValueError(f"expected factors of a matrix {[rows, columns]}, {wanted}, got {got}")
 
 
 def check_matrix_shape(shape: tuple[int, ...], separable: bool) -> None:
     """Raises ValueError if a leaf of this shape is no matrix in this view."""
     if len(shape) < 2 or (separable and len(shape) != 4):
         wanted = "a convolution's kernel (kh, kw, cin, cout)" if separable else "at least two axes"
-        raise ValueError(f"wanted {wanted}; got shape {tuple(shape)}")
+        raise ValueError(f"expected {wanted}, got shape {tuple(shape)}")
 
 
 def matrix_shape(shape: tuple[int, ...], separable: bool) -> tuple[int, int]:

@@ -58,7 +58,9 @@ def register_node(
         name = name_of(state)
         if name != cls.__name__ or set(state) != {MARK, *arrays}:
             got = name or (sorted(state) if isinstance(state, Mapping) else type(state).__name__)
-            raise ValueError(f"{at}: wanted the state of {cls.__name__}; got {got}; restore into a tree of such forms")
+            raise ValueError(
+                f"{at}: expected the state of {cls.__name__}, got {got}; restore into a tree of such forms"
+            )
         fields = from_json(bytes(np.asarray(state[MARK])))
         del fields[MARK]
         for key in arrays:

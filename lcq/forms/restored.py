@@ -24,16 +24,16 @@ def check_restored(tree: Any) -> None:
         >>> check_restored(fs.msgpack_restore(fs.to_bytes(forms)))
         Traceback (most recent call last):
         ...
-        ValueError: w: wanted a form; got a dict that was Codes: it was restored without a target; ...
+        ValueError: w: expected a form, got a dict that was Codes: it was restored without a target; ...
     """
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_form(node) or _kind(node) is not None)
     for keys, node in pairs:
         if (kind := _kind(node)) is not None:
             path = jax.tree_util.keystr(keys, simple=True, separator="/") or "the tree"
             raise ValueError(
-                f"{path}: wanted a form; got a dict that was {kind}: it was restored without a target; restore into a "
-                "tree of forms, such as lcq.compress(params, rules), by flax.serialization.from_bytes(forms, data) or "
-                "checkpointer.restore(path, forms), or use lcq.save and lcq.load, which need none"
+                f"{path}: expected a form, got a dict that was {kind}: it was restored without a target; "
+                "restore into a tree of forms, such as lcq.compress(params, rules), by "
+                "flax.serialization.from_bytes(forms, data) or checkpointer.restore(path, forms), or use lcq.save and lcq.load, which need none"
             )
 
 

@@ -125,33 +125,33 @@ class Sparse(Form):
 
     def check_stored(self) -> None:
         if self.packed is None:
-            raise ValueError("wanted packed values with the leaf's shape; got the working layout")
+            raise ValueError("expected packed values with the leaf's shape, got the working layout")
         check_shape(self.packed)
         check_float("dtype", self.dtype)
         if not 0 <= self.share <= 1:
-            raise ValueError(f"share: wanted a part of the weights; got {self.share}")
+            raise ValueError(f"share: expected a part of the weights, got {self.share}")
         if len(self.group) > len(self.packed) or any(
             g < 1 or n % g for g, n in zip(self.group[::-1], self.packed[::-1], strict=False)
         ):
-            raise ValueError(f"group: wanted lengths that divide {list(self.packed)}; got {list(self.group)}")
+            raise ValueError(f"group: expected lengths that divide {list(self.packed)}, got {list(self.group)}")
         size, together = math.prod(self.packed), math.prod(self.group)
         if not 0 <= self.kept <= size or self.kept % together:
-            raise ValueError(f"kept: wanted at most {size} weights in groups of {together}; got {self.kept}")
+            raise ValueError(f"kept: expected at most {size} weights in groups of {together}, got {self.kept}")
         if self.levels is None:
             check_float("values", str(self.values.dtype))
             wanted = (self.values.dtype, self.kept)
         else:
             check_blocks(self.packed, {"levels": self.levels})
             if not 1 <= self.levels.shape[-1] <= 65536:
-                raise ValueError(f"wanted 1 to 65,536 levels; got {self.levels.shape[-1]}")
+                raise ValueError(f"expected 1 to 65,536 levels, got {self.levels.shape[-1]}")
             wanted = (np.dtype(np.uint32), bitpack.word_count(self.kept, self._width))
         if (self.values.dtype, self.values.shape) != (wanted[0], wanted[1:]):
             got = f"{self.values.dtype}{list(self.values.shape)}"
-            raise ValueError(f"values: wanted {wanted[0]}[{wanted[1]}] for {self.kept} weights; got {got}")
+            raise ValueError(f"values: expected {wanted[0]}[{wanted[1]}] for {self.kept} weights, got {got}")
         if self.gap is not None and not 2 <= self.gap <= 16:
-            raise ValueError(f"gap: wanted 2 to 16 bits; got {self.gap}")
+            raise ValueError(f"gap: expected 2 to 16 bits, got {self.gap}")
         if self.mask.dtype != np.uint32 or len(self.mask.shape) != 1:
-            raise ValueError(f"mask: wanted words; got {self.mask.dtype}{list(self.mask.shape)}")
+            raise ValueError(f"mask: expected words, got {self.mask.dtype}{list(self.mask.shape)}")
         if isinstance(self.mask, np.ndarray | jax.Array):
             bitpack.check_positions(np.asarray(self.mask), self.gap, self.kept // together, size // together)
         if self.levels is not None:

@@ -54,11 +54,11 @@ class Sum(Form):
     def check_stored(self) -> None:
         check_float("dtype", self.dtype)
         if not self.parts:
-            raise ValueError("parts: wanted at least one form; got none")
+            raise ValueError("parts: expected at least one form, got none")
         for i, part in enumerate(self.parts):
             try:
                 part.check_stored()
                 if part.shape != self.shape:
-                    raise ValueError(f"wanted the shape {list(self.shape)} of the first; got {list(part.shape)}")
+                    raise ValueError(f"expected the shape {list(self.shape)} of the first, got {list(part.shape)}")
             except ValueError as error:
                 raise ValueError(f"parts: {i}: {error}") from error

@@ -14,13 +14,13 @@ def check_shape(shape: tuple[int, ...]) -> None:
     """Raises ValueError unless an array could have this shape."""
     fits = len(shape) <= 64 and all(0 <= n < 1 << 63 for n in shape) and math.prod(n or 1 for n in shape) < 1 << 63
     if not fits:
-        raise ValueError(f"wanted a shape of at most 64 axes and 2^63 elements; got {str(shape)[:200]}")
+        raise ValueError(f"expected a shape of at most 64 axes and 2^63 elements, got {str(shape)[:200]}")
 
 
 def check_float(name: str, dtype: str) -> None:
     """Raises ValueError unless `dtype` is the name of a floating-point dtype."""
     if dtype not in FORMATS:
-        raise ValueError(f"{name}: wanted one of {', '.join(FORMATS)}; got {dtype[:40]!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(FORMATS)}, got {dtype[:40]!r}")
 
 
 def check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
@@ -33,9 +33,9 @@ def check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
         counts = array.shape[:-1] if name == "levels" else array.shape
         rank = len(shape) + (name == "levels")
         if len(array.shape) != rank or any(c < 1 or n % c for c, n in zip(counts, shape, strict=True)):
-            raise ValueError(f"{name}: wanted block counts that divide {list(shape)}; got {list(array.shape)}")
+            raise ValueError(f"{name}: expected block counts that divide {list(shape)}, got {list(array.shape)}")
         if seen not in (None, counts):
-            raise ValueError(f"{name}: wanted the same blocks in all of {', '.join(arrays)}; got {counts} and {seen}")
+            raise ValueError(f"{name}: expected the same blocks in all of {', '.join(arrays)}, got {counts} and {seen}")
         seen = counts
 
 
@@ -49,4 +49,4 @@ def check_codes(name: str, words: Any, size: int, levels: int) -> None:
     else:
         return
     if int(largest) >= levels:
-        raise ValueError(f"{name}: wanted codes below {levels}; got a larger one")
+        raise ValueError(f"{name}: expected codes below {levels}, got a larger one")

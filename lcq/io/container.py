@@ -97,7 +97,9 @@ def header(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int])
     raw = to_json({"__metadata__": whole} | entries).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > LONGEST_HEADER:
-        raise ValueError(f"wanted a header of at most {LONGEST_HEADER} bytes; got {len(raw)}; save fewer leaves a file")
+        raise ValueError(
+            f"expected a header of at most {LONGEST_HEADER} bytes, got {len(raw)}; save fewer leaves a file"
+        )
     whole["digest"] = digest(raw)
     raw = to_json({"__metadata__": whole} | entries).encode()
     raw += b" " * (-len(raw) % 8)
@@ -121,7 +123,7 @@ def open_container(file: BufferedReader, size: int) -> Container:
             pass
         case {"__metadata__": {"format": "lcq", "version": version}} if version not in ("1", "2"):
             raise ValueError(
-                f"wanted format version 1 or 2; got {reprlib.repr(version)}; read it with the lcq that wrote it"
+                f"expected format version 1 or 2, got {reprlib.repr(version)}; read it with the lcq that wrote it"
             )
         case _:
             raise ValueError("not an lcq file: its header does not name the format")
@@ -132,10 +134,10 @@ def open_container(file: BufferedReader, size: int) -> Container:
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].size)):
         if tensor.begin != end:
-            raise ValueError(f"{name}: wanted data at {end - start}; got {tensor.begin - start}")
+            raise ValueError(f"{name}: expected data at {end - start}, got {tensor.begin - start}")
         end += tensor.size
     if end != size:
-        raise ValueError(f"wanted {end} bytes; the file has {size}")
+        raise ValueError(f"expected {end} bytes; the file has {size}")
     return Container(file, metadata, tensors)
 
 
@@ -147,7 +149,7 @@ def _tensor(name: str, entry: Any, start: int) -> Tensor:
                 if struct is not None and 0 <= begin and bytes_of(struct) == end - begin:
                     return Tensor(struct, start + begin, end - begin)
     raise ValueError(
-        f"{name[:200]}: wanted a known dtype, a shape, and the offsets of as many bytes; got {reprlib.repr(entry)}"
+        f"{name[:200]}: expected a known dtype, a shape, and the offsets of as many bytes, got {reprlib.repr(entry)}"
     )
 
 
@@ -171,7 +173,7 @@ def view(data: np.ndarray, struct: jax.ShapeDtypeStruct) -> np.ndarray:
         ValueError: truth values that are none.
     """
     if struct.dtype == bool and data.max(initial=0) > 1:
-        raise ValueError("wanted truth values 0 and 1; got others")
+        raise ValueError("expected truth values 0 and 1, got others")
     return data.view(struct.dtype).reshape(struct.shape)
 
 

@@ -111,7 +111,7 @@ def load(path: str | os.PathLike[str], like: Any = None, limit: float = LIMIT, *
         Array([1., 1.], dtype=float32)
     """
     if not isinstance(limit, int | float) or not limit > 0:
-        raise ValueError(f"wanted limit= in bytes, as {LIMIT}; got {limit!r}")
+        raise ValueError(f"expected limit= in bytes, as {LIMIT}, got {limit!r}")
     with open(path, "rb") as file:
         try:
             leaves = _read(file, int(min(limit, 1 << 62)), on_device)
@@ -165,7 +165,7 @@ def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tu
                 size = sum(bytes_of(struct) + held.decoding.get(name, 0) for name, struct in used.items())
                 if size > limit:
                     raise ValueError(
-                        f"{leaf.path[:200]}: wanted at most {limit:.0f} bytes for a leaf; the file declares {size}; "
+                        f"{leaf.path[:200]}: expected at most {limit:.0f} bytes for a leaf; the file declares {size}; "
                         "raise limit= if you trust it"
                     )
                 yield record, decode(record, lambda name: held.read(name, False))
@@ -214,23 +214,25 @@ def host_array(path: str, leaf: Any, look: bool = True) -> np.ndarray:
     """A leaf as a numpy array of a dtype that files can hold; `look=False` only checks that this will work."""
     match leaf:
         case jax.core.Tracer():
-            raise ValueError(f"{path}: wanted a concrete array; got a traced one; save outside of jit")
+            raise ValueError(f"{path}: expected a concrete array, got a traced one; save outside of jit")
         case jax.Array() if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise ValueError(f"{path}: wanted numbers; got a PRNG key; save jax.random.key_data(key), or leave it out")
+            raise ValueError(
+                f"{path}: expected numbers, got a PRNG key; save jax.random.key_data(key), or leave it out"
+            )
         case jax.Array() if leaf.is_deleted():
-            raise ValueError(f"{path}: wanted an array; got a deleted one (donated?); save before it is given away")
+            raise ValueError(f"{path}: expected an array, got a deleted one (donated?); save before it is given away")
         case jax.Array() if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             raise ValueError(
-                f"{path}: wanted an array that this process can read; got {leaf.dtype}{list(leaf.shape)} sharded over "
-                "several processes; gather it first (jax.experimental.multihost_utils.process_allgather)"
+                f"{path}: expected an array that this process can read, got {leaf.dtype}{list(leaf.shape)} "
+                "sharded over several processes; gather it first (jax.experimental.multihost_utils.process_allgather)"
             )
         case jax.Array() | np.ndarray() | np.generic() | bool() | int() | float() | complex():
             pass
         case _:
-            raise ValueError(f"{path}: wanted an array, a number or None; got {type(leaf).__name__}; leave it out")
+            raise ValueError(f"{path}: expected an array, a number or None, got {type(leaf).__name__}; leave it out")
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     if dtype.newbyteorder("=") not in NAMES:
-        raise ValueError(f"{path}: wanted one of {', '.join(map(str, NAMES))}; got {dtype}; convert it first")
+        raise ValueError(f"{path}: expected one of {', '.join(map(str, NAMES))}, got {dtype}; convert it first")
     return np.asarray(leaf, dtype.newbyteorder("="), order="C") if look else np.empty(0)
 
 
@@ -240,7 +242,9 @@ def _plan_text(plan: Any) -> str:
     try:
         tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(f"wanted plan= an lcq.Plan(rules), or its text; got {reprlib.repr(plan)} ({error})") from error
+        raise ValueError(
+            f"expected plan= an lcq.Plan(rules), or its text, got {reprlib.repr(plan)} ({error})"
+        ) from error
     check_plan(text)
     return text
 
@@ -256,7 +260,7 @@ def _read(file: BufferedReader, limit: int, on_device: bool) -> list[Leaf]:
     )
     if forms + held.bytes > limit:
         raise ValueError(
-            f"wanted at most {limit} bytes; the file declares {held.bytes} of streams and {forms} of forms made "
+            f"expected at most {limit} bytes; the file declares {held.bytes} of streams and {forms} of forms made "
             "dense; raise limit= if you trust it"
         )
     arrays = {name: held.read(name, on_device) for name in held.structs}
@@ -294,6 +298,6 @@ def _restore(leaves: list[Leaf], like: Any) -> Any:
     for leaf in wanted:
         if leaf.path in paths and np.shape(stored[leaf.path]) != np.shape(leaf.value):
             raise ValueError(
-                f"{leaf.path}: wanted {list(np.shape(leaf.value))} as in like=; got {list(stored[leaf.path].shape)}"
+                f"{leaf.path}: expected {list(np.shape(leaf.value))} as in like=, got {list(stored[leaf.path].shape)}"
             )
     return jax.tree.unflatten(structure, [stored[leaf.path] if leaf.path in paths else leaf.value for leaf in wanted])

@@ -126,16 +126,16 @@ def contents_of(container: Container, limit: int) -> Contents:
 def _plain(container: Container, limit: int) -> Contents:
     del limit  # the index is in the header, and its bytes in the file
     if container.metadata.keys() != _METADATA or not isinstance(container.metadata["index"], str):
-        raise ValueError(f"wanted metadata of version 1; got {reprlib.repr(container.metadata)}")
+        raise ValueError(f"expected metadata of version 1, got {reprlib.repr(container.metadata)}")
     index = parse(container.metadata["index"])
     match index:
         case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if rest.keys() <= _SAID:
             plan, metadata = _plan(index), _kept(index)
         case _:
-            raise ValueError("wanted an index of leaves and digests; got another")
+            raise ValueError("expected an index of leaves and digests, got another")
     tensors = container.tensors
     if odd := digests.keys() ^ tensors.keys():
-        raise ValueError(f"{min(odd)}: wanted as many digests as tensors; this has only one of them")
+        raise ValueError(f"{min(odd)}: expected as many digests as tensors; this has only one of them")
 
     def read(name: str, on_device: bool) -> np.ndarray:
         del on_device  # nothing has to be decoded
@@ -163,7 +163,7 @@ def _coded(container: Container, limit: int) -> Contents:
         case {"leaves": [_, *_] as records, "streams": [*streams], **rest} if rest.keys() <= _SAID:
             plan, metadata = _plan(index), _kept(index)
         case _:
-            raise ValueError("wanted an index of leaves and streams; got another")
+            raise ValueError("expected an index of leaves and streams, got another")
     entries: dict[str, _Entry] = {}
     begin = container.tensors["data"].begin
     for stream in streams:
@@ -173,7 +173,7 @@ def _coded(container: Container, limit: int) -> Contents:
         entries[name], begin = entry, begin + entry.size
     start = container.tensors["data"].begin
     if begin - start != container.tensors["data"].size:
-        raise ValueError(f"wanted {begin - start} bytes of data; the file has {container.tensors['data'].size}")
+        raise ValueError(f"expected {begin - start} bytes of data; the file has {container.tensors['data'].size}")
 
     def read(name: str, on_device: bool) -> Any:
         entry = entries[name]
@@ -193,7 +193,7 @@ def _inflated(container: Container, limit: int) -> Any:
     """The index of a coded file, within the memory that it may take."""
     structs = {name: tensor.struct.dtype for name, tensor in container.tensors.items()}
     if container.metadata.keys() != _METADATA or structs != dict.fromkeys(("index", "data"), np.dtype(np.uint8)):
-        raise ValueError("wanted the metadata and tensors of version 2, index and data; got others")
+        raise ValueError("expected the metadata and tensors of version 2, index and data, got others")
     raw = container.read("index")
     if digest(raw, _SHORT) != container.metadata["index"]:
         raise ValueError("index: its data is damaged: the digest differs")
@@ -204,9 +204,9 @@ def _inflated(container: Container, limit: int) -> Any:
     except zlib.error as error:
         raise ValueError(f"index: {error}") from error
     if len(text) > most:
-        raise ValueError(f"wanted an index of at most {most} bytes; got more; raise limit= if you trust the file")
+        raise ValueError(f"expected an index of at most {most} bytes, got more; raise limit= if you trust the file")
     if not inflate.eof or inflate.unused_data:
-        raise ValueError("index: wanted one whole deflated text; got another")
+        raise ValueError("index: expected one whole deflated text, got another")
     return parse(text.decode("utf-8"))
 
 
@@ -221,7 +221,7 @@ def _entry(stream: Any, begin: int) -> tuple[str, _Entry]:
                     words = bitpack.word_count(count, bitpack.width(levels))
                     if struct == jax.ShapeDtypeStruct((words,), np.uint32):
                         return name, _Entry(struct, begin, size, stated, (levels, count))
-    raise ValueError(f"wanted a stream of the coded layout; got {reprlib.repr(stream)}")
+    raise ValueError(f"expected a stream of the coded layout, got {reprlib.repr(stream)}")
 
 
 def _decoded(data: np.ndarray, entry: _Entry, on_device: bool) -> Any:
@@ -245,7 +245,7 @@ def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callabl
 def _plan(index: dict[str, Any]) -> str | None:
     plan = index.get("plan")
     if "plan" in index and not isinstance(plan, str):
-        raise ValueError(f"wanted a plan that is text; got {reprlib.repr(plan)}")
+        raise ValueError(f"expected a plan that is text, got {reprlib.repr(plan)}")
     if plan is not None:
         check_plan(plan)
     return plan
@@ -260,12 +260,12 @@ def _kept(index: dict[str, Any]) -> dict[str, str]:
 def check_metadata(metadata: Any) -> None:
     """Raises ValueError unless metadata are strings by name, and not too long."""
     if not isinstance(metadata, dict) or not all(type(s) is str for pair in metadata.items() for s in pair):
-        raise ValueError(f"wanted metadata= a dict of strings by name; got {reprlib.repr(metadata)}")
+        raise ValueError(f"expected metadata= a dict of strings by name, got {reprlib.repr(metadata)}")
     if (size := len(to_json(metadata))) > LONGEST_PLAN:
-        raise ValueError(f"wanted metadata of at most {LONGEST_PLAN} bytes; got {size}; keep them in a file beside")
+        raise ValueError(f"expected metadata of at most {LONGEST_PLAN} bytes, got {size}; keep them in a file beside")
 
 
 def check_plan(text: str) -> None:
     """Raises ValueError if the text of a plan is too long."""
     if (size := len(text.encode())) > LONGEST_PLAN:
-        raise ValueError(f"wanted a plan of at most {LONGEST_PLAN} bytes; got {size}; patterns can say more in fewer")
+        raise ValueError(f"expected a plan of at most {LONGEST_PLAN} bytes, got {size}; patterns can say more in fewer")

@@ -109,7 +109,7 @@ class Encoder:
             same = value.dtype == first.dtype and value.tobytes() == first.tobytes()
         if not same:
             raise ValueError(
-                f"{path}: wanted the {name[1:]} of {owner}, which shares it (shared={shared!r}); got another; "
+                f"{path}: expected the {name[1:]} of {owner}, which shares it (shared={shared!r}), got another; "
                 "compress both leaves in one joint task, or set shared=None"
             )
         return written if value is None or first is None or value.shape == first.shape else [written, [*value.shape]]
@@ -129,7 +129,7 @@ def check_form(form: Form) -> None:
             finite = np.isfinite(array.astype(np.float32) if array.dtype.itemsize < 4 else array)
             if not finite.all():
                 name = jax.tree_util.keystr(path).lstrip(".")
-                raise ValueError(f"{name}: wanted finite numbers; got {int((~finite).sum())} NaN or infinite")
+                raise ValueError(f"{name}: expected finite numbers, got {int((~finite).sum())} NaN or infinite")
 
 
 def code_streams(record: Any, form: Any) -> dict[str, tuple[np.ndarray, int, int]]:
@@ -161,11 +161,11 @@ def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
         case {"path": [*keys], "kinds": str(kinds), **body} if len(keys) == len(kinds) <= DEPTH:
             pass
         case _:
-            raise ValueError(f"wanted a leaf with its path and kinds; got {reprlib.repr(record)}")
+            raise ValueError(f"expected a leaf with its path and kinds, got {reprlib.repr(record)}")
     leaf = Leaf(tuple(keys), kinds, None)
     try:
         if not all(type(key) in _KEYS.get(kind, ()) for key, kind in zip(keys, kinds, strict=True)):
-            raise ValueError(f"wanted keys of the kinds {kinds!r}; got {keys}")
+            raise ValueError(f"expected keys of the kinds {kinds!r}, got {keys}")
         match body:
             case {"array": str(name), **rest} if not rest:
                 return leaf._replace(value=stream(name))
@@ -183,9 +183,9 @@ def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
         case {"form": str(name), "static": dict(static), "arrays": dict(arrays), **rest} if not rest and depth:
             static, arrays = dict(static), dict(arrays)
         case _:
-            raise ValueError(f"wanted a form with its static fields and arrays; got {reprlib.repr(record)}")
+            raise ValueError(f"expected a form with its static fields and arrays, got {reprlib.repr(record)}")
     if name not in FORMS:
-        raise ValueError(f"wanted one of the forms {', '.join(FORMS)}; got {name[:80]!r}; a newer lcq may know it")
+        raise ValueError(f"expected one of the forms {', '.join(FORMS)}, got {name[:80]!r}; a newer lcq may know it")
     cls, values = FORMS[name], dict[str, Any]()
     for field in dataclasses.fields(cls):
         is_static = field.metadata.get("static", False)
@@ -195,10 +195,10 @@ def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
         if written is not None:
             value = _from_json(written) if is_static else _decode_value(written, stream, depth)
             if not _matches(value, hint := _hints(cls)[field.name]):
-                raise ValueError(f"{name}: {field.name}: wanted {hint}; got {reprlib.repr(value)}")
+                raise ValueError(f"{name}: {field.name}: expected {hint}, got {reprlib.repr(value)}")
             values[field.name] = value
     if static or arrays:
-        raise ValueError(f"{name}: wanted its fields only; got {reprlib.repr([*static, *arrays])}")
+        raise ValueError(f"{name}: expected its fields only, got {reprlib.repr([*static, *arrays])}")
     return cls(**values)
 
 
@@ -209,7 +209,7 @@ def _decode_value(written: Any, stream: Callable[[str], Any], depth: int) -> Any
         case [str(name), [*shape]] if len(shape) <= 64 and all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
             array = stream(name)
             if math.prod(shape) != math.prod(array.shape):
-                raise ValueError(f"{name}: wanted a stream that fits {shape}; got {list(array.shape)}")
+                raise ValueError(f"{name}: expected a stream that fits {shape}, got {list(array.shape)}")
             if isinstance(array, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(tuple(shape), array.dtype)
             return array.reshape(shape)
@@ -235,7 +235,7 @@ def _from_json(written: Any) -> Any:
         ):
             return tuple(float(v) for v in range(first, last + 1))
         case float() if not math.isfinite(written):
-            raise ValueError(f"wanted finite numbers; got {written}")
+            raise ValueError(f"expected finite numbers, got {written}")
         case [*items]:
             return tuple(_from_json(item) for item in items)
     return written

@@ -40,7 +40,7 @@ def flatten(tree: Any) -> tuple[list[Leaf], jax.tree_util.PyTreeDef]:
     for keys, (_, value) in zip(bare_keys([keys for keys, _ in pairs]), pairs, strict=True):
         plain = tuple(key_of(key) for key in keys)
         if len(keys) > DEPTH or not all(type(k) is int or (type(k) is str and k.isprintable()) for k in plain):
-            raise ValueError(f"wanted at most {DEPTH} keys, each an integer or a printable string; got {plain!r}")
+            raise ValueError(f"expected at most {DEPTH} keys, each an integer or a printable string, got {plain!r}")
         leaves.append(Leaf(plain, "".join(map(_kind, keys)), value))
     check_paths(leaves)
     return leaves, structure
@@ -85,8 +85,8 @@ def nest(leaves: Sequence[Leaf], above: str = "") -> Any:
     kinds = {leaf.kinds[0] for leaf in leaves}
     if "s" not in kinds:
         if len({type(key) for key in tree}) > 1:
-            raise ValueError(f"{above[1:]}: wanted keys of one type; got {list(tree)[:8]}")
+            raise ValueError(f"{above[1:]}: expected keys of one type, got {list(tree)[:8]}")
         return tree
     if kinds != {"s"} or set(tree) != set(range(len(tree))):
-        raise ValueError(f"{above[1:]}: wanted places 0 to {len(tree) - 1} of a sequence; got {list(tree)[:8]}")
+        raise ValueError(f"{above[1:]}: expected places 0 to {len(tree) - 1} of a sequence, got {list(tree)[:8]}")
     return [tree[i] for i in range(len(tree))]

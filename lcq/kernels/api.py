@@ -61,11 +61,11 @@ def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -
     stacked = len(form.shape) - 2
     if (stacked, x.shape[:stacked], x.shape[-1:]) not in ((n, form.shape[:n], form.shape[-2:-1]) for n in (0, 1)):
         raise ValueError(
-            f"wanted x [.., k] and a form (k, n), or x [G, .., k] and a form (G, k, n); got {list(x.shape)} and "
+            f"expected x [.., k] and a form (k, n), or x [G, .., k] and a form (G, k, n), got {list(x.shape)} and "
             f"{list(form.shape)}"
         )
     if isinstance(form, Laid) and form.axes != (0, 1):
-        raise ValueError(f"wanted a form laid out as the matrix it is; got axes {form.axes} of {list(form.shape)}")
+        raise ValueError(f"expected a form laid out as the matrix it is, got axes {form.axes} of {list(form.shape)}")
     x = native(x)
     if (mesh := explicit_mesh(x, form)) is not None:
         shapes = (
@@ -115,7 +115,7 @@ def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "
     Source: Rastegari et al., arXiv 1603.05279.
     """
     if a.shape[-1] != -(-weights.size // 32):
-        raise ValueError(f"wanted {-(-weights.size // 32)} words of {weights.size} signs; got {list(a.shape)}")
+        raise ValueError(f"expected {-(-weights.size // 32)} words of {weights.size} signs, got {list(a.shape)}")
     if 0 in a.shape:
         return jnp.zeros((*a.shape[:-1], weights.count), jnp.int32)
     y = _signs(weights.size, weights.layout)(a.reshape(-1, a.shape[-1]), weights.words)
@@ -124,16 +124,16 @@ def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "
 
 def _check(kernel: str, form: Form) -> None:
     if kernel not in KERNELS:
-        raise ValueError(f"wanted a kernel of {', '.join(KERNELS)}; got {kernel!r}")
+        raise ValueError(f"expected a kernel of {', '.join(KERNELS)}, got {kernel!r}")
     if not isinstance(form, Columns):
-        raise ValueError(f"the kernel {kernel!r} multiplies codes; got {type(form).__name__}; leave kernel= out")
+        raise ValueError(f"the kernel {kernel!r} multiplies codes, got {type(form).__name__}; leave kernel= out")
     if kernel not in ("tiles", "dense") and form.levels is not None:
         raise ValueError(
-            f"the kernel {kernel!r} wants levels with equal steps; got a codebook of {form.levels.shape[-1]}; "
+            f"the kernel {kernel!r} wants levels with equal steps, got a codebook of {form.levels.shape[-1]}; "
             "leave kernel= out"
         )
     if kernel.startswith("pallas") and form.width != 1:
-        raise ValueError(f"the kernel {kernel!r} wants codes of 1 bit; got {form.width} bits; leave kernel= out")
+        raise ValueError(f"the kernel {kernel!r} wants codes of 1 bit, got {form.width} bits; leave kernel= out")
 
 
 def _laid(x: Float[Array, "*rows k"], form: Laid, kernel: str | None) -> Float[Array, "*rows n"]:

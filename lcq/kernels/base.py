@@ -63,7 +63,7 @@ class Laid(Form):
         return moved.transpose(back).astype(self.dtype)
 
     def pack(self) -> Never:
-        raise ValueError("wanted forms; got a leaf laid out for products; save the forms that it was made of")
+        raise ValueError("expected forms, got a leaf laid out for products; save the forms that it was made of")
 
     def unpack(self) -> Self:
         return self

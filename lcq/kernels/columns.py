@@ -106,7 +106,7 @@ def columns(form: Codes) -> Columns:
     """
     form = form.unpack()
     if form.codes.ndim < 2:
-        raise ValueError(f"wanted codes of a matrix [K, n], or stacked ones; got {list(form.shape)}")
+        raise ValueError(f"expected codes of a matrix [K, n], or stacked ones, got {list(form.shape)}")
     *stacked, rows, n = form.codes.shape
     tables = [a for a in (form.levels, form.scale, form.zero) if a is not None]
     *_, b, across = tables[0].shape[: form.codes.ndim] if tables else (1, 1)

@@ -41,7 +41,7 @@ def check_bits(x: Any, words: Any) -> None:
     """Raises ValueError unless x [M, K] can be multiplied by words down the columns of K bits."""
     if words.shape[0] != -(-x.shape[1] // 32) or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
-            f"wanted float32 or bfloat16 x, and {-(-x.shape[1] // 32)} rows of words for {x.shape[1]} bits; "
+            f"expected float32 or bfloat16 x, and {-(-x.shape[1] // 32)} rows of words for {x.shape[1]} bits, "
             f"got x {x.dtype}{list(x.shape)}, words {list(words.shape)}"
         )
 
@@ -49,9 +49,9 @@ def check_bits(x: Any, words: Any) -> None:
 def check_signs(a: Any, words: Any, size: int, unit: str | None) -> None:
     """Raises ValueError unless words along rows, and others down columns, hold `size` signs; or of another unit."""
     if unit not in (None, "matrix", "popcount"):
-        raise ValueError(f"wanted unit='matrix', 'popcount' or None; got {unit!r}")
+        raise ValueError(f"expected unit='matrix', 'popcount' or None, got {unit!r}")
     if a.shape[1] != -(-size // 32) or words.shape[0] != a.shape[1]:
         raise ValueError(
-            f"wanted {-(-size // 32)} words a row, and as many rows of words, for k={size}; "
+            f"expected {-(-size // 32)} words a row, and as many rows of words, for k={size}, "
             f"got a {list(a.shape)}, words {list(words.shape)}"
         )

@@ -54,7 +54,7 @@ def signs(w: Shaped[Array, "k n"], layout: Layout | None = None) -> Signs:
     layout = here.get(jax.default_backend(), "xla") if layout is None else layout
     if w.ndim != 2 or layout not in get_args(Layout):
         raise ValueError(
-            f"wanted a matrix [K, n], and a layout of {', '.join(get_args(Layout))} or None; "
+            f"expected a matrix [K, n], and a layout of {', '.join(get_args(Layout))} or None, "
             f"got {list(w.shape)} and {layout!r}"
         )
     words = xnor_xla.tile(pack_signs(w.T)) if layout == "xla" else pack_columns((w >= 0).astype(jnp.uint8), 1)

@@ -128,7 +128,7 @@ class Window:
             margins = tuple(lax.padtype_to_pads(tuple(spatial), span, self.strides, margins))
         if any(low + n + high < s or not n for (low, high), n, s in zip(margins, spatial, span, strict=True)):
             raise ValueError(
-                f"wanted an image that a window of {span} fits into; got {list(spatial)} with padding "
+                f"expected an image that a window of {span} fits into, got {list(spatial)} with padding "
                 f"{self.padding!r}; pad more, or take a smaller kernel"
             )
         return margins
@@ -162,14 +162,14 @@ def window(
     tuples = {name: (n,) * len(size) if isinstance(n, int) else tuple(n) for name, n in each.items()}
     for name, numbers in tuples.items():
         if not size or len(numbers) != len(size) or min(numbers) < 1:
-            raise ValueError(f"{name}: wanted {len(size) or 'some'} whole numbers from 1; got {each[name]!r}")
+            raise ValueError(f"{name}: expected {len(size) or 'some'} whole numbers from 1, got {each[name]!r}")
     named = padding in ("SAME", "VALID")
     pairs = [] if isinstance(padding, str) or not isinstance(padding, Sequence) else padding
     fit = [isinstance(each, Sequence) and len(each) == 2 and min(each) >= 0 for each in pairs]
     if not named and not (len(fit) == len(size) and all(fit)):
-        raise ValueError(f"padding: wanted 'SAME', 'VALID' or {len(size)} pairs of numbers from 0; got {padding!r}")
+        raise ValueError(f"padding: expected 'SAME', 'VALID' or {len(size)} pairs of numbers from 0, got {padding!r}")
     if pad_value not in (0, 1):
-        raise ValueError(f"pad_value: wanted 0 or 1; got {pad_value!r}")
+        raise ValueError(f"pad_value: expected 0 or 1, got {pad_value!r}")
     margins = padding if named else tuple((low, high) for low, high in pairs)
     return Window(tuples["kernel_size"], tuples["strides"], margins, tuples["dilation"], pad_value)
 
@@ -261,9 +261,9 @@ def check_binary(spread: Any) -> None:
     """Raises ValueError if weights that are taken for binary are not, by their `spread`."""
     if not float(spread) <= _ROUNDING:
         raise ValueError(
-            f"wanted weights of +-alpha for each output, as binarize_kernel=False takes them; got |W| that differ from "
-            f"their mean by {100 * float(spread):.2g} %; put in the dense forms of lcq.smooth_binary's compress, or of "
-            "lcq.extract"
+            "expected weights of +-alpha for each output, as binarize_kernel=False takes them, got |W| that differ "
+            f"from their mean by {100 * float(spread):.2g} %; put in the dense forms of lcq.smooth_binary's compress, "
+            "or of lcq.extract"
         )
 
 
@@ -288,16 +288,16 @@ def check(x: Shaped[Array, "..."], kernel: Shaped[Array, "..."], bias: Shaped[Ar
     if not (jnp.issubdtype(x.dtype, jnp.floating) and x.ndim >= axes and x.shape[-1:] == kernel.shape[-2:-1]):
         images = "" if axes == 1 else f"{axes - 1} spatial axes, "
         raise ValueError(
-            f"wanted floating-point x [.., {images}{kernel.shape[-2]}] for a kernel {list(kernel.shape)}; "
+            f"expected floating-point x [.., {images}{kernel.shape[-2]}] for a kernel {list(kernel.shape)}, "
             f"got {x.dtype}{list(x.shape)}; channels are last"
         )
     if bias is not None and bias.shape != kernel.shape[-1:]:
         raise ValueError(
-            f"wanted a bias [{kernel.shape[-1]}] for a kernel {list(kernel.shape)}; got {list(bias.shape)}"
+            f"expected a bias [{kernel.shape[-1]}] for a kernel {list(kernel.shape)}, got {list(bias.shape)}"
         )
 
 
 def check_window(kernel: Shaped[Array, "..."], window: Window) -> None:
     """Raises ValueError unless the kernel is of the window's size."""
     if kernel.shape[:-2] != window.size:
-        raise ValueError(f"wanted a kernel {[*window.size, 'c', 'n']}; got {list(kernel.shape)}")
+        raise ValueError(f"expected a kernel {[*window.size, 'c', 'n']}, got {list(kernel.shape)}")

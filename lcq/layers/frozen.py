@@ -125,7 +125,7 @@ def freeze(
         Bits(words=Array([[2]], dtype=uint32), channels=2)
     """
     if window is None and kernel.ndim != 2:
-        raise ValueError(f"wanted a kernel [c, n], or a window; got {list(kernel.shape)}")
+        raise ValueError(f"expected a kernel [c, n], or a window, got {list(kernel.shape)}")
     weights = binarize(kernel, scale)
     *_, c, n = kernel.shape
     rows, taps = weights.signs, None
@@ -165,7 +165,7 @@ def apply(layer: Frozen, x: Shaped[Array, "..."] | Bits) -> Float[Array, "..."] 
     """
     if not (isinstance(x, Bits) or jnp.issubdtype(x.dtype, jnp.floating)) or x.shape[-1:] != (layer.inputs,):
         raise ValueError(
-            f"wanted floating-point x [.., {layer.inputs}]; got {x.dtype}{list(x.shape)}; channels are last"
+            f"expected floating-point x [.., {layer.inputs}], got {x.dtype}{list(x.shape)}; channels are last"
         )
     if (mesh := explicit_mesh(x)) is not None:
         return by_compiler(apply, laid_on(mesh, (*spec_of(x.words if isinstance(x, Bits) else x)[:-1], None)), layer, x)
@@ -203,7 +203,7 @@ def product(layer: Frozen, words: UInt32[Array, "..."]) -> Int32[Array, "..."]:
     window, axes = layer.window, 1 if layer.window is None else len(layer.window.size) + 1
     if words.ndim < axes or words.shape[-1] != -(-layer.inputs // 32):
         raise ValueError(
-            f"wanted words of {layer.inputs} channels, [.., {'spatial, ' * (axes > 1)}{-(-layer.inputs // 32)}]; "
+            f"expected words of {layer.inputs} channels, [.., {'spatial, ' * (axes > 1)}{-(-layer.inputs // 32)}], "
             f"got {list(words.shape)}"
         )
     if window is None:
@@ -291,7 +291,7 @@ def fold_threshold(
     given = {"mean": mean, "var": var, "scale": scale, "bias": bias}
     for name, numbers in given.items():
         if numbers is not None and numbers.shape != (channels,):
-            raise ValueError(f"{name}: wanted [{channels}], a number for each channel; got {list(numbers.shape)}")
+            raise ValueError(f"{name}: expected [{channels}], a number for each channel, got {list(numbers.shape)}")
     factor = jax.lax.rsqrt(var.astype(jnp.float32) + epsilon)
     factor = factor if scale is None else factor * scale
     falls = factor < 0 if layer.alpha is None else (factor < 0) != (layer.alpha < 0)  # their product may underflow

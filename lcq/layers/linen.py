@@ -139,7 +139,7 @@ def _layer(module: Any, x: Any, window: Window | None) -> Any:
 def _numbers(norm: Any) -> dict[str, Any]:
     """Of a batch norm that was called, for its threshold."""
     if not isinstance(norm, nn.BatchNorm) or norm.axis != -1:
-        raise ValueError(f"norm: wanted a BatchNorm of the last axis; got {norm!r}; call others behind the layer")
+        raise ValueError(f"norm: expected a BatchNorm of the last axis, got {norm!r}; call others behind the layer")
     params = norm.variables.get("params", {})
     return {**norm.variables["batch_stats"], **params, "epsilon": norm.epsilon}
 
@@ -195,7 +195,7 @@ def freeze(net: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
     packed = _checked(jax.jit(found)(variables, args).get("frozen", {}))
     if not packed:
         raise ValueError(
-            f"wanted a net that calls BinaryDense or BinaryConv; got {type(net).__name__}, whose call met none; "
+            f"expected a net that calls BinaryDense or BinaryConv, got {type(net).__name__}, whose call met none; "
             "pass the arguments of a call that does"
         )
     return {**variables, "params": _without(variables["params"], packed), "frozen": packed}

@@ -47,7 +47,7 @@ class BinaryLayer(nnx.Module):
     ) -> None:
         if norm is not None and not (isinstance(norm, nnx.BatchNorm) and norm.axis == -1):
             raise ValueError(
-                f"norm: wanted a BatchNorm of the last axis; got {type(norm).__name__}; call others behind the layer"
+                f"norm: expected a BatchNorm of the last axis, got {type(norm).__name__}; call others behind the layer"
             )
         self.kernel: nnx.Param | None = nnx.data(nnx.Param(kernel))
         self.bias: nnx.Param | None = nnx.data(None if bias is None else nnx.Param(bias))
@@ -232,7 +232,7 @@ def freeze(net: _Net) -> _Net:
     copy = nnx.clone(net)
     layers = {path: node for path, node in nnx.iter_modules(copy) if isinstance(node, BinaryLayer)}
     if not layers:
-        raise ValueError(f"wanted a net with BinaryDense or BinaryConv in it; got {type(net).__name__} without")
+        raise ValueError(f"expected a net with BinaryDense or BinaryConv in it, got {type(net).__name__} without")
     for path, layer in layers.items():
         try:
             layer.freeze()

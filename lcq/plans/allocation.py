@@ -165,7 +165,7 @@ def pareto(
     tasks = _tasks(params, candidates)
     odd = sorted(tasks.keys() ^ weights.keys()) if weights is not None else []
     if odd:
-        raise ValueError(f"{', '.join(odd[:4])}: wanted weights of the leaves with candidates, of all and no others")
+        raise ValueError(f"{', '.join(odd[:4])}: expected weights of the leaves with candidates, of all and no others")
     other = sum(size.bits for path, size in sizes(params).items() if path not in tasks)
     numbers = sum(math.prod(np.shape(leaf)) for leaf in leaves.values())
     budget = _budget(bytes, bits_per_weight, numbers)
@@ -181,8 +181,8 @@ def pareto(
     totals = [other + bits for bits, _ in sizes_and_errors]
     if totals[0] > budget:
         raise ValueError(
-            f"wanted a budget of at least {-(-totals[0] // 8)} bytes, {totals[0] / numbers:.4g} bits for each of "
-            f"{numbers} numbers; got {budget // 8} bytes; {-(-other // 8)} are of leaves without candidates"
+            f"expected a budget of at least {-(-totals[0] // 8)} bytes, {totals[0] / numbers:.4g} bits for each of "
+            f"{numbers} numbers, got {budget // 8} bytes; {-(-other // 8)} are of leaves without candidates"
         )
     places, bound = best_choice(points, budget - other)
     choices = []
@@ -197,7 +197,7 @@ def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> di
     """Of each leaf that has candidates, its projection by each of them; None for the leaf as it is."""
     if not isinstance(candidates, Mapping):
         raise ValueError(
-            "wanted candidates by pattern, such as {'(.*/)?kernel': [lcq.KMeans(2), lcq.KMeans(4)]}; "
+            "expected candidates by pattern, such as {'(.*/)?kernel': [lcq.KMeans(2), lcq.KMeans(4)]}, "
             f"got {candidates!r}; name the leaves that choose, '.*' for all"
         )
     found: dict[str, list[Task | None]] = {}
@@ -206,7 +206,7 @@ def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> di
         listed = isinstance(schemes, Sequence) and not isinstance(schemes, str) and len(schemes) > 0
         if not listed or not all(scheme is None or isinstance(scheme, Scheme) for scheme in schemes):
             raise ValueError(
-                f"{pattern!r}: wanted a list of schemes to choose from; got {schemes!r}; such as [lcq.KMeans(2), None]"
+                f"{pattern!r}: expected a list of schemes to choose from, got {schemes!r}; take [lcq.KMeans(2), None]"
             )
         tasks: list[tuple[Task, ...] | None] = []
         for scheme in schemes:
@@ -220,16 +220,18 @@ def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> di
         found |= {path: [None if each is None else each[i] for each in tasks] for i, path in enumerate(paths)}
         earlier.append(Rule(pattern, None))
     if not found:
-        raise ValueError("wanted candidates such as {'(.*/)?kernel': [lcq.KMeans(2), lcq.KMeans(4)]}; got no scheme")
+        raise ValueError("expected candidates such as {'(.*/)?kernel': [lcq.KMeans(2), lcq.KMeans(4)]}, got no scheme")
     return {path: found[path] for path in flatten(params)[0] if path in found}
 
 
 def _budget(size: int | None, bits_per_weight: float | None, numbers: int) -> int:
     if (size is None) == (bits_per_weight is None):
-        raise ValueError("wanted one budget, bytes= or bits_per_weight=; got " + ("none" if size is None else "both"))
+        raise ValueError("expected one budget, bytes= or bits_per_weight=, got " + ("none" if size is None else "both"))
     bits = 8 * size if size is not None else (bits_per_weight or 0) * numbers
     if not 0 <= bits < math.inf:
-        raise ValueError(f"wanted a budget that is a number >= 0; got {size if size is not None else bits_per_weight}")
+        raise ValueError(
+            f"expected a budget that is a number >= 0, got {size if size is not None else bits_per_weight}"
+        )
     return math.floor(bits)
 
 
@@ -241,5 +243,5 @@ def _point(leaf: Any, task: Task | None, h: Any, coded: bool) -> Point:
     error = (np.asarray(leaf, np.float64) - np.asarray(dense_of(form), np.float64)) ** 2
     distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
     if not math.isfinite(distortion):
-        raise ValueError(f"{task.name}: wanted finite numbers; {task.scheme} gave others; drop this candidate")
+        raise ValueError(f"{task.name}: expected finite numbers; {task.scheme} gave others; drop this candidate")
     return Point(rate(form).coded if coded else form.pack().bits, distortion)

@@ -61,7 +61,7 @@ def dry_run(
     if fn is not None:
         tree, tasks = preview(fn, params, batch, rules, nearest=nearest)
     elif nearest:
-        raise ValueError("wanted fn and batch with nearest=, which is quantize's; got none; put it before the rules")
+        raise ValueError("expected fn and batch with nearest=, which is quantize's, got none; put it before the rules")
     else:
         counted = _only_for_products(decided, flatten(params)[0])
         taken = [Rule(re.escape(path), None) for path in counted]

@@ -82,7 +82,7 @@ class Plan(Sequence[Rule]):
         """
         if Path(path).suffix.lower() == ".lcq":
             raise ValueError(
-                f"{os.fspath(path)}: wanted another name, such as plan.toml; got that of an .lcq file; "
+                f"{os.fspath(path)}: expected another name, such as plan.toml, got that of an .lcq file; "
                 "lcq.save(path, tree, plan=plan) keeps a plan in one"
             )
         text = f"{self}\n".encode()
@@ -103,12 +103,12 @@ def parse_plan(text: str) -> Plan:
     try:
         document = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(f"wanted TOML; {error}") from error
+        raise ValueError(f"expected TOML; {error}") from error
     match document:
         case {"rule": [*tables], **rest} if not rest:
             return Plan(tuple(_rule(number, table) for number, table in enumerate(tables, 1)))
     got = ", ".join(map(repr, document)) or "nothing"
-    raise ValueError(f"wanted [[rule]] tables with a pattern and a scheme, and nothing else; got {got[:200]}")
+    raise ValueError(f"expected [[rule]] tables with a pattern and a scheme, and nothing else, got {got[:200]}")
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:
@@ -139,7 +139,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     name = os.fspath(path)
     text = read_index(path).plan if Path(path).suffix.lower() == ".lcq" else None
     if text is None and Path(path).suffix.lower() == ".lcq":
-        raise ValueError(f"{name}: wanted a plan in the file; it has none: save one with lcq.save(.., plan=plan)")
+        raise ValueError(f"{name}: expected a plan in the file; it has none: save one with lcq.save(.., plan=plan)")
     try:
         return parse_plan(Path(path).read_bytes().decode() if text is None else text)
     except ValueError as error:
@@ -157,7 +157,7 @@ def _toml(rule: Rule) -> str:
 def _quoted(text: str, literal: bool = False) -> str:
     """A TOML string: without escapes if `literal` and possible, for patterns are full of backslashes."""
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ValueError(f"{text!r}: wanted Unicode characters; got half of a surrogate pair, which TOML cannot hold")
+        raise ValueError(f"{text!r}: expected Unicode characters, got half of a surrogate pair, which TOML cannot hold")
     if literal and text.isprintable() and "'" not in text:
         return f"'{text}'"
     words = (f"\\{c}" if c in '"\\' else c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
@@ -168,13 +168,13 @@ def _rule(number: int, table: Any) -> Rule:
     """The rule of what TOML has in its place."""
     try:
         if not isinstance(table, dict):
-            raise ValueError(f"wanted a table; got {table!r:.200}")
+            raise ValueError(f"expected a table, got {table!r:.200}")
         if odd := table.keys() - _KEYS.keys():
-            raise ValueError(f"wanted only {', '.join(_KEYS)}; got {', '.join(sorted(odd))[:200]!r}")
+            raise ValueError(f"expected only {', '.join(_KEYS)}, got {', '.join(sorted(odd))[:200]!r}")
         for key, kind in _KEYS.items():
             if (key in table or key in ("pattern", "scheme")) and type(table.get(key)) is not kind:
                 got = repr(table[key])[:200] if key in table else "none"
-                raise ValueError(f"wanted {key}: {kind.__name__}; got {got}")
+                raise ValueError(f"expected {key}: {kind.__name__}, got {got}")
         settings = {key: table[key] for key in ("joint", "stacked", "layout") if key in table}
         return Rule(table["pattern"], None if is_none(table["scheme"]) else parse_scheme(table["scheme"]), **settings)
     except (ValueError, OverflowError, RecursionError) as error:

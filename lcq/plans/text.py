@@ -51,13 +51,13 @@ def parse_scheme(text: str) -> Scheme:
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"wanted a scheme; got {text!r}, which does not parse; {_known()}") from error
+        raise ValueError(f"expected a scheme, got {text!r}, which does not parse; {_known()}") from error
     if not _names_scheme(node):
-        raise ValueError(f"wanted a scheme; got {text!r}; {_known()}")
+        raise ValueError(f"expected a scheme, got {text!r}; {_known()}")
     try:
         return _made(node, text)
     except RecursionError as error:
-        raise ValueError(f"{text}: wanted fewer schemes inside each other") from error
+        raise ValueError(f"{text}: expected fewer schemes inside each other") from error
 
 
 def format_scheme(scheme: Scheme) -> str:
@@ -72,7 +72,7 @@ def format_scheme(scheme: Scheme) -> str:
     """
     name = type(scheme).__name__
     if not has_text(scheme):
-        raise ValueError(f"wanted a scheme that has a text; got {scheme!r}; {_known()}")
+        raise ValueError(f"expected a scheme that has a text, got {scheme!r}; {_known()}")
     settings = settings_of(scheme)
     if isinstance(scheme, Levels):
         name, settings = _family(scheme, settings)
@@ -124,7 +124,7 @@ def parse_rule(text: str) -> Rule:
         if named and not inside and (is_none(named[1]) or _spelt(named[1])):
             break
     else:
-        raise ValueError(f"wanted PATTERN=SCHEME, such as '(.*/)?kernel=KMeans(4)'; got {text!r}; {_known()}")
+        raise ValueError(f"expected PATTERN=SCHEME, such as '(.*/)?kernel=KMeans(4)', got {text!r}; {_known()}")
     chosen: dict[str, Any] = {}
     for option in options:
         key, _, value = (part.strip() for part in option.partition("="))
@@ -136,7 +136,7 @@ def parse_rule(text: str) -> Rule:
             chosen["layout"] = value.strip("'\"")
         else:
             raise ValueError(
-                f"{text}: wanted '; joint', '; stacked=N' or '; layout=oi' after the scheme; got {option.strip()!r}"
+                f"{text}: expected '; joint', '; stacked=N' or '; layout=oi' after the scheme, got {option.strip()!r}"
             )
     return Rule(text[: found.start()].strip(), None if is_none(scheme) else parse_scheme(scheme), **chosen)
 
@@ -168,7 +168,7 @@ def is_none(scheme: str) -> bool:
 # Text
 
 _RULE = re.compile(r"=\s*(?=[A-Za-z_])")
-_PLAIN = "wanted plain numbers, strings, tuples and schemes as settings"
+_PLAIN = "expected plain numbers, strings, tuples and schemes as settings"
 _NAMED = re.compile(r"(?:lcq\.)?(\w+)\s*(?:\(.*\))?\s*", re.DOTALL)
 
 
@@ -222,12 +222,12 @@ def _made(node: ast.expr, text: str) -> Scheme:
     try:
         settings = signature.bind(*given, **named).arguments
     except TypeError as error:
-        raise ValueError(f"{text}: {error}; wanted {_usage(name)}") from error
+        raise ValueError(f"{text}: {error}; expected {_usage(name)}") from error
     for setting, value in settings.items():
         hint, several = hints.get(setting, Any), signature.parameters[setting].kind is inspect.Parameter.VAR_POSITIONAL
         if not (_fits(value, hint) or (several and all(_fits(each, hint) for each in value))):
             wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-            raise ValueError(f"{text}: wanted {setting}: {wanted}; got {value!r}; {_usage(name)}")
+            raise ValueError(f"{text}: expected {setting}: {wanted}, got {value!r}; {_usage(name)}")
     try:
         return make(scheme, settings)
     except ValueError as error:

@@ -22,27 +22,31 @@ def checked_batches(batches: Any) -> list[Any]:
         ValueError: no batch, one without examples, a leaf that is no array, or another structure; names batch and leaf.
     """
     if hasattr(batches, "shape"):
-        raise ValueError(f"wanted an iterable of batches; got one array {list(batches.shape)}; pass [batch]")
+        raise ValueError(f"expected an iterable of batches, got one array {list(batches.shape)}; pass [batch]")
     if batches is None or isinstance(batches, str | bytes | dict):
-        raise ValueError(f"wanted an iterable of batches; got {_told(batches)}; pass [batch]")
+        raise ValueError(f"expected an iterable of batches, got {_told(batches)}; pass [batch]")
     made = []
     for i, batch in enumerate(batches):
         leaves, structure = jax.tree.flatten(batch)
         if not leaves:
-            raise ValueError(f"batch {i}: wanted a tree of arrays; got {_told(batch)}; drop it")
+            raise ValueError(f"batch {i}: expected a tree of arrays, got {_told(batch)}; drop it")
         paths = [""] if leaves[0] is batch else list(flatten(batch)[0])
         arrays = [
             _array(f"batch {i}" + (f", leaf {p}" if p else ""), leaf) for p, leaf in zip(paths, leaves, strict=True)
         ]
         made.append(jax.tree.unflatten(structure, arrays))
     if not made:
-        raise ValueError("wanted at least one batch of inputs; got none")
+        raise ValueError("expected at least one batch of inputs, got none")
     for i, batch in enumerate(made):
         one, two = (str(jax.tree.structure(each)) for each in (made[0], batch))
         if one != two:
-            raise ValueError(f"batch {i}: wanted batches of equal structure; got {one} before and here {two}; drop it")
+            raise ValueError(
+                f"batch {i}: expected batches of equal structure, got {one} before and here {two}; drop it"
+            )
         if any(0 in np.shape(leaf) for leaf in jax.tree.leaves(batch)):
-            raise ValueError(f"batch {i}: wanted at least one example; got {jax.tree.map(jax.typeof, batch)}; drop it")
+            raise ValueError(
+                f"batch {i}: expected at least one example, got {jax.tree.map(jax.typeof, batch)}; drop it"
+            )
     return made
 
 
@@ -55,7 +59,7 @@ def _array(name: str, leaf: Any) -> Any:
         array = np.asarray(None)
     if array.dtype.kind not in "biufcV" or array.dtype.names or isinstance(leaf, jax.ShapeDtypeStruct):
         raise ValueError(
-            f"{name}: wanted an array; got {_told(leaf)}; leave it out of the batch, or close over it: "
+            f"{name}: expected an array, got {_told(leaf)}; leave it out of the batch, or close over it: "
             "lambda params, batch: fn(params, batch, ...)"
         )
     return jnp.asarray(leaf if np.isscalar(leaf) else native(array))
@@ -77,7 +81,7 @@ def counts_of(mask: Mask, batch: Any, number: int) -> list[Any] | None:
     if isinstance(mask, str):
         if mask not in leaves:
             raise ValueError(
-                f"mask={mask!r}: wanted the path of a leaf of the batch: {', '.join(leaves)}; got none of it"
+                f"mask={mask!r}: expected the path of a leaf of the batch: {', '.join(leaves)}, got none of it"
             )
         given: Any = leaves[mask]
     else:
@@ -88,13 +92,13 @@ def counts_of(mask: Mask, batch: Any, number: int) -> list[Any] | None:
     each = jax.tree.leaves(given, is_leaf=lambda value: value is None)
     if len(each) != len(leaves):
         raise ValueError(
-            f"batch {number}: wanted a mask for all leaves, or for each of {', '.join(leaves)}; got {len(each)} masks"
+            f"batch {number}: expected a mask for all leaves, or for each of {', '.join(leaves)}, got {len(each)} masks"
         )
     made = [None if one is None else _boolean(one, number) for one in each]
     for one, (path, leaf) in zip(made, leaves.items(), strict=True):
         if one is not None and one.shape != np.shape(leaf)[: one.ndim]:
             raise ValueError(
-                f"batch {number}: wanted a mask of the leading axes of {path} {list(np.shape(leaf))}; got "
+                f"batch {number}: expected a mask of the leading axes of {path} {list(np.shape(leaf))}, got "
                 f"{list(one.shape)}"
             )
     return made
@@ -109,7 +113,7 @@ def _for_leaves(found: Any, shapes: Sequence[tuple[int, ...]], number: int) -> l
         made.append(found.any(tuple(range(rank, found.ndim))) if fits else None)
     if not any(shape[: found.ndim] == found.shape for shape in shapes):
         raise ValueError(
-            f"batch {number}: wanted a mask of the leading axes of a leaf: {', '.join(map(str, map(list, shapes)))}; "
+            f"batch {number}: expected a mask of the leading axes of a leaf: {', '.join(map(str, map(list, shapes)))}, "
             f"got {list(found.shape)}"
         )
     return made
@@ -119,11 +123,11 @@ def _boolean(given: Any, number: int) -> Any:
     values = np.asarray(given)
     if values.ndim == 0 or not np.isin(values, (0, 1)).all():
         raise ValueError(
-            f"batch {number}: wanted a mask of booleans, or of 0 and 1, with an axis for the examples; got "
+            f"batch {number}: expected a mask of booleans, or of 0 and 1, with an axis for the examples, got "
             f"{values.dtype.name} {list(values.shape)}; compare first, as in tokens != 0"
         )
     if not values.any():
-        raise ValueError(f"batch {number}: wanted a mask with a position that counts; got none; drop the batch")
+        raise ValueError(f"batch {number}: expected a mask with a position that counts, got none; drop the batch")
     return jnp.asarray(values.astype(bool))
 
 

@@ -103,7 +103,7 @@ def round_product(
     form, tied = _alphabet(product.path, w, rule)
     search = search and not (form.scale is None and form.levels is None)
     if recursion == "follow" and not isinstance(method, GPFQ):
-        raise ValueError(f"wanted recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
+        raise ValueError(f"expected recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
     if recursion == "auto":
         _, _, many, neurons = product.shape
         runs = sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1
@@ -114,7 +114,7 @@ def round_product(
     if not problem.finite:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(
-            f"{product.path}: wanted finite inputs; got NaN or infinite activations {where} at {product.source}; "
+            f"{product.path}: expected finite inputs, got NaN or infinite activations {where} at {product.source}; "
             "look at the batches, or at the weights before"
         )
     problem, held_out = _settled(problem, method, w, form, shrink, key)
@@ -133,7 +133,7 @@ def round_product(
     form, damp = problem.codes(method, w, form, key)
     if not np.isfinite(damp):
         raise ValueError(
-            f"{product.path}: wanted H + damp I with a root at {product.source}; got none with {method}: "
+            f"{product.path}: expected H + damp I with a root at {product.source}, got none with {method}: "
             "raise damp=, or most= up to which it may grow by itself"
         )
     shift = problem.correction(w, form) if centred else None

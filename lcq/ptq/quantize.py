@@ -198,12 +198,12 @@ def quantize(
     """
     method, batches = _method(method), checked_batches(batches)
     if shrink is not None and not 0 <= shrink <= 1:
-        raise ValueError(f"wanted shrink between 0 and 1, or None to choose it; got {shrink}")
+        raise ValueError(f"expected shrink between 0 and 1, or None to choose it, got {shrink}")
     leaves, structure = flatten(params)
     check_numbers(leaves)
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ValueError(f"{path}: wanted an array, whose values are rounded; got {leaf}; pass the parameters")
+            raise ValueError(f"{path}: expected an array, whose values are rounded, got {leaf}; pass the parameters")
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, original.values())
@@ -272,7 +272,7 @@ def _method(method: str | Rounding) -> Rounding:
         return METHODS[method]
     if isinstance(method, Rounding):
         return method
-    raise ValueError(f"wanted method one of {', '.join(METHODS)}, or a rounding such as lcq.GPFQ(); got {method!r}")
+    raise ValueError(f"expected method one of {', '.join(METHODS)}, or a rounding such as lcq.GPFQ(), got {method!r}")
 
 
 def decide(
@@ -284,8 +284,8 @@ def decide(
         per = getattr(rule.scheme, "per", None)
         if isinstance(per, tuple):
             raise ValueError(
-                f"rule {rule.pattern!r}: wanted per=None, 'channel' or a group length, whose axes the product decides; "
-                f"got per={per!r}"
+                f"rule {rule.pattern!r}: expected per=None, 'channel' or a group length, "
+                f"whose axes the product decides, got per={per!r}"
             )
     kept = [Rule(re.escape(path), None) for path in given]
     direct = resolve([*kept, *nearest], dense) if nearest else ()
@@ -302,7 +302,7 @@ def decide(
             raise ValueError(f"{', '.join(task.paths)}: each product has an alphabet of its own; drop joint=True")
         chosen[task.name] = next(rule for rule in rules if re.fullmatch(rule.pattern, task.name))
         if chosen[task.name].stacked > 1:
-            raise ValueError(f"{task.name}: wanted stacked=0 or 1; layers of a scan are independent without it")
+            raise ValueError(f"{task.name}: expected stacked=0 or 1; layers of a scan are independent without it")
     for path in (*chosen, *(path for task in before for path in task.paths)):
         check_finite(path, flatten(dense)[0][path])
     return chosen, before
@@ -337,8 +337,8 @@ def _warn_of_lost(programs: Sequence[Program]) -> None:
     lost = {product.path: product.lost for program in programs for product in program.products if product.lost}
     for path, where in lost.items():
         warnings.warn(
-            f"{path}: wanted to follow mask= to its inputs; got lost at {where}, so all of their rows count; move that "
-            "out of the function, or exclude the leaf",
+            f"{path}: expected to follow mask= to its inputs, got lost at {where}, so all of their rows count; "
+            "move that out of the function, or exclude the leaf",
             stacklevel=3,
         )
 

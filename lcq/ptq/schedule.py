@@ -112,7 +112,7 @@ def _check(programs: Sequence[Program]) -> None:
             continue
         missing = sorted(set(paths[0]) ^ set(paths[1])) or sorted(set(paths[0]))
         raise ValueError(
-            f"{missing[0]}: wanted products of the same weights in the same order whatever the shapes of a batch; got "
-            f"{len(paths[0])} and {len(paths[1])} for two batches; pass batches of one shape, or pad them and say "
+            f"{missing[0]}: expected products of the same weights in the same order whatever the shapes of a batch, "
+            f"got {len(paths[0])} and {len(paths[1])} for two batches; pass batches of one shape, or pad them and say "
             "with mask= what counts"
         )

@@ -91,7 +91,7 @@ def gather(
     """
     before = None if moments is None else (moments.drift is not None, moments.gap is not None)
     if before not in (None, (x is not None, gap and x is not None)):
-        raise ValueError(f"wanted the same x= and gap= for every batch; those before had (x, gap) = {before}")
+        raise ValueError(f"expected the same x= and gap= for every batch; those before had (x, gap) = {before}")
     wide = wider(jnp.float32, *(a.dtype for a in (x, y) if a is not None))
     y = y.astype(wide)
     if moments is None:

@@ -264,7 +264,7 @@ class _Walk:
 def _handed(visit: Visit) -> Iterator[Visit]:
     yield visit
     if not visit.finished:
-        raise RuntimeError(f"{visit.product.path}: wanted Visit.finish before the next product")
+        raise RuntimeError(f"{visit.product.path}: expected Visit.finish before the next product")
 
 
 def _relative(sums: Sequence[Sequence[Any]]) -> float:

@@ -201,7 +201,7 @@ def table(
     originals = None if reference is None else flatten(reference)[0]
     if originals is not None and leaves.keys() != originals.keys():
         odd = sorted(leaves.keys() ^ originals.keys())
-        raise ValueError(f"wanted a reference with the same leaves; only in one of the two: {', '.join(odd[:4])}")
+        raise ValueError(f"expected a reference with the same leaves; only in one of the two: {', '.join(odd[:4])}")
     seen, made = set[str](), list[Row]()
     for number, row in enumerate(rows(tree), 1):
         leaf = leaves[row.path]
@@ -330,7 +330,7 @@ def _sum(numbers: Iterable[Any]) -> Any:
 
 def _measured(row: Row, leaf: Any, original: Any) -> Row:
     if row.shape != tuple(np.shape(original)):
-        raise ValueError(f"{row.path}: wanted a reference of shape {list(row.shape)}; got {list(np.shape(original))}")
+        raise ValueError(f"{row.path}: expected a reference of shape {list(row.shape)}, got {list(np.shape(original))}")
     if hasattr(original, "dtype") and jnp.issubdtype(original.dtype, jax.dtypes.prng_key):
         return row  # no number, so no distance
     dtype = _dtype(original)

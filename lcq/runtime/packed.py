@@ -133,6 +133,6 @@ def _check(forms: Any, args: Any, kwargs: Any) -> None:
         if not is_number(leaf):
             path = jax.tree_util.keystr(keys, simple=True, separator="/")
             raise ValueError(
-                f"{path}: wanted an array, a form or a number; got {type(leaf).__name__} {str(leaf)[:60]!r}; close "
+                f"{path}: expected an array, a form or a number, got {type(leaf).__name__} {str(leaf)[:60]!r}; close "
                 "over it: packed(lambda params, x: fn(params, x, ...))"
             )

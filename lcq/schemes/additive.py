@@ -53,7 +53,7 @@ class Additive(Scheme):
 
     def __init__(self, *parts: Scheme) -> None:
         if len(parts) < 2 or not all(isinstance(part, Scheme) for part in parts):
-            raise ValueError(f"wanted two or more schemes, such as KMeans(2), Prune(kept=0.01); got {parts!r}")
+            raise ValueError(f"expected two or more schemes, such as KMeans(2), Prune(kept=0.01), got {parts!r}")
         object.__setattr__(self, "parts", parts)
 
     @property

@@ -120,9 +120,9 @@ class Scheme(abc.ABC):
             raise ValueError(f"{self} has a cost: pass mu=, the weight of the distance it is traded against")
         for array in xs:
             if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise ValueError(f"wanted a floating-point array; got {array.dtype}{list(array.shape)}")
+                raise ValueError(f"expected a floating-point array, got {array.dtype}{list(array.shape)}")
             if array.size == 0:
-                raise ValueError(f"wanted at least one weight; got {array.dtype}{list(array.shape)}")
+                raise ValueError(f"expected at least one weight, got {array.dtype}{list(array.shape)}")
             self.check(array.shape)
             if not isinstance(array, jax.core.Tracer):
                 self.check_numbers(jnp.asarray(array))
@@ -135,7 +135,7 @@ class Scheme(abc.ABC):
         if weights is not None:
             given = (check_weights(xs, (weights,) if single else weights),)
             if self.host and any(isinstance(h, jax.core.Tracer) for h in given[0]):
-                raise ValueError(f"{self} is solved on the host: wanted concrete weights; got traced ones")
+                raise ValueError(f"{self} is solved on the host: expected concrete weights, got traced ones")
         forms = (self.solve if self.host else self._compiled)(xs, previous, mu, *given)
         return forms[0] if single else forms
 
@@ -177,15 +177,15 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
     """
     if not isinstance(weights, tuple) or len(weights) != len(xs):
         got = f"{len(weights)} of them" if isinstance(weights, tuple) else type(weights).__name__
-        raise ValueError(f"weights: wanted a tuple of {len(xs)} arrays; got {got}; pass one for each array of x")
+        raise ValueError(f"weights: expected a tuple of {len(xs)} arrays, got {got}; pass one for each array of x")
     weights = tuple(map(native, weights))
     for h, x in zip(weights, xs, strict=True):
         if not hasattr(h, "dtype") or not any(jnp.issubdtype(h.dtype, t) for t in (jnp.floating, jnp.integer, bool)):
             got = str(h.dtype) if hasattr(h, "dtype") else type(h).__name__
-            raise ValueError(f"weights: wanted an array of real numbers; got {got}; convert it with jnp.asarray")
+            raise ValueError(f"weights: expected an array of real numbers, got {got}; convert it with jnp.asarray")
         if h.ndim > x.ndim or any(n not in (1, m) for n, m in zip(h.shape[::-1], x.shape[::-1], strict=False)):
             raise ValueError(
-                f"weights: wanted a shape that broadcasts to {list(x.shape)}; got {list(h.shape)}; "
+                f"weights: expected a shape that broadcasts to {list(x.shape)}, got {list(h.shape)}; "
                 "one number for each row of a matrix has the shape (rows, 1)"
             )
         if not isinstance(h, jax.core.Tracer):
@@ -193,7 +193,7 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
                 low, high = float(h.min()), float(h.max())
             if not (low >= 0 and high <= 2.0**126):  # of more, XLA flushes the reciprocal to zero
                 raise ValueError(
-                    f"weights: wanted finite numbers >= 0, at most 8.5e37; got some from {low} to {high} "
+                    f"weights: expected finite numbers >= 0, at most 8.5e37, got some from {low} to {high} "
                     f"in {h.dtype}{list(h.shape)}; clip them, or look where they come from"
                 )
     some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in weights])

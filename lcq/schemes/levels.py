@@ -73,12 +73,12 @@ class Levels(Quantizer):
     def __post_init__(self) -> None:
         values = tuple(sorted({float(np.float32(v)) for v in self.values}))
         if not 1 <= len(values) <= 65536 or not all(math.isfinite(v) for v in values):
-            raise ValueError(f"wanted 1 to 65,536 finite levels; got {self.values!r}")
+            raise ValueError(f"expected 1 to 65,536 finite levels, got {self.values!r}")
         if not self.scale and (self.exact or self.per is not None or self.scale_dtype is not None):
             raise ValueError("per=, exact= and scale_dtype= choose a scale: pass scale=True with them")
         check_scale_dtype(self.scale_dtype)
         if self.scale and not any(values):
-            raise ValueError("wanted a level other than zero to scale; got zeros")
+            raise ValueError("expected a level other than zero to scale, got zeros")
         object.__setattr__(self, "values", values)
 
     @property
@@ -138,7 +138,7 @@ def PowersOfTwo(c: int, scale: bool = False, per: Per = None, scale_dtype: str |
     Source: arXiv 1707.04319, section 4.2 and theorem A.1.
     """
     if not 0 <= c <= 126:
-        raise ValueError(f"wanted 0 <= c <= 126; got {c}")
+        raise ValueError(f"expected 0 <= c <= 126, got {c}")
     powers = [2.0**-i for i in range(c + 1)]
     return Levels((*(-p for p in powers), 0.0, *powers), scale=scale, per=per, scale_dtype=scale_dtype)
 

@@ -61,12 +61,12 @@ class LowRank(Scheme):
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.penalty is None):
-            raise ValueError(f"wanted either rank= or penalty=; got {self.rank!r} and {self.penalty!r}")
+            raise ValueError(f"expected either rank= or penalty=, got {self.rank!r} and {self.penalty!r}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 0):
-            raise ValueError(f"wanted rank= an int >= 0; got {self.rank!r}")
+            raise ValueError(f"expected rank= an int >= 0, got {self.rank!r}")
         for name in ("penalty", "unit"):
             if (amount := getattr(self, name)) is not None and not 0 <= amount < math.inf:
-                raise ValueError(f"wanted {name} >= 0 and finite; got {amount!r}")
+                raise ValueError(f"expected {name} >= 0 and finite, got {amount!r}")
 
     @property
     def leafwise(self) -> int:
@@ -82,7 +82,7 @@ class LowRank(Scheme):
     def oriented(self, layout: str, rank: int) -> Scheme:
         if rank > 2 and not outputs_last(layout, rank):
             raise ValueError(
-                f"{self} wants one axis of outputs, the last; got layout={layout!r} and {rank} axes; "
+                f"{self} wants one axis of outputs, the last, got layout={layout!r} and {rank} axes; "
                 "transpose or reshape the leaf before"
             )
         return self
@@ -134,7 +134,7 @@ class LowRank(Scheme):
         inside = (1, 3) if self.separable else (len(shape) - 1,)
         if any(h.shape[axis] != 1 for axis in inside):
             raise ValueError(
-                f"low rank wants weights that are equal along a row of its matrix; got {list(h.shape)} for "
+                f"low rank wants weights that are equal along a row of its matrix, got {list(h.shape)} for "
                 f"{list(shape)}; pass one for each input, of shape (..., inputs, 1)"
             )
         whole = tuple(1 if axis in inside else n for axis, n in enumerate(shape))

@@ -76,17 +76,21 @@ class Prune(Scheme):
     def __post_init__(self) -> None:
         given = [name for name in ("kept", "radius", "penalty") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"wanted one of kept=, radius=, penalty=; got {' and '.join(given) or 'none'}")
+            raise ValueError(f"expected one of kept=, radius=, penalty=, got {' and '.join(given) or 'none'}")
         if isinstance(self.group, list):
             object.__setattr__(self, "group", tuple(self.group))
         if self.radius is not None:
             object.__setattr__(self, "norm", "l1")
         if self.norm not in ("l0", "l1") or (self.kept is not None and self.norm != "l0"):
-            raise ValueError(f"wanted norm='l0', or 'l1' with radius= or penalty=; got {self.norm!r} with {given[0]}=")
+            raise ValueError(
+                f"expected norm='l0', or 'l1' with radius= or penalty=, got {self.norm!r} with {given[0]}="
+            )
         self._check_amount()
         object.__setattr__(self, "_is_part", isinstance(self.kept, float))
         if isinstance(self.values, KMeans) and self.values.per is not None:
-            raise ValueError(f"values: wanted a floating-point format or KMeans(...) without per=; got {self.values!r}")
+            raise ValueError(
+                f"values: expected a floating-point format or KMeans(...) without per=, got {self.values!r}"
+            )
         if self.values is not None and not isinstance(self.values, KMeans):
             object.__setattr__(self, "values", format_name(self.values, "values", "KMeans(...)"))
 
@@ -95,16 +99,16 @@ class Prune(Scheme):
         if isinstance(kept, str):
             found = _PATTERN.fullmatch(kept)
             if not found or not int(found[1]) <= int(found[2]) <= 1024 or self.group is not None:
-                raise ValueError(f"wanted kept='n:m' with n <= m <= 1024, without group=; got {kept!r}")
+                raise ValueError(f"expected kept='n:m' with n <= m <= 1024, without group=, got {kept!r}")
         elif isinstance(kept, bool) or not isinstance(kept, int | float | None) or (isinstance(kept, int) and kept < 0):
-            raise ValueError(f"wanted kept= a number >= 0, or a part of all as a float up to 1.0; got {kept!r}")
+            raise ValueError(f"expected kept= a number >= 0, or a part of all as a float up to 1.0, got {kept!r}")
         elif isinstance(kept, float) and not 0 <= kept <= 1:
-            raise ValueError(f"wanted kept= a part of all between 0.0 and 1.0, or a number as an int; got {kept!r}")
+            raise ValueError(f"expected kept= a part of all between 0.0 and 1.0, or a number as an int, got {kept!r}")
         if isinstance(self.axis, bool) or not isinstance(self.axis, int) or self.axis >= 0:
-            raise ValueError(f"wanted axis= a number below 0, counted from the last axis; got {self.axis!r}")
+            raise ValueError(f"expected axis= a number below 0, counted from the last axis, got {self.axis!r}")
         for name in ("radius", "penalty"):
             if (amount := getattr(self, name)) is not None and not 0 <= amount < math.inf:
-                raise ValueError(f"wanted {name} >= 0 and finite; got {amount!r}")
+                raise ValueError(f"expected {name} >= 0 and finite, got {amount!r}")
 
     @property
     def leafwise(self) -> int:
@@ -134,7 +138,7 @@ class Prune(Scheme):
             some = [m for m in range(2, 9) if len(shape) >= max(2, -self.axis) and shape[self.axis] % m == 0]
             fitting = f", such as 'n:{some[-1]}'" if some else ""
             raise ValueError(
-                f"kept={self.kept!r} wants an input axis, {which}, that {self._runs[1]} divides; "
+                f"kept={self.kept!r} wants an input axis, {which}, that {self._runs[1]} divides, "
                 f"got {shape}; choose an m that does{fitting}, or a part of all such as kept=0.5"
             )
 
@@ -207,7 +211,9 @@ class Prune(Scheme):
         slack = [jnp.ones_like(n) for n in norms]
         if roots is not None:
             if self.group is not None:
-                raise ValueError(f"{self}: groups shrink by one factor: wanted no weights; got some; drop one of them")
+                raise ValueError(
+                    f"{self}: groups shrink by one factor: expected no weights, got some; drop one of them"
+                )
             inverse = [jnp.where(r > 0, 1 / jnp.where(r > 0, r, 1) ** 2, 0) for r in roots]
             slack = [one * i for one, i in zip(slack, inverse, strict=True)]
             norms = [jnp.where(s > 0, n, 0) for n, s in zip(norms, slack, strict=True)]

@@ -21,7 +21,7 @@ def scale_format(per: Per, given: str | None) -> str | None:
 def check_scale_dtype(given: Any) -> None:
     """Raises ValueError unless scales can be in this format."""
     if given not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"scale_dtype: wanted 'float32', 'bfloat16', 'float16' or None; got {given!r}")
+        raise ValueError(f"scale_dtype: expected 'float32', 'bfloat16', 'float16' or None, got {given!r}")
 
 
 def check_float16(x: Array, reach: float) -> None:
@@ -31,7 +31,7 @@ def check_float16(x: Array, reach: float) -> None:
     kind = np.finfo(np.float16)
     if high and not float(kind.tiny) <= high <= float(kind.max):
         raise ValueError(
-            f"wanted weights whose scales fit float16, from {kind.tiny:.2g} to {kind.max:.0f}; got one of about "
+            f"expected weights whose scales fit float16, from {kind.tiny:.2g} to {kind.max:.0f}, got one of about "
             f"{high:.2g}; take scale_dtype='bfloat16', which has the range of float32"
         )
 

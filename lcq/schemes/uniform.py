@@ -57,10 +57,10 @@ class Uniform(Quantizer):
         least = 1 if self.zero_point else 2
         if not isinstance(self.bits, int) or not least <= self.bits <= 16:
             raise ValueError(
-                f"wanted {least} to 16 bits; got {self.bits!r}; for 1 bit take lcq.Binary() or zero_point=True"
+                f"expected {least} to 16 bits, got {self.bits!r}; for 1 bit take lcq.Binary() or zero_point=True"
             )
         if self.symmetric and self.zero_point:
-            raise ValueError("wanted zero_point=True or symmetric=True; got both; a symmetric grid has no zero point")
+            raise ValueError("expected zero_point=True or symmetric=True, got both; a symmetric grid has no zero point")
         check_scale_dtype(self.scale_dtype)
 
     def check_numbers(self, x: Array) -> None:

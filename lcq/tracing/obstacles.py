@@ -9,7 +9,7 @@ from lcq.tracing.jaxpr import OPAQUE, PRODUCTS, where
 def cannot_follow(path: str, way: str, eqn: Any, source: str | None) -> str:
     """What a leaf met on its way, an equation or (None) the end of the function."""
     if eqn is None:
-        return f"{path}: wanted a leaf that only products use; got {way} as an output; {remedy(path)}"
+        return f"{path}: expected a leaf that only products use, got {way} as an output; {remedy(path)}"
     name = eqn.primitive.name
     if name in OPAQUE:
         first = "write it as a lax.scan or without control flow, or "
@@ -20,13 +20,13 @@ def cannot_follow(path: str, way: str, eqn: Any, source: str | None) -> str:
     else:
         first = "fold this into the parameter before, or "
     got = f"{way} -> {name} at {source or where(eqn)}"
-    return f"{path}: wanted a leaf that only products use; got {got}; {first}{remedy(path)}"
+    return f"{path}: expected a leaf that only products use, got {got}; {first}{remedy(path)}"
 
 
 def shared_in_part(path: str, way: str, name: str, source: str, seen: int, size: int) -> str:
     """A product that uses some weights which another has used, and some which none has."""
     return (
-        f"{path}: wanted products that share all or none of their weights; got {way} -> {name} at {source} with "
+        f"{path}: expected products that share all or none of their weights, got {way} -> {name} at {source} with "
         f"{seen} of {size} used before; {remedy(path)}"
     )
 
@@ -34,8 +34,8 @@ def shared_in_part(path: str, way: str, name: str, source: str, seen: int, size:
 def not_whole(path: str, reached: int, size: int) -> str:
     """A leaf of which not every weight is in a product."""
     return (
-        f"{path}: wanted a leaf that products use; got {reached} of {size} weights in products (is it closed over, or "
-        f"unused?); pass it through params, or {remedy(path)}"
+        f"{path}: expected a leaf that products use, got {reached} of {size} weights in products (is it closed over, "
+        f"or unused?); pass it through params, or {remedy(path)}"
     )
 
 

@@ -108,7 +108,7 @@ def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False)
 
 
 def first_forms(task: Task, ws: tuple[Any, ...], blank: bool, mu: Any = None) -> tuple[Form, ...]:
-    """Pi(w). Where only shapes are wanted a scheme that is solved on the host gets zeros: it cannot be traced."""
+    """Pi(w). Where only shapes are expected a scheme that is solved on the host gets zeros: it cannot be traced."""
     if not (blank and task.scheme.host):
         return task.project(ws, mu=mu)
     with jax.ensure_compile_time_eval():

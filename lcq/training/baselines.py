@@ -57,7 +57,7 @@ def iterated_direct(
     Source: "iDC" of arXiv 1707.04319, section 5; Han et al., arXiv 1510.00149.
     """
     if not isinstance(every, int) or every < 1:
-        raise ValueError(f"wanted every= a positive int; got {every!r}")
+        raise ValueError(f"expected every= a positive int, got {every!r}")
     inner, rules = optax.with_extra_args_support(inner), checked(rules)
 
     def first_state(params: Any, blank: bool) -> IteratedState:

@@ -49,5 +49,5 @@ def recalibrate(step: Callable[[Any, Any], Any], statistics: Any, batches: Itera
         total = jax.tree.map(jnp.add, total, from_zero)
         count += 1
     if not count:
-        raise ValueError("wanted at least one batch; got none")
+        raise ValueError("expected at least one batch, got none")
     return jax.tree.map(lambda t, s: t / (s * count), total, share)

@@ -86,17 +86,17 @@ def block_entropy(
     """
     order = check_order(order)
     if layout not in ("jax", "torch"):
-        raise ValueError(f"wanted layout='jax' or 'torch'; got {layout!r}")
+        raise ValueError(f"expected layout='jax' or 'torch', got {layout!r}")
     leaves, tables = flatten(params)[0], flatten(centres)[0]
     pairs = []
     for path, table in tables.items():
         if path not in leaves:
-            raise ValueError(f"{path}: wanted centres of a leaf of params; got none there; drop these centres")
+            raise ValueError(f"{path}: expected centres of a leaf of params, got none there; drop these centres")
         _check_centres(path, leaves[path], table)
         if leaves[path].size >= order:
             pairs.append((leaves[path], table))
     if not pairs:
-        raise ValueError(f"wanted a leaf of at least order = {order} weights with centres; got none")
+        raise ValueError(f"expected a leaf of at least order = {order} weights with centres, got none")
     check_bins(max(table.shape[-1] for _, table in pairs), order)
     return _entropy(pairs, order, pooled, layout)
 
@@ -273,7 +273,7 @@ def _surrounded(w: Float[Array, "*leaf"], levels: Float[Array, "*counts n"]) -> 
 def levels_of(path: str, form: Form) -> Float[Array, "*counts n"]:
     """The numbers that the codes of a form stand for, ascending: [N], or those of each block."""
     if not isinstance(form, Codes):
-        raise ValueError(f"{path}: wanted a form with a codebook, such as of lcq.KMeans; got {type(form).__name__}")
+        raise ValueError(f"{path}: expected a form with a codebook, such as of lcq.KMeans, got {type(form).__name__}")
     table = jnp.asarray(np.asarray(form.values, np.float32) if form.levels is None else form.levels)
     table = table.astype(compute_dtype(table.dtype))
     form = form.with_zeros()
@@ -308,7 +308,7 @@ def nearest(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> tupl
 def check_order(order: Any) -> int:
     """An order, if it is a whole number from 1."""
     if isinstance(order, bool) or not isinstance(order, int | np.integer) or order < 1:
-        raise ValueError(f"wanted order= an int >= 1; got {order!r}")
+        raise ValueError(f"expected order= an int >= 1, got {order!r}")
     return int(order)
 
 
@@ -316,25 +316,25 @@ def check_bins(size: int, order: int) -> None:
     """Raises ValueError unless the table of cells of K = `size` centres is of a size that can be."""
     if order * math.log2(2 * (size - 1)) > math.log2(_LARGEST):
         raise ValueError(
-            f"wanted 2^n (K - 1)^n <= 2^26 bins; got K = {size} centres at order n = {order}; lower one of them"
+            f"expected 2^n (K - 1)^n <= 2^26 bins, got K = {size} centres at order n = {order}; lower one of them"
         )
 
 
 def _check_centres(path: str, w: Any, centres: Any) -> None:
     if is_form(w) or not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
         got = type(w).__name__ if is_form(w) else getattr(w, "dtype", type(w).__name__)
-        raise ValueError(f"{path}: wanted a floating-point array of weights; got {got}")
+        raise ValueError(f"{path}: expected a floating-point array of weights, got {got}")
     if is_form(centres) or not hasattr(centres, "dtype") or not jnp.issubdtype(centres.dtype, jnp.floating):
         got = type(centres).__name__ if is_form(centres) else getattr(centres, "dtype", type(centres).__name__)
-        raise ValueError(f"{path}: wanted floating-point centres, an array; got {got}")
+        raise ValueError(f"{path}: expected floating-point centres, an array, got {got}")
     *counts, size = centres.shape or (0,)
     fits = not counts or (len(counts) == w.ndim and all(d % c == 0 for d, c in zip(w.shape, counts, strict=True)))
     if size < 2 or not fits:
         raise ValueError(
-            f"{path}: wanted two or more ascending centres, [K] or [*blocks, K] with blocks that divide "
-            f"{list(w.shape)}; got {centres.dtype}{list(centres.shape)}; make them by lcq.training.entropy_centres"
+            f"{path}: expected two or more ascending centres, [K] or [*blocks, K] with blocks that divide "
+            f"{list(w.shape)}, got {centres.dtype}{list(centres.shape)}; make them by lcq.training.entropy_centres"
         )
     if not isinstance(centres, jax.core.Tracer):
         c = np.asarray(centres, np.float64)
         if not (np.isfinite(c).all() and (np.diff(c) >= 0).all()):
-            raise ValueError(f"{path}: wanted finite, ascending centres; got {np.array2string(c, threshold=9)}")
+            raise ValueError(f"{path}: expected finite, ascending centres, got {np.array2string(c, threshold=9)}")

@@ -59,7 +59,7 @@ def compress_warm(opt_state: Any, params: Any, *, levels: str = "trained") -> An
     Source: arXiv 2107.05298, section 3: the quantizer of the training is that of the file.
     """
     if levels not in ("trained", "fitted"):
-        raise ValueError(f"wanted levels='trained' or 'fitted'; got {levels!r}")
+        raise ValueError(f"expected levels='trained' or 'fitted', got {levels!r}")
     state = find_hemp(opt_state)
     leaves, structure = flatten(params)
     all_forms, shares = [], {}

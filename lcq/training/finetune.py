@@ -73,7 +73,7 @@ def tune(
     Source: Han, Mao & Dally, arXiv 1510.00149, equation 3; straight-through rounding: arXiv 1308.3432.
     """
     if steps is not None and steps < 1:
-        raise ValueError(f"wanted steps >= 1, or None for all batches; got {steps}")
+        raise ValueError(f"expected steps >= 1, or None for all batches, got {steps}")
     net = _Net(forms, arrays, tuple(fixed))
     numbers = net.start()
     state = jax.tree.map(lambda a: jnp.array(a, copy=True), tx.init(numbers))  # some optimizers keep the parameters
@@ -94,7 +94,7 @@ def tune(
         if on_step is not None:
             on_step(number, value)
     if number < (steps or 1):
-        raise ValueError(f"wanted {steps or 'at least one'} batches; got {number}; lower steps or pass more")
+        raise ValueError(f"expected {steps or 'at least one'} batches, got {number}; lower steps or pass more")
     return net.finish(numbers, number)
 
 
@@ -127,7 +127,7 @@ class _Net:
         self._fixed = np.asarray(fixed, np.float32)
         leaves, self._structure = flatten(tree)
         if not any(map(is_form, leaves.values())):
-            raise ValueError(f"wanted a tree with forms; got {len(leaves)} arrays; lcq.compress makes forms")
+            raise ValueError(f"expected a tree with forms, got {len(leaves)} arrays; lcq.compress makes forms")
         working = []
         for path, leaf in leaves.items():
             if is_form(leaf):  # packed first, which trims what is outside of masks and ranks
@@ -135,7 +135,7 @@ class _Net:
             else:
                 working.append(self._slot(path, "", None, leaf) if arrays else leaf)
         if not self.given:
-            raise ValueError("wanted floating-point numbers to tune; got forms of codes and fixed tables alone")
+            raise ValueError("expected floating-point numbers to tune, got forms of codes and fixed tables alone")
         flat, self._forms = jax.tree.flatten(working)
         self.slots = [a if isinstance(a, _Slot) else None for a in flat]
         self.rest = [None if isinstance(a, _Slot) else a for a in flat]
@@ -174,7 +174,7 @@ class _Net:
                 self.still |= {name: still} if still.any() else {}
         elif not np.array_equal(np.ravel(array), np.ravel(self.given[name])):
             raise ValueError(
-                f"{path}: wanted the {inside[1:]} of {name}, which it shares (shared={shared!r}); got another; "
+                f"{path}: expected the {inside[1:]} of {name}, which it shares (shared={shared!r}), got another; "
                 "compress both leaves in one joint task, or set shared=None"
             )
         return _Slot(name, array.shape, array.dtype)
@@ -213,7 +213,7 @@ class _Net:
         bad = [name for name, a in numbers.items() if not bool(jnp.isfinite(a).all())]
         if bad:
             raise ValueError(
-                f"{', '.join(bad)}: wanted finite numbers; got NaN or infinite ones after {steps} updates: "
+                f"{', '.join(bad)}: expected finite numbers, got NaN or infinite ones after {steps} updates: "
                 "the run diverged; use a smaller learning rate"
             )
         leaves = self._put(numbers, self.rest, True)

@@ -46,7 +46,7 @@ def check_arrays(params: Any, cause: Exception | None = None) -> None:
     for path, leaf in flatten(params)[0].items():
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
             raise ValueError(
-                f"{named(path)}: wanted an array; got {type(leaf).__name__}, which the optimizer cannot take: keep "
+                f"{named(path)}: expected an array, got {type(leaf).__name__}, which the optimizer cannot take: keep "
                 "what is no array out of the parameters, or put optax.masked around the optimizer"
             ) from cause
 
@@ -61,7 +61,7 @@ def weights_of(leaves: dict[str, Any], path: str, method: str) -> Any:
     if not hasattr(leaf, "dtype"):
         got = "they have no such leaf" if leaf is None else f"it is {type(leaf).__name__}"
         raise ValueError(
-            f"{named(path)}: wanted the parameters that {method} was given in init; {got}; pass params in the same tree"
+            f"{named(path)}: expected the parameters that {method} was given in init; {got}; pass them in the same tree"
         )
     return leaf
 
@@ -76,13 +76,13 @@ def slope_of(slopes: dict[str, Any], path: str, w: Any, what: str = "the gradien
     if not hasattr(slope, "dtype") or slope.dtype == jax.dtypes.float0:
         got = "none" if slope is None else getattr(slope, "dtype", type(slope).__name__)
         raise ValueError(
-            f"{named(path)}: wanted {what}; got {got}; differentiate with respect to this leaf, or exclude it "
+            f"{named(path)}: expected {what}, got {got}; differentiate with respect to this leaf, or exclude it "
             f"with {leave_out(path)} before its rule"
         )
     if slope.shape != w.shape:
         raise ValueError(
-            f"{named(path)}: wanted {what}, of the leaf's shape {list(w.shape)}; got {slope.dtype}{list(slope.shape)}; "
-            "pass gradients in the tree of the parameters, summed over examples"
+            f"{named(path)}: expected {what}, of the leaf's shape {list(w.shape)}, "
+            f"got {slope.dtype}{list(slope.shape)}; pass gradients in the tree of the parameters, summed over examples"
         )
     return slope
 
@@ -99,4 +99,4 @@ def check_state(state: Any, kind: type, method: str, sound: bool = True) -> None
     """
     if not isinstance(state, kind) or not sound:
         got = type(state).__name__ if not isinstance(state, kind) else f"a {kind.__name__} of plain dicts and lists"
-        raise ValueError(f"wanted the state that init of {method} made; got {got}; {RESTORED}")
+        raise ValueError(f"expected the state that init of {method} made, got {got}; {RESTORED}")

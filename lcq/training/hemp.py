@@ -153,7 +153,7 @@ def hemp(
     numbers = {"entropy_weight": entropy_weight, "error_weight": error_weight, "learning_rate": learning_rate}
     for name, number in numbers.items():
         if isinstance(number, int | float) and not 0 <= number < float("inf"):
-            raise ValueError(f"wanted {name}= a number >= 0, or a schedule; got {number}")
+            raise ValueError(f"expected {name}= a number >= 0, or a schedule, got {number}")
 
     def first_state(params: Any, blank: bool) -> HempState:
         inner_state = start_inner(inner, params)
@@ -168,11 +168,11 @@ def hemp(
         levels = _levels_by_path(tasks, tables)
         for path, table in levels.items():
             if table.shape[-1] < 2:
-                raise ValueError(f"{path}: wanted a codebook of two or more levels; got one; exclude the leaf")
+                raise ValueError(f"{path}: expected a codebook of two or more levels, got one; exclude the leaf")
         counted = _counted(leaves, levels, small, order)
         if not counted:
             raise ValueError(
-                f"wanted a leaf of more than {small} weights for each of its levels, and at least {order}; got only "
+                f"expected a leaf of more than {small} weights for each of its levels, and at least {order}, got only "
                 "smaller ones; lower small="
             )
         check_bins(max(levels[path].shape[-1] for path in counted), order)
@@ -262,7 +262,7 @@ def find_hemp(opt_state: Any) -> HempState:
     if len(found) != 1:
         nothing = f"was the optimizer made by lcq.hemp? {RESTORED}"
         remedy = "pass the part that holds one of them" if found else nothing
-        raise ValueError(f"wanted one HEMP state in the optimizer state; got {len(found)}: {remedy}")
+        raise ValueError(f"expected one HEMP state in the optimizer state, got {len(found)}: {remedy}")
     check_state(found[0], HempState, "hemp", sound=is_sound(found[0]))
     return found[0]
 
@@ -311,20 +311,20 @@ def _check_settings(rules: tuple[Any, ...], order: Any, every: Any, small: Any, 
         raise ValueError("hemp wants a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.KMeans(4))")
     for scheme in schemes:
         if not isinstance(scheme, Quantizer):
-            raise ValueError(f"wanted schemes with a codebook, such as lcq.KMeans(4) or lcq.Uniform(3); got {scheme}")
+            raise ValueError(f"expected schemes with a codebook, such as lcq.KMeans(4) or lcq.Uniform(3), got {scheme}")
         if every is not None and scheme.host:
             raise ValueError(f"{scheme} is solved on the host, not in update: pass every=None")
     if every is not None and (not isinstance(every, int) or every < 1):
-        raise ValueError(f"wanted every= a positive int or None; got {every!r}")
+        raise ValueError(f"expected every= a positive int or None, got {every!r}")
     try:
         check_order(order)
     except ValueError as error:
         raise ValueError(f"{error}; under optax.inject_hyperparams name it in static_args") from error
     if not isinstance(small, int | float) or small < 0:
         raise ValueError(
-            f"wanted small= a number >= 0; got {small!r}; under optax.inject_hyperparams name it in static_args"
+            f"expected small= a number >= 0, got {small!r}; under optax.inject_hyperparams name it in static_args"
         )
     if layout == "torch" and any(rule.stacked for rule in rules):
-        raise ValueError("layout='torch' swaps the axes of whole leaves: wanted rules without stacked axes")
+        raise ValueError("layout='torch' swaps the axes of whole leaves: expected rules without stacked axes")
     if layout not in ("jax", "torch"):
-        raise ValueError(f"wanted layout='jax' or 'torch'; got {layout!r}")
+        raise ValueError(f"expected layout='jax' or 'torch', got {layout!r}")

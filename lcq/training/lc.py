@@ -226,7 +226,7 @@ def extract(opt_state: Any, params: Any) -> Any:
             check_finite(path, weights_of(leaves, path, "lc"))
     if skipped := int(state.info.skipped):
         raise ValueError(
-            f"wanted finite weights at every C step; {skipped} were skipped for NaN or infinite ones: the run "
+            f"expected finite weights at every C step; {skipped} were skipped for NaN or infinite ones: the run "
             "diverged; use a smaller learning rate, learning_rate= to clip it at 1/mu, or a slower mu"
         )
     forms, after = solve(state, params)
@@ -264,7 +264,7 @@ def find_lagrangian(opt_state: Any) -> Lagrangian:
     if len(found) != 1:
         nothing = f"was the optimizer made by lcq.lc? {RESTORED}"
         remedy = "pass the part that holds one of them" if found else nothing
-        raise ValueError(f"wanted one LC state in the optimizer state; got {len(found)}: {remedy}")
+        raise ValueError(f"expected one LC state in the optimizer state, got {len(found)}: {remedy}")
     check_state(found[0], Lagrangian, "lc", sound=_is_sound(found[0]))
     return found[0]
 
@@ -282,7 +282,7 @@ def _schedule(mu: Any) -> Geometric:
         return mu
     if not isinstance(mu, int | float):
         raise ValueError(
-            f"wanted mu= a number or lcq.geometric(start, factor, steps=...); got {mu!r}; "
+            f"expected mu= a number or lcq.geometric(start, factor, steps=...), got {mu!r}; "
             "under optax.inject_hyperparams name it in static_args"
         )
     return geometric(mu, 1.0, steps=0)
@@ -295,7 +295,7 @@ def _periods(every: Any) -> tuple[int, int]:
         return 1, 1
     if len(periods) != 2 or not all(isinstance(n, int) and n > 0 for n in periods):
         raise ValueError(
-            f"wanted every= a positive int, a pair (first, rest) of them, or None; got {every!r}; "
+            f"expected every= a positive int, a pair (first, rest) of them, or None, got {every!r}; "
             "under optax.inject_hyperparams name it in static_args"
         )
     return periods
@@ -311,7 +311,7 @@ def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rat
                 f"{scheme} is solved on the host, not in update: pass every=None, call lcq.training.c_step"
             )
     if coupling not in ("gradient", "proximal") and not callable(coupling):
-        raise ValueError(f"wanted coupling='gradient', 'proximal' or a function; got {coupling!r}")
+        raise ValueError(f"expected coupling='gradient', 'proximal' or a function, got {coupling!r}")
     transformation = hasattr(inner, "init") and hasattr(inner, "update")
     if transformation and learning_rate is not None:
         raise ValueError(
@@ -324,7 +324,7 @@ def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rat
         )
     if not transformation and learning_rate is None:
         raise ValueError(
-            f"wanted an optax optimizer, or a function of the learning rate and learning_rate=; got {inner!r}"
+            f"expected an optax optimizer, or a function of the learning rate and learning_rate=, got {inner!r}"
         )
 
 

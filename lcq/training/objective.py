@@ -160,4 +160,4 @@ def _refused(key: str, why: str) -> Callable[..., Any]:
 
 
 def _message(key: str, why: str) -> str:
-    return f"wanted an optimizer that needs no {key}=; got one that uses it: {why}"
+    return f"expected an optimizer that needs no {key}=, got one that uses it: {why}"

@@ -57,7 +57,9 @@ def geometric(start: float, factor: float, *, steps: int, wait: int = 0) -> Geom
         4.0
     """
     if not (0 < start < math.inf and 0 < factor < math.inf and steps >= 0 and wait >= 0):
-        raise ValueError(f"wanted start > 0, factor > 0, steps >= 0, wait >= 0; got {start}, {factor}, {steps}, {wait}")
+        raise ValueError(
+            f"expected start > 0, factor > 0, steps >= 0, wait >= 0, got {start}, {factor}, {steps}, {wait}"
+        )
     for exponent in (math.log10(start), math.log10(start) + steps * math.log10(factor)):
         if abs(exponent) > 30:
             raise ValueError(
@@ -128,7 +130,7 @@ def linear_step(inner: Callable[[Any], optax.GradientTransformation]) -> Callabl
     if not linear:
         raise ValueError(
             "coupling='proximal' finds the step size of optimizers that are linear in the gradient, as SGD with "
-            "momentum; got one that is not: for Adam pass coupling=lcq.training.adam_step(b2, eps), for others a "
+            "momentum, got one that is not: for Adam pass coupling=lcq.training.adam_step(b2, eps), for others a "
             "function (inner state, learning rate) -> step, or coupling='gradient'"
         )
     return lambda inner_state, eta: eta * slope
@@ -150,7 +152,7 @@ def adam_step(b2: float = 0.999, eps: float = 1e-8) -> Callable[[Any, Any], Any]
         found = [node for node in nodes if _is_adam(node)]
         if len(found) != 1:
             raise ValueError(
-                f"coupling=adam_step(...) wants one optax.ScaleByAdamState in the inner optimizer's state; "
+                f"coupling=adam_step(...) wants one optax.ScaleByAdamState in the inner optimizer's state, "
                 f"got {len(found)}; pass a function (inner state, learning rate) -> step instead"
             )
         correction = 1 - b2 ** found[0].count.astype(jnp.float32)

@@ -47,7 +47,7 @@ class Binarization(abc.ABC):
 
     def __post_init__(self) -> None:
         if self.alpha not in ("mean", "constant"):
-            raise ValueError(f"wanted alpha='mean' or 'constant'; got {self.alpha!r}; pass a learned one to the call")
+            raise ValueError(f"expected alpha='mean' or 'constant', got {self.alpha!r}; pass a learned one to the call")
 
     @property
     def centred(self) -> bool:
@@ -98,7 +98,7 @@ class Binarization(abc.ABC):
         if alpha is None:
             return x, cut.axes, self.scale(x, math.prod(w.shape[:-1]), cut.axes)
         if alpha.shape != counts:
-            raise ValueError(f"wanted alpha {list(counts)}, one number a group; got {list(alpha.shape)}")
+            raise ValueError(f"expected alpha {list(counts)}, one number a group, got {list(alpha.shape)}")
         return x, cut.axes, alpha.astype(x.dtype).reshape(cut.stat)
 
 
@@ -151,8 +151,8 @@ class GroupPower(Binarization):
         parts = 0 < self.least <= 1 and 0 < self.last <= 1 and 0 < self.settled <= 0.999
         if not (parts and self.last * self.width >= 1e-12 and 1e-30 <= self.guard < math.inf):
             raise ValueError(
-                "wanted 0 < least, last <= 1, 0 < settled <= .999, last width >= 1e-12, and guard >= 1e-30, which "
-                f"float32 can work with; got {self}"
+                "expected 0 < least, last <= 1, 0 < settled <= .999, last width >= 1e-12, and guard >= 1e-30, which "
+                f"float32 can work with, got {self}"
             )
 
     def weights(self, x: Array, alpha: Array, t: Array, axes: Axes) -> Array:
@@ -224,7 +224,7 @@ class AnnealedTanh(Binarization):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (1 <= self.steepest <= 1e30 and 0 < self.settled <= 1 and 1e-30 <= self.guard < math.inf):
-            raise ValueError(f"wanted 1 <= steepest <= 1e30, 0 < settled <= 1 and guard >= 1e-30; got {self}")
+            raise ValueError(f"expected 1 <= steepest <= 1e30, 0 < settled <= 1 and guard >= 1e-30, got {self}")
 
     def weights(self, x: Array, alpha: Array, t: Array, axes: Axes) -> Array:
         beta = self.steepest ** jnp.minimum(1, t / self.settled)
@@ -250,7 +250,7 @@ class SmoothBinary:
             ValueError: a number t outside of 0 to 1; a rule without a leaf, or groups that do not fit one.
         """
         if isinstance(t, int | float) and not 0 <= t <= 1:
-            raise ValueError(f"wanted t, progress from 0 to 1; got {t}; pass the step over the number of steps")
+            raise ValueError(f"expected t, progress from 0 to 1, got {t}; pass the step over the number of steps")
         return self._put(params, alphas, lambda w, group, alpha: self.binarization(w, t, group, alpha))
 
     def compress(self, params: Any, alphas: Mapping[str, Any] | None = None) -> Any:
@@ -310,7 +310,7 @@ class SmoothBinary:
         leaves, structure = flatten(params)
         if alphas is not None and set(alphas) != {task.name for task in tasks}:
             wrong = sorted(set(alphas) ^ {task.name for task in tasks})
-            raise ValueError(f"wanted alphas of the selected leaves; got more or fewer: {', '.join(wrong)}")
+            raise ValueError(f"expected alphas of the selected leaves, got more or fewer: {', '.join(wrong)}")
         for task in tasks:
             path, alpha = task.name, None if alphas is None else alphas[task.name]
             with named(path):
@@ -367,22 +367,22 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
     """
     rules = checked(rules)
     if not any(isinstance(rule, Rule) and rule.scheme is not None for rule in rules):
-        raise ValueError("wanted a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.Binary(per='channel'))")
+        raise ValueError("expected a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.Binary(per='channel'))")
     if not isinstance(binarization, Binarization | None):
-        raise ValueError(f"wanted a binarization, such as GroupPower('constant'); got {binarization!r}; call it")
+        raise ValueError(f"expected a binarization, such as GroupPower('constant'), got {binarization!r}; call it")
     for rule in rules:
         scheme = rule.scheme if isinstance(rule, Rule) else None
         if scheme is not None and scheme != Binary(per=getattr(scheme, "per", None)):
             raise ValueError(
-                f"rule {rule.pattern!r}: wanted lcq.Binary(per=...), which says what makes a group; got {scheme!r}"
+                f"rule {rule.pattern!r}: expected lcq.Binary(per=...), which says what makes a group, got {scheme!r}"
             )
         if scheme is not None and rule.joint:
-            raise ValueError(f"rule {rule.pattern!r}: wanted groups inside of leaves; got joint=True; drop it")
+            raise ValueError(f"rule {rule.pattern!r}: expected groups inside of leaves, got joint=True; drop it")
     chosen = GroupPower() if binarization is None else binarization
     for rule in rules:
         if rule.layout is not None and chosen.alpha == "constant":
             raise ValueError(
-                f"rule {rule.pattern!r}: the constant alpha has all axes but the last as inputs: wanted no layout; got "
-                f"{rule.layout!r}; transpose the leaf, or take alpha='mean'"
+                f"rule {rule.pattern!r}: the constant alpha has all axes but the last as inputs: expected no layout, "
+                f"got {rule.layout!r}; transpose the leaf, or take alpha='mean'"
             )
     return SmoothBinary(rules, chosen)

@@ -54,7 +54,7 @@ def largest_weight(
     Source: the bracketing of backtracking line searches, Nocedal & Wright, Numerical Optimization, section 3.1.
     """
     if not (0 < start < math.inf and 1 < factor < math.inf and most >= 1):
-        raise ValueError(f"wanted start > 0, factor > 1 and most >= 1; got {start}, {factor}, {most}")
+        raise ValueError(f"expected start > 0, factor > 1 and most >= 1, got {start}, {factor}, {most}")
     trials: list[Trial] = []
     good, bad = 0.0, math.inf
     weight = float(start)
@@ -68,7 +68,7 @@ def largest_weight(
     if good == 0:
         tried = ", ".join(f"{trial.weight:g}: {trial.score:g}" for trial in trials)
         raise ValueError(
-            f"wanted a weight with a score of at most {limit:g}; got none in {most} runs ({tried}); raise the limit, "
+            f"expected a weight with a score of at most {limit:g}, got none in {most} runs ({tried}); raise the limit, "
             "which score(0) should be well below, or take a smaller start"
         )
     return Weighed(good, tuple(trials))

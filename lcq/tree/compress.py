@@ -47,7 +47,7 @@ def compress(params: Any, rules: Sequence[Rule], *, weights: Mapping[str, Any] |
             check_finite(path, leaves[path])
     left = set(weights or ()) - {path for task in tasks for path in task.paths}
     if left:
-        raise ValueError(f"{', '.join(sorted(left))}: wanted weights of leaves that a rule compresses; drop these")
+        raise ValueError(f"{', '.join(sorted(left))}: expected weights of leaves that a rule compresses; drop these")
     return replace(structure, leaves, tasks, [_project(task, leaves, weights or {}) for task in tasks])
 
 
@@ -90,7 +90,7 @@ def check_finite(path: str, leaf: Any) -> None:
         finite = bool(jnp.isfinite(leaf).all())
     if not finite:
         bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
-        raise ValueError(f"{path}: wanted finite weights; got {bad} NaN or infinite of {leaf.size}")
+        raise ValueError(f"{path}: expected finite weights, got {bad} NaN or infinite of {leaf.size}")
 
 
 class Size(NamedTuple):
@@ -158,6 +158,6 @@ def ratio(tree: Any) -> float:
     rows = sizes(tree).values()
     if not any(row.bits for row in rows):
         raise ValueError(
-            "wanted a tree with at least one number; got none; pass the tree that compress or extract gave"
+            "expected a tree with at least one number, got none; pass the tree that compress or extract gave"
         )
     return sum(row.dense for row in rows) / sum(row.bits for row in rows)

@@ -44,7 +44,7 @@ def check_numbers(leaves: Mapping[str, Any]) -> None:
         if not is_number(leaf):
             got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
             raise ValueError(
-                f"{path or 'params'}: wanted an array, a form or a number; got {got}; leave it out of the tree, and "
+                f"{path or 'params'}: expected an array, a form or a number, got {got}; leave it out of the tree, and "
                 "close over it: lambda params, x: fn(params, it, x)"
             )
 

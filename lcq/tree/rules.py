@@ -53,18 +53,18 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):
-            raise ValueError(f"wanted a regular expression; got {self.pattern!r}; write it as a string")
+            raise ValueError(f"expected a regular expression, got {self.pattern!r}; write it as a string")
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"wanted a regular expression; got {self.pattern!r} ({error})") from error
+            raise ValueError(f"expected a regular expression, got {self.pattern!r} ({error})") from error
         if not (self.scheme is None or isinstance(self.scheme, Scheme)):
             raise ValueError(
-                f"rule {self.pattern!r}: wanted a scheme such as lcq.KMeans(4), or None; got {self.scheme!r}"
+                f"rule {self.pattern!r}: expected a scheme such as lcq.KMeans(4), or None, got {self.scheme!r}"
             )
         if isinstance(self.stacked, bool) or not isinstance(self.stacked, int) or self.stacked < 0:
             raise ValueError(
-                f"rule {self.pattern!r}: wanted stacked >= 0; got {self.stacked!r}; count the axes of layers"
+                f"rule {self.pattern!r}: expected stacked >= 0, got {self.stacked!r}; count the axes of layers"
             )
         if self.layout is None:
             return
@@ -74,7 +74,7 @@ class Rule:
             raise ValueError(f"rule {self.pattern!r}: {error}") from error
         if self.scheme is not None and any(isinstance(per, tuple) for per in self.scheme.cuts):
             raise ValueError(
-                f"rule {self.pattern!r}: wanted layout= or lengths as a tuple; got {self.scheme} and layout="
+                f"rule {self.pattern!r}: expected layout= or lengths as a tuple, got {self.scheme} and layout="
                 f"{self.layout!r}, which both say what the axes are; drop one"
             )
 
@@ -173,24 +173,24 @@ def checked(rules: Any) -> tuple[Rule, ...]:
     """
     like = "[lcq.Rule('(.*/)?kernel', lcq.KMeans(4))]"
     if isinstance(rules, Rule):
-        raise ValueError(f"wanted a list of rules; got one rule, {rules!r}; put it into brackets: [rule]")
+        raise ValueError(f"expected a list of rules, got one rule, {rules!r}; put it into brackets: [rule]")
     if isinstance(rules, Scheme):
         raise ValueError(
-            f"wanted a list of rules; got the scheme {rules!r}; say for which leaves: [lcq.Rule('.*', scheme)]"
+            f"expected a list of rules, got the scheme {rules!r}; say for which leaves: [lcq.Rule('.*', scheme)]"
         )
     if isinstance(rules, Mapping):
         raise ValueError(
-            f"wanted a list of rules such as {like}; got a {type(rules).__name__}; "
+            f"expected a list of rules such as {like}, got a {type(rules).__name__}; "
             "write [lcq.Rule(pattern, scheme) for pattern, scheme in rules.items()]"
         )
     if isinstance(rules, str) or not isinstance(rules, Iterable):
         raise ValueError(
-            f"wanted a list of rules such as {like}; got {rules!r}; make lcq.Rule(pattern, scheme) of each"
+            f"expected a list of rules such as {like}, got {rules!r}; make lcq.Rule(pattern, scheme) of each"
         )
     rules = tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
-            raise ValueError(f"wanted rules such as {like}; got {rule!r}; make lcq.Rule(pattern, scheme) of it")
+            raise ValueError(f"expected rules such as {like}, got {rule!r}; make lcq.Rule(pattern, scheme) of it")
     return rules
 
 
@@ -262,18 +262,18 @@ def _fitted(path: str, leaf: Any, rule: Rule) -> Scheme:
     name, remedy = path or "params, which is one leaf without a name", f"exclude it with {leave_out(path)} before it"
     if is_form(leaf):
         raise ValueError(
-            f"{name}: rule {rule.pattern!r} wants a floating-point array; got a form, {type(leaf).__name__}, which is "
+            f"{name}: rule {rule.pattern!r} wants a floating-point array, got a form, {type(leaf).__name__}, which is "
             f"compressed already; make it dense with lcq.decompress, or {remedy}"
         )
     if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
         got = f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
-        raise ValueError(f"{name}: rule {rule.pattern!r} wants a floating-point array; got {got}; {remedy}")
+        raise ValueError(f"{name}: rule {rule.pattern!r} wants a floating-point array, got {got}; {remedy}")
     if leaf.size == 0:
         got = f"{leaf.dtype}{list(leaf.shape)}"
-        raise ValueError(f"{name}: rule {rule.pattern!r} wants at least one weight; got {got}, an empty leaf; {remedy}")
+        raise ValueError(f"{name}: rule {rule.pattern!r} wants at least one weight, got {got}, an empty leaf; {remedy}")
     if leaf.ndim < rule.stacked:
         raise ValueError(
-            f"{name}: rule {rule.pattern!r} wants {rule.stacked} stacked axes; got {leaf.dtype}{list(leaf.shape)}; "
+            f"{name}: rule {rule.pattern!r} wants {rule.stacked} stacked axes, got {leaf.dtype}{list(leaf.shape)}; "
             f"lower stacked=, or {remedy}"
         )
     shape = leaf.shape[rule.stacked :]

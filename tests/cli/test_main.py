@@ -148,29 +148,32 @@ def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
         (("compress", "gone.npz", "--rule", RULE, "-o", "x.lcq"), "gone.npz"),
         (("compress", "in.npz", "--rule", "kernle=KMeans(4)", "-o", "x.lcq"), "nearest of 4 paths: dense1/kernel"),
         (("compress", "in.npz", "--rule", "count=KMeans(4)", "-o", "x.lcq"), "wants a floating-point array"),
-        (("compress", "nan.npz", "--rule", "w=KMeans(4)", "-o", "x.lcq"), "w: wanted finite weights"),
+        (("compress", "nan.npz", "--rule", "w=KMeans(4)", "-o", "x.lcq"), "w: expected finite weights"),
         (("compress", "in.npz", "--rule", RULE, "-o", "no/such/folder/x.lcq"), "no/such/folder: no such folder"),
         (("compress", "in.npz", "--rule", RULE, "-o", "."), "already there"),
-        (("compress", "in.npz", "--rule", RULE, "-o", ".", "--force"), "wanted the name of a file; got a folder"),
-        (("compress", "in.npz", "--rule", RULE, "-o", "in.npz", "--force"), "wanted another file than the input"),
+        (("compress", "in.npz", "--rule", RULE, "-o", ".", "--force"), "expected the name of a file, got a folder"),
+        (("compress", "in.npz", "--rule", RULE, "-o", "in.npz", "--force"), "expected another file than the input"),
         (("compress", "in.npz", "--rule", RULE, "-o", "/proc/x.lcq"), "/proc: cannot write there"),
         (("compress", "in.npz", "--rule", ".*=KMeans(4)", "-o", "x.lcq"), "exclude it with --rule 'count=None' before"),
-        (("decompress", "small.lcq", "-o", "x.txt"), "x.txt: wanted a .safetensors or .npz file"),
+        (("decompress", "small.lcq", "-o", "x.txt"), "x.txt: expected a .safetensors or .npz file"),
         (("decompress", "small.lcq", "-o", "small.lcq", "--force"), "of .lcq files lcq decompress makes checkpoints"),
         (("decompress", "small.lcq", "-o", "x.npz", "--limit", "10"), "raise --limit if you trust it"),
         (("inspect", "small.lcq", "--limit", "10"), "raise --limit if you trust it"),
         (("compress", "in.txt", "--rule", RULE, "-o", "x.lcq"), "in.txt"),
         (("compress", "in.npz", "--plan", "gone.toml", "-o", "x.lcq"), "No such file or directory: gone.toml"),
-        (("compress", "in.npz", "--plan", "bad.toml", "-o", "x.lcq"), "bad.toml: rule 2: wanted a scheme; got 'Kmeens"),
+        (
+            ("compress", "in.npz", "--plan", "bad.toml", "-o", "x.lcq"),
+            "bad.toml: rule 2: expected a scheme, got 'Kmeens",
+        ),
         (("compress", "in.npz", "--plan", "without.lcq", "-o", "x.lcq"), "none: save one with lcq compress or"),
         (("inspect", "gone.lcq"), "No such file or directory: gone.lcq"),
         (("inspect", "in.npz"), "in.npz: not an lcq file"),
         (("table", "in.npz"), "in.npz: not an lcq file"),
         (("table", "small.lcq", "--reference", "gone.npz"), "gone.npz: no such file"),
-        (("table", "small.lcq", "--reference", "in.npz"), "in.npz: wanted a reference with the same leaves; only in"),
+        (("table", "small.lcq", "--reference", "in.npz"), "in.npz: expected a reference with the same leaves; only in"),
         (
             ("table", "small.lcq", "--reference", "short.npz", "--html", "x.npz"),
-            "bias: wanted a reference of shape [5]",
+            "bias: expected a reference of shape [5]",
         ),
         (("table", "small.lcq", "--html", "no/such/x.html"), "no/such: no such folder"),
         (("decompress", "in.npz", "-o", "x.npz"), "in.npz: not an lcq file"),
@@ -196,17 +199,20 @@ def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys
     ("arguments", "complaint"),
     [
         ((), "required"),
-        (("inspect", "x.lcq", "--limit", "much"), "wanted a number of bytes, such as 40G; got 'much'"),
+        (("inspect", "x.lcq", "--limit", "much"), "expected a number of bytes, such as 40G, got 'much'"),
         (("explode",), "invalid choice"),
         (("compress", "in.npz", "-o", "x.lcq"), "--rule"),
-        (("compress", "in.npz", "--rule", RULE), "wanted -o OUT.lcq, or --dry-run"),
+        (("compress", "in.npz", "--rule", RULE), "expected -o OUT.lcq, or --dry-run"),
         (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: KMeans(k"),
         (
             ("compress", "in.npz", "--rule", RULE, "--plan", "plan.toml", "-o", "x.lcq"),
             "not allowed with argument --rule",
         ),
         (("decompress", "in.lcq"), "-o"),
-        (("quantize", "in.npz", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "x.lcq"), "wanted MODULE:FUNCTION"),
+        (
+            ("quantize", "in.npz", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "x.lcq"),
+            "expected MODULE:FUNCTION",
+        ),
         (("quantize", "a:b", "in.npz", "--rule", RULE, "-o", "x.lcq"), "--data"),
         (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE), "-o"),
         (("quantize", "a:b", "in.npz", "--data", "x.npz", "--rule", RULE, "-o", "y", "--batch", "0"), "above 0"),
@@ -439,7 +445,7 @@ def test_quantize_leaves_out_what_the_mask_does(net, capsys):
     assert any(differ)
     np.savez("none.npz", tokens=tokens, attention=0 * counts)
     assert quantize("--mask", "attention", "--force", data="none.npz") == 1
-    assert "none.npz: attention: wanted a position that counts" in capsys.readouterr().err
+    assert "none.npz: attention: expected a position that counts" in capsys.readouterr().err
     assert quantize("--mask", "attention", "--force") == 1
     assert "inputs and the array 'attention' that says which of their positions" in capsys.readouterr().err
     assert quantize("--mask", "tokens", "--force") == 1 and "; name it with --mask" in capsys.readouterr().err
@@ -459,7 +465,7 @@ def test_quantize_dry_run_writes_nothing(net, capsys, monkeypatch):
     assert run(*command, "--dry-run", "--nearest-rule", "embedding=Cast") == 0
     shown = capsys.readouterr().out
     assert "3 of axis 0, axis 1" in shown and "bfloat16" in shown and not Path("out.lcq").exists()
-    assert run(*command) == 2 and "wanted -o OUT.lcq, or --dry-run" in capsys.readouterr().err
+    assert run(*command) == 2 and "expected -o OUT.lcq, or --dry-run" in capsys.readouterr().err
     transposed = [*command, "--dry-run"]
     transposed[1] = "tinynet:transposed"
     assert run(*transposed) == 0 and "axis 0, 3 of axis 1" in capsys.readouterr().out
@@ -486,7 +492,7 @@ def asked(monkeypatch, *more, **where):
         ({"function": "notthere:apply"}, "notthere: no such module, neither in "),
         ({"function": "tinynet.inner:apply"}, "tinynet.inner: no such module"),
         ({"function": "tinynet:aply"}, "tinynet: no 'aply' in it; it has apply, misspelt, masked"),
-        ({"function": "tinynet:number"}, "tinynet:number: wanted a function of (params, batch); got int"),
+        ({"function": "tinynet:number"}, "tinynet:number: expected a function of (params, batch), got int"),
         ({"function": "tinynet:misspelt"}, "tinynet:misspelt: KeyError: 'embeding' (tinynet.py, line 15)"),
         ({"function": "broken:apply"}, "broken: No module named 'nowhere_at_all', which it imports"),
         ({"function": "torn:apply"}, "torn: SyntaxError: "),
@@ -494,12 +500,12 @@ def asked(monkeypatch, *more, **where):
         ({"data": "gone.npz"}, "gone.npz: no such file"),
         (
             {"data": "uneven.npz"},
-            "uneven.npz: wanted arrays with equally many examples along their first axis; got a [2]",
+            "uneven.npz: expected arrays with equally many examples along their first axis, got a [2]",
         ),
-        ({"data": "empty.npz"}, "empty.npz: wanted arrays"),
-        ({"data": "number.npz"}, "number.npz: wanted arrays"),
+        ({"data": "empty.npz"}, "empty.npz: expected arrays"),
+        ({"data": "number.npz"}, "number.npz: expected arrays"),
         ({"rule": "kernel=Ternary"}, "rule 'kernel' matches no leaf"),
-        ({"rule": "embedding=Ternary"}, "embedding: wanted a leaf that only products use"),
+        ({"rule": "embedding=Ternary"}, "embedding: expected a leaf that only products use"),
         (
             {"rule": ".*/kernel=KMeans(2); joint"},
             "dense0/kernel, dense1/kernel: each product has an alphabet of its own",

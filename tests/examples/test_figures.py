@@ -49,7 +49,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="without forms"):
         figures.histograms(weights(), weights())
     tree = lcq.compress(weights(), [lcq.Rule("dense1/kernel", lcq.KMeans(2)), lcq.Rule(".*", None)])
-    with pytest.raises(ValueError, match="dense1/kernel: wanted a reference"):
+    with pytest.raises(ValueError, match="dense1/kernel: expected a reference"):
         figures.histograms(tree, {"dense1": {"kernel": jnp.ones((40, 8))}})
     with pytest.raises(ValueError, match="at least one point"):
         figures.curves({"LC": []})

@@ -44,7 +44,7 @@ def arrays(forms):
 
 
 def test_train_says_how_many_batches_it_wants():
-    with pytest.raises(ValueError, match="wanted 3 batches; got 2"):
+    with pytest.raises(ValueError, match="expected 3 batches, got 2"):
         train(LOSS, PARAMS, optax.sgd(0.1), _first(2), 3)
 
 
@@ -162,13 +162,13 @@ def test_momentum_starts_from_rest(name):
 
 
 def test_what_is_wrong_is_said():
-    with pytest.raises(ValueError, match="wanted 4 batches; got 2"):
+    with pytest.raises(ValueError, match="expected 4 batches, got 2"):
         train_lc(LOSS, PARAMS, lc(), _first(6), evaluate=lambda forms: 0, l_steps=2, every=4)
     with pytest.raises(ValueError, match="every=None"):
         run(tx=lc(every=4))
-    with pytest.raises(ValueError, match="L step 0: wanted a number from evaluate; got NaN"):
+    with pytest.raises(ValueError, match="L step 0: expected a number from evaluate, got NaN"):
         run(evaluate=lambda forms: np.nan)
-    with pytest.raises(ValueError, match="wanted finite weights"):
+    with pytest.raises(ValueError, match="expected finite weights"):
         run(loss=lambda params, batch: LOSS(params, batch) * jnp.inf)
 
 

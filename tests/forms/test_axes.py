@@ -121,22 +121,22 @@ def test_layouts_as_text_and_toml():
     assert parse_rule("w=Uniform(4); layout='oi'").layout == "oi"
     assert parse_plan(str(lcq.Plan([rule]))).rules == (rule,)
     assert "layout" not in str(lcq.Plan([lcq.Rule("w", CHANNEL)]))
-    with pytest.raises(ValueError, match=r"rule 1: rule 'w': wanted layout= a letter for each axis.*; got 'oo'"):
+    with pytest.raises(ValueError, match=r"rule 1: rule 'w': expected layout= a letter for each axis.*, got 'oo'"):
         parse_plan("[[rule]]\npattern = 'w'\nscheme = 'Cast'\nlayout = 'oo'")
 
 
 @pytest.mark.parametrize("layout", ["", "o", "i", "OI", "o i", "oi1"])
 def test_layouts_that_are_none(layout):
-    with pytest.raises(ValueError, match="rule 'w': wanted layout= a letter for each axis"):
+    with pytest.raises(ValueError, match="rule 'w': expected layout= a letter for each axis"):
         lcq.Rule("w", CHANNEL, layout=layout)
 
 
 def test_layouts_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"rule 'w': wanted layout= or lengths as a tuple; got .* drop one"):
+    with pytest.raises(ValueError, match=r"rule 'w': expected layout= or lengths as a tuple, got .* drop one"):
         lcq.Rule("w", lcq.Uniform(4, per=(1, 0)), layout="oi")
-    with pytest.raises(ValueError, match=r"^w: layout='oihw' names 4 axes; got 2; change rule 'w', or exclude it"):
+    with pytest.raises(ValueError, match=r"^w: layout='oihw' names 4 axes, got 2; change rule 'w', or exclude it"):
         compressed(draw(4, 4), CHANNEL, layout="oihw")
-    with pytest.raises(ValueError, match=r"^w: LowRank.* wants one axis of outputs, the last; .* transpose"):
+    with pytest.raises(ValueError, match=r"^w: LowRank.* wants one axis of outputs, the last, .* transpose"):
         compressed(draw(4, 4, 2, 2), lcq.LowRank(1), layout="oihw")
     assert compressed(draw(4, 4), lcq.LowRank(1), layout="oi").shape == (4, 4)
     with pytest.raises(ValueError, match=r"rule '.': joint leaves with a layout must have equally many axes"):

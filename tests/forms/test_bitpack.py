@@ -73,7 +73,7 @@ def test_strided_codes_are_packed_by_value():
 
 @pytest.mark.parametrize(("code", "bits"), [(1, 0), (2, 1), (8, 3), (256, 8)])
 def test_a_code_that_needs_more_bits_is_refused(code, bits):
-    with pytest.raises(ValueError, match=rf"wanted codes below {2**bits} \({bits} bits\); got {code}"):
+    with pytest.raises(ValueError, match=rf"expected codes below {2**bits} \({bits} bits\), got {code}"):
         bitpack.pack(np.array([0, code], np.uint16), bits)
 
 
@@ -144,20 +144,20 @@ def words(*codes, bits=4):
 @pytest.mark.parametrize(
     ("given_words", "gap", "count", "size", "message"),
     [
-        (words(1, 0, 1, 1, bits=1), None, 2, 4, "wanted 2 of 4 places; got 3"),
+        (words(1, 0, 1, 1, bits=1), None, 2, 4, "expected 2 of 4 places, got 3"),
         (words(1, 0, 1, 1, bits=1), None, 3, 3, "bits behind its end"),
         (words(1, 0, 1, 1, bits=1), None, 3, 40, "got 3 up to 40 in 1 words"),
         (words(*[1] * 33, bits=1), None, 33, 32, "in 2 words"),
         (words(), None, 0, 4, "got 0 up to 4 in 0 words"),
-        (words(3, 5), 4, 2, 9, "wanted 2 of 9 places; got 2 up to 10"),
-        (words(15, 15, 3), 4, 1, 33, "wanted 1 of 33 places; got 1 up to 34"),
-        (words(3, 5), 4, 9, 99, "wanted 9 of 99 places; got 8"),
-        (words(*[15] * 8), 4, 1, 999, "wanted 1 of 999 places; got 0"),
-        (words(3, *[0] * 8), 4, 1, 9, "wanted gaps between 1 of 9 places; got 2 words of 4 bits"),
+        (words(3, 5), 4, 2, 9, "expected 2 of 9 places, got 2 up to 10"),
+        (words(15, 15, 3), 4, 1, 33, "expected 1 of 33 places, got 1 up to 34"),
+        (words(3, 5), 4, 9, 99, "expected 9 of 99 places, got 8"),
+        (words(*[15] * 8), 4, 1, 999, "expected 1 of 999 places, got 0"),
+        (words(3, *[0] * 8), 4, 1, 9, "expected gaps between 1 of 9 places, got 2 words of 4 bits"),
         (words(3, *[0] * 8), 4, 1, 200, "got 1 up to 4 in 2 words"),
         (words(*[0] * 800), 4, 1, 99, "got 100 words"),
         (words(), 4, 1, 9, "got 0 up to 0 in 0 words"),
-        (words(7), 4, 0, 9, "wanted gaps between 0 of 9 places; got 1 words"),
+        (words(7), 4, 0, 9, "expected gaps between 0 of 9 places, got 1 words"),
     ],
 )
 def test_words_that_do_not_choose_as_many_places_are_refused(given_words, gap, count, size, message):

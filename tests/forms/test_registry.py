@@ -114,9 +114,9 @@ def test_states_of_the_other_methods():
 
 def test_a_state_of_another_form_is_refused():
     codes, cast = lcq.KMeans(2).project(W), lcq.Cast("bfloat16").project(W)
-    with pytest.raises(ValueError, match="w: wanted the state of Cast; got Codes; restore into a tree of such forms"):
+    with pytest.raises(ValueError, match="w: expected the state of Cast, got Codes; restore into a tree of such forms"):
         fs.from_bytes({"w": cast}, fs.to_bytes({"w": codes}))
-    with pytest.raises(ValueError, match=r"w: wanted the state of Codes; got \['kernel'\]"):
+    with pytest.raises(ValueError, match=r"w: expected the state of Codes, got \['kernel'\]"):
         fs.from_bytes({"w": codes}, fs.to_bytes({"w": {"kernel": W}}))
 
 
@@ -133,7 +133,7 @@ def test_dicts_that_were_forms_are_refused(scheme, tmp_path):
     )
     for door in doors:
         with pytest.raises(
-            ValueError, match=r"net/0/w: wanted a form; got a dict that was \w+: .* restore into a tree"
+            ValueError, match=r"net/0/w: expected a form, got a dict that was \w+: .* restore into a tree"
         ):
             door(dicts)
     mine = {"values": W, "form": W, "mask": {"values": W, "mask": W}}
@@ -153,7 +153,7 @@ def test_forms_through_orbax(stored, tmp_path):
         dicts = checkpointer.restore(tmp_path / "forms")
     for name in set(forms) - {"Cast", "shortCast"}:  # these are a dict of `values`, as anyone's may be
         with pytest.raises(
-            ValueError, match=f"{name}: wanted a form; got a dict that was {type(forms[name]).__name__}"
+            ValueError, match=f"{name}: expected a form, got a dict that was {type(forms[name]).__name__}"
         ):
             lcq.decompress({name: dicts[name]})
 

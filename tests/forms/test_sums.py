@@ -58,7 +58,7 @@ def test_joint_sums_store_and_count_what_they_share_once(tmp_path, forms):
 def test_leaves_that_share_must_agree(tmp_path, forms):
     other = forms["b"].parts
     other = (dataclasses.replace(other[0], levels=other[0].levels + 1), *other[1:])
-    with pytest.raises(ValueError, match=r"b: wanted the parts.0.levels of a, which shares it"):
+    with pytest.raises(ValueError, match=r"b: expected the parts.0.levels of a, which shares it"):
         lcq.save(tmp_path / "net.lcq", {"a": forms["a"], "b": dataclasses.replace(forms["b"], parts=other)})
 
 
@@ -68,14 +68,14 @@ CAST = Cast(np.ones((2, 3), np.float16))
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Sum(()), "parts: wanted at least one form; got none"),
+        (Sum(()), "parts: expected at least one form, got none"),
         (
             Sum((CAST, Cast(np.ones((3, 2), np.float16)))),
-            r"parts: 1: wanted the shape \[2, 3\] of the first; got \[3, 2\]",
+            r"parts: 1: expected the shape \[2, 3\] of the first, got \[3, 2\]",
         ),
-        (Sum((CAST, Cast(np.ones((2, 3), np.int16)))), "parts: 1: values: wanted one of"),
-        (Sum((CAST,), dtype="bool"), "dtype: wanted one of"),
-        (Sum((CAST, Cast(np.full((2, 3), np.nan, np.float16)))), "wanted finite numbers; got 6"),
+        (Sum((CAST, Cast(np.ones((2, 3), np.int16)))), "parts: 1: values: expected one of"),
+        (Sum((CAST,), dtype="bool"), "dtype: expected one of"),
+        (Sum((CAST, Cast(np.full((2, 3), np.nan, np.float16)))), "expected finite numbers, got 6"),
     ],
 )
 def test_a_hostile_file_is_refused(tmp_path, monkeypatch, form, message):
@@ -93,5 +93,5 @@ def test_a_very_deep_sum_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as unchecked:
         unchecked.setattr(records, "check_form", lambda form: None)
         lcq.save(tmp_path / "net.lcq", {"w": form})
-    with pytest.raises(lcq.ArtifactError, match="w: wanted a form"):
+    with pytest.raises(lcq.ArtifactError, match="w: expected a form"):
         lcq.load(tmp_path / "net.lcq")

@@ -224,7 +224,7 @@ def test_a_plan_changes_nothing_but_the_index(path):
 
 @pytest.mark.parametrize("plan", [[("kernel", "Binary")], "[[rule]", 3.5, "a" * 10, "x = '\ud800'"])
 def test_what_is_no_plan_is_not_saved(path, plan):
-    with pytest.raises(ValueError, match=r"wanted plan= an lcq.Plan\(rules\), or its text|surrogates"):
+    with pytest.raises(ValueError, match=r"expected plan= an lcq.Plan\(rules\), or its text|surrogates"):
         save(path, arrays(), plan=plan)
     assert not path.exists()
 
@@ -234,10 +234,10 @@ def test_a_plan_has_a_size(path):
     assert len(longest.encode()) == LONGEST_PLAN
     plain(path, {"w": 1}, plan=longest)
     assert read_index(path).plan == longest and load(path)["w"] == 1
-    with pytest.raises(ValueError, match="wanted a plan of at most 4194304 bytes; got 4194305"):
+    with pytest.raises(ValueError, match="expected a plan of at most 4194304 bytes, got 4194305"):
         plain(path, {"w": 1}, plan=longest + "!")
     header, index, streams = parts_of(path.read_bytes())
-    refuse(path, forge(header, index | {"plan": longest + "!"}, streams), "wanted a plan of at most")
+    refuse(path, forge(header, index | {"plan": longest + "!"}, streams), "expected a plan of at most")
 
 
 @pytest.mark.parametrize("plan", [None, 3, True, [PLAN], {"rule": []}, {}, "\ud800"])
@@ -245,10 +245,10 @@ def test_a_hostile_plan(path, plan):
     plain(path, arrays(), plan=PLAN)
     header, index, streams = parts_of(path.read_bytes())
     data = forge(header, index | {"plan": plan}, streams)
-    refuse(path, data, r"wanted a plan that is text|surrogates")
+    refuse(path, data, r"expected a plan that is text|surrogates")
     with pytest.raises(ArtifactError, match=r"net.lcq: "):
         read_index(path)
-    refuse(path, forge(header, index | {"plans": PLAN}, streams), "wanted an index of leaves")
+    refuse(path, forge(header, index | {"plans": PLAN}, streams), "expected an index of leaves")
     for text in ("", "no TOML = ", "\0\x1b[2J", "[[rule]]\npattern = 3"):  # is for who reads the plan to refuse
         path.write_bytes(forge(header, index | {"plan": text}, streams))
         assert read_index(path).plan == text
@@ -303,7 +303,7 @@ def test_like_restores_every_kind_of_tree(path):
     [
         ({"a": 1, "b": np.ones((2, 3)), "c": 1}, r"the file has no c \(1 of 3 leaves\)"),
         ({"a": 1}, r"like= has no b \(1 of 2 leaves\)"),
-        ({"a": 1, "b": np.ones((3, 2))}, r"b: wanted \[3, 2\] as in like=; got \[2, 3\]"),
+        ({"a": 1, "b": np.ones((3, 2))}, r"b: expected \[3, 2\] as in like=, got \[2, 3\]"),
         ({"a": [1], "b": np.ones((2, 3))}, "the file has no a/0"),
     ],
 )
@@ -319,19 +319,19 @@ def test_like_that_does_not_fit(path, like, message):
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (jax.random.key(0), "w/x: wanted numbers; got a PRNG key; save jax.random.key_data"),
-        ("text", "w/x: wanted an array, a number or None; got str"),
+        (jax.random.key(0), "w/x: expected numbers, got a PRNG key; save jax.random.key_data"),
+        ("text", "w/x: expected an array, a number or None, got str"),
         (object(), "w/x: .*got object"),
         (jax.ShapeDtypeStruct((2,), jnp.float32), "w/x: .*got ShapeDtypeStruct"),
-        (np.array(["a"]), "w/x: wanted one of bool, .*; got <U1"),
+        (np.array(["a"]), "w/x: expected one of bool, .*, got <U1"),
         (np.array([None]), "w/x: .*got object"),
         (2**70, "w/x: .*got object"),
         (1j, "w/x: .*got complex128"),
         (np.ones(2, jnp.int4), "w/x: .*got int4"),
-        (np.ones(2, [("a", "f4")]), "w/x: wanted one of"),
-        (Cast(jnp.array([1.0, jnp.nan])), "w/x: values: wanted finite"),
-        (Codes(jnp.array([5], jnp.uint8), jnp.ones((1, 2))), "w/x: wanted codes below 2"),
-        (Cast(jnp.ones(2, jnp.int32)), "w/x: values: wanted one of float64, float32"),
+        (np.ones(2, [("a", "f4")]), "w/x: expected one of"),
+        (Cast(jnp.array([1.0, jnp.nan])), "w/x: values: expected finite"),
+        (Codes(jnp.array([5], jnp.uint8), jnp.ones((1, 2))), "w/x: expected codes below 2"),
+        (Cast(jnp.ones(2, jnp.int32)), "w/x: values: expected one of float64, float32"),
     ],
 )
 def test_a_leaf_that_no_file_can_hold(path, leaf, message):
@@ -341,13 +341,13 @@ def test_a_leaf_that_no_file_can_hold(path, leaf, message):
 
 
 def test_a_traced_or_deleted_leaf(path):
-    with pytest.raises(ValueError, match="w: wanted a concrete array; got a traced one"):
+    with pytest.raises(ValueError, match="w: expected a concrete array, got a traced one"):
         jax.jit(lambda w: save(path, {"w": w}))(jnp.ones(3))
-    with pytest.raises(ValueError, match="w: wanted a concrete array"):
+    with pytest.raises(ValueError, match="w: expected a concrete array"):
         jax.jit(lambda w: save(path, {"w": Cast(w)}))(jnp.ones(3))
     gone = jnp.ones(3)
     gone.delete()
-    with pytest.raises(ValueError, match="w: wanted an array; got a deleted one"):
+    with pytest.raises(ValueError, match="w: expected an array, got a deleted one"):
         save(path, {"w": gone})
 
 
@@ -391,7 +391,7 @@ def test_two_processes(tmp_path):
     for process in both:
         size, *errors = process.communicate(timeout=120)[0].splitlines()
         assert int(size) == (tmp_path / "0.lcq").stat().st_size
-        assert len(errors) == 2 and all("w: wanted an array that this process can read" in e for e in errors)
+        assert len(errors) == 2 and all("w: expected an array that this process can read" in e for e in errors)
     assert [p.name for p in tmp_path.iterdir()] == ["0.lcq"]
     same(load(tmp_path / "0.lcq")["c"], Cast(np.arange(4, dtype=np.float32)))
 
@@ -531,7 +531,7 @@ def test_every_truncation_is_refused(path, whole):
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     for length in {*range(0, 20), *range(20, header, 61), *range(header - 3, len(whole))}:
         refuse(path, whole[:length])
-    refuse(path, whole + b"\0", "wanted .* bytes; the file has")
+    refuse(path, whole + b"\0", "expected .* bytes; the file has")
 
 
 def test_every_changed_byte_is_refused(path):
@@ -594,29 +594,29 @@ def tensor(dtype="U8", shape=(1,), begin=0, end=1):
 
 
 HOSTILE_TENSORS = [
-    (tensor(dtype="F4"), "x: wanted a known dtype"),
-    (tensor(dtype=["U8"]), "x: wanted a known dtype"),
+    (tensor(dtype="F4"), "x: expected a known dtype"),
+    (tensor(dtype=["U8"]), "x: expected a known dtype"),
     (tensor(shape=[-1]), "at most 64 axes"),
     (tensor(shape=[2**63]), "at most 64 axes"),
     (tensor(shape=[2**32, 2**32]), "at most 64 axes"),
     (tensor(shape=[2**62, 4, 0], end=0), "at most 64 axes"),
     (tensor(shape=[1] * 65), "at most 64 axes"),
     (tensor(shape=[10**4000 - 1]), "at most 64 axes"),
-    (tensor(shape=[True]), "x: wanted a known dtype"),
-    (tensor(shape=[1.0]), "x: wanted a known dtype"),
-    (tensor(shape=["1"]), "x: wanted a known dtype"),
-    (tensor(shape=[2]), "x: wanted a known dtype"),
-    (tensor(begin=1, end=2), "x: wanted data at 0; got 1"),
-    (tensor(begin=-1, end=0), "x: wanted a known dtype"),
-    (tensor(begin=1, end=0), "x: wanted a known dtype"),
-    (tensor(shape=[9], end=9), "wanted .* bytes; the file has"),
-    (tensor(shape=[0], end=0), "wanted .* bytes; the file has"),
-    (tensor(shape=[2**50], end=2**50), "wanted .* bytes; the file has"),
-    (tensor(dtype="BOOL"), "x: wanted truth values"),
-    (tensor() | {"more": 1}, "x: wanted a known dtype"),
-    ({"dtype": "U8"}, "x: wanted a known dtype"),
-    (None, "x: wanted a known dtype"),
-    ([], "x: wanted a known dtype"),
+    (tensor(shape=[True]), "x: expected a known dtype"),
+    (tensor(shape=[1.0]), "x: expected a known dtype"),
+    (tensor(shape=["1"]), "x: expected a known dtype"),
+    (tensor(shape=[2]), "x: expected a known dtype"),
+    (tensor(begin=1, end=2), "x: expected data at 0, got 1"),
+    (tensor(begin=-1, end=0), "x: expected a known dtype"),
+    (tensor(begin=1, end=0), "x: expected a known dtype"),
+    (tensor(shape=[9], end=9), "expected .* bytes; the file has"),
+    (tensor(shape=[0], end=0), "expected .* bytes; the file has"),
+    (tensor(shape=[2**50], end=2**50), "expected .* bytes; the file has"),
+    (tensor(dtype="BOOL"), "x: expected truth values"),
+    (tensor() | {"more": 1}, "x: expected a known dtype"),
+    ({"dtype": "U8"}, "x: expected a known dtype"),
+    (None, "x: expected a known dtype"),
+    ([], "x: expected a known dtype"),
 ]
 
 
@@ -635,7 +635,7 @@ def test_a_hostile_tensor(path, entry, message):
 
 def test_overlaps_and_gaps(path):
     for other in (tensor(), tensor(begin=2, end=3)):
-        refuse(path, forge(*one_tensor(tensor(), y=other), b"\7\7\7"), "y: wanted data at 1")
+        refuse(path, forge(*one_tensor(tensor(), y=other), b"\7\7\7"), "y: expected data at 1")
 
 
 def raw_file(header, streams=b""):
@@ -671,18 +671,18 @@ def signed(index, version='"1"', more=""):
         (raw_file(META % ('"1"', "x", "y" * 32, "")), "header is damaged"),
         (raw_file(META % ('"1"', "x", "", "")), "header is damaged"),
         (raw_file(META % ('"1"', "x", "\\ud800", "")), "net.lcq"),
-        (signed("{}", version='"3"'), "wanted format version 1 or 2; got '3'"),
-        (signed("{}", version="1"), "wanted format version 1 or 2; got 1"),
-        (signed("{}", version='"2"'), "wanted the metadata and tensors of version 2"),
-        (signed("{}"), "wanted an index of leaves"),
-        (signed("[]"), "wanted an index of leaves"),
+        (signed("{}", version='"3"'), "expected format version 1 or 2, got '3'"),
+        (signed("{}", version="1"), "expected format version 1 or 2, got 1"),
+        (signed("{}", version='"2"'), "expected the metadata and tensors of version 2"),
+        (signed("{}"), "expected an index of leaves"),
+        (signed("[]"), "expected an index of leaves"),
         (signed("NaN"), "NaN in its JSON"),
         (signed("[" * 100_000), "net.lcq"),
-        (signed('{"leaves":{},"digests":{}}'), "wanted an index of leaves"),
-        (signed('{"leaves":[1],"digests":{"x":""}}'), "x: wanted as many digests as tensors"),
-        (signed('{"leaves":[],"digests":{},"more":1}'), "wanted an index of leaves"),
-        (signed('{"leaves":[null],"digests":{}}'), "wanted a leaf"),
-        (signed('{"leaves":[],"digests":{}}'), "wanted an index of leaves"),
+        (signed('{"leaves":{},"digests":{}}'), "expected an index of leaves"),
+        (signed('{"leaves":[1],"digests":{"x":""}}'), "x: expected as many digests as tensors"),
+        (signed('{"leaves":[],"digests":{},"more":1}'), "expected an index of leaves"),
+        (signed('{"leaves":[null],"digests":{}}'), "expected a leaf"),
+        (signed('{"leaves":[],"digests":{}}'), "expected an index of leaves"),
     ],
 )
 def test_a_hostile_header(path, data, message):
@@ -866,9 +866,9 @@ def test_metadata_are_kept_and_files_without_are_as_they_were(tmp_path, coded, m
     save(said, tree, coded=coded, metadata={})
     assert said.read_bytes() == bare.read_bytes()
     for bad in ({"n": 3}, {3: "n"}):
-        with pytest.raises(ValueError, match="wanted metadata= a dict of strings by name"):
+        with pytest.raises(ValueError, match="expected metadata= a dict of strings by name"):
             save(said, tree, coded=coded, metadata=bad)
-    with pytest.raises(ValueError, match="wanted metadata of at most"):
+    with pytest.raises(ValueError, match="expected metadata of at most"):
         save(said, tree, coded=coded, metadata={"long": "x" * (1 << 22)})
 
 

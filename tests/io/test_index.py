@@ -140,7 +140,7 @@ def test_codes_that_no_level_has_are_refused(path, whole, on_device):
     piece, length = rans.encode(np.full(24 * 16, 3, np.uint8), 4), entry[3]
     entry[3], entry[5] = len(piece), [4, 24 * 16]
     path.write_bytes(forge(index, data[:place] + piece + data[place + length :]))
-    with pytest.raises(ArtifactError, match="codes: wanted codes below 3; got a larger one"):
+    with pytest.raises(ArtifactError, match="codes: expected codes below 3, got a larger one"):
         load(path, on_device=on_device)
 
 
@@ -175,7 +175,7 @@ def test_every_truncation_and_every_changed_byte_is_refused(path):
     whole, rng = path.read_bytes(), random.Random(0)
     for at in range(0, len(whole), 3):
         refuse(path, whole[:at])
-    refuse(path, whole + b"\0", "wanted .* bytes; the file has")
+    refuse(path, whole + b"\0", "expected .* bytes; the file has")
     for at in range(len(whole)):
         refuse(path, whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
 
@@ -220,22 +220,22 @@ def twice(index, data):
 
 
 HOSTILE = {
-    "no list": (lambda index, data: index.update(streams={}), "wanted an index of leaves and streams"),
-    "no leaves": (lambda index, data: index.update(leaves=[]), "wanted an index of leaves and streams"),
-    "more": (lambda index, data: index.update(more=1), "wanted an index of leaves and streams"),
-    "a plan that is no text": (lambda index, data: index.update(plan=3), "wanted a plan that is text"),
-    "a dtype": (put("bias", 1, "F3"), "wanted a stream of the coded layout"),
-    "a shape": (put("bias", 2, [6]), "wanted a stream of the coded layout"),
+    "no list": (lambda index, data: index.update(streams={}), "expected an index of leaves and streams"),
+    "no leaves": (lambda index, data: index.update(leaves=[]), "expected an index of leaves and streams"),
+    "more": (lambda index, data: index.update(more=1), "expected an index of leaves and streams"),
+    "a plan that is no text": (lambda index, data: index.update(plan=3), "expected a plan that is text"),
+    "a dtype": (put("bias", 1, "F3"), "expected a stream of the coded layout"),
+    "a shape": (put("bias", 2, [6]), "expected a stream of the coded layout"),
     "an axis": (put("bias", 2, [-5]), "at most 64 axes"),
-    "a size": (put("bias", 3, 19), "wanted a stream of the coded layout"),
-    "a negative size": (put("codes.codes", 3, -1), "wanted a stream of the coded layout"),
-    "one level": (put("codes.codes", 5, [1, 384]), "wanted a stream of the coded layout"),
-    "levels": (put("codes.codes", 5, [2, 384]), "wanted a stream of the coded layout"),
-    "many levels": (put("codes.codes", 5, [65537, 384]), "wanted a stream of the coded layout"),
-    "a count": (put("codes.codes", 5, [3, 385]), "wanted a stream of the coded layout"),
-    "a huge count": (put("codes.codes", 5, [3, 1 << 60]), "wanted a stream of the coded layout"),
-    "a flag": (put("codes.codes", 5, [3, True]), "wanted a stream of the coded layout"),
-    "codes that are none": (put("bias", 5, None), "list assignment|wanted a stream"),
+    "a size": (put("bias", 3, 19), "expected a stream of the coded layout"),
+    "a negative size": (put("codes.codes", 3, -1), "expected a stream of the coded layout"),
+    "one level": (put("codes.codes", 5, [1, 384]), "expected a stream of the coded layout"),
+    "levels": (put("codes.codes", 5, [2, 384]), "expected a stream of the coded layout"),
+    "many levels": (put("codes.codes", 5, [65537, 384]), "expected a stream of the coded layout"),
+    "a count": (put("codes.codes", 5, [3, 385]), "expected a stream of the coded layout"),
+    "a huge count": (put("codes.codes", 5, [3, 1 << 60]), "expected a stream of the coded layout"),
+    "a flag": (put("codes.codes", 5, [3, True]), "expected a stream of the coded layout"),
+    "codes that are none": (put("bias", 5, None), "list assignment|expected a stream"),
     "a longer stream": (longer, "codes.codes"),
     "a stream of no leaf": (unnamed, "no leaf has this tensor"),
     "a name twice": (twice, "two streams have this name"),
@@ -251,17 +251,17 @@ def test_a_hostile_index(path, whole, name):
 def test_a_hostile_container(path, whole):
     index, data = parts_of(whole)
     refuse(path, forge(index, data, metadata={"index": "0" * 16}), "index: its data is damaged")
-    refuse(path, forge(index, data, metadata={"more": ""}), "wanted the metadata and tensors of version 2")
-    refuse(path, forge(index, data, metadata={"version": "3"}), "wanted format version 1 or 2; got '3'")
+    refuse(path, forge(index, data, metadata={"more": ""}), "expected the metadata and tensors of version 2")
+    refuse(path, forge(index, data, metadata={"version": "3"}), "expected format version 1 or 2, got '3'")
     extra = {"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}
-    refuse(path, forge(index, data, tensors=extra), "wanted the metadata and tensors of version 2")
+    refuse(path, forge(index, data, tensors=extra), "expected the metadata and tensors of version 2")
     refuse(path, forge(index, b""), "bytes of data")
     refuse(path, forge(index, data, raw=b"\xff\xff"), "index: ")
     text = zlib.compressobj(wbits=-15)
     whole_text = text.compress(b"[]") + text.flush()
     refuse(path, forge(index, data, raw=whole_text + b"\0"), "one whole deflated text")
     refuse(path, forge(index, data, raw=whole_text[:-1]), "one whole deflated text|index: ")
-    refuse(path, forge([[]], data), "wanted an index of leaves and streams")
+    refuse(path, forge([[]], data), "expected an index of leaves and streams")
 
 
 def test_nothing_is_allocated_for_a_file_that_is_refused(path, whole):
@@ -270,7 +270,7 @@ def test_nothing_is_allocated_for_a_file_that_is_refused(path, whole):
     index, data = parts_of(whole)
     big = copy.deepcopy(index)
     stream(big, "codes.codes")[2:] = [[2 * 10**8], stream(index, "codes.codes")[3], "", [3, 32 * 10**8]]
-    hostile = {forge(index, data, raw=raw): "wanted an index of at most", forge(big, data): "wanted uint32"}
+    hostile = {forge(index, data, raw=raw): "expected an index of at most", forge(big, data): "expected uint32"}
     for file, message in hostile.items():
         path.write_bytes(file)
         tracemalloc.start()
@@ -300,7 +300,7 @@ def test_loading_takes_no_more_memory_than_the_least_limit(path, name):
         try:
             load(path, limit=limit)
         except ArtifactError as error:
-            assert "wanted at most" in str(error)
+            assert "expected at most" in str(error)
             return False
         return True
 
@@ -328,7 +328,7 @@ def test_gap_codes_of_no_bytes_are_refused_before_they_are_decoded_for_the_leaf(
     entry[2:] = [[10**6], len(piece), digest(piece, 8), [1 << bits, count]]
     path.write_bytes(forge(changed, data[:place] + piece + data[place + few :]))
     tracemalloc.start()
-    with pytest.raises(ArtifactError, match="wanted gaps between"):
+    with pytest.raises(ArtifactError, match="expected gaps between"):
         load(path, limit=1 << 27)
     assert tracemalloc.get_traced_memory()[1] < 1 << 27
     tracemalloc.stop()
@@ -338,7 +338,7 @@ def test_gap_codes_of_no_bytes_are_refused_before_they_are_decoded_for_the_leaf(
 def test_a_limit_that_is_no_number_of_bytes(path, limit):
     save(path, {"b": np.zeros(10)})
     load(path, limit=1e9)
-    with pytest.raises(ValueError, match="wanted limit= in bytes"):
+    with pytest.raises(ValueError, match="expected limit= in bytes"):
         load(path, limit=limit)
 
 

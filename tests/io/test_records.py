@@ -91,7 +91,7 @@ def test_an_attribute_named_value_stays_beside_others():
     ("tree", "message"),
     [
         ({"a/b": 1, "a": {"b": 2}}, "'a/b': 2 leaves have this path"),
-        ({("x", "y"): 1}, r"printable strings?; got \(\('x', 'y'\),\)"),
+        ({("x", "y"): 1}, r"printable strings?, got \(\('x', 'y'\),\)"),
         ({True: 1}, "integer or a printable string"),
         ({"a\nb": 1}, "printable string"),
         ({"\ud800": 1}, "printable string"),
@@ -178,7 +178,7 @@ def test_leaves_that_share_must_agree(field, change):
     else:
         second = dataclasses.replace(first, **{field: None if change == "missing" else other})
     for tree in ({"a": first, "b": second}, {"a": second, "b": first}):
-        with pytest.raises(ValueError, match=rf"b: wanted the {field} of a, which shares it \(shared='a'\)"):
+        with pytest.raises(ValueError, match=rf"b: expected the {field} of a, which shares it \(shared='a'\)"):
             through_json(tree)
 
 
@@ -212,12 +212,12 @@ def test_forms_in_forms():
         np.testing.assert_array_equal(back["w"].dense(), codes().dense() + 1)
         for wrong in ([3, 4], [3], [3, "x", "y"], "3x"):
             record["static"]["order"] = wrong
-            with pytest.raises(ValueError, match="w: Pair: order: wanted"):
+            with pytest.raises(ValueError, match="w: Pair: order: expected"):
                 decode(record, streams.__getitem__)
         deep = record["arrays"]["rest"]
         for _ in range(200):
             deep = {"form": "Pair", "static": {}, "arrays": {"terms": {"tuple": [deep]}}}
-        with pytest.raises(ValueError, match="w: wanted a form"):
+        with pytest.raises(ValueError, match="w: expected a form"):
             decode(record | deep, streams.__getitem__)
     finally:
         del FORMS["Pair"]
@@ -227,9 +227,9 @@ def test_forms_in_forms():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_a_form_with_a_nan_or_an_infinity_is_refused(bad, dtype):
     values = np.array([1, bad, 2, bad], jnp.dtype(dtype))
-    with pytest.raises(ValueError, match="w: values: wanted finite numbers; got 2 NaN or infinite"):
+    with pytest.raises(ValueError, match="w: values: expected finite numbers, got 2 NaN or infinite"):
         through_json({"w": Cast(values)})
-    with pytest.raises(ValueError, match="w: levels: wanted finite"):
+    with pytest.raises(ValueError, match="w: levels: expected finite"):
         through_json({"w": codes(k=4, levels=values.reshape(1, 1, 4))})
 
 
@@ -241,25 +241,25 @@ def test_a_plain_leaf_may_hold_anything():
 WRONG_FORMS = {
     "working layout": lambda form: dataclasses.replace(form, packed=None),
     "at most 64 axes and": lambda form: dataclasses.replace(form, packed=(-4, -6)),
-    "dtype: wanted one of": lambda form: dataclasses.replace(form, dtype="int32"),
+    "dtype: expected one of": lambda form: dataclasses.replace(form, dtype="int32"),
     "either learned levels": lambda form: dataclasses.replace(form, values=(1.0, 2.0, 3.0)),
     "or fixed values": lambda form: dataclasses.replace(form, levels=None),
-    "levels: wanted block counts": lambda form: dataclasses.replace(form, levels=form.levels[0]),
-    "scale: wanted block counts": lambda form: dataclasses.replace(form, scale=np.ones((3, 1), np.float32)),
-    "zero: wanted block counts": lambda form: dataclasses.replace(form, zero=np.ones((0, 1), np.float32)),
+    "levels: expected block counts": lambda form: dataclasses.replace(form, levels=form.levels[0]),
+    "scale: expected block counts": lambda form: dataclasses.replace(form, scale=np.ones((3, 1), np.float32)),
+    "zero: expected block counts": lambda form: dataclasses.replace(form, zero=np.ones((0, 1), np.float32)),
     "same blocks": lambda form: dataclasses.replace(form, scale=np.ones((2, 1), np.float32)),
-    "levels: wanted one of": lambda form: dataclasses.replace(form, levels=form.levels.astype(np.int32)),
-    "1 to 65,536 levels; got 0": lambda form: dataclasses.replace(form, levels=form.levels[..., :0]),
+    "levels: expected one of": lambda form: dataclasses.replace(form, levels=form.levels.astype(np.int32)),
+    "1 to 65,536 levels, got 0": lambda form: dataclasses.replace(form, levels=form.levels[..., :0]),
     "float32 can hold": lambda form: dataclasses.replace(form, levels=None, values=(0.0, 1e39, 1e40)),
-    r"wanted uint32\[2\] for 24 codes of 2 bits; got uint32\[1\]": lambda form: dataclasses.replace(
+    r"expected uint32\[2\] for 24 codes of 2 bits, got uint32\[1\]": lambda form: dataclasses.replace(
         form, codes=form.codes[:1]
     ),
     r"got uint32\[2, 1\]": lambda form: dataclasses.replace(form, codes=form.codes[:, None]),
     "got int32": lambda form: dataclasses.replace(form, codes=form.codes.astype(np.int32)),
-    r"wanted uint32\[3\] for 24 codes of 3 bits": lambda form: dataclasses.replace(
+    r"expected uint32\[3\] for 24 codes of 3 bits": lambda form: dataclasses.replace(
         form, levels=np.ones((1, 1, 5), np.float32)
     ),
-    "wanted codes below 3; got a larger": lambda form: dataclasses.replace(form, codes=form.codes | np.uint32(3)),
+    "expected codes below 3, got a larger": lambda form: dataclasses.replace(form, codes=form.codes | np.uint32(3)),
 }
 
 
@@ -279,7 +279,7 @@ def test_a_code_outside_the_table_is_found_anywhere(k, size, data):
     at = data.draw(st.integers(0, size - 1))
     stream = int.from_bytes(form.codes.astype("<u4").tobytes(), "little") | (2**width - 1) << (at * width)
     words = np.frombuffer(stream.to_bytes(form.codes.nbytes, "little"), "<u4")
-    with pytest.raises(ValueError, match=f"wanted codes below {k}"):
+    with pytest.raises(ValueError, match=f"expected codes below {k}"):
         dataclasses.replace(form, codes=words).check_stored()
 
 
@@ -310,44 +310,44 @@ WRONG_RECORDS = [
     (changed(path=["w"], kinds="s"), "keys of the kinds"),
     (changed(path=[1], kinds="a"), "keys of the kinds"),
     (changed(kinds="?"), "keys of the kinds"),
-    (changed(form="Code"), "w: wanted one of the forms Cast, Codes.*; got 'Code'"),
-    (changed(form=["Codes"]), "wanted a form with"),
-    (changed(more=1), "wanted a form with"),
-    (changed(static=[]), "wanted a form with"),
+    (changed(form="Code"), "w: expected one of the forms Cast, Codes.*, got 'Code'"),
+    (changed(form=["Codes"]), "expected a form with"),
+    (changed(more=1), "expected a form with"),
+    (changed(static=[]), "expected a form with"),
     (changed(static={}), "working layout"),
     (changed(static={"packed": [4, 6], "codes": 1}), "its fields only"),
-    (changed(static={"packed": [4, 6], "colour": "red"}), r"its fields only; got \['colour'\]"),
-    (changed(static={"packed": 24}), "packed: wanted"),
-    (changed(static={"packed": ["4", "6"]}), "packed: wanted"),
-    (changed(static={"packed": [4.0, 6.0]}), "packed: wanted"),
-    (changed(static={"packed": [True, 6]}), "packed: wanted"),
-    (changed(static={"packed": [[4], 6]}), "packed: wanted"),
-    (changed(static={"packed": {"first": 4, "last": 6}}), "packed: wanted"),
+    (changed(static={"packed": [4, 6], "colour": "red"}), r"its fields only, got \['colour'\]"),
+    (changed(static={"packed": 24}), "packed: expected"),
+    (changed(static={"packed": ["4", "6"]}), "packed: expected"),
+    (changed(static={"packed": [4.0, 6.0]}), "packed: expected"),
+    (changed(static={"packed": [True, 6]}), "packed: expected"),
+    (changed(static={"packed": [[4], 6]}), "packed: expected"),
+    (changed(static={"packed": {"first": 4, "last": 6}}), "packed: expected"),
     (changed(static={"packed": [2**62, 2**62]}), "at most 64 axes"),
     (changed(static={"packed": [10**300, 0]}), "at most 64 axes"),
     (changed(static={"packed": [1] * 65}), "at most 64 axes"),
-    (changed(static={"packed": [6, 4], "dtype": 32}), "dtype: wanted"),
-    (changed(static={"packed": [4, 6], "dtype": "object"}), "dtype: wanted one of"),
-    (changed(static={"packed": [4, 6], "shared": 3}), "shared: wanted"),
-    (changed(static={"packed": [4, 6], "values": [1.0, float("inf")]}), "wanted finite numbers; got inf"),
-    (changed(static={"packed": [4, 6], "values": {"first": 0, "last": 10**9}}), "values: wanted"),
-    (changed(static={"packed": [4, 6], "values": {"first": 10**400, "last": 10**400}}), "values: wanted"),
+    (changed(static={"packed": [6, 4], "dtype": 32}), "dtype: expected"),
+    (changed(static={"packed": [4, 6], "dtype": "object"}), "dtype: expected one of"),
+    (changed(static={"packed": [4, 6], "shared": 3}), "shared: expected"),
+    (changed(static={"packed": [4, 6], "values": [1.0, float("inf")]}), "expected finite numbers, got inf"),
+    (changed(static={"packed": [4, 6], "values": {"first": 0, "last": 10**9}}), "values: expected"),
+    (changed(static={"packed": [4, 6], "values": {"first": 10**400, "last": 10**400}}), "values: expected"),
     (changed(arrays={"levels": "w.levels"}), "codes is missing"),
     (changed(arrays={"codes": "w.codes", "levels": "nothing"}), "no tensor nothing"),
-    (changed(arrays={"codes": ["w.codes", [3]], "levels": "w.levels"}), "w.codes: wanted a stream that fits"),
-    (changed(arrays={"codes": ["w.codes", [-1, -2]], "levels": "w.levels"}), "wanted a form with"),
-    (changed(arrays={"codes": ["w.codes", [1] * 65], "levels": "w.levels"}), "wanted a form with"),
-    (changed(arrays={"codes": 3, "levels": "w.levels"}), "wanted a form with"),
-    (changed(arrays={"codes": {"tuple": []}, "levels": "w.levels"}), r"codes: wanted .*; got \(\)"),
-    (changed(arrays={"codes": {"tuple": ["w.codes"]}, "levels": "w.levels"}), "codes: wanted .*; got"),
-    (changed(arrays={"codes": {"tuple": 3}, "levels": "w.levels"}), "wanted a form with"),
-    (changed(arrays={"codes": GOOD, "levels": "w.levels"}), "wanted a form with"),
-    ({"path": [], "kinds": "", "array": 3}, "wanted a form with"),
+    (changed(arrays={"codes": ["w.codes", [3]], "levels": "w.levels"}), "w.codes: expected a stream that fits"),
+    (changed(arrays={"codes": ["w.codes", [-1, -2]], "levels": "w.levels"}), "expected a form with"),
+    (changed(arrays={"codes": ["w.codes", [1] * 65], "levels": "w.levels"}), "expected a form with"),
+    (changed(arrays={"codes": 3, "levels": "w.levels"}), "expected a form with"),
+    (changed(arrays={"codes": {"tuple": []}, "levels": "w.levels"}), r"codes: expected .*, got \(\)"),
+    (changed(arrays={"codes": {"tuple": ["w.codes"]}, "levels": "w.levels"}), "codes: expected .*, got"),
+    (changed(arrays={"codes": {"tuple": 3}, "levels": "w.levels"}), "expected a form with"),
+    (changed(arrays={"codes": GOOD, "levels": "w.levels"}), "expected a form with"),
+    ({"path": [], "kinds": "", "array": 3}, "expected a form with"),
     ({"path": [], "kinds": "", "array": "nothing"}, "no tensor nothing"),
-    ({"path": [], "kinds": "", "array": "w.codes", "form": "Codes"}, "wanted a form with"),
-    ({"path": [], "kinds": "", "empty": 0}, "wanted a form with"),
-    ({"path": [], "kinds": "", "empty": [1]}, "wanted a form with"),
-    ({"path": [], "kinds": "", "empty": {"a": 1}}, "wanted a form with"),
+    ({"path": [], "kinds": "", "array": "w.codes", "form": "Codes"}, "expected a form with"),
+    ({"path": [], "kinds": "", "empty": 0}, "expected a form with"),
+    ({"path": [], "kinds": "", "empty": [1]}, "expected a form with"),
+    ({"path": [], "kinds": "", "empty": {"a": 1}}, "expected a form with"),
 ]
 
 

@@ -148,7 +148,7 @@ def test_long_lists_and_traced_forms_are_not_laid_out():
     form = form_of(lcq.Prune(kept=0.1))
     assert lists(form_of(lcq.Prune(kept=0.6))) is None
     assert jax.jit(lambda form: lists(form) is None)(form)
-    with pytest.raises(ValueError, match="multiplies codes; got Lists"):
+    with pytest.raises(ValueError, match="multiplies codes, got Lists"):
         matmul(jnp.ones((1, 70)), lists(form), kernel="words")
     with pytest.raises(ValueError, match="a leaf laid out for products; save the forms"):
         lists(form).pack()
@@ -292,19 +292,19 @@ def test_a_row_with_an_infinity_is_not_finite_and_one_with_nan_is_nan(scheme, ro
 
 def test_what_does_not_fit_is_refused():
     form = form_of(lcq.KMeans(4))
-    with pytest.raises(ValueError, match=r"wanted x \[.., k\] and a form \(k, n\).*got \[2, 71\] and \[70, 130\]"):
+    with pytest.raises(ValueError, match=r"expected x \[.., k\] and a form \(k, n\).*got \[2, 71\] and \[70, 130\]"):
         matmul(jnp.zeros((2, 71)), form)
-    with pytest.raises(ValueError, match=r"wanted a kernel of words, tiles, .*; got 'fast'"):
+    with pytest.raises(ValueError, match=r"expected a kernel of words, tiles, .*, got 'fast'"):
         matmul(jnp.zeros((2, 70)), form, kernel="fast")
-    with pytest.raises(ValueError, match=r"wanted a form laid out as the matrix it is; got axes \(1, 0\)"):
+    with pytest.raises(ValueError, match=r"expected a form laid out as the matrix it is, got axes \(1, 0\)"):
         matmul(jnp.zeros((2, 70)), dataclasses.replace(columns(form), axes=(1, 0)))
-    with pytest.raises(ValueError, match="'words' wants levels with equal steps; got a codebook of 4"):
+    with pytest.raises(ValueError, match="'words' wants levels with equal steps, got a codebook of 4"):
         matmul(jnp.zeros((2, 70)), form, kernel="words")
-    with pytest.raises(ValueError, match="'pallas_tpu' wants codes of 1 bit; got 4 bits"):
+    with pytest.raises(ValueError, match="'pallas_tpu' wants codes of 1 bit, got 4 bits"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.Uniform(3, per=(35, 1), zero_point=True)), kernel="pallas_tpu")
-    with pytest.raises(ValueError, match=r"wanted codes of a matrix \[K, n\], or stacked ones; got \[6\]"):
+    with pytest.raises(ValueError, match=r"expected codes of a matrix \[K, n\], or stacked ones, got \[6\]"):
         columns(lcq.KMeans(2).project(jnp.arange(6.0)))
-    with pytest.raises(ValueError, match="'tiles' multiplies codes; got Factors"):
+    with pytest.raises(ValueError, match="'tiles' multiplies codes, got Factors"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.LowRank(3)), kernel="tiles")
 
 

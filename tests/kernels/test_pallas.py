@@ -92,9 +92,9 @@ def test_bits_are_counted_up_to_eight_rows(backend, m, counts):
 @pytest.mark.parametrize(
     ("k", "words", "rows", "unit", "message"),
     [
-        (33, 1, 2, None, r"wanted 2 words a row.*k=33; got a \[3, 1\]"),
-        (20, 1, 3, None, r"as many rows of words, for k=20; got a \[3, 1\], words \[3, 5\]"),
-        (20, 1, 1, "vpu", "wanted unit='matrix', 'popcount' or None; got 'vpu'"),
+        (33, 1, 2, None, r"expected 2 words a row.*k=33, got a \[3, 1\]"),
+        (20, 1, 3, None, r"as many rows of words, for k=20, got a \[3, 1\], words \[3, 5\]"),
+        (20, 1, 1, "vpu", "expected unit='matrix', 'popcount' or None, got 'vpu'"),
     ],
 )
 def test_operands_of_xnor_that_do_not_fit_are_refused(backend, k, words, rows, unit, message):
@@ -114,7 +114,7 @@ def test_operands_of_bit_product_that_do_not_fit_are_refused(backend, dtype):
         return BACKENDS[backend].bit_product.__wrapped__(x, b)
 
     with pytest.raises(
-        ValueError, match="wanted float32 or bfloat16 x, and 2 rows of words for 40 bits; got x " + dtype
+        ValueError, match="expected float32 or bfloat16 x, and 2 rows of words for 40 bits, got x " + dtype
     ):
         jax.eval_shape(call, np.zeros((2, 40), dtype), np.zeros((rows, 5), np.uint32))
 

@@ -100,10 +100,10 @@ def test_the_door_multiplies_packed_signs(rows):
 
 def test_signs_of_what_is_no_matrix_and_for_no_platform_are_refused():
     for w, layout in ((jnp.ones(3), None), (jnp.ones((3, 2)), "cuda")):
-        with pytest.raises(ValueError, match=r"wanted a matrix .* and a layout of xla, tpu, gpu or None; got .3"):
+        with pytest.raises(ValueError, match=r"expected a matrix .* and a layout of xla, tpu, gpu or None, got .3"):
             inspect.unwrap(signs)(w, layout)
 
 
 def test_the_door_wants_as_many_signs_as_there_are_weights():
-    with pytest.raises(ValueError, match=r"wanted 3 words of 70 signs; got \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"expected 3 words of 70 signs, got \[2, 2\]"):
         binary_matmul(jnp.zeros((2, 2), jnp.uint32), signs(jnp.ones((70, 3))))

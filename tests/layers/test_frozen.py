@@ -150,12 +150,12 @@ def test_bits_keep_their_places_in_another_shape():
 
 def test_bits_of_another_layer_are_refused():
     layer = frozen.freeze(jnp.ones((5, 3)))
-    with pytest.raises(ValueError, match=r"wanted floating-point x \[.., 5\]; got bool\[2, 4\]"):
+    with pytest.raises(ValueError, match=r"expected floating-point x \[.., 5\], got bool\[2, 4\]"):
         frozen.apply(layer, frozen.Bits(jnp.zeros((2, 1), jnp.uint32), 4))
 
 
 def test_numbers_of_batch_norm_are_one_for_each_channel():
-    with pytest.raises(ValueError, match=r"scale: wanted \[200\].*got \[1\]"):
+    with pytest.raises(ValueError, match=r"scale: expected \[200\].*got \[1\]"):
         frozen.fold_threshold(
             layer_with(jnp.ones(CHANNELS), None), mean=jnp.ones(CHANNELS), var=jnp.ones(CHANNELS), scale=jnp.ones(1)
         )

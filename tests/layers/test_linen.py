@@ -130,7 +130,7 @@ def test_a_norm_that_belongs_to_its_layer_moves_with_it():
 
 def test_another_norm_is_refused():
     net, x = BinaryDense(3, norm=nn.BatchNorm(use_running_average=True, axis=0)), jnp.ones((3, 3))
-    with pytest.raises(ValueError, match="norm: wanted a BatchNorm of the last axis; got BatchNorm"):
+    with pytest.raises(ValueError, match="norm: expected a BatchNorm of the last axis, got BatchNorm"):
         freeze(net, drawn(net, x), x)
 
 
@@ -169,7 +169,7 @@ def test_smooth_binary_weights_are_trained_as_they_are_and_packed_in_the_end():
     assert isinstance(packed["frozen"]["conv"]["layer"], Frozen) and list(packed["frozen"]["conv"]) == ["layer"]
     apply = jax.jit(net.apply)
     np.testing.assert_allclose(apply(packed, x), apply(deployed, x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="conv/kernel: wanted weights of"):
+    with pytest.raises(ValueError, match="conv/kernel: expected weights of"):
         freeze(net, variables, x)
 
 
@@ -196,12 +196,12 @@ def test_training_lowers_the_loss():
 
 def test_a_net_without_binary_layers_is_refused():
     net, x = nn.Dense(3), jnp.ones((1, 2))
-    with pytest.raises(ValueError, match="wanted a net that calls BinaryDense or BinaryConv; got Dense"):
+    with pytest.raises(ValueError, match="expected a net that calls BinaryDense or BinaryConv, got Dense"):
         freeze(net, drawn(net, x), x)
 
 
 def test_settings_and_shapes_are_checked():
-    with pytest.raises(ValueError, match="padding: wanted 'SAME'"):
+    with pytest.raises(ValueError, match="padding: expected 'SAME'"):
         BinaryConv(3, (3, 3), padding="CIRCULAR").init(jax.random.key(0), jnp.ones((1, 5, 5, 2)))
-    with pytest.raises(ValueError, match=r"wanted floating-point x.*got int32\[1, 5\]"):
+    with pytest.raises(ValueError, match=r"expected floating-point x.*got int32\[1, 5\]"):
         BinaryDense(3).init(jax.random.key(0), jnp.ones((1, 5), jnp.int32))

@@ -115,7 +115,7 @@ def test_batch_norm_and_sign_are_folded_where_the_layer_has_the_norm():
 
 def test_another_norm_is_refused():
     norm, rngs = nnx.BatchNorm(3, axis=0, use_scale=False, use_bias=False, rngs=nnx.Rngs(0)), nnx.Rngs(0)
-    with pytest.raises(ValueError, match="norm: wanted a BatchNorm of the last axis; got BatchNorm"):
+    with pytest.raises(ValueError, match="norm: expected a BatchNorm of the last axis, got BatchNorm"):
         BinaryDense(3, 3, norm=norm, kernel_init=uniform, bias_init=uniform, rngs=rngs)
 
 
@@ -143,7 +143,7 @@ def test_smooth_binary_weights_are_trained_as_they_are_and_packed_in_the_end():
             np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, atol=1e-5)
     deployed = nnx.merge(graph, lcq.decompress(transform.compress(params)))
     np.testing.assert_allclose(freeze(deployed)(x), deployed(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="layers/0/kernel: wanted weights of"):
+    with pytest.raises(ValueError, match="layers/0/kernel: expected weights of"):
         freeze(net)
 
 
@@ -168,9 +168,9 @@ def test_training_lowers_the_loss():
 
 
 def test_settings_and_nets_are_checked():
-    with pytest.raises(ValueError, match="strides: wanted 2 whole numbers"):
+    with pytest.raises(ValueError, match="strides: expected 2 whole numbers"):
         BinaryConv(3, 4, (3, 3), strides=(2,), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"wanted floating-point x \[.., 5\]"):
+    with pytest.raises(ValueError, match=r"expected floating-point x \[.., 5\]"):
         BinaryDense(5, 3, rngs=nnx.Rngs(0))(jnp.ones((1, 4)))
-    with pytest.raises(ValueError, match="BinaryDense or BinaryConv in it; got Linear"):
+    with pytest.raises(ValueError, match="BinaryDense or BinaryConv in it, got Linear"):
         freeze(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))

@@ -155,7 +155,7 @@ def test_a_plan_is_a_sequence_of_rules_and_a_value():
 
 def test_what_is_no_rule_is_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match="wanted rules such as"):
+    with pytest.raises(ValueError, match="expected rules such as"):
         lcq.Plan(["w=Binary"])
 
 
@@ -203,29 +203,29 @@ GOOD = "[[rule]]\npattern = 'a'\nscheme = 'Binary'\n"
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "wanted [[rule]] tables with a pattern and a scheme, and nothing else; got nothing"),
+        ("", "expected [[rule]] tables with a pattern and a scheme, and nothing else, got nothing"),
         ("rules = []", "got 'rules'"),
         ("rule = 3", "got 'rule'"),
         (GOOD + "[more]", "got 'rule', 'more'"),
-        ("[[rule]\n", "wanted TOML; "),
-        ("[[rule]]\npattern = 'a'\npattern = 'b'\n", "wanted TOML; "),
-        ("a = " + "[" * 100_000, "wanted TOML; "),
+        ("[[rule]\n", "expected TOML; "),
+        ("[[rule]]\npattern = 'a'\npattern = 'b'\n", "expected TOML; "),
+        ("a = " + "[" * 100_000, "expected TOML; "),
         (b"\xff", "utf-8"),
-        ("rule = [3]", "rule 1: wanted a table; got 3"),
-        (GOOD + "[[rule]]\nscheme = 'Binary'", "rule 2: wanted pattern: str; got none"),
-        (GOOD + "[[rule]]\npattern = 'a'", "rule 2: wanted scheme: str; got none"),
-        ("[[rule]]\npattern = 3\nscheme = 'Binary'", "rule 1: wanted pattern: str; got 3"),
-        ("[[rule]]\npattern = 'a'\nscheme = ['Binary']", "rule 1: wanted scheme: str; got ['Binary']"),
-        (GOOD + "joint = 1", "rule 1: wanted joint: bool; got 1"),
-        (GOOD + "stacked = true", "rule 1: wanted stacked: int; got True"),
-        (GOOD + "stacked = 1.0", "rule 1: wanted stacked: int; got 1.0"),
-        (GOOD + "stacked = -1", "rule 1: rule 'a': wanted stacked >= 0; got -1"),
-        (GOOD + "stakced = 1", "rule 1: wanted only pattern, scheme, joint, stacked, layout; got 'stakced'"),
-        (GOOD + GOOD.replace("Binary", "Bniary"), "rule 2: wanted a scheme; got 'Bniary'; known schemes: KMeans(k"),
-        (GOOD + GOOD.replace("Binary", "Binary(per=0)").replace("'a'", "'('"), "rule 2: wanted a regular expression"),
+        ("rule = [3]", "rule 1: expected a table, got 3"),
+        (GOOD + "[[rule]]\nscheme = 'Binary'", "rule 2: expected pattern: str, got none"),
+        (GOOD + "[[rule]]\npattern = 'a'", "rule 2: expected scheme: str, got none"),
+        ("[[rule]]\npattern = 3\nscheme = 'Binary'", "rule 1: expected pattern: str, got 3"),
+        ("[[rule]]\npattern = 'a'\nscheme = ['Binary']", "rule 1: expected scheme: str, got ['Binary']"),
+        (GOOD + "joint = 1", "rule 1: expected joint: bool, got 1"),
+        (GOOD + "stacked = true", "rule 1: expected stacked: int, got True"),
+        (GOOD + "stacked = 1.0", "rule 1: expected stacked: int, got 1.0"),
+        (GOOD + "stacked = -1", "rule 1: rule 'a': expected stacked >= 0, got -1"),
+        (GOOD + "stakced = 1", "rule 1: expected only pattern, scheme, joint, stacked, layout, got 'stakced'"),
+        (GOOD + GOOD.replace("Binary", "Bniary"), "rule 2: expected a scheme, got 'Bniary'; known schemes: KMeans(k"),
+        (GOOD + GOOD.replace("Binary", "Binary(per=0)").replace("'a'", "'('"), "rule 2: expected a regular expression"),
         (GOOD.replace("'a'", "'a{99999999999}'"), "rule 1: "),
         (GOOD.replace("'a'", "'" + "(" * 50_000 + "a" + ")" * 50_000 + "'"), "rule 1: "),
-        (GOOD.replace("Binary", '__import__("os").getpid()'), "rule 1: wanted a scheme"),
+        (GOOD.replace("Binary", '__import__("os").getpid()'), "rule 1: expected a scheme"),
     ],
 )
 def test_a_plan_that_is_none(tmp_path, text, complaint):
@@ -244,10 +244,10 @@ def test_a_plan_in_a_file(tmp_path):
     lcq.save(again, lcq.compress(tree, read_plan(path)), plan=read_plan(path))
     assert again.read_bytes() == path.read_bytes()
     lcq.save(path, tree)
-    with pytest.raises(ValueError, match=r"net.LCQ: wanted a plan in the file; it has none"):
+    with pytest.raises(ValueError, match=r"net.LCQ: expected a plan in the file; it has none"):
         read_plan(path)
     lcq.save(path, tree, plan="[[rule]]\npattern='w'\nscheme='Newer(3)'")
-    with pytest.raises(ValueError, match=r"net.LCQ: rule 1: wanted a scheme; got 'Newer\(3\)'"):
+    with pytest.raises(ValueError, match=r"net.LCQ: rule 1: expected a scheme, got 'Newer\(3\)'"):
         read_plan(path)
     path.write_bytes(b"no such thing")
     with pytest.raises(lcq.ArtifactError, match=r"net.LCQ: not an lcq file"):
@@ -344,7 +344,7 @@ def test_dry_run_of_groups_that_only_products_have():
         dry_run({"w": tree["w"]}, rules, lambda p, x: jnp.einsum("bd,ihd->bih", x, p["w"]), jnp.zeros((2, 16)))
     with pytest.raises(ValueError, match=r"per=\(3, 1\) cuts axis 0 of shape \(64, 3\)"):
         dry_run({"v": tree["v"]}, [lcq.Rule("v", lcq.Uniform(4, per=3), layout="io")])
-    with pytest.raises(ValueError, match="wanted fn and batch with nearest="):
+    with pytest.raises(ValueError, match="expected fn and batch with nearest="):
         dry_run(tree, [], nearest=rules)
 
 
@@ -361,10 +361,10 @@ def test_a_plan_is_saved_and_its_text_is_read(tmp_path):
     assert (tmp_path / "plan.toml").read_text() == f"{plan}\n"
     for text in (str(plan), f"# mine\n{plan}", "\n" + str(plan), "rule = []"):
         assert read_plan(text) == (plan if "head" in text else Plan([]))
-    with pytest.raises(ValueError, match=r"^rule 1: wanted scheme: str; got none"):
+    with pytest.raises(ValueError, match=r"^rule 1: expected scheme: str, got none"):
         read_plan("[[rule]]\npattern = 'a'")
     for gone in ("plan.tml", "a=b.toml", tmp_path / "rule = []"):
         with pytest.raises(OSError, match="No such file"):
             read_plan(gone)
-    with pytest.raises(ValueError, match=r"wanted another name, such as plan.toml"):
+    with pytest.raises(ValueError, match=r"expected another name, such as plan.toml"):
         plan.save(tmp_path / "net.lcq")

@@ -124,27 +124,27 @@ def test_text_is_what_one_would_write(scheme, text):
         ("", "known schemes"),
         ("KMeans(", "does not parse"),
         ("KMeans(4); import os", "does not parse"),
-        ("4", "wanted a scheme"),
-        ("None", "wanted a scheme"),
-        ("os.system('true')", "wanted a scheme"),
-        ("KMeans.mro()", "wanted a scheme"),
-        ("KMeans(4)(4)", "wanted a scheme"),
+        ("4", "expected a scheme"),
+        ("None", "expected a scheme"),
+        ("os.system('true')", "expected a scheme"),
+        ("KMeans.mro()", "expected a scheme"),
+        ("KMeans(4)(4)", "expected a scheme"),
         ("KMeans(__import__('os').getpid())", "plain numbers"),
         ("KMeans(2**3)", "plain numbers"),
         ("KMeans(*(4,))", "plain numbers"),
         ("KMeans(**{'k': 4})", "plain numbers"),
-        ("KMeans()", "'k'; wanted KMeans(k"),
-        ("KMeans(4, levels=3)", "'levels'; wanted KMeans(k"),
-        ("KMeans(4, 4, 4, 4, 4, 4, 4)", "wanted KMeans(k"),
-        ("KMeans('4')", "wanted k: int; got '4'"),
-        ("KMeans(True)", "wanted k: int; got True"),
-        ("Binary(scale='no')", "wanted scale: bool; got 'no'"),
-        ("Levels(('a', 'b'))", "wanted values"),
-        ("Uniform(4, per=1.5)", "wanted per"),
+        ("KMeans()", "'k'; expected KMeans(k"),
+        ("KMeans(4, levels=3)", "'levels'; expected KMeans(k"),
+        ("KMeans(4, 4, 4, 4, 4, 4, 4)", "expected KMeans(k"),
+        ("KMeans('4')", "expected k: int, got '4'"),
+        ("KMeans(True)", "expected k: int, got True"),
+        ("Binary(scale='no')", "expected scale: bool, got 'no'"),
+        ("Levels(('a', 'b'))", "expected values"),
+        ("Uniform(4, per=1.5)", "expected per"),
         ("Uniform(99)", "16 bits"),
         ("PowersOfTwo(-1)", "0 <= c <= 126"),
         ("Cast('int8')", "floating-point"),
-        ("KMeans(" + "(" * 5000 + ")" * 5000 + ")", "wanted"),
+        ("KMeans(" + "(" * 5000 + ")" * 5000 + ")", "expected"),
     ],
 )
 def test_errors_say_what_is_known(text, complaint):
@@ -173,14 +173,14 @@ def test_rules(text, rule):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("kernel", "wanted PATTERN=SCHEME"),
-        ("kernel:KMeans(4)", "wanted PATTERN=SCHEME"),
+        ("kernel", "expected PATTERN=SCHEME"),
+        ("kernel:KMeans(4)", "expected PATTERN=SCHEME"),
         ("kernel=Kmeens(4)", "known schemes"),
-        ("kernel=KMeans(4", "wanted PATTERN=SCHEME"),
+        ("kernel=KMeans(4", "expected PATTERN=SCHEME"),
         ("kernel=KMeans(4); jiont", "got 'jiont'"),
         ("kernel=KMeans(4); stacked=-1", "got 'stacked=-1'"),
         ("(kernel=KMeans(4)", "regular expression"),
-        ("kernel=KMeans('4')", "wanted k: int"),
+        ("kernel=KMeans('4')", "expected k: int"),
     ],
 )
 def test_rule_errors(text, complaint):
@@ -229,7 +229,7 @@ class Total(Own):
 
     def __init__(self, *parts: Scheme, rounds: int, first: tuple[Scheme, ...] = ()):
         if not parts:
-            raise ValueError("wanted parts")
+            raise ValueError("expected parts")
         for name, value in {"parts": parts, "rounds": rounds, "first": first}.items():
             object.__setattr__(self, name, value)
 
@@ -286,18 +286,18 @@ def test_nested_schemes(more, text, scheme, again):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("Thinned(0.5, values=4)", "wanted values: "),
+        ("Thinned(0.5, values=4)", "expected values: "),
         ("Thinned(0.5, values=Kmeens(4))", "plain numbers"),
-        ("Thinned(0.5, values=KMeans('4'))", "wanted k: int; got '4'"),
-        ("Thinned(0.5, norm='l3')", "wanted norm: "),
-        ("Thinned(KMeans(2))", "wanted kept: float; got KMeans"),
-        ("Total(rounds=1)", "wanted parts"),
-        ("Total(KMeans(2), 3, rounds=1)", "wanted parts: tuple"),
-        ("Total(KMeans(2))", "'rounds'; wanted Total(*parts, rounds, first=())"),
+        ("Thinned(0.5, values=KMeans('4'))", "expected k: int, got '4'"),
+        ("Thinned(0.5, norm='l3')", "expected norm: "),
+        ("Thinned(KMeans(2))", "expected kept: float, got KMeans"),
+        ("Total(rounds=1)", "expected parts"),
+        ("Total(KMeans(2), 3, rounds=1)", "expected parts: tuple"),
+        ("Total(KMeans(2))", "'rounds'; expected Total(*parts, rounds, first=())"),
         ("Total(*[KMeans(2)], rounds=1)", "plain numbers"),
         ("Total(os.system('true'), rounds=1)", "plain numbers"),
-        ("KMeans(Binary)", "wanted k: int; got Levels"),
-        ("Total(" * 300 + ")" * 300, "wanted"),
+        ("KMeans(Binary)", "expected k: int, got Levels"),
+        ("Total(" * 300 + ")" * 300, "expected"),
     ],
 )
 def test_nested_schemes_that_are_none(more, text, complaint):
@@ -307,7 +307,7 @@ def test_nested_schemes_that_are_none(more, text, complaint):
 
 
 def test_a_nested_scheme_needs_a_text_too(more):
-    with pytest.raises(ValueError, match=r"wanted a scheme that has a text; got Own\(\)"):
+    with pytest.raises(ValueError, match=r"expected a scheme that has a text, got Own\(\)"):
         format_scheme(Total(lcq.Cast(), Own(), rounds=1))
 
 

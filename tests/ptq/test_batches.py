@@ -198,15 +198,18 @@ def test_masks_and_leaves(case):
 
 
 BAD = {
-    "no such leaf": ("mask", "mask='mask': wanted the path of a leaf of the batch: bias, label, there, x"),
-    "of no leaf's axes": (lambda b: np.ones((7, 3)), r"batch 1: wanted a mask of the leading axes .*got \[7, 3\]"),
-    "numbers": (lambda b: b["x"][..., 0], "batch 1: wanted a mask of booleans, or of 0 and 1.*compare first"),
-    "a number": (lambda b: np.asarray(True), "batch 1: wanted a mask of booleans, or of 0 and 1"),
-    "nothing": (lambda b: np.zeros((3, 7)), "batch 1: .* a position that counts; got none; drop the batch"),
-    "too few": (lambda b: [b["there"]], "batch 1: wanted a mask for all leaves, or for each of bias, label, there, x"),
+    "no such leaf": ("mask", "mask='mask': expected the path of a leaf of the batch: bias, label, there, x"),
+    "of no leaf's axes": (lambda b: np.ones((7, 3)), r"batch 1: expected a mask of the leading axes .*got \[7, 3\]"),
+    "numbers": (lambda b: b["x"][..., 0], "batch 1: expected a mask of booleans, or of 0 and 1.*compare first"),
+    "a number": (lambda b: np.asarray(True), "batch 1: expected a mask of booleans, or of 0 and 1"),
+    "nothing": (lambda b: np.zeros((3, 7)), "batch 1: .* a position that counts, got none; drop the batch"),
+    "too few": (
+        lambda b: [b["there"]],
+        "batch 1: expected a mask for all leaves, or for each of bias, label, there, x",
+    ),
     "of another leaf": (
         lambda b: {"x": b["label"][:2] > 0, "there": None, "label": None, "bias": None},
-        r"batch 1: wanted a mask of the leading axes of x \[3, 7, 4\]; got \[2\]",
+        r"batch 1: expected a mask of the leading axes of x \[3, 7, 4\], got \[2\]",
     ),
 }
 

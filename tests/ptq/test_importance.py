@@ -71,7 +71,7 @@ def test_bad_input_is_named():
     params, rules = {"w": normal(3, 2), "b": normal(2)}, [lcq.Rule("w", lcq.Binary())]
     with pytest.raises(ValueError, match="at least one batch"):
         lcq.ptq.curvature(net, params, [], rules)
-    with pytest.raises(ValueError, match="b: wanted weights of leaves that a rule compresses"):
+    with pytest.raises(ValueError, match="b: expected weights of leaves that a rule compresses"):
         lcq.compress(params, rules, weights={"b": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"w: .*broadcast"):
         lcq.compress(params, rules, weights={"w": jnp.ones((4, 2))})

@@ -563,30 +563,30 @@ NAN = np.full((30, SIZE), np.nan, np.float32)
 ERRORS = {  # settings, what the message says
     "no batch": ({"batches": []}, "at least one batch"),
     "batches of different structure": ({"batches": [(draw(4, SIZE),), draw(4, SIZE)]}, "batch 1: .*structure; .*drop"),
-    "an empty batch": ({"batches": [draw(0, SIZE)]}, "batch 0: wanted at least one example"),
-    "a text for batches": ({"batches": "text"}, r"an iterable of batches; got str 'text'; pass \[batch\]"),
-    "a dict for batches": ({"batches": {"x": draw(4, SIZE)}}, r"an iterable of batches; got dict .*; pass \[batch\]"),
+    "an empty batch": ({"batches": [draw(0, SIZE)]}, "batch 0: expected at least one example"),
+    "a text for batches": ({"batches": "text"}, r"an iterable of batches, got str 'text'; pass \[batch\]"),
+    "a dict for batches": ({"batches": {"x": draw(4, SIZE)}}, r"an iterable of batches, got dict .*; pass \[batch\]"),
     "a text in a batch": (
         {"batches": [draw(4, SIZE), {"x": draw(4, SIZE), "name": "dog"}]},
-        "batch 1, leaf name: wanted an array; got str 'dog'; leave it out",
+        "batch 1, leaf name: expected an array, got str 'dog'; leave it out",
     ),
-    "a batch of texts": ({"batches": [np.array(["a", "b"])]}, "batch 0: wanted an array; got ndarray"),
-    "None for a batch": ({"batches": [draw(4, SIZE), None]}, "batch 1: wanted a tree of arrays; got None"),
+    "a batch of texts": ({"batches": [np.array(["a", "b"])]}, "batch 0: expected an array, got ndarray"),
+    "None for a batch": ({"batches": [draw(4, SIZE), None]}, "batch 1: expected a tree of arrays, got None"),
     "a shape for a batch": (
         {"batches": [jax.ShapeDtypeStruct((4, SIZE), "f4")]},
-        "batch 0: wanted an array; got ShapeD",
+        "batch 0: expected an array, got ShapeD",
     ),
     "a function among the parameters": (
         {"params": changed(act=jax.nn.relu)},
-        "^act: wanted an array, .* close over it",
+        "^act: expected an array, .* close over it",
     ),
     "a text among the parameters": (
         {"params": changed(name="net")},
-        "^name: wanted an array, .* got str; leave it out",
+        "^name: expected an array, .* got str; leave it out",
     ),
     "a shape among the parameters": (
         {"params": changed(w1=jax.ShapeDtypeStruct((SIZE, SIZE), "f4"))},
-        "^w1: wanted an array, whose values are rounded; got ShapeDtypeStruct",
+        "^w1: expected an array, whose values are rounded, got ShapeDtypeStruct",
     ),
     "an array for batches": ({"batches": draw(4, SIZE)}, r"got one array \[4, 8\]; pass \[batch\]"),
     "a batch that is not a number": (
@@ -594,7 +594,7 @@ ERRORS = {  # settings, what the message says
         r"w1: .*in the original net, batch 1, at .*test_quantize\.py.*look at",
     ),
     "inputs that are too large": ({"batches": [draw(30, SIZE) * 1e25]}, "w1: .*too large to square"),
-    "a weight that is not a number": ({"params": changed(w2=NAN[:SIZE])}, "w2: wanted finite weights"),
+    "a weight that is not a number": ({"params": changed(w2=NAN[:SIZE])}, "w2: expected finite weights"),
     "a bias that is not a number": ({"params": changed(b1=NAN[0])}, "w2: .*in the original net, batch 0"),
     "an overflow in the original net alone": (
         {
@@ -610,7 +610,7 @@ ERRORS = {  # settings, what the message says
     "groups that do not divide": ({"rules": [lcq.Rule("w1", lcq.Uniform(3, per=3))]}, "w1: .*do not divide 8"),
     "two stacked axes": (
         {"rules": [lcq.Rule("w.", lcq.Uniform(3), stacked=2)]},
-        "w1: wanted stacked=0 or 1",
+        "w1: expected stacked=0 or 1",
     ),
     "an unknown method": ({"method": "magic"}, "gpfq, .*got 'magic'"),
     "a rule for nothing": ({"rules": [lcq.Rule("v", UNIFORM)]}, "matches no leaf"),
@@ -627,7 +627,7 @@ def test_errors(case):
 
 def test_leaves_that_are_no_arrays():
     params, (x, _) = problem()
-    with pytest.raises(ValueError, match=r"^act: wanted an array, a form or a number; got .* close over"):
+    with pytest.raises(ValueError, match=r"^act: expected an array, a form or a number, got .* close over"):
         quantize(lambda p, x: p["act"](x @ p["w1"]), {"w1": params["w1"], "act": jax.nn.relu}, [x], RULES)
 
 
@@ -657,7 +657,7 @@ def test_records_name_the_layer():
 
 
 def test_none_for_batches():
-    with pytest.raises(ValueError, match=r"an iterable of batches; got None; pass \[batch\]"):
+    with pytest.raises(ValueError, match=r"an iterable of batches, got None; pass \[batch\]"):
         checked_batches(None)
 
 
@@ -788,7 +788,7 @@ def test_damping_too_small_for_the_data():
     for method in (lcq.GPTQ(damp=1e-8), lcq.Qronos(damp=1e-8)):
         done = lcq.quantize(fn, params, [x], rule, method, search=False, shrink=0.0)
         assert done.records[0].error < 0.01 and 1e-6 < done.records[0].damp < 1e-2, done.records[0]
-    with pytest.raises(ValueError, match=r"w: wanted H \+ damp I with a root at .*test_quantize.*raise damp="):
+    with pytest.raises(ValueError, match=r"w: expected H \+ damp I with a root at .*test_quantize.*raise damp="):
         lcq.quantize(fn, params, [x], rule, lcq.GPTQ(1e-8, most=1e-8), search=False, shrink=0.0)
 
 

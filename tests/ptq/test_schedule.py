@@ -85,5 +85,5 @@ def test_shapes_with_other_weights():
         return x @ p["a"] @ p["b"] if len(x) > 4 else x @ p["b"] @ p["a"]
 
     programs = [trace(fn, PARAMS, X[:1].repeat(rows, 0), "ab") for rows in (4, 5)]
-    with pytest.raises(ValueError, match="a: wanted products of the same weights in the same order"):
+    with pytest.raises(ValueError, match="a: expected products of the same weights in the same order"):
         schedule(programs)

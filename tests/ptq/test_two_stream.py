@@ -532,6 +532,6 @@ def test_constants_and_leaves_beside(case):
 
 def test_error_where_a_product_is_not_finished():
     fn, params = deep(1)
-    with pytest.raises(RuntimeError, match="up/0: wanted Visit"):
+    with pytest.raises(RuntimeError, match="up/0: expected Visit"):
         for _ in passed(fn, params, data(3, 7), finish=lambda visit: None):
             pass

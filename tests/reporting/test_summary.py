@@ -121,7 +121,7 @@ def test_a_reference_must_fit():
     tree = lcq.compress(params(), RULES)
     with pytest.raises(ValueError, match="only in one of the two: bias"):
         table(tree, {key: value for key, value in params().items() if key != "bias"})
-    with pytest.raises(ValueError, match="bias: wanted a reference of shape"):
+    with pytest.raises(ValueError, match="bias: expected a reference of shape"):
         table(tree, params() | {"bias": jnp.ones(8)})
 
 

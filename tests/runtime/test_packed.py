@@ -783,7 +783,7 @@ def test_what_is_no_array():
     net = packed(lambda p, x, mode: x @ p["w"])
     for call in (net, net.report):
         with pytest.raises(
-            ValueError, match=r"kwargs/mode: wanted an array, a form or a number; got str 'train'.*close"
+            ValueError, match=r"kwargs/mode: expected an array, a form or a number, got str 'train'.*close"
         ):
             call({"w": code(normal(4, 6))}, X, mode="train")
         with pytest.raises(ValueError, match=r"params/f: .* got function .*; close over"):

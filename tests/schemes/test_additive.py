@@ -181,9 +181,9 @@ def test_what_is_such_a_sum_is_returned_if_corrections_come_first():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lcq.Additive(), r"wanted two or more schemes, .*; got \(\)"),
-        (lambda: lcq.Additive(TWO), "wanted two or more schemes"),
-        (lambda: lcq.Additive(TWO, lcq.LowRank(1)).project(jnp.ones(5)), "wanted at least two axes"),
+        (lambda: lcq.Additive(), r"expected two or more schemes, .*, got \(\)"),
+        (lambda: lcq.Additive(TWO), "expected two or more schemes"),
+        (lambda: lcq.Additive(TWO, lcq.LowRank(1)).project(jnp.ones(5)), "expected at least two axes"),
         (
             lambda: lcq.Additive(TWO, lcq.LowRank(1)).project(Y, weights=jnp.ones((8, 6))),
             "equal along a row of its matrix",

@@ -228,7 +228,7 @@ def test_equal_weights_are_defined(scheme, value):
 
 def test_what_cannot_be_projected_is_refused(scheme):
     for bad in (jnp.ones((0, 6)), jnp.ones((8, 6), jnp.int32)):
-        with pytest.raises(ValueError, match="wanted"):
+        with pytest.raises(ValueError, match="expected"):
             scheme.project(bad, mu=MU)
 
 
@@ -332,16 +332,16 @@ def test_weights_on_a_mesh_with_explicit_axes(scheme):
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        (-H, r"wanted finite numbers >= 0, at most .*; got some from -.* in float32\[8, 6\]; clip"),
-        (H.at[0, 0].set(jnp.nan), "wanted finite numbers >= 0, .*; got some from nan"),
-        (H.at[0, 0].set(jnp.inf), "wanted finite numbers >= 0, .* to inf"),
-        (np.full((8, 6), 1e38), r"wanted finite numbers >= 0, at most 8.5e37; got some from 1e\+38"),
-        (np.full((8, 6), 1e300), r"wanted finite numbers >= 0, .* in float64"),
-        (H[:, 0], r"wanted a shape that broadcasts to \[8, 6\]; got \[8\]; .*\(rows, 1\)"),
-        (H[None], r"wanted a shape that broadcasts to \[8, 6\]; got \[1, 8, 6\]"),
-        (H * 1j, "wanted an array of real numbers; got complex64; convert"),
-        (2.0, "wanted an array of real numbers; got float; convert"),
-        ((H, H), "wanted an array of real numbers; got tuple; convert"),
+        (-H, r"expected finite numbers >= 0, at most .*, got some from -.* in float32\[8, 6\]; clip"),
+        (H.at[0, 0].set(jnp.nan), "expected finite numbers >= 0, .*, got some from nan"),
+        (H.at[0, 0].set(jnp.inf), "expected finite numbers >= 0, .* to inf"),
+        (np.full((8, 6), 1e38), r"expected finite numbers >= 0, at most 8.5e37, got some from 1e\+38"),
+        (np.full((8, 6), 1e300), r"expected finite numbers >= 0, .* in float64"),
+        (H[:, 0], r"expected a shape that broadcasts to \[8, 6\], got \[8\]; .*\(rows, 1\)"),
+        (H[None], r"expected a shape that broadcasts to \[8, 6\], got \[1, 8, 6\]"),
+        (H * 1j, "expected an array of real numbers, got complex64; convert"),
+        (2.0, "expected an array of real numbers, got float; convert"),
+        ((H, H), "expected an array of real numbers, got tuple; convert"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(weights, words):
@@ -357,7 +357,7 @@ def test_weights_of_joint_leaves():
         np.testing.assert_allclose(
             np.concatenate([np.asarray(part.dense()).ravel() for part in parts]), whole.dense().ravel(), 1e-4, 1e-6
         )
-        with pytest.raises(ValueError, match="wanted a tuple of 2 arrays; got 1 of them; pass one for each"):
+        with pytest.raises(ValueError, match="expected a tuple of 2 arrays, got 1 of them; pass one for each"):
             scheme.project((X, X), weights=(H,))
-        with pytest.raises(ValueError, match="wanted a tuple of 2 arrays; got ArrayImpl"):
+        with pytest.raises(ValueError, match="expected a tuple of 2 arrays, got ArrayImpl"):
             scheme.project((X, X), weights=H)

@@ -303,7 +303,7 @@ def test_weights_that_float16_cannot_scale_are_refused(size):
     for scheme in (lcq.Uniform(4, per=4), lcq.Uniform(4, per=4, zero_point=True)):
         narrow = dataclasses.replace(scheme, scale_dtype="float16")
         for stacked in (0, 1):
-            with pytest.raises(ValueError, match=r"w: wanted weights whose scales fit float16.*bfloat16"):
+            with pytest.raises(ValueError, match=r"w: expected weights whose scales fit float16.*bfloat16"):
                 lcq.compress({"w": x}, [lcq.Rule("w", narrow, stacked=stacked)])
         form = scheme.project(x)
         assert distortion(form, x) < 0.01 * (np.asarray(x, np.float64) ** 2).sum()

@@ -166,7 +166,7 @@ def test_whole_zeros_take_the_width_of_the_codes():
     np.testing.assert_array_equal(stored.dense(), form.dense())
     np.testing.assert_array_equal(stored.unpack().zero, form.zero)
     stored.check_stored()
-    with pytest.raises(ValueError, match="zero: wanted uint32"):
+    with pytest.raises(ValueError, match="zero: expected uint32"):
         dataclasses.replace(stored, zero=stored.zero[:1]).check_stored()
     dense = (np.asarray(form.codes, np.float32) - np.repeat(form.zero, 32, 0)) * np.repeat(
         np.asarray(form.scale, np.float32), 32, 0

@@ -289,7 +289,7 @@ ERRORS = {  # fn, shapes, the way and the equation, the remedy
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_the_leaf_the_equation_and_the_remedy(case):
     fn, sizes, way, remedy = ERRORS[case]
-    with pytest.raises(ValueError, match=f"^w: wanted .*({way})") as error:
+    with pytest.raises(ValueError, match=f"^w: expected .*({way})") as error:
         trace(fn, shapes(**sizes), X, ["w"])
     message = str(error.value)
     assert remedy in message
@@ -324,7 +324,7 @@ def test_remedies_of_paths_that_are_no_patterns():
     def fn(p, x):
         return x @ jnp.exp(p["a.b+[0]"]) @ p["v"]
 
-    with pytest.raises(ValueError, match=r"^a\.b\+\[0\]: wanted .* exp") as error:
+    with pytest.raises(ValueError, match=r"^a\.b\+\[0\]: expected .* exp") as error:
         lcq.quantize(fn, params, [batch], [lcq.Rule(".*", scheme)])
     none = eval(re.search(r"exclude it with (lcq\.Rule\(.*?, None\))", str(error.value))[1], {"lcq": lcq})
     done = lcq.quantize(fn, params, [batch], [none, lcq.Rule(".*", scheme)])

@@ -62,7 +62,7 @@ def test_params_are_needed_and_settings_checked():
         params = {"w": jnp.ones(3)}
         with pytest.raises(ValueError, match=r"update\(grads, state, params\)"):
             tx.update(params, tx.init(params))
-        with pytest.raises(ValueError, match="w: wanted finite"):
+        with pytest.raises(ValueError, match="w: expected finite"):
             tx.init({"w": jnp.full(3, jnp.nan)})
     with pytest.raises(ValueError, match="every="):
         lcq.training.iterated_direct(optax.sgd(0.1), RULES, every=0)

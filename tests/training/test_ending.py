@@ -157,7 +157,7 @@ def test_metrics_of_both_methods_at_once():
     assert {"gap", "penalty_weight", "c_steps", "entropy", "largest_share", "collapsed"} <= set(found)
     both = jax.vmap(tx.init)({"w": jnp.stack([params["w"], 2 * params["w"]])})
     assert lcq.metrics(both)["largest_share"].shape == (2,)
-    with pytest.raises(ValueError, match=r"wanted one HEMP state .* got 2"):
+    with pytest.raises(ValueError, match=r"expected one HEMP state .* got 2"):
         lcq.metrics((tx.init(params), lcq.hemp(optax.sgd(0.1), rules, order=1, small=0).init(params)))
 
 
@@ -175,5 +175,5 @@ def test_a_negative_scale_counts_levels_downwards():
 
 def test_other_levels_are_refused():
     state, params = ran(lcq.KMeans(2), W)
-    with pytest.raises(ValueError, match="wanted levels='trained' or 'fitted'; got 'new'"):
+    with pytest.raises(ValueError, match="expected levels='trained' or 'fitted', got 'new'"):
         lcq.training.compress_warm(state, params, levels="new")

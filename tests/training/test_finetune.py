@@ -159,7 +159,7 @@ def test_what_leaves_share_is_one_number(tmp_path):
     np.testing.assert_allclose(affine_loss(lcq.decompress(result), (X, Y)), least, rtol=1e-5)
     lcq.save(tmp_path / "net.lcq", result)
     apart = {**forms, "b": {"kernel": dataclasses.replace(forms["b"]["kernel"], levels=jnp.zeros((1, 1, 3)))}}
-    with pytest.raises(ValueError, match=r"b/kernel: wanted the levels of a/kernel.levels.*shared='a/kernel'"):
+    with pytest.raises(ValueError, match=r"b/kernel: expected the levels of a/kernel.levels.*shared='a/kernel'"):
         tuned(apart)
 
 
@@ -309,19 +309,19 @@ def test_tune_says_what_is_wrong():
         return jnp.sum(params["w"] * batch)
 
     for forms, settings, message in (
-        ({"w": W}, {}, "wanted a tree with forms; got 1 arrays"),
-        (fixed_table, {}, "wanted floating-point numbers"),
-        (fixed_table | {"bias": W}, {"arrays": False}, "wanted floating-point numbers"),
-        ({"w": form_of("levels")}, {"steps": 0}, "wanted steps >= 1"),
+        ({"w": W}, {}, "expected a tree with forms, got 1 arrays"),
+        (fixed_table, {}, "expected floating-point numbers"),
+        (fixed_table | {"bias": W}, {"arrays": False}, "expected floating-point numbers"),
+        ({"w": form_of("levels")}, {"steps": 0}, "expected steps >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             lcq.tune(loss, forms, optax.sgd(0.1), [1.0], **settings)
-    for steps, message in ((None, "at least one batches; got 0"), (2, "wanted 2 batches; got 0")):
+    for steps, message in ((None, "at least one batches, got 0"), (2, "expected 2 batches, got 0")):
         with pytest.raises(ValueError, match=message):
             lcq.tune(loss, {"w": form_of("levels")}, optax.sgd(0.1), [], steps=steps)
     short = [(Cast(jnp.ones(3, dtype)), "w.values") for dtype in ("bfloat16", "float8_e4m3fn", "float4_e2m1fn")]
     for form, name in ((form_of("levels"), "w.levels"), *short):  # 4 bits have neither infinity nor NaN to tell of it
-        with pytest.raises(ValueError, match=f"{name}: wanted finite numbers.*after 9 updates.*learning rate"):
+        with pytest.raises(ValueError, match=f"{name}: expected finite numbers.*after 9 updates.*learning rate"):
             lcq.tune(loss, {"w": form}, optax.sgd(1e38), [-1.0] * 9)
 
 

@@ -215,7 +215,7 @@ def test_centres_lie_around_all_weights():
     np.testing.assert_allclose(found, [[[-6.01, -1.5, 1.5, 5.01], [-12.01, -4, 4, 17.01]]], rtol=1e-6)
     forms = lcq.compress(w, [lcq.Rule("w", lcq.KMeans(1))])
     np.testing.assert_allclose(entropy_centres(w, forms)["w"], [-3.01, 2, 9.01], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"w: wanted a form with a codebook.*got Factors"):
+    with pytest.raises(ValueError, match=r"w: expected a form with a codebook.*got Factors"):
         entropy_centres(w, lcq.compress(w, [lcq.Rule("w", lcq.LowRank(1))]))
 
 
@@ -223,19 +223,19 @@ def test_centres_lie_around_all_weights():
     "params, centres, order, message",
     [
         ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, 0, "order= an int >= 1"),
-        ({"w": jnp.ones(3)}, {"v": jnp.ones(3)}, 1, "v: wanted centres of a leaf"),
-        ({"w": jnp.ones(3)}, {"w": jnp.ones(1)}, 1, r"w: wanted two or more .* got float32\[1\]"),
+        ({"w": jnp.ones(3)}, {"v": jnp.ones(3)}, 1, "v: expected centres of a leaf"),
+        ({"w": jnp.ones(3)}, {"w": jnp.ones(1)}, 1, r"w: expected two or more .* got float32\[1\]"),
         ({"w": jnp.ones(3)}, {"w": jnp.ones((2, 4))}, 1, r"w: .* blocks that divide \[3\]"),
-        ({"w": jnp.ones(3, int)}, {"w": jnp.ones(3)}, 1, "w: wanted a floating-point array of weights; got int32"),
-        ({"w": lcq.Binary().project(jnp.ones(3))}, {"w": jnp.ones(3)}, 1, "w: wanted .* of weights; got Codes"),
-        ({"w": jnp.ones(3)}, {"w": lcq.Binary().project(jnp.ones(3))}, 1, "w: wanted .* centres, .*; got Codes"),
-        ({"w": [jnp.ones(3)]}, {"w": [0.0]}, 1, "w/0: wanted floating-point centres, an array; got float"),
-        ({"w": jnp.ones(3)}, {"w": jnp.array([0, jnp.nan])}, 1, r"w: wanted finite, ascending .* got \[ 0. nan\]"),
-        ({"w": jnp.ones(3)}, {"w": jnp.array([1.0, 0.0])}, 1, "w: wanted finite, ascending centres"),
-        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, True, "order= an int >= 1; got True"),
-        ({"w": jnp.ones(3)}, {"w": jnp.arange(3)}, 1, "w: wanted floating-point centres, an array; got int32"),
-        ({"w": jnp.ones(3)}, {"w": None}, 1, "wanted a leaf of at least order = 1"),
-        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, 4, "wanted a leaf of at least order = 4"),
+        ({"w": jnp.ones(3, int)}, {"w": jnp.ones(3)}, 1, "w: expected a floating-point array of weights, got int32"),
+        ({"w": lcq.Binary().project(jnp.ones(3))}, {"w": jnp.ones(3)}, 1, "w: expected .* of weights, got Codes"),
+        ({"w": jnp.ones(3)}, {"w": lcq.Binary().project(jnp.ones(3))}, 1, "w: expected .* centres, .*, got Codes"),
+        ({"w": [jnp.ones(3)]}, {"w": [0.0]}, 1, "w/0: expected floating-point centres, an array, got float"),
+        ({"w": jnp.ones(3)}, {"w": jnp.array([0, jnp.nan])}, 1, r"w: expected finite, ascending .* got \[ 0. nan\]"),
+        ({"w": jnp.ones(3)}, {"w": jnp.array([1.0, 0.0])}, 1, "w: expected finite, ascending centres"),
+        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, True, "order= an int >= 1, got True"),
+        ({"w": jnp.ones(3)}, {"w": jnp.arange(3)}, 1, "w: expected floating-point centres, an array, got int32"),
+        ({"w": jnp.ones(3)}, {"w": None}, 1, "expected a leaf of at least order = 1"),
+        ({"w": jnp.ones(3)}, {"w": jnp.ones(3)}, 4, "expected a leaf of at least order = 4"),
         ({"w": jnp.ones(9)}, {"w": jnp.ones(300)}, 3, "K = 300 centres at order n = 3"),
     ],
 )
@@ -502,7 +502,7 @@ def test_levels_stay_if_weights_are_not_finite():
     "rules, settings, message",
     [
         ([], {}, "hemp wants a rule with a scheme"),
-        ([lcq.Rule("w", lcq.Prune(kept=0.1))], {}, "wanted schemes with a codebook"),
+        ([lcq.Rule("w", lcq.Prune(kept=0.1))], {}, "expected schemes with a codebook"),
         ([lcq.Rule("w", lcq.KMeans(2, exact=True))], {"every": 2}, "solved on the host"),
         ([lcq.Rule("w", lcq.KMeans(2))], {"every": 0}, "every= a positive int"),
         ([lcq.Rule("w", lcq.KMeans(2))], {"order": 0}, "order= an int >= 1"),
@@ -522,21 +522,21 @@ def test_parameters_and_states_are_checked():
     tx = hemp(optax.sgd(0.1), rules)
     with pytest.raises(ValueError, match=r"update\(grads, state, params\)"):
         tx.update(params, tx.init(params))
-    with pytest.raises(ValueError, match="w: wanted finite"):
+    with pytest.raises(ValueError, match="w: expected finite"):
         tx.init({"w": jnp.full(30, jnp.nan)})
     with pytest.raises(ValueError, match="more than 10 weights for each of its levels"):
         tx.init({"w": jnp.ones(20)})
-    with pytest.raises(ValueError, match="w: wanted a codebook of two or more levels"):
+    with pytest.raises(ValueError, match="w: expected a codebook of two or more levels"):
         hemp(optax.sgd(0.1), [lcq.Rule("w", lcq.KMeans(1))]).init(params)
     with pytest.raises(ValueError, match="K = 16 centres at order n = 9"):
         hemp(optax.sgd(0.1), [lcq.Rule("w", lcq.KMeans(16))], order=9, small=0).init(params)
-    with pytest.raises(ValueError, match="w: wanted the gradient of the loss"):
+    with pytest.raises(ValueError, match="w: expected the gradient of the loss"):
         tx.update({"w": None}, tx.init(params), params)
-    with pytest.raises(ValueError, match="w: wanted the parameters that hemp was given"):
+    with pytest.raises(ValueError, match="w: expected the parameters that hemp was given"):
         compress_warm(tx.init(params), {"v": params["w"]})
-    with pytest.raises(ValueError, match=r"wanted one HEMP state .* got 0: was the optimizer made by lcq.hemp"):
+    with pytest.raises(ValueError, match=r"expected one HEMP state .* got 0: was the optimizer made by lcq.hemp"):
         compress_warm(optax.sgd(0.1).init(params), params)
     with pytest.raises(ValueError, match="got 2: pass the part"):
         compress_warm((tx.init(params), tx.init(params)), params)
-    with pytest.raises(ValueError, match="w: wanted finite"):
+    with pytest.raises(ValueError, match="w: expected finite"):
         compress_warm(tx.init(params), {"w": jnp.full(30, jnp.inf)})

@@ -248,9 +248,9 @@ def test_weights_that_are_not_finite_keep_theta_and_multipliers(bad, jit):
     assert lcq.metrics(after)["skipped"] == 1
     with pytest.raises(ValueError, match=r"1 were skipped.*smaller learning rate"):
         lcq.extract(after, params)
-    with pytest.raises(ValueError, match="b: wanted finite weights; got 1"):
+    with pytest.raises(ValueError, match="b: expected finite weights, got 1"):
         lcq.extract(state, params | {"b": jnp.array([bad, 1.0])})
-    with pytest.raises(ValueError, match="b: wanted finite weights; got 1"):
+    with pytest.raises(ValueError, match="b: expected finite weights, got 1"):
         tx.init(params | {"b": jnp.array([bad, 1.0])})
 
 
@@ -265,7 +265,7 @@ def test_the_state_is_found_anywhere_and_must_be_one():
     assert lcq.metrics(lcq.training.c_step(chained, params))["c_steps"] == 1
     for state, count in ((optax.sgd(0.1).init(params), 0), ((tx.init(params), tx.init(params)), 2)):
         for function in (lcq.metrics, lambda s: lcq.extract(s, params), lambda s: lcq.training.c_step(s, params)):
-            with pytest.raises(ValueError, match=f"wanted one LC state in the optimizer state; got {count}"):
+            with pytest.raises(ValueError, match=f"expected one LC state in the optimizer state, got {count}"):
                 function(state)
 
 
@@ -285,7 +285,7 @@ RULES = [lcq.Rule("w", lcq.Binary())]
         ({"learning_rate": 0.1}, "pass optax.sgd or lambda eta"),
         ({"coupling": "proximal"}, "pass learning_rate="),
         ({"coupling": lcq.training.adam_step()}, "pass learning_rate="),
-        ({"inner": optax.sgd}, "wanted an optax optimizer, or a function"),
+        ({"inner": optax.sgd}, "expected an optax optimizer, or a function"),
         ({"inner": optax.adam, "learning_rate": 0.1, "coupling": "proximal"}, "lcq.training.adam_step"),
     ],
 )

@@ -156,7 +156,7 @@ def test_what_cannot_be_told_honestly_is_refused_by_name_where_it_is_used(outer,
     wanted = {"grad_fn": ["grad_fn"], "value_fn": ["value", "grad", "value_fn"]}.get(key, list(extra))
     given = {name: extra[name] for name in wanted}
     used = "(value|grad|value_fn)" if key == "value_fn" else key
-    with pytest.raises(ValueError, match=rf"no {used}=; got one that uses it: .*(optax.adam|coupling='gradient')"):
+    with pytest.raises(ValueError, match=rf"no {used}=, got one that uses it: .*(optax.adam|coupling='gradient')"):
         jax.eval_shape(lambda: tx.update(grads, tx.init(PARAMS), PARAMS, **given))
 
 

@@ -230,7 +230,7 @@ def test_what_the_table_allows_ends_compressed_and_nothing_else(name, column):
         try:
             assert not ends_compressed(tx, name)
         except (ValueError, TypeError, AttributeError) as error:  # or it says so
-            assert "wanted" in str(error) or "matches no leaf" in str(error) or "Lookahead" in str(error), error
+            assert "expected" in str(error) or "matches no leaf" in str(error) or "Lookahead" in str(error), error
 
 
 @pytest.mark.parametrize("name", [name for name, cells in TABLE.items() if cells["hemp"]])

@@ -22,7 +22,7 @@ def test_geometric_is_the_formula_and_stops():
 
 @pytest.mark.parametrize("start, factor, steps", [(0.0, 1.1, 3), (1.0, -1.0, 3), (1.0, np.inf, 3), (1.0, 1.1, -1)])
 def test_geometric_refuses_what_is_no_weight(start, factor, steps):
-    with pytest.raises(ValueError, match="wanted start > 0"):
+    with pytest.raises(ValueError, match="expected start > 0"):
         lcq.geometric(start, factor, steps=steps)
 
 

@@ -318,21 +318,21 @@ def test_paths_of_nnx():
 
 
 ERRORS = [
-    (lambda: smooth_binary([lcq.Rule("w", lcq.Ternary())]), "rule 'w': wanted lcq.Binary(per=...)"),
-    (lambda: smooth_binary([lcq.Rule("w", lcq.Binary(scale=False))]), "rule 'w': wanted lcq.Binary(per=...)"),
+    (lambda: smooth_binary([lcq.Rule("w", lcq.Ternary())]), "rule 'w': expected lcq.Binary(per=...)"),
+    (lambda: smooth_binary([lcq.Rule("w", lcq.Binary(scale=False))]), "rule 'w': expected lcq.Binary(per=...)"),
     (lambda: smooth_binary([lcq.Rule("w", lcq.KMeans(2))]), "got KMeans"),
     (lambda: smooth_binary([lcq.Rule("w", lcq.Binary(), joint=True)]), "joint=True; drop it"),
     (lambda: smooth_binary([lcq.Rule("v", lcq.Binary())])({"w": jnp.ones(3)}, 0.0), "matches no leaf"),
     (lambda: smooth_binary([lcq.Rule("w", lcq.Binary(per=2))])({"w": jnp.ones((3, 2))}, 0.0), "w: per=2"),
-    (lambda: smooth_binary([lcq.Rule("w", lcq.Binary())])({"w": jnp.ones(3)}, 12), "wanted t, progress from 0 to 1"),
-    (lambda: smooth_binary([lcq.Rule("w", lcq.Binary())]).compress({"w": jnp.full(3, jnp.nan)}), "w: wanted finite"),
+    (lambda: smooth_binary([lcq.Rule("w", lcq.Binary())])({"w": jnp.ones(3)}, 12), "expected t, progress from 0 to 1"),
+    (lambda: smooth_binary([lcq.Rule("w", lcq.Binary())]).compress({"w": jnp.full(3, jnp.nan)}), "w: expected finite"),
     (lambda: smooth_binary([lcq.Rule("w", lcq.Binary())])({"w": jnp.ones(3)}, 0.0, {"v": 1}), "more or fewer: v, w"),
     (
         lambda: smooth_binary([lcq.Rule("w", lcq.Binary())])({"w": jnp.ones(3)}, 0.0, {"w": jnp.ones(3)}),
-        "w: wanted alpha [1]",
+        "w: expected alpha [1]",
     ),
-    (lambda: GroupPower("learned"), "wanted alpha='mean' or 'constant'"),
-    (lambda: smooth_binary([]), "wanted a rule with a scheme"),
+    (lambda: GroupPower("learned"), "expected alpha='mean' or 'constant'"),
+    (lambda: smooth_binary([]), "expected a rule with a scheme"),
     (lambda: GroupPower(width=0.0), "last width >= 1e-12"),
     (lambda: GroupPower(last=1e-22), "last width >= 1e-12"),
     (lambda: GroupPower(last=2.0), "last <= 1"),
@@ -421,5 +421,5 @@ def test_leaves_with_a_layout():
     rules = [lcq.Rule("w", lcq.Binary(per="channel"), layout="oi")]
     turned = lcq.smooth_binary([lcq.Rule("w", lcq.Binary(per="channel"))])({"w": w.T}, 0.5)["w"].T
     np.testing.assert_allclose(lcq.smooth_binary(rules)({"w": w}, 0.5)["w"], turned, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"rule 'w': the constant alpha .* wanted no layout; got 'oi'; transpose"):
+    with pytest.raises(ValueError, match=r"rule 'w': the constant alpha .* expected no layout, got 'oi'; transpose"):
         lcq.smooth_binary(rules, lcq.training.GroupPower("constant"))

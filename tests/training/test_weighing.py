@@ -26,8 +26,8 @@ def test_runs_are_counted_and_nan_will_not_do():
 
 
 def test_what_cannot_be_searched_is_refused():
-    with pytest.raises(ValueError, match=r"a score of at most 1; got none in 3 runs \(1: 2, 0.5: 2, 0.25: 2\)"):
+    with pytest.raises(ValueError, match=r"a score of at most 1, got none in 3 runs \(1: 2, 0.5: 2, 0.25: 2\)"):
         lcq.training.largest_weight(lambda weight: 2.0, 1.0, most=3)
     for settings in ({"start": 0.0}, {"factor": 1.0}, {"most": 0}):
-        with pytest.raises(ValueError, match="wanted start > 0, factor > 1 and most >= 1"):
+        with pytest.raises(ValueError, match="expected start > 0, factor > 1 and most >= 1"):
             lcq.training.largest_weight(lambda weight: weight, 1.0, **settings)

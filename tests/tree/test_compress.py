@@ -45,7 +45,7 @@ def test_decompress_gives_dense_arrays_of_the_leaves_dtypes():
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(bad):
     params = {"a": {"kernel": jnp.ones((2, 2)).at[0, 1].set(bad)}}
-    with pytest.raises(ValueError, match="a/kernel: wanted finite weights; got 1 NaN or infinite of 4"):
+    with pytest.raises(ValueError, match="a/kernel: expected finite weights, got 1 NaN or infinite of 4"):
         lcq.compress(params, [lcq.Rule(KERNEL, lcq.KMeans(2))])
 
 

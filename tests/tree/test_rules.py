@@ -51,7 +51,7 @@ def test_a_shadowed_rule_is_an_error():
 @pytest.mark.parametrize(
     ("rule", "words"),
     [
-        (lambda: lcq.Rule("steps", lcq.KMeans(2)), r"steps: .*floating-point array; got int32\[\]; exclude it"),
+        (lambda: lcq.Rule("steps", lcq.KMeans(2)), r"steps: .*floating-point array, got int32\[\]; exclude it"),
         (lambda: lcq.Rule(".*bias", lcq.Ternary(per=2)), "dense0/bias: per=2 needs at least 2 axes"),
         (lambda: lcq.Rule(KERNEL, lcq.Ternary(per=2)), "dense1/kernel: per=2 cuts axis 0"),
         (lambda: lcq.Rule(".*bias", lcq.KMeans(2), stacked=2), "dense0/bias: .*2 stacked axes"),
@@ -67,9 +67,9 @@ def test_what_does_not_fit_is_refused_with_the_leaf(rule, words):
 
 def test_arguments_of_other_types_are_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"wanted a scheme"):
+    with pytest.raises(ValueError, match=r"expected a scheme"):
         lcq.Rule("a", 4)
-    with pytest.raises(ValueError, match="wanted rules"):
+    with pytest.raises(ValueError, match="expected rules"):
         resolve(["kernel"], PARAMS)
 
 
@@ -130,13 +130,13 @@ def test_weights_of_joint_leaves():
     (task,) = resolve([lcq.Rule(KERNEL, lcq.KMeans(1), joint=True)], PARAMS)
     forms = task.project(xs, weights=(jnp.asarray([[1.0], [0], [0], [3]]), jnp.asarray([5.0, 0])))
     assert [form.levels.ravel().tolist() for form in forms] == [[pytest.approx(12 / 27)]] * 2
-    with pytest.raises(ValueError, match=r"dense0/kernel, dense1/kernel: weights: wanted a tuple of 2 arrays; got 1"):
+    with pytest.raises(ValueError, match=r"dense0/kernel, dense1/kernel: weights: expected a tuple of 2 arrays, got 1"):
         task.project(xs, weights=(jnp.ones(3),))
     with pytest.raises(
-        ValueError, match=r"dense0/kernel, dense1/kernel: weights: .* broadcasts to \[3, 2\]; got \[3\]"
+        ValueError, match=r"dense0/kernel, dense1/kernel: weights: .* broadcasts to \[3, 2\], got \[3\]"
     ):
         task.project(xs, weights=(jnp.ones(3), jnp.ones(3)))
-    with pytest.raises(ValueError, match=r"weights: wanted finite numbers >= 0"):
+    with pytest.raises(ValueError, match=r"weights: expected finite numbers >= 0"):
         task.project(xs, weights=(jnp.ones(3), -jnp.ones(2)))
 
 
@@ -186,7 +186,7 @@ NO_RULES = {
 def test_rules_that_are_no_list(monkeypatch, take, case):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     rules, complaint = NO_RULES[case]
-    with pytest.raises(ValueError, match=f"^wanted .*rules.*{complaint}"):
+    with pytest.raises(ValueError, match=f"^expected .*rules.*{complaint}"):
         TAKE_RULES[take](WEIGHTS, rules)
 
 
@@ -199,13 +199,13 @@ def test_rules_that_can_be_seen_once(monkeypatch, take):
 
 
 NO_LEAVES = {  # a leaf beside k that the rule takes, too, and what is said of it
-    "a function": (jax.nn.relu, r"b: rule '.*' wants a floating-point array; got \w+; exclude it with"),
+    "a function": (jax.nn.relu, r"b: rule '.*' wants a floating-point array, got \w+; exclude it with"),
     "text": ("relu", r"b: .* got str; exclude it with"),
     "a number": (2.0, r"b: .* got float; exclude it with"),
     "integers": (jnp.arange(3), r"b: .* got int32\[3\]; exclude it with"),
     "empty": (
         jnp.zeros((0, 4)),
-        r"b: .* wants at least one weight; got float32\[0, 4\], an empty leaf; exclude it with",
+        r"b: .* wants at least one weight, got float32\[0, 4\], an empty leaf; exclude it with",
     ),
     "a form": (
         lcq.Binary().project(jnp.ones(4)),
@@ -224,7 +224,7 @@ def test_leaves_that_no_rule_can_take(take, case):
     if case == "a form" and take.startswith(("quantize", "curvature")):
         return  # stays as it is
     if take.startswith("quantize") and not isinstance(leaf, jax.Array | float):  # no rule is needed to refuse it
-        with pytest.raises(ValueError, match=r"^b: wanted an array, a form or a number; got .*; leave it out"):
+        with pytest.raises(ValueError, match=r"^b: expected an array, a form or a number, got .*; leave it out"):
             TAKE_RULES[take](params, [lcq.Rule(".*", scheme)])
         return
     with pytest.raises(ValueError, match=complaint) as error:
@@ -244,7 +244,7 @@ def test_leaves_that_are_no_arrays():
         calls += [lambda f=f, t=forms: f(t) for f in (lcq.table, lcq.sizes, lcq.ratio)]
         calls += [lambda p=params: lcq.pareto(p, {"k": [lcq.KMeans(2)]}, bytes=1000)]
         for call in calls:
-            with pytest.raises(ValueError, match=r"^act: wanted an array, a form or a number; got .*; leave it out"):
+            with pytest.raises(ValueError, match=r"^act: expected an array, a form or a number, got .*; leave it out"):
                 call()
     keyed = WEIGHTS | {"key": jax.random.key(0)}
     assert lcq.table(keyed).total.bits == 32 * 32 + 64
@@ -269,7 +269,7 @@ def test_leaves_that_are_none():
     for nothing in (None, {}, {"a": None}):
         with pytest.raises(ValueError, match=r"the tree is empty|is None"):
             lcq.compress(nothing, [lcq.Rule("a", SCHEME)])
-        with pytest.raises(ValueError, match="wanted a tree with at least one number; got none"):
+        with pytest.raises(ValueError, match="expected a tree with at least one number, got none"):
             lcq.ratio(nothing)
 
 
@@ -277,7 +277,7 @@ def test_runs_that_do_not_divide():
     w = {"a": {"k": jnp.ones((6, 4))}}
     for layout, m in ((None, 4), ("oi", 3)):
         with pytest.raises(
-            ValueError, match=rf"^a/k: kept='1:{m}' wants an input axis, .* that {m} divides; got \(6, 4\)"
+            ValueError, match=rf"^a/k: kept='1:{m}' wants an input axis, .* that {m} divides, got \(6, 4\)"
         ):
             lcq.compress(w, [lcq.Rule("a/k", lcq.Prune(kept=f"1:{m}"), layout=layout)])
     with pytest.raises(ValueError, match=r"an m that does, such as 'n:6', .* change rule .*, or exclude it with lcq"):
@@ -288,23 +288,23 @@ def test_runs_that_do_not_divide():
 
 def test_settings_of_a_rule_that_are_none(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match="wanted a regular expression; got 3; write it as a string"):
+    with pytest.raises(ValueError, match="expected a regular expression, got 3; write it as a string"):
         lcq.Rule(3, SCHEME)
     for stacked in ("1", True, -1, 1.5):
-        with pytest.raises(ValueError, match=r"rule 'k': wanted stacked >= 0; got"):
+        with pytest.raises(ValueError, match=r"rule 'k': expected stacked >= 0, got"):
             lcq.Rule("k", SCHEME, stacked=stacked)
 
 
 @pytest.mark.parametrize("candidates", [[RULE], RULE, SCHEME, None, {"k": SCHEME}, {"k": []}, {"k": ["KMeans(2)"]}])
 def test_candidates_that_are_none(monkeypatch, candidates):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"^wanted candidates by pattern|^'k': wanted a list of schemes"):
+    with pytest.raises(ValueError, match=r"^expected candidates by pattern|^'k': expected a list of schemes"):
         lcq.pareto(WEIGHTS, candidates, bytes=1000)
 
 
 def test_arrays_of_no_numbers_on_forms():
     params = lcq.compress(WEIGHTS, [RULE]) | {"words": np.array(["a"])}
-    with pytest.raises(ValueError, match=r"^params/words: wanted an array, a form or a number; got ndarray"):
+    with pytest.raises(ValueError, match=r"^params/words: expected an array, a form or a number, got ndarray"):
         lcq.packed(product)(params, jnp.ones((2, 8)))
 
 

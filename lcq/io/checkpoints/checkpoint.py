@@ -108,12 +108,12 @@ def write(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str] |
     path = Path(path)
     check_kind(path)
     if metadata and path.suffix != ".safetensors":
-        raise ValueError(f"{path}: wanted a .safetensors file for metadata; got {', '.join(metadata)}; leave it out")
+        raise ValueError(f"{path}: expected a .safetensors file for metadata, got {', '.join(metadata)}; leave it out")
     leaves = [_to_host(leaf) for leaf in flatten(tree)[0]]
     if path.suffix and any(is_empty(leaf) for leaf in leaves):
         bad = next(leaf for leaf in leaves if is_empty(leaf))
         raise ValueError(
-            f"{bad.path}: wanted an array; got {bad.value!r}, which {path.suffix} cannot hold; leave it out"
+            f"{bad.path}: expected an array, got {bad.value!r}, which {path.suffix} cannot hold; leave it out"
         )
     if path.suffix == ".safetensors":
         return _write_safetensors(path, leaves, dict(metadata or {}))
@@ -128,13 +128,13 @@ def check_kind(path: Path) -> None:
 def _reader(path: Path, kind: str, known: Mapping[str, Any]) -> Any:
     if kind not in known:
         hint = _HINTS.get(kind, "")
-        raise ValueError(f"{path}: wanted a .safetensors or .npz file, or an orbax folder without suffix{hint}")
+        raise ValueError(f"{path}: expected a .safetensors or .npz file, or an orbax folder without suffix{hint}")
     return known[kind]
 
 
 def _to_host(leaf: Leaf) -> Leaf:
     if is_form(leaf.value):
-        raise ValueError(f"{leaf.path}: wanted an array; got {type(leaf.value).__name__}; call lcq.decompress first")
+        raise ValueError(f"{leaf.path}: expected an array, got {type(leaf.value).__name__}; call lcq.decompress first")
     return leaf if is_empty(leaf) else leaf._replace(value=host_array(leaf.path, leaf.value))
 
 
@@ -172,7 +172,7 @@ def _read_npz(path: Path) -> Checkpoint:
             hint = "; leave it out, or convert it first"
             if array.dtype.kind == "V":
                 hint = "; npz drops the names of dtypes such as bfloat16: write .safetensors instead"
-            raise ValueError(f"{path}: {name}: wanted numbers; got {array.dtype}{hint}")
+            raise ValueError(f"{path}: {name}: expected numbers, got {array.dtype}{hint}")
     return Checkpoint(_nested(path, arrays), {})
 
 
@@ -210,6 +210,6 @@ def _read_orbax(path: Path) -> Checkpoint:
 def _write_orbax(path: Path, leaves: list[Leaf]) -> None:
     ocp = _orbax(path)
     if path.exists():
-        raise ValueError(f"{path}: wanted a new folder; it exists; remove it first")
+        raise ValueError(f"{path}: expected a new folder; it exists; remove it first")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), nest(leaves))

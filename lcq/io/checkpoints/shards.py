@@ -58,7 +58,7 @@ def _in_folder(folder: Path) -> Path:
         names = ", ".join(each.name for each in found[:_SEVERAL])
         why = "" if indices else f" and no *{INDEX}"
         raise ValueError(
-            f"{folder}: wanted one checkpoint; got {len(found)} files, {names}{why}; name the one you mean"
+            f"{folder}: expected one checkpoint, got {len(found)} files, {names}{why}; name the one you mean"
         )
     return found[0]
 
@@ -68,7 +68,7 @@ def _read_shards(path: Path) -> Tensors:
     shards = list(dict.fromkeys(where.values()))
     if gone := [name for name in shards if not (path.parent / name).is_file()]:
         raise ValueError(
-            f"{path}: wanted {len(shards)} shards beside the index; {len(gone)} are missing, "
+            f"{path}: expected {len(shards)} shards beside the index; {len(gone)} are missing, "
             f"{', '.join(gone[:_SEVERAL])}; get the whole checkpoint"
         )
     parts = {name: _read_file(path.parent / name) for name in shards}
@@ -82,7 +82,7 @@ def _read_shards(path: Path) -> Tensors:
                 )
     if lost := [tensor for tensor, name in where.items() if tensor not in parts[name].arrays]:
         raise ValueError(
-            f"{path}: {lost[0]}: wanted this tensor in {where[lost[0]]}, which does not have it "
+            f"{path}: {lost[0]}: expected this tensor in {where[lost[0]]}, which does not have it "
             f"({len(lost)} of {len(where)} are missing); get the whole checkpoint again"
         )
     arrays = {tensor: parts[name].arrays[tensor] for tensor, name in where.items()}
@@ -101,10 +101,10 @@ def _weight_map(path: Path) -> dict[str, str]:
         case {"weight_map": dict(where)} if where and all(type(name) is str for name in where.values()):
             pass
         case _:
-            raise ValueError(f"{path}: wanted an index with a weight_map of tensors to files; got another")
+            raise ValueError(f"{path}: expected an index with a weight_map of tensors to files, got another")
     for name in where.values():
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{path}: wanted names of .safetensors files beside the index; got {name!r:.200}")
+            raise ValueError(f"{path}: expected names of .safetensors files beside the index, got {name!r:.200}")
     return where
 
 
@@ -118,7 +118,9 @@ def _read_file(path: Path) -> Tensors:
     for name, entry in tensors:
         if entry["dtype"] not in DTYPES:
             known = ", ".join(DTYPES)
-            raise ValueError(f"{path}: {name}: wanted one of {known}; got {entry['dtype']}; convert this tensor first")
+            raise ValueError(
+                f"{path}: {name}: expected one of {known}, got {entry['dtype']}; convert this tensor first"
+            )
         arrays[name] = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return Tensors(arrays, _metadata(data))
 

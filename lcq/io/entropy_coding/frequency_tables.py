@@ -128,28 +128,28 @@ def read(data: UInt8[np.ndarray, " bytes"], alphabet: int, nested: bool = True) 
         ValueError: what is there is no table of such an alphabet.
     """
     if data.size < 2:
-        raise ValueError(f"wanted a table of frequencies; got {data.size} bytes")
+        raise ValueError(f"expected a table of frequencies, got {data.size} bytes")
     precision, digits, kind = (int(data[0]) & 15) + 8, int(data[0]) >> 4, int(data[1])
     if precision > 16 or (kind != _NESTED and kind >> 4 > 5) or (kind == _NESTED and not nested):
-        raise ValueError(f"wanted a table of 8 to 16 bits, plain or nested once; got {precision} bits, kind {kind}")
+        raise ValueError(f"expected a table of 8 to 16 bits, plain or nested once, got {precision} bits, kind {kind}")
     if kind == _NESTED:
         present, classes, at = _read_letters(data, 2, alphabet)
         if not 0 < present.size <= 1 << precision:
-            raise ValueError(f"wanted 1 to {1 << precision} symbols; got {present.size}")
+            raise ValueError(f"expected 1 to {1 << precision} symbols, got {present.size}")
         bits = _Bits(data, at, 15 * present.size)
     else:
         at = 2
         size, at = read_varint(data, at)
         size += 1
         if size > min(alphabet, 1 << precision):
-            raise ValueError(f"wanted at most {min(alphabet, 1 << precision)} symbols; got {size}")
+            raise ValueError(f"expected at most {min(alphabet, 1 << precision)} symbols, got {size}")
         bits = _Bits(data, at, (17 + 16 + 5 + 15) * size)
         present = np.cumsum(bits.gaps(size, kind & 15) + 1) - 1
         if present[-1] >= alphabet:
-            raise ValueError(f"wanted symbols below {alphabet}; got {present[-1]}")
+            raise ValueError(f"expected symbols below {alphabet}, got {present[-1]}")
         classes = bits.numbers(np.full(size, kind >> 4))
     if classes.max() > 16:
-        raise ValueError(f"wanted weights of at most 16 binary digits; got {classes.max()}")
+        raise ValueError(f"expected weights of at most 16 binary digits, got {classes.max()}")
     widths = np.minimum(np.maximum(classes - 1, 0), digits)
     weights = _from_digits(classes, bits.numbers(widths), widths)
     dense = np.zeros(alphabet, np.int64)
@@ -180,7 +180,9 @@ def read_varint(data: UInt8[np.ndarray, " bytes"], at: int) -> tuple[int, int]:
             if i and not byte:
                 break
             return value, at + i + 1
-    raise ValueError(f"wanted a number in as few bytes as it needs, at most 5; got {data[at : at + 5].tobytes().hex()}")
+    raise ValueError(
+        f"expected a number in as few bytes as it needs, at most 5, got {data[at : at + 5].tobytes().hex()}"
+    )
 
 
 def _frequencies(weights: np.ndarray, precision: int) -> np.ndarray:
@@ -280,11 +282,11 @@ def _read_letters(data: np.ndarray, at: int, alphabet: int) -> tuple[np.ndarray,
         count, at = read_varint(data, at)
         end = at + 4 + 2 * count
         if end > data.size:
-            raise ValueError(f"wanted {count} words of a table; got the end of the stream")
+            raise ValueError(f"expected {count} words of a table, got the end of the stream")
         state = np.frombuffer(data[at : at + 4].tobytes(), "<u4").astype(np.uint32)
         words = np.frombuffer(data[at + 4 : end].tobytes(), "<u2").astype(np.uint16)
         if state[0] < lanes.START:
-            raise ValueError(f"wanted a state of at least 2^16; got {state[0]}")
+            raise ValueError(f"expected a state of at least 2^16, got {state[0]}")
         letters, at = lanes.decode(state, words, frequencies, alphabet).astype(np.int64), end
     else:
         letters = np.full(alphabet, int(np.argmax(frequencies)))
@@ -315,7 +317,7 @@ class _Bits:
     def numbers(self, widths: np.ndarray) -> np.ndarray:
         start, self._at = self._at, self._at + int(widths.sum())
         if self._at > self._bits.size:
-            raise ValueError("wanted a table of frequencies; got the end of the stream")
+            raise ValueError("expected a table of frequencies, got the end of the stream")
         owner, place = _places(widths)
         sums = np.bincount(owner, self._bits[start : self._at] * 2.0**place, minlength=widths.size)
         return sums.astype(np.int64)
@@ -324,7 +326,7 @@ class _Bits:
         ones = np.flatnonzero(self._bits[: (17 * size)])[:size]
         lengths = np.diff(ones, prepend=-1) + order
         if ones.size < size or lengths.max() > 17:
-            raise ValueError("wanted gaps of at most 17 binary digits; got longer ones or the end of the stream")
+            raise ValueError("expected gaps of at most 17 binary digits, got longer ones or the end of the stream")
         self._at = int(ones[-1]) + 1
         return (1 << lengths - 1) + self.numbers(lengths - 1) - (1 << order)
 
@@ -332,5 +334,5 @@ class _Bits:
         """Where the next byte begins, in `data`."""
         rest = self._bits[self._at : -(-self._at // 8) * 8]
         if rest.any():
-            raise ValueError("wanted zeros behind a table; got ones")
+            raise ValueError("expected zeros behind a table, got ones")
         return self._start + -(-self._at // 8)

@@ -78,7 +78,7 @@ def check_end(at_start: bool, used: int, words: int) -> None:
     """Raises ValueError unless all lanes are back at their start and all words are used."""
     if used != words or not at_start:
         raise ValueError(
-            f"wanted {words} words to be used, and all states 2^16 after the last symbol; got {used} words"
+            f"expected {words} words to be used, and all states 2^16 after the last symbol, got {used} words"
         )
 
 
@@ -142,7 +142,7 @@ def _take_rows(
         x += step & low
         empty = np.flatnonzero(x <= low)
         if empty.size > words.size - used:
-            raise ValueError(f"wanted more than {words.size} words, which last for {first} of {count} symbols")
+            raise ValueError(f"expected more than {words.size} words, which last for {first} of {count} symbols")
         x[empty] = x[empty] << np.uint32(16) | words[used : used + empty.size]
         used += empty.size
         slots[first : first + x.size] = slot
@@ -162,7 +162,7 @@ def _take_each(
         x = ((step >> 16) + 1) * (x >> precision) + (step & 0xFFFF)
         if x < START:
             if used == words.size:
-                raise ValueError(f"wanted more than {used} words, which last for {i} of {count} symbols")
+                raise ValueError(f"expected more than {used} words, which last for {i} of {count} symbols")
             x = x << 16 | stream[used]
             used += 1
         xs[i % lanes] = x

@@ -80,11 +80,11 @@ def encode(codes: UInt[np.ndarray, "..."], levels: int, *, block: int | None = N
     flat = np.asarray(codes).reshape(-1)
     _check(flat.size, levels)
     if flat.size and int(flat.max()) >= levels:
-        raise ValueError(f"wanted codes below {levels}; got {int(flat.max())}")
+        raise ValueError(f"expected codes below {levels}, got {int(flat.max())}")
     if block is not None and not (1 <= block <= 16 and levels**block <= _ALPHABET):
-        raise ValueError(f"wanted blocks of 1 to 16 codes with {levels}^n <= {_ALPHABET}; got n = {block}")
+        raise ValueError(f"expected blocks of 1 to 16 codes with {levels}^n <= {_ALPHABET}, got n = {block}")
     if lanes is not None and lanes < 1:
-        raise ValueError(f"wanted a lane or more; got {lanes}")
+        raise ValueError(f"expected a lane or more, got {lanes}")
     plan, raw = _plan(flat, levels, block, lanes), _raw_bytes(flat.size, levels)
     stream = _encode_blocks(flat, levels, plan) if plan.n else b""
     if 0 < len(stream) < raw:
@@ -131,7 +131,7 @@ def decode_on_device(data: bytes | UInt8[np.ndarray, " bytes"], size: int, level
         ValueError: as `decode`; and 2^31 codes or more.
     """
     if size >= 1 << 31:
-        raise ValueError(f"wanted less than 2^31 codes; got {size}; decode them on the host")
+        raise ValueError(f"expected less than 2^31 codes, got {size}; decode them on the host")
     stream = _parse(data, size, levels)
     if stream.states.size < lanes.WIDE:
         return jnp.asarray(decode(data, size, levels))
@@ -149,7 +149,7 @@ def entropy(codes: UInt[np.ndarray, "..."], levels: int, block: int = 1) -> floa
         (1.0, 0.0)
     """
     if not (block >= 1 and 1 <= levels**block <= _ALPHABET):
-        raise ValueError(f"wanted {levels}^n from 1 to {_ALPHABET}; got n = {block}")
+        raise ValueError(f"expected {levels}^n from 1 to {_ALPHABET}, got n = {block}")
     counts = _histogram(np.asarray(codes).reshape(-1), levels, block)
     return frequency_tables.entropy_bits(counts[counts > 0]) / max(1, int(counts.sum())) / block
 
@@ -176,15 +176,15 @@ def _parse(data: bytes | np.ndarray, size: int, levels: int) -> _Stream:
     n = int(data[0]) if data.size else -1
     if n == 0:
         if data.size != _raw_bytes(size, levels):
-            raise ValueError(f"wanted {_raw_bytes(size, levels)} bytes for {size} raw codes; got {data.size}")
+            raise ValueError(f"expected {_raw_bytes(size, levels)} bytes for {size} raw codes, got {data.size}")
         return _Stream(0, 0, _NOTHING, _NOTHING, _NOTHING, _NOTHING, data[1:])
     if not (1 <= n <= min(16, size) and levels**n <= _ALPHABET):
-        raise ValueError(f"wanted a stream of {size} codes below {levels}; got one in blocks of {n} codes")
+        raise ValueError(f"expected a stream of {size} codes below {levels}, got one in blocks of {n} codes")
     count, left = divmod(size, n)
     at = 1 + _rest_bytes(left, levels)
     rest = int.from_bytes(data[1:at].tobytes(), "little")
     if rest >= levels**left:
-        raise ValueError(f"wanted {left} codes below {levels} at the end; got the number {rest}")
+        raise ValueError(f"expected {left} codes below {levels} at the end, got the number {rest}")
     frequencies, length = frequency_tables.read(data[at:], levels**n)
     at += length
     size_of_lanes = 0
@@ -193,22 +193,22 @@ def _parse(data: bytes | np.ndarray, size: int, levels: int) -> _Stream:
         if not 1 <= size_of_lanes <= min(count, (data.size - at) // 4):
             most = min(count, (data.size - at) // 4)
             raise ValueError(
-                f"wanted at most {most} lanes for {count} blocks in {data.size} bytes; got {size_of_lanes}"
+                f"expected at most {most} lanes for {count} blocks in {data.size} bytes, got {size_of_lanes}"
             )
     middle = at + 4 * size_of_lanes
     if (data.size - middle) % 2 or (size_of_lanes == 0 and data.size > middle):
-        raise ValueError(f"wanted a stream that ends with its last word; got {data.size} bytes")
+        raise ValueError(f"expected a stream that ends with its last word, got {data.size} bytes")
     states = np.frombuffer(data[at:middle].tobytes(), "<u4").astype(np.uint32)
     words = np.frombuffer(data[middle:].tobytes(), "<u2").astype(np.uint16)
     if size_of_lanes and int(states.min()) < lanes.START:
-        raise ValueError(f"wanted states of at least 2^16; got {states.min()}")
+        raise ValueError(f"expected states of at least 2^16, got {states.min()}")
     last = np.array([rest // levels**i % levels for i in range(left)], _dtype(levels))
     return _Stream(n, count, last, frequencies, states, words, _NOTHING)
 
 
 def _check(size: int, levels: int) -> None:
     if not 1 <= levels <= _ALPHABET or size < 0:
-        raise ValueError(f"wanted 1 to {_ALPHABET} levels and a size; got {levels} levels and {size} codes")
+        raise ValueError(f"expected 1 to {_ALPHABET} levels and a size, got {levels} levels and {size} codes")
 
 
 def _plan(codes: np.ndarray, levels: int, block: int | None, wanted: int | None) -> _Blocks:
@@ -326,5 +326,5 @@ def _unpack(data: np.ndarray, size: int, levels: int) -> np.ndarray:
     codes = codes.reshape(-1)[:size]
     used = size * bits % 8
     if (used and int(data[-1]) >> used) or (size and int(codes.max()) >= levels):
-        raise ValueError(f"wanted codes below {levels} and zeros behind them; got others")
+        raise ValueError(f"expected codes below {levels} and zeros behind them, got others")
     return codes

@@ -71,7 +71,7 @@ class Rounding(abc.ABC):
         chosen, damp = solved(self, w, statistics, form, key)
         if damp is not None and not isinstance(damp, jax.core.Tracer) and not jnp.isfinite(damp):
             raise ValueError(
-                f"wanted H + damp I with a root; got none with {self}: "
+                f"expected H + damp I with a root, got none with {self}: "
                 "raise damp=, or most= up to which it may grow by itself"
             )
         return chosen

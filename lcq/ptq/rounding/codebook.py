@@ -103,7 +103,7 @@ def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
         ValueError: a fixed table without a scale, which cannot change.
     """
     if form.scale is None and form.levels is None:
-        raise ValueError("wanted a form with a scale or with learned levels; got a fixed table: pass scale=True")
+        raise ValueError("expected a form with a scale or with learned levels, got a fixed table: pass scale=True")
     factor = jnp.asarray(factor)
 
     def times(a: Array) -> Array:
@@ -135,7 +135,7 @@ def spaced(form: Codes, threshold: float) -> Codes:
     values = form.values
     if values is None or not is_grid(values) or not values[0] <= 0 <= values[-1] or form.zero is not None:
         raise ValueError(
-            "a hard threshold needs an integer grid around 0 without a zero point, such as Ternary() or Uniform(4); "
+            "a hard threshold needs an integer grid around 0 without a zero point, such as Ternary() or Uniform(4), "
             f"got {'learned levels' if values is None else values}; take kind='soft'"
         )
     moved = (v and float(np.float32(np.sign(v) * (abs(v) - 1 + threshold))) for v in values)

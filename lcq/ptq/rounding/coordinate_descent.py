@@ -55,7 +55,7 @@ class Descent(Rounding):
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:
-            raise ValueError(f"wanted at least one sweep; got {self.sweeps}; without any, take {self.before}")
+            raise ValueError(f"expected at least one sweep, got {self.sweeps}; without any, take {self.before}")
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
         before = self.before.prepare(w, statistics)

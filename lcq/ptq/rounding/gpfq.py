@@ -61,7 +61,7 @@ class SparseGPFQ(Rounding):
 
     def __post_init__(self) -> None:
         if self.threshold < 0 or (self.kind == "hard" and not self.threshold > 0):
-            raise ValueError(f"wanted a threshold above 0; got {self.threshold}")
+            raise ValueError(f"expected a threshold above 0, got {self.threshold}")
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
         return follow_path(w, statistics, self.order)

@@ -61,7 +61,7 @@ class GPTQ(Rounding):
 
 def check_damp(damp: float) -> None:
     if not damp > 0:
-        raise ValueError(f"wanted damp > 0, in units of the mean of diag(H), which may be singular; got {damp}")
+        raise ValueError(f"expected damp > 0, in units of the mean of diag(H), which may be singular, got {damp}")
 
 
 def damped_root(gram: Array, mean: Array, lives: Array, damp: float, most: float) -> tuple[Array, Array]:

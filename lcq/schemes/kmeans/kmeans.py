@@ -92,21 +92,21 @@ class KMeans(Quantizer):
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or not 1 <= self.k <= 65536:
-            raise ValueError(f"wanted 1 to 65,536 levels; got k={self.k!r}; pass an int in that range")
+            raise ValueError(f"expected 1 to 65,536 levels, got k={self.k!r}; pass an int in that range")
         fixed = tuple(sorted(float(np.float32(v)) for v in self.fixed))
         if not all(map(math.isfinite, fixed)) or len(set(fixed)) < len(fixed) or len(fixed) > self.k:
             raise ValueError(
-                f"wanted at most k={self.k} distinct finite fixed levels; got {self.fixed!r}; drop some or raise k"
+                f"expected at most k={self.k} distinct finite fixed levels, got {self.fixed!r}; drop some or raise k"
             )
         object.__setattr__(self, "fixed", fixed)
         if isinstance(self.per, list):
             object.__setattr__(self, "per", tuple(self.per))
         if not isinstance(self.rate, int | float | np.number) or not 0 <= self.rate <= np.finfo(np.float32).max:
-            raise ValueError(f"wanted a rate >= 0, finite in float32; got {self.rate!r}")
+            raise ValueError(f"expected a rate >= 0, finite in float32, got {self.rate!r}")
         object.__setattr__(self, "rate", float(self.rate))
         if self.exact and self.rate:
             raise ValueError(
-                f"wanted exact=True or a rate; got both, rate={self.rate!r}: with one there is no exact solver"
+                f"expected exact=True or a rate, got both, rate={self.rate!r}: with one there is no exact solver"
             )
 
     @property
@@ -136,7 +136,7 @@ class KMeans(Quantizer):
     def fit(self, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
         """Codes of every leaf, cut into blocks, and the levels they share; `warm` are those of an earlier fit."""
         if self.rate:
-            raise ValueError(f"{self}: wanted no rate where a codebook is for a part of the weights; drop rate=")
+            raise ValueError(f"{self}: expected no rate where a codebook is for a part of the weights; drop rate=")
         return _solve_exactly(self, whole) if self.exact else _fit(self, whole, warm)
 
 

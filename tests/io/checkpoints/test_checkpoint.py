@@ -144,7 +144,7 @@ def test_orbax(tmp_path):
     back = read(tmp_path / "checkpoint")
     same(back, tree() | {"list": [half, {"x": half}], "tuple": [half], "none": None, "ints": {"3": half}})
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(back))
-    with pytest.raises(ValueError, match="checkpoint: wanted a new folder; it exists"):
+    with pytest.raises(ValueError, match="checkpoint: expected a new folder; it exists"):
         write(tmp_path / "checkpoint", tree())
 
 
@@ -177,7 +177,7 @@ def test_without_orbax(tmp_path, monkeypatch, missing):
 @pytest.mark.parametrize("name", ["net.pt", "net.lcq", "net.h5", "net.SAFETENSORS"])
 def test_unknown_kinds(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    hint = "lcq.load and lcq.save are for .lcq" if name.endswith("lcq") else "wanted a .safetensors or .npz file"
+    hint = "lcq.load and lcq.save are for .lcq" if name.endswith("lcq") else "expected a .safetensors or .npz file"
     with pytest.raises(ValueError, match=hint):
         read(tmp_path / name)
     with pytest.raises(ValueError, match=hint):
@@ -190,7 +190,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match="no orbax checkpoint of a tree; those inside: none"):
         read(tmp_path)
     (tmp_path / "checkpoint").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"wanted a \.safetensors or \.npz file"):
+    with pytest.raises(ValueError, match=r"expected a \.safetensors or \.npz file"):
         read(tmp_path / "checkpoint")
 
 
@@ -206,11 +206,11 @@ def test_a_leaf_and_a_folder_of_one_name(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (Cast(jnp.ones(2)), "w: wanted an array; got Cast; call lcq.decompress first"),
-        (None, "w: wanted an array; got None, which .npz cannot hold; leave it out"),
-        ({}, r"w: wanted an array; got \{\}"),
-        ("text", "w: wanted an array, a number or None; got str"),
-        (jax.random.key(0), "w: wanted numbers; got a PRNG key"),
+        (Cast(jnp.ones(2)), "w: expected an array, got Cast; call lcq.decompress first"),
+        (None, "w: expected an array, got None, which .npz cannot hold; leave it out"),
+        ({}, r"w: expected an array, got \{\}"),
+        ("text", "w: expected an array, a number or None, got str"),
+        (jax.random.key(0), "w: expected numbers, got a PRNG key"),
         (jnp.ones(2, jnp.bfloat16), "w: npz cannot hold bfloat16; write .safetensors"),
         (jnp.ones(2, jnp.float8_e5m2), "w: npz cannot hold float8_e5m2"),
     ],
@@ -223,7 +223,9 @@ def test_leaves_that_cannot_be_written(tmp_path, leaf, message):
 
 def test_arrays_without_a_name_for_their_dtype(tmp_path):
     np.savez(tmp_path / "net.npz", w=np.ones(2, jnp.bfloat16))
-    with pytest.raises(ValueError, match=r"w: wanted numbers; got .V2; npz drops the names of dtypes such as bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"w: expected numbers, got .V2; npz drops the names of dtypes such as bfloat16"
+    ):
         read(tmp_path / "net.npz")
     np.savez(tmp_path / "net.npz", w=np.array([None]))
     with pytest.raises(ValueError, match="not an npz file of numbers"):
@@ -273,10 +275,10 @@ def test_what_an_npz_should_not_hold_is_named(tmp_path, bad, remedy):
 )
 def test_other_kinds_are_told_what_to_do(tmp_path, name, hint):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{name}: wanted a .safetensors or .npz file, .*{hint}"):
+    with pytest.raises(ValueError, match=rf"{name}: expected a .safetensors or .npz file, .*{hint}"):
         read(tmp_path / name)
 
 
 def test_metadata_are_for_safetensors(tmp_path):
-    with pytest.raises(ValueError, match=r"net.npz: wanted a .safetensors file for metadata; got format"):
+    with pytest.raises(ValueError, match=r"net.npz: expected a .safetensors file for metadata, got format"):
         write(tmp_path / "net.npz", {"a": np.ones(2)}, {"format": "pt"})

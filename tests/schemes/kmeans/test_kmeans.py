@@ -333,7 +333,7 @@ def test_settings_are_checked_and_hash():
     assert hash(lcq.KMeans(3, fixed=(1, 0))) == hash(lcq.KMeans(3, fixed=(0.0, 1.0)))
     assert lcq.KMeans(3, fixed=(1, 0)) == lcq.KMeans(3, fixed=(0.0, 1.0))
     for bad in ({"k": 0}, {"k": 65537}, {"k": 1, "fixed": (0, 1)}, {"k": 3, "fixed": (0, 0)}):
-        with pytest.raises(ValueError, match=r"wanted .*; got .*; "):
+        with pytest.raises(ValueError, match=r"expected .*, got .*; "):
             lcq.KMeans(**bad)
     with pytest.raises(ValueError, match="finite"):
         lcq.KMeans(3, fixed=(np.inf,))
@@ -552,7 +552,7 @@ def test_a_c_step_may_pay_distance_for_bits():
 
 def test_a_rate_that_cannot_be_is_refused():
     for rate in (-1, np.nan, np.inf):
-        with pytest.raises(ValueError, match="wanted a rate >= 0, finite"):
+        with pytest.raises(ValueError, match="expected a rate >= 0, finite"):
             lcq.KMeans(3, rate=rate)
     with pytest.raises(ValueError, match="no exact solver"):
         lcq.KMeans(3, exact=True, rate=0.1)
