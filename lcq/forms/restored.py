@@ -33,7 +33,8 @@ def check_restored(tree: Any) -> None:
             raise ValueError(
                 f"{path}: expected a form, got a dict that was {kind}: it was restored without a target; "
                 "restore into a tree of forms, such as lcq.compress(params, rules), by "
-                "flax.serialization.from_bytes(forms, data) or checkpointer.restore(path, forms), or use lcq.save and lcq.load, which need none"
+                "flax.serialization.from_bytes(forms, data) or "
+                "checkpointer.restore(path, forms), or use lcq.save and lcq.load, which need none"
             )
 
 
