@@ -9,7 +9,8 @@ import jax
 from jaxtyping import Array
 
 from lcq.forms.dtypes import own_promotion
-from lcq.forms.registry import register_node
+from lcq.forms.registry import Registry
+from lcq.forms.serialization import register_node
 
 
 def static(**kwargs: Any) -> Any:
@@ -95,7 +96,7 @@ class Form(abc.ABC):
 _F = TypeVar("_F", bound=Form)
 
 
-FORMS: dict[str, type[Form]] = {}
+FORMS: Registry[type[Form]] = Registry("forms", "import the package that registers it; a newer lcq may know it")
 """Every form by its name in files."""
 
 
@@ -112,9 +113,8 @@ def tree_form(cls: type[_F]) -> type[_F]:
 
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))
 def register_form(cls: type[_F]) -> type[_F]:
-    """`tree_form`, and a name that files may contain."""
-    FORMS[cls.__name__] = cls = tree_form(cls)
-    return cls
+    """`tree_form`, and a name that files may contain: that of the class, in `FORMS`."""
+    return FORMS.register(cls.__name__)(tree_form(cls))
 
 
 def is_form(node: Any) -> bool:

@@ -1,118 +1,96 @@
-"""Nodes of trees that leave the process: in functions that `jax.export` stores, and in what flax writes as msgpack.
+"""`Registry`: what a name in a file, a text or an argument stands for, and how other packages add to it."""
 
-A node's arrays go as arrays, its static fields as JSON. Nothing is pickled.
-"""
-
-import dataclasses
-import json
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
-
-import flax.serialization
-import jax
-import jax.export
-import jax.numpy as jnp
-import numpy as np
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
-
-MARK = "form"
-"""The entry of a state dict that names the node's type, and holds its static fields: JSON as bytes, an array."""
+_U = TypeVar("_U")
 
 
-def register_node(
-    cls: type[_T], static: tuple[str, ...], made: Mapping[str, Callable[[Any], Any]] | None = None
-) -> type[_T]:
-    """Registers a dataclass that is a pytree node with `jax.export` and with `flax.serialization`.
+class Registry(Generic[_T]):
+    """Things of one kind by name, in the order in which they were registered.
 
-    What is restored has the static fields that were written, whatever the target's are: with other ones `dense()` would
-    be another array. So only the type of the target's node must fit.
+    lcq has one for each kind that another package can define: forms, schemes, rounding methods, kernels, codecs,
+    checkpoint formats. Its own are registered the same way.
 
     Args:
-        cls: registered by `jax.tree_util.register_dataclass`.
-        static: names of its static fields, in the order in which they were registered.
-        made: for each field that is no string, number, None, or tuple of such: what makes it of a dict of its fields.
+        kind: what these are, in the plural, for errors.
+        remedy: what to do about an unknown name.
 
     Example:
-        >>> import lcq, flax.serialization as fs, jax.numpy as jnp
-        >>> form = lcq.KMeans(2).project(jnp.array([-1., 1., 3.]))
-        >>> fs.from_bytes(form, fs.to_bytes(form)).dense().tolist()
-        [-1.0, 2.0, 2.0]
+        >>> SHAPES = Registry("shapes")
+        >>> @SHAPES.register("square")
+        ... def area(x):
+        ...     return x * x
+        >>> SHAPES["square"](3), list(SHAPES), "circle" in SHAPES
+        (9, ['square'], False)
+        >>> SHAPES["circle"]
+        Traceback (most recent call last):
+        ...
+        ValueError: expected one of the shapes square, got 'circle'; import the package that registers it
     """
-    make = made or {}
-    arrays = tuple(f.name for f in dataclasses.fields(cls) if f.name not in static)  # type: ignore[arg-type]
 
-    def from_json(text: bytes) -> dict[str, Any]:
-        found = {name: _tuples(value) for name, value in json.loads(text).items()}
-        return {
-            name: make[name](value) if name in make and value is not None else value for name, value in found.items()
-        }
+    def __init__(self, kind: str, remedy: str = "import the package that registers it") -> None:
+        self.kind, self.remedy = kind, remedy
+        self._known: dict[str, _T] = {}
 
-    def to_state(node: Any) -> dict[str, Any]:
-        fields = {MARK: cls.__name__, **{name: getattr(node, name) for name in static}}
-        mark = np.frombuffer(_to_json(fields), np.uint8)
-        return {MARK: mark, **{name: flax.serialization.to_state_dict(getattr(node, name)) for name in arrays}}
+    def register(self, name: str) -> Callable[[_U], _U]:
+        """A decorator that gives a name to a class or function, which it returns as it is.
 
-    def from_state(target: Any, state: Any) -> Any:
-        at = flax.serialization.current_path()
-        name = name_of(state)
-        if name != cls.__name__ or set(state) != {MARK, *arrays}:
-            got = name or (sorted(state) if isinstance(state, Mapping) else type(state).__name__)
+        The same definition may come again, as when a cell of a notebook is run twice; the newer one then counts.
+
+        Raises:
+            ValueError: no name, or one that stands for another thing already.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"expected a name for one of the {self.kind}, got {name!r}; pass a string")
+
+        def add(thing: Any) -> Any:
+            old = self._known.get(name)
+            if old is not None and _home(old) != _home(thing):
+                raise ValueError(
+                    f"expected a name that is free among the {self.kind}, got {name!r}, which is {_home(old)}; "
+                    "choose another"
+                )
+            self._known[name] = thing
+            return thing
+
+        return add
+
+    def unregister(self, name: str) -> None:
+        """Frees a name, as after a test.
+
+        Raises:
+            ValueError: a name that is not known.
+        """
+        self[name]
+        del self._known[name]
+
+    def __getitem__(self, name: Any) -> _T:
+        if name not in self:
             raise ValueError(
-                f"{at}: expected the state of {cls.__name__}, got {got}; restore into a tree of such forms"
+                f"expected one of the {self.kind} {', '.join(self._known)}, got {str(name)[:80]!r}; {self.remedy}"
             )
-        fields = from_json(bytes(np.asarray(state[MARK])))
-        del fields[MARK]
-        for key in arrays:
-            old = getattr(target, key)
-            new = flax.serialization.from_state_dict(old, state[key], name=key)
-            fields[key] = jnp.asarray(new) if isinstance(old, jax.Array) and new is not None else new
-        return cls(**fields)
+        return self._known[name]
 
-    def from_auxiliary(text: bytes) -> tuple[Any, ...]:
-        fields = from_json(bytes(text))
-        return tuple(fields[name] for name in static)
+    def name_of(self, thing: Any) -> str | None:
+        """The name that a thing is registered under; None if it is not."""
+        return next((name for name, known in self._known.items() if known is thing), None)
 
-    flax.serialization.register_serialization_state(cls, to_state, from_state)
-    jax.export.register_pytree_node_serialization(
-        cls,
-        serialized_name=f"{cls.__module__}.{cls.__name__}",
-        serialize_auxdata=lambda values: _to_json(dict(zip(static, values, strict=True))),
-        deserialize_auxdata=from_auxiliary,
-    )
-    return cls
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __repr__(self) -> str:
+        return f"Registry({self.kind}: {', '.join(self._known)})"
 
 
-def register_empty(cls: type[_T]) -> type[_T]:
-    """Registers a node without arrays with `flax.serialization`: nothing is written, the target's is restored."""
-    flax.serialization.register_serialization_state(cls, lambda node: {}, lambda target, state: target)
-    return cls
-
-
-def name_of(state: Any) -> str | None:
-    """The type of the node that a state dict was made of; None of any other value.
-
-    Example:
-        >>> import lcq, flax.serialization as fs, jax.numpy as jnp
-        >>> name_of(fs.to_state_dict(lcq.KMeans(2).project(jnp.array([-1., 1., 3.]))))
-        'Codes'
-    """
-    mark = state.get(MARK) if isinstance(state, Mapping) else None
-    if getattr(mark, "dtype", None) != np.uint8 or isinstance(mark, jax.core.Tracer):
-        return None
-    try:
-        fields = json.loads(bytes(np.asarray(mark)))
-    except ValueError:
-        return None
-    return fields.get(MARK) if isinstance(fields, dict) else None
-
-
-def _to_json(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, default=dataclasses.asdict).encode()
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples."""
-    if isinstance(value, dict):
-        return {key: _tuples(part) for key, part in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _home(thing: Any) -> str:
+    """Where a class or function is defined."""
+    made = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{made.__module__}.{made.__qualname__}"

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lcq.forms.base import FORMS, is_form
-from lcq.forms.registry import MARK, name_of
+from lcq.forms.serialization import MARK, name_of
 
 
 def check_restored(tree: Any) -> None:

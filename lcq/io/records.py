@@ -184,8 +184,6 @@ def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
             static, arrays = dict(static), dict(arrays)
         case _:
             raise ValueError(f"expected a form with its static fields and arrays, got {reprlib.repr(record)}")
-    if name not in FORMS:
-        raise ValueError(f"expected one of the forms {', '.join(FORMS)}, got {name[:80]!r}; a newer lcq may know it")
     cls, values = FORMS[name], dict[str, Any]()
     for field in dataclasses.fields(cls):
         is_static = field.metadata.get("static", False)

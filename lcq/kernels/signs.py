@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from lcq.forms.dtypes import own_promotion
-from lcq.forms.registry import register_node
+from lcq.forms.serialization import register_node
 from lcq.kernels import xnor_xla
 from lcq.kernels.columns import pack_columns, pack_signs
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from lcq.forms.dtypes import own_promotion
-from lcq.forms.registry import register_node
+from lcq.forms.serialization import register_node
 from lcq.kernels.api import binary_matmul
 from lcq.kernels.columns import pack_columns, pack_signs
 from lcq.kernels.meshes import by_compiler, explicit_mesh, laid_on, spec_of

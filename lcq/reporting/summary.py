@@ -278,7 +278,7 @@ def describe(leaf: Any) -> str:
 
 def dense_of(form: Form) -> Any:
     """Delta(Theta), by one program for all forms of one structure and shape; step by step of what is no pytree."""
-    return _dense(form) if FORMS.get(type(form).__name__) is type(form) else form.dense()
+    return _dense(form) if FORMS.name_of(type(form)) else form.dense()
 
 
 @jax.jit

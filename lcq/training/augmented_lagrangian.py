@@ -22,7 +22,7 @@ import optax
 from lcq.forms.base import Form, cast_masks, join_leafwise, split_leafwise
 from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import nearest_number, own_promotion
-from lcq.forms.registry import register_empty
+from lcq.forms.serialization import register_empty
 from lcq.training.given import slope_of, weights_of
 from lcq.training.objective import Term
 from lcq.training.penalty import Geometric, gradient, penalty, proximal

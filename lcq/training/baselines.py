@@ -14,7 +14,7 @@ import optax
 
 from lcq.forms.base import Form, cast_masks, is_form
 from lcq.forms.dtypes import native_tree
-from lcq.forms.registry import register_empty
+from lcq.forms.serialization import register_empty
 from lcq.training.augmented_lagrangian import first_forms
 from lcq.training.given import abstract, check_arrays, check_state, slope_of, start_inner, weights_of
 from lcq.training.objective import at, forget

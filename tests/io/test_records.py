@@ -220,7 +220,7 @@ def test_forms_in_forms():
         with pytest.raises(ValueError, match="w: expected a form"):
             decode(record | deep, streams.__getitem__)
     finally:
-        del FORMS["Pair"]
+        FORMS.unregister("Pair")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
