@@ -300,6 +300,6 @@ def test_face_and_benchmark_checks_can_fail():
     face = ast.parse('"""Doc."""\nfrom lcq.forms import Codes\n__all__ = ["Codes"]\n')
     assert face_has_no_logic("lcq/__init__.py", face) == []
     assert face_has_no_logic("lcq/__init__.py", ast.parse("import lcq.forms\nx = 1"))
-    script = "benchmarks/lenet300.py"
+    script = "benchmarks/experiments/lenet300.py"
     assert benchmark_imports(script, ast.parse("import lcq\nfrom lcq import Rule\nfrom lcq.examples import data")) == []
     assert benchmark_imports(script, ast.parse("from lcq.training.lc import lc"))

@@ -103,7 +103,7 @@ def hemp(
             describes the loss (`value`, `grad`, `value_fn`, `obj_fn`, `grad_fn`) that is refused: the terms are the
             gradient of no function. lambda_H is easier to choose with Adam: its steps, in units of a weight's own
             gradients, hold the weights that matter and let the others go, where those of SGD let all go or none
-            (`benchmarks/hemp.py`).
+            (`benchmarks/experiments/hemp.py`).
         rules: which leaves, and the codebook of each: `KMeans`, `Levels`, `Uniform` and their like. Weights cannot grow
             beyond the outermost levels, so these are better wide than few.
         order: n; a file of blocks of n weights has about H_n bits per weight.

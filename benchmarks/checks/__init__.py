@@ -1,0 +1,1 @@
+"""Exact, trusted, verified: what holds or does not."""

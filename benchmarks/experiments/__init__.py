@@ -1,0 +1,1 @@
+"""How right: accuracy, error and bytes."""

@@ -1,0 +1,1 @@
+"""What every script uses: records, checkpoints, tables, files of nets."""

@@ -1,0 +1,58 @@
+"""Where figures come from: every script writes its rows here, as results/NAME.json with how they were made."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent.parent
+RESULTS = FOLDER / "results"
+ARTIFACTS = FOLDER / "artifacts"
+_START = time.time()
+
+
+def record(name: str, rows: Any, *, seeds: Any = (), **facts: Any) -> Path:
+    """Writes results/NAME.json: rows, and the command, commit, seeds, versions, machine, wall and cpu seconds."""
+    RESULTS.mkdir(exist_ok=True)
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    made = {
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ":/lcq", ":/benchmarks/*.py")),
+        "seeds": list(seeds),
+        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "wall_seconds": round(time.time() - _START, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+        **facts,
+    }
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def stored(name: str) -> list[Any]:
+    """The rows of results/NAME.json; none if it does not exist."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def _module() -> str:
+    """benchmarks.experiments.lenet300, of the script that runs."""
+    return ".".join(Path(sys.argv[0]).resolve().relative_to(FOLDER.parent).with_suffix("").parts)
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=FOLDER, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

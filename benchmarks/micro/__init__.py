@@ -1,0 +1,1 @@
+"""How fast: times and memory."""
