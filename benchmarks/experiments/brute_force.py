@@ -18,7 +18,8 @@ import optax
 import scipy.optimize
 
 import lcq
-from benchmarks.harness.record import record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import record, stored
 
 STARTS, PROBLEMS = 20, 5
 SHAPES = ((60, 4), (60, 7), (60, 10))
@@ -61,6 +62,30 @@ def lc(loss: Callable[[Any], Any], start: Any, smooth: float) -> Any:
 
     (params, _), _ = jax.lax.scan(l_step, (params, tx.init(params)), length=120)
     return lcq.KMeans(2).project(params["w"]).dense()
+
+
+def table() -> str:
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for row in stored("brute_force"):
+        groups.setdefault((row["problem"], row["weights"]), []).append(row)
+    rows = []
+    for (problem, weights), members in groups.items():
+        hits = sum(row["starts_at_the_optimum"] for row in members)
+        starts = sum(row["starts"] for row in members)
+        worst = max(row["lc_median"] / row["optimum"] - 1 for row in members)
+        direct = max(row["direct_compression"] / row["optimum"] - 1 for row in members)
+        found = sum(row["starts_at_the_optimum"] > 0 for row in members)
+        rows.append(
+            [
+                f"{problem}, {weights} weights",
+                f"{hits} of {starts}",
+                f"{found} of {len(members)}",
+                f"{100 * worst:.1f} %",
+                f"{100 * direct:.0f} %",
+            ]
+        )
+    head = ["K = 2", "starts at the optimum", "problems solved", "LC's median above it, at worst", "direct compression"]
+    return grid(head, rows)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import lcq
 from benchmarks.experiments.gpfq_train import HELD_BACK, NETS, RECIPES
 from benchmarks.experiments.gpfq_train import load as load_images
+from benchmarks.harness.markdown import grid
 from benchmarks.harness.record import ARTIFACTS, record, stored
 from lcq.examples import data, models
 
@@ -107,6 +108,35 @@ def quantized(net: Net, recipe: str, batches: list[Any], radius: float | None = 
         "C": radius,
     }
     return done.forms, facts
+
+
+TITLES = {"mnist": "MNIST 784-500-300-10", "cifar": "CIFAR-10 CNN", "resnet20": "ResNet-20, CIFAR-10"}
+TARGETS = {
+    ("mnist", 3): (-0.43, -0.3),
+    ("cifar", 16): (-0.17, -0.1),
+    ("cifar", 8): (-1.06, -0.7),
+    ("cifar", 4): (-4.4, -3.0),
+    ("cifar", 3): (-7.0, -5.0),
+    ("resnet20", 16): (91.61, 91.8),
+    ("resnet20", 8): (91.21, 91.5),
+    ("resnet20", 4): (89.30, 90.3),
+    ("resnet20", 3): (88.95, 89.8),
+}
+"""Accept and aim, in percent right; negative numbers are from the float net."""
+
+
+def table() -> str:
+    """Test accuracies; a row for each net and number of levels."""
+    columns = ("nearest", "paper", *METHODS[1:])
+    rows = []
+    for (net, levels), targets in TARGETS.items():
+        by_method = {row["recipe"].split("-")[0]: row for row in stored(f"gpfq_{net}") if row["levels"] == levels}
+        before = next(iter(by_method.values()))["float_accuracy"]
+        cells = [f"{by_method[m]['accuracy']:.2f}" if m in by_method else "" for m in columns]
+        accept, aim = (t if t > 0 else before + t for t in targets)
+        rows.append([f"{TITLES[net]}, {levels} levels", f"{before:.2f}", *cells, f"{accept:.2f} / {aim:.2f}"])
+    head = ["test accuracy %", "float", "nearest", "GPFQ, paper's levels", "GPTQ", "GPFQ", "Qronos", "`descent`"]
+    return grid([*head, "accept / aim"], rows)
 
 
 def main() -> None:

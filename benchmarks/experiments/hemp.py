@@ -47,6 +47,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import lcq
 from benchmarks.experiments import gpfq_train, resnet20
 from benchmarks.harness.checkpoint import digest, keep, maker, resume
+from benchmarks.harness.markdown import grid
 from benchmarks.harness.record import ARTIFACTS, RESULTS, record, stored
 from lcq.examples import data
 from lcq.examples.train import evaluate
@@ -414,6 +415,24 @@ def summary(net: str) -> list[dict[str, Any]]:
             sizes = {name: bytes_at(curve, error) for name, curve in sorted(curves.items())}
             rows.append({"judged_by": judge, "error": error, "bytes": sizes})
     return rows
+
+
+TITLES = {"lenet5": "LeNet-5, MNIST", "resnet20": "ResNet-20, CIFAR-10"}
+
+
+def table() -> str:
+    """Bytes with and without the term at equal errors."""
+    rows = []
+    for net, title in TITLES.items():
+        for row in stored(f"hemp_{net}"):
+            without, sizes = row["bytes"]["0"], [row["bytes"].get(str(order)) for order in (1, 2, 3)]
+            best = row["bytes"]["any"]
+            saved = f"{100 * (1 - best / without):.0f} %" if best else ""
+            cells = [f"{size:,.0f}" if size else "" for size in (without, *sizes)]
+            judge = "held back" if row["judged_by"] == "held_back_error" else "test"
+            rows.append([f"{title}, {row['error']:.2f} % {judge}", *cells, saved, "15 / 25 %"])
+    head = ["bytes at equal error", "without the term", "n = 1", "n = 2", "n = 3", "smaller by", "accept / aim"]
+    return grid(head, rows)
 
 
 def main() -> None:

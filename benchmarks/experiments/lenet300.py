@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 
 import lcq
-from benchmarks.harness.record import ARTIFACTS, RESULTS, record, stored
+from benchmarks.experiments.lenet300_report import plot, plot_rates
+from benchmarks.harness.record import ARTIFACTS, record, stored
 from lcq.examples import data, models
 
 BATCH = 256
@@ -270,62 +270,6 @@ def tune(name: str, recipe: Recipe, sets: Any) -> dict[str, Any]:
     loss, error = map(float, judge(lcq.decompress(forms), x[back], y[back]))
     print(name, error, loss, curve[-1], flush=True)
     return {"recipe": name, "held_back_error": error, "held_back_loss": loss, **curve[-1]}
-
-
-def plot() -> None:
-    """Train loss, train error and gap of the 1-bit recipes against epochs: medians, and the range over seeds."""
-    names = {"lc_k2": "LC", "lc_k2_adam": "LC, Adam", "lc_k2_proximal": "LC, proximal", "lc_k2_slow": "LC, slow"}
-    names |= {"ste_k2": "straight-through", "idc_k2": "iterated direct"}
-    results = {row["recipe"]: row for name in RECIPES for row in stored(f"lenet300_{name}")}
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = {"train_loss": "train loss of Delta", "train_error": "train error of Delta, %", "gap": "gap"}
-    for axes, (key, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name, label in names.items():
-            if name not in results or (key == "gap" and not name.startswith("lc")):
-                continue
-            curves = [run["curve"] for run in results[name]["runs"]]
-            epochs = [point["epoch"] for point in curves[0]]
-            values = np.sort([[point[key] for point in curve] for curve in curves], axis=0)
-            (line,) = axes.semilogy(epochs, np.median(values, axis=0), label=label, linewidth=1.3)
-            axes.fill_between(epochs, values[0], values[-1], color=line.get_color(), alpha=0.15, linewidth=0)
-        if key != "gap" and "dc_k2" in results:
-            axes.axhline(results["dc_k2"]["median"][key], color="gray", linestyle=":", label="direct compression")
-        axes.set(xlabel="epochs", title=title)
-    figure.get_axes()[0].legend(fontsize=7)
-    figure.savefig(RESULTS / "lenet300.png", dpi=110)
-
-
-def plot_rates() -> None:
-    """Test error against bytes on disk, for every scheme and method, one seed or the median."""
-    families = {"codebooks": "k2 k4 k16", "ternary": "ternary", "pruning": "l0_1 l0_2 l0_3 l0_5 l0_10"}
-    families |= {"pruning, 16 values": "l0_2_k16 l0_5_k16", "low rank": "rank_5 rank_10 rank_20"}
-    families |= {"1 bit + 1 % corrections": "k2_l0_1", "rank 2 + 3 % corrections": "rank_2_l0_3"}
-    methods = {"dc": ("direct compression", ":", 0.5), "idc": ("iterated direct", "--", 0.7), "lc": ("LC", "-", 1.0)}
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for i, (family, names) in enumerate(families.items()):
-        axes.plot([], [], "osD^vP*"[i], color=f"C{i}", label=family)
-        for method, (_, line, strength) in methods.items():
-            found = [row["median"] for name in names.split() for row in stored(f"lenet300_{method}_{name}")]
-            points = sorted((median["bytes"] / 1e3, median["test_error"]) for median in found)
-            across, up = zip(*points, strict=True) if points else ((), ())
-            axes.plot(across, up, line, marker="osD^vP*"[i], color=f"C{i}", markersize=5, alpha=strength)
-    for label, line, strength in methods.values():
-        axes.plot([], [], line, color="black", alpha=strength, label=label)
-    (given,) = stored("lenet300_reference")
-    axes.axhline(
-        given["median"]["test_error"],
-        color="gray",
-        linewidth=1,
-        label=f"float32 (given), {given['median']['bytes'] / 1e3:,.0f} kB",
-    )
-    axes.set(xscale="log", yscale="log", xlabel="kB on disk", ylabel="test error, %", title="LeNet300, MNIST")
-    axes.set_xticks(kilobytes := [10, 20, 40, 80, 160], map(str, kilobytes))
-    axes.set_yticks(percent := [2, 3, 5, 10, 20, 50, 100], map(str, percent))
-    axes.minorticks_off()
-    figure.legend(fontsize=8, loc="outside right center", frameon=False)
-    axes.grid(alpha=0.3, linewidth=0.5)
-    figure.savefig(RESULTS / "lenet300_rates.png", dpi=110)
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ import optax
 
 import lcq
 from benchmarks.experiments import lenet300
-from benchmarks.harness.record import ARTIFACTS, record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import ARTIFACTS, record, stored
 from lcq.examples import data
 
 
@@ -89,6 +90,33 @@ def train(recipe: Small, params: Any, x: Any, y: Any) -> Any:
 
     tx = optax.adam(optax.cosine_decay_schedule(1e-3, recipe.tuned * steps))
     return lcq.tune(lambda p, batch: loss(p, *batch), forms, tx, batches()) if recipe.tuned else forms
+
+
+TITLES = {
+    "lenet300_3": ("LeNet300, MNIST, 3 % kept, 16 values", "error 2.2 in 14 / 9 kB"),
+    "lenet300_3_teacher": ("the same, teacher", "error 2.2 in 14 / 9 kB"),
+    "lenet300_2.2_teacher": ("LeNet300, MNIST, 2.2 % kept, 8 values, teacher", "error 2.2 in 14 / 9 kB"),
+    "lenet300_2.5_moved": ("LeNet300, MNIST, 2.5 % kept, 8 values, teacher, moved", "error 2.2 in 14 / 9 kB"),
+}
+RATES = {
+    "lc_k8_rate": "K = 8, rate .0013, teacher",
+    "lc_k8_rate_l2": "K = 8, rate .0013, five times the L2",
+    "lc_k8_low_rate_l2": "K = 8, rate .0006, five times the L2",
+    "lc_k8_evened_rate_l2": "K = 8, rate .0017, less where weights matter more, five times the L2",
+}
+
+
+def table() -> str:
+    """The smallest files of whole nets."""
+    rows = []
+    for name, (title, target) in TITLES.items():
+        for row in stored(f"smallest_{name}"):
+            rows.append([title, f"{row['test_error']:.2f}", f"{row['bytes']:,}", target])
+    for name, title in RATES.items():
+        for row in stored(f"resnet20_{name}"):
+            target = "91.2 % in 60 / 45 kB; 90.5 % in 45 / 36 kB"
+            rows.append([f"ResNet-20, CIFAR-10, {title}", f"{100 - row['accuracy']:.2f}", f"{row['bytes']:,}", target])
+    return grid(["everything counted", "test error %", "bytes", "accept / aim"], rows)
 
 
 def main() -> None:

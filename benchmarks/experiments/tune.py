@@ -20,7 +20,8 @@ import optax
 
 import lcq
 from benchmarks.experiments import gpfq_train, lenet300, resnet20
-from benchmarks.harness.record import ARTIFACTS, record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import ARTIFACTS, RESULTS, record, stored
 from lcq.examples import data
 from lcq.examples.train import evaluate
 
@@ -82,6 +83,24 @@ def saved(name: str, tree: Any) -> dict[str, Any]:
 
 RUNS = {f"lenet300_{name}": functools.partial(lenet, name) for name in LENET}
 RUNS |= {f"resnet20_dc_k{k}": functools.partial(resnet, k) for k in (4, 16)}
+
+
+def table() -> str:
+    """What recalibrating batch norm and tuning add."""
+    rows = []
+    for path in sorted(RESULTS.glob("tune_lenet300_*.json")):
+        (row,) = stored(path.stem)
+        name = row["name"].removeprefix("lenet300_")
+        numbers = [f"{row['train_loss_before']:.4f}", f"{row['train_loss']:.4f}"]
+        rows.append(
+            [f"LeNet300, `{name}`", *numbers, f"{row['test_error_before']:.2f}", "", f"{row['test_error']:.2f}"]
+        )
+    for path in sorted(RESULTS.glob("tune_resnet20_*.json")):
+        (row,) = stored(path.stem)
+        errors = [f"{100 - row[k]:.2f}" for k in ("accuracy_as_it_is", "accuracy_recalibrated", "accuracy")]
+        rows.append([f"ResNet-20, `{row['name'].removeprefix('resnet20_')}`", "", "", *errors])
+    head = ["", "train loss before", "tuned", "test error % before", "batch norm recalibrated", "tuned"]
+    return grid(head, rows)
 
 
 def main() -> None:

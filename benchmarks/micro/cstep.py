@@ -24,7 +24,8 @@ import numpy as np
 import scipy.special
 
 import lcq
-from benchmarks.harness.record import record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import record, stored
 
 SEEDS, SIZE, ROUNDS, RESTARTS, ITERATIONS = (0, 1, 2), 1_000_000, 15, 5, 100
 NETS = ("resnet20_cifar10", "lenet300_tanh_mnist")
@@ -139,6 +140,32 @@ def kernels() -> list[dict[str, Any]]:
             row = {"what": "kernels", "net": net, "k": k, "count": len(over), "worst": worst, "excess": over[worst]}
             rows.append(row | {"median": statistics.median(over.values()), "far": sum(e > 5e-4 for e in over.values())})
     return rows
+
+
+def table() -> str:
+    """Times in units of one `jnp.sort` of the same array."""
+    by_kind: dict[str, list[Any]] = {}
+    for row in stored("cstep"):
+        by_kind.setdefault(row["what"], []).append(row)
+    sort, cold, warm = (by_kind[kind][0] for kind in ("sort", "cold", "warm"))
+    exact = max(row["cpu_seconds"] for row in by_kind["exact"])
+    excess = max(row["excess_of_cold"] for row in by_kind["exact"])
+    constants = max(abs(row["exact"] / row["constant"] - 1) for row in by_kind["lloyd_max"])
+    plus = max(row["cold_over_best"] for row in by_kind["kmeans_plus_plus"])
+    rows = [
+        ["`jnp.sort`, 1e6 weights", f"{1e3 * sort['seconds']:.0f} ms", ""],
+        ["cold, K = 16, in jit", f"{cold['of_a_sort']:.3f} of a sort", ".5 / .2"],
+        ["warm, K = 16, in jit", f"{warm['of_a_sort']:.3f} of a sort", ".1 / .05"],
+        ["memory, cold / warm", f"{cold['copies_of_the_leaf']:.2f} / {warm['copies_of_the_leaf']:.2f} leaves", "4"],
+        ["exact, K = 16", f"{exact:.1f} cpu s at most", "10 / 2 s"],
+        ["cold above the exact optimum", f"{100 * excess:.2f} %", ".1 %"],
+        ["exact from the Lloyd-Max constants", f"{100 * constants:.2f} %", ".1 %"],
+        ["K = 256, n = 1e5, over best of 5 k-means++", f"{plus:.3f} at most", "1"],
+    ]
+    for row in by_kind.get("kernels", []):
+        what = f"{row['net'].split('_')[0]}, K = {row['k']}: cold above the exact optimum at worst, of {row['count']}"
+        rows.append([what, f"{100 * row['excess']:.3f} %", ".2 / .05 %"])
+    return grid(["K-means", "measured", "accept / aim"], rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lcq
-from benchmarks.harness.record import record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import record, stored
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.sequential import follow
 from lcq.ptq.statistics import Statistics, finish, gather
@@ -155,6 +156,34 @@ def brevitas(python: str, seconds: float) -> Any:
         "codes_as_ours": same,
         "versions": versions,
     }
+
+
+def table() -> str:
+    by_what = {(row["what"], row["inputs"]): row for row in stored("gpfq_speed")}
+    gpfq, recursion = by_what["gpfq", 1024], by_what["recursion", 4096]
+    compiled = [row["seconds"] for row in by_what.values() if row["what"] == "compilation"]
+    walks = [row["walk_in_forward_passes"] for row in stored("gpfq_walk")]
+    new = [row["compilations"] for row in stored("gpfq_walk")[1:]]
+    rows = [
+        [
+            "N = n = 1024, m = 4096, over [N, m] [m, N] products",
+            f"{gpfq['of_rate_of_wide']:.2f} of their rate",
+            ".7 / .9",
+        ],
+        ["the same over [N, N] [N, n] products", f"{gpfq['of_rate_of_square']:.2f} of their rate", ".7 / .9"],
+        ["the same, in seconds", f"{gpfq['seconds']:.2f}", ""],
+        ["over the literal recursion as a scan", f"{gpfq['follow_over_this']:.1f} times", "4 / 5"],
+    ]
+    if peer := by_what.get(("brevitas", 1024)):
+        same = f"{100 * peer['codes_as_ours']:.2f} % equal codes"
+        rows.append([f"over Brevitas' GPFQ ({same})", f"{peer['over_gpfq']:.1f} times", "30"])
+    rows += [
+        ["N = 4096, n = 1024, recursion", f"{recursion['of_rate_of_large']:.2f} of the matmul rate", ".4 / .6"],
+        ["compilation, N = 256, 1024, 4096", ", ".join(f"{s:.1f}" for s in compiled) + " s", "3 s"],
+        ["walk over ResNet-20, in forward passes", ", ".join(f"{w:.1f}" for w in walks), "3"],
+        ["its compilations for further numbers of batches", ", ".join(map(str, new)), "0"],
+    ]
+    return grid(["GPFQ", "measured", "accept / aim"], rows)
 
 
 def main() -> None:

@@ -22,6 +22,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import ARTIFACTS, record, stored
+
 FLUSH = 1 << 26
 """Floats, 256 MB, which no cache holds."""
 
@@ -174,7 +177,6 @@ def net_rows() -> list[dict[str, Any]]:
     import numpy as np
 
     import lcq
-    from benchmarks.harness.record import ARTIFACTS
     from lcq.examples import models
 
     widths = (784, SIZE, SIZE, 10)
@@ -214,6 +216,41 @@ def net_rows() -> list[dict[str, Any]]:
     return rows
 
 
+SIGN_TARGETS = {
+    (1, 4096, 4096): "15 / 25",
+    (256, 1024, 1024): "8 / 10; 14 / 18",
+    (256, 4096, 4096): "8 / 10; 14 / 18",
+}
+WEIGHT_TARGETS = {"1 bit, learned": "4 / 15", "ternary": "4 / 8", "uniform 4 bits": "4 / 8", "codebook of 16": ""}
+
+
+def table() -> str:
+    """How many times faster than float32: one and two cores, both vector widths."""
+    rows = stored("kernels") + stored("kernels_kept")
+    runs = list(dict.fromkeys((row["cores"], row["vector_bits"]) for row in rows))
+    lines: dict[tuple[str, str], dict[Any, str]] = {}
+    for row in rows:
+        m, *rest = row["shape"]
+        for name, times in row["times"].items():
+            if row["kind"] == "signs":
+                if "packing" in name:
+                    continue
+                label = f"{name}: {m} x {rest[0]} x {rest[1]}", SIGN_TARGETS.get(tuple(row["shape"]), "1")
+            elif row["kind"] in ("weights", "kept weights"):
+                if m not in (1, 64):
+                    continue
+                target = WEIGHT_TARGETS.get(name, "") if m == 1 else ".9"
+                label = f"{name}: {m} x {rest[0]} x {rest[1]}", target if row["kind"] == "weights" else ""
+            elif row["kind"].endswith("convolution"):
+                label = f"{row['kind']} 256 to 256, 28 x 28, batch of {m}, packing included", "6 / 8"
+            else:
+                label = f"{row['kind']}, batch of {m}: {name}", ""
+            lines.setdefault(label, {})[row["cores"], row["vector_bits"]] = f"{times:.{1 + (times < 2)}f}"
+    head = ["times faster than float32", *(f"{c} core{'s' * (c > 1)}, {v} bits" for c, v in runs), "accept / aim"]
+    cells = [[name, *(found.get(run, "") for run in runs), target] for (name, target), found in lines.items()]
+    return grid(head, cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
@@ -226,7 +263,6 @@ def main() -> None:
             json.dumps(kept_rows() if args.kept else [*signs_rows(), *convolution_rows(), *weight_rows(), *net_rows()])
         )
         return
-    from benchmarks.harness.record import record
 
     here = sorted(os.sched_getaffinity(0))
     rows = []

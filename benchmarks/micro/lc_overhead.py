@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 import lcq
-from benchmarks.harness.record import record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import record, stored
 from lcq.examples import models
 
 STEPS, BATCH, ROUNDS = 234, 256, 15
@@ -86,6 +87,21 @@ def ratios(txs: dict[str, Any], params: Any, x: Any, y: Any) -> dict[str, Any]:
 
 def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def table() -> str:
+    rows = [
+        [
+            f"`{row['scheme']}`",
+            *(f"{row['steps'][kind]['wrapped']['ratio']:.3f}" for kind in ("calls", "scan")),
+            *(f"{row['steps'][kind]['bare again']['ratio']:.3f}" for kind in ("calls", "scan")),
+            f"{row['state_over_weights']:.2f}",
+            f"{row['c_step_temporary_over_largest_leaf']:.2f}",
+        ]
+        for row in stored("lc_overhead")
+    ]
+    head = ["LeNet300, batch 256", "step over bare: calls", "scan", "noise: calls", "scan"]
+    return grid([*head, "state / weights", "C step's memory / leaf"], rows)
 
 
 def main() -> None:
