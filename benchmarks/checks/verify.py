@@ -15,7 +15,7 @@ import lcq
 from benchmarks.experiments import (
     gpfq_images,
     gpfq_transformers,
-    hemp,
+    hemp_nets,
     lenet300,
     resnet20,
     smallest,
@@ -45,7 +45,7 @@ def rows() -> Iterator[Check]:
     for name in smooth_binary.METHODS:
         rows = stored(f"smooth_binary_resnet20_{name}")
         yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in rows)
-    for name in hemp.NETS:
+    for name in hemp_nets.NETS:
         for path in sorted(RESULTS.glob(f"hemp_{name}_n*.json")):
             yield from ((row, functools.partial(hemp_error, name)) for row in stored(path.stem))
     for name in smallest.RECIPES:
@@ -68,11 +68,11 @@ def lenet_error(params: Any) -> dict[str, float]:
 
 @functools.cache
 def hemp_test(name: str) -> Any:
-    return hemp.NETS[name].images().test
+    return hemp_nets.NETS[name].images().test
 
 
 def hemp_error(name: str, variables: Any) -> dict[str, float]:
-    return {"test_error": hemp.judge(hemp.NETS[name], variables, hemp_test(name))[1]}
+    return {"test_error": hemp_nets.judge(hemp_nets.NETS[name], variables, hemp_test(name))[1]}
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from benchmarks.experiments import (
     brute_force,
     gpfq_images,
     gpfq_transformers_table,
-    hemp,
+    hemp_summary,
     lenet300_report,
     resnet20_table,
     smallest,
@@ -38,7 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels.table,
     "coder": coder.table,
     "smooth_binary": smooth_binary_table.table,
-    "hemp": hemp.table,
+    "hemp": hemp_summary.table,
     "smallest": smallest.table,
 }
 
