@@ -1,0 +1,265 @@
+"""`lcq quantize`: a function and data by name, a mask, a plan, and every complaint in one line."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lcq
+from lcq.cli.main import main
+from lcq.io.checkpoints import checkpoint
+
+RULE = "(.*/)?kernel=KMeans(4)"
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    kernels = {f"dense{i}": {"kernel": rng.normal(size=(12, 8)).astype(np.float32)} for i in range(2)}
+    return kernels | {"bias": np.arange(5, dtype=np.float32), "count": np.arange(3)}
+
+
+@pytest.fixture
+def source(tmp_path):
+    checkpoint.write(tmp_path / "in.npz", weights())
+    return tmp_path / "in.npz"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def same(a, b):
+    x, y = (lcq.decompress(tree) for tree in (a, b))
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+NET = """
+import jax
+
+number = 3
+
+
+def apply(params, tokens):
+    x = params["embedding"][tokens]
+    for name in ("dense0", "dense1"):
+        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+    return x
+
+
+def misspelt(params, tokens):
+    return params["embeding"][tokens]
+
+
+def masked(params, batch):
+    return apply(params, batch["tokens"])
+
+
+def transposed(params, tokens):
+    return params["embedding"][tokens] @ params["dense0"]["kernel"].T @ params["dense1"]["kernel"].T
+"""
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    """A current folder with a module tinynet, its checkpoint net.npz, and data.npz: 21 rows of 3 tokens."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (6, 6), "bias": (6,)}
+    params = {
+        name: {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+        for name in ("dense0", "dense1")
+    } | {"embedding": rng.normal(size=(11, 6)).astype(np.float32)}
+    checkpoint.write(tmp_path / "net.npz", params)
+    tokens = rng.integers(0, 11, (21, 3))
+    np.savez(tmp_path / "data.npz", tokens=tokens)
+    (tmp_path / "tinynet.py").write_text(NET)
+    (tmp_path / "broken.py").write_text("import nowhere_at_all\n")
+    (tmp_path / "torn.py").write_text("def apply(:\n")
+    monkeypatch.chdir(tmp_path)
+    for module in ("tinynet", "broken", "torn"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    return params, tokens
+
+
+def quantize(*more, function="tinynet:apply", source="net.npz", data="data.npz", rule="dense./kernel=Ternary"):
+    return run("quantize", function, source, "--data", data, "--rule", rule, "-o", "out.lcq", *more)
+
+
+def test_quantize_does_what_the_function_does(net, capsys):
+    params, tokens = net
+    path = list(sys.path)
+    assert quantize("--nearest-rule", "embedding=Uniform(4)", "--batch", "8") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert sys.path == path
+
+    def apply(params, tokens):
+        x = params["embedding"][tokens]
+        for name in ("dense0", "dense1"):
+            x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
+        return x
+
+    rules = [lcq.Rule("dense./kernel", lcq.Ternary())], [lcq.Rule("embedding", lcq.Uniform(4))]
+    expected = lcq.quantize(apply, params, [tokens[:8], tokens[8:16], tokens[16:]], rules[0], nearest=rules[1])
+    same(lcq.load("out.lcq"), expected.forms)
+    assert not np.array_equal(lcq.load("out.lcq")["dense1"]["bias"], params["dense1"]["bias"])
+    lines = [line.split() for line in captured.out.splitlines()]
+    for record in expected.records:
+        facts = [record.path, "1x24x6x6", "Descent,", f"{record.recursion},", "centred", "3", "2"]
+        assert [*facts, f"{record.error:.2e}", f"{record.scale:.3g}"] in [line[:-1] for line in lines]
+    size = (Path("out.lcq")).stat().st_size
+    assert ["on", "disk", f"{8 * size:,}", f"{size:,}"] in [line[:4] for line in lines] and "distortion" in captured.out
+    assert lcq.read_plan("out.lcq") == lcq.Plan([*rules[1], *rules[0]])
+    assert quantize() == 1 and "--force" in capsys.readouterr().err
+
+
+def test_quantize_takes_a_plan(net):
+    Path("plan.toml").write_text(str(lcq.Plan([lcq.Rule("dense./kernel", lcq.Ternary())])))
+    command = ["quantize", "tinynet:apply", "net.npz", "--data", "data.npz", "-o", "out.lcq"]
+    assert run(*command, "--plan", "plan.toml") == 0
+    assert lcq.read_plan("out.lcq") == lcq.read_plan("plan.toml")
+    assert lcq.load("out.lcq")["dense0"]["kernel"].size_of_table == 3
+    assert run(*command, "--plan", "plan.toml", "--rule", RULE) == 2 and run(*command) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "lengths"),
+    [
+        ((), [21]),
+        (("--batch", "7"), [7, 7, 7]),
+        (("--batch", "10"), [10, 10, 1]),
+        (("--batch", "10", "--limit", "20"), [10, 10]),
+        (("--batch", "10", "--limit", "13"), [10, 3]),
+        (("--limit", "4"), [4]),
+        (("--limit", "40"), [21]),
+    ],
+)
+def test_quantize_makes_batches_of_all_examples(net, more, lengths, monkeypatch):
+    _, tokens = net
+    given, options = asked(monkeypatch, *more)
+    assert [batch.shape for batch in given["batches"]] == [(length, 3) for length in lengths]
+    used = np.concatenate(given["batches"])
+    np.testing.assert_array_equal(used, tokens[: sum(lengths)])
+    assert options["centred"] and given["method"] == "descent" and options["nearest"] == [] and options["mask"] is None
+
+
+def test_quantize_hands_on_several_arrays_and_the_options(net, monkeypatch):
+    _, tokens = net
+    np.savez("many.npz", **{"tokens": tokens, "mask": tokens > 3})
+    more = ("--batch", "9", "--method", "spfq", "--seed", "5", "--not-centred", "--nearest-rule", "embedding=Cast")
+    given, options = asked(monkeypatch, *more, data="many.npz")
+    assert [{name: a.shape for name, a in batch.items()} for batch in given["batches"]] == [
+        {"tokens": (length, 3), "mask": (length, 3)} for length in (9, 9, 3)
+    ]
+    np.testing.assert_array_equal(given["batches"][1]["mask"], tokens[9:18] > 3)
+    assert given["method"] == "spfq" and not options["centred"]
+    assert options["nearest"] == [lcq.Rule("embedding", lcq.Cast())] and jnp.all(options["key"] == jax.random.key(5))
+
+
+def test_quantize_leaves_out_what_the_mask_does(net, capsys):
+    """Which token pads is no matter, in the short last batch as in others."""
+    _, tokens = net
+    counts = np.ones(tokens.shape, np.int32)
+    counts[4:, 2] = counts[17, 1] = 0
+    for padding in (3, 7):
+        np.savez(f"{padding}.npz", tokens=np.where(counts, tokens, padding), attention=counts)
+
+    def layers(padding, *more):
+        done = quantize("--batch", "8", "--force", *more, function="tinynet:masked", data=f"{padding}.npz")
+        assert done == 0 and Path("out.lcq").exists()
+        return jax.tree.leaves(lcq.decompress(lcq.load("out.lcq")))
+
+    for one, other in zip(layers(3, "--mask", "attention"), layers(7, "--mask", "attention"), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    counts[16:] = 0  # a batch of padding alone
+    np.savez("8.npz", tokens=np.where(counts, tokens, 3), attention=counts)
+    np.savez("9.npz", tokens=tokens[:16], attention=counts[:16])
+    for one, other in zip(layers(8, "--mask", "attention"), layers(9, "--mask", "attention"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    differ = [np.abs(one - other).max() > 1e-2 for one, other in zip(layers(3), layers(7), strict=True)]
+    assert any(differ)
+    np.savez("none.npz", tokens=tokens, attention=0 * counts)
+    assert quantize("--mask", "attention", "--force", data="none.npz") == 1
+    assert "none.npz: attention: expected a position that counts" in capsys.readouterr().err
+    assert quantize("--mask", "attention", "--force") == 1
+    assert "inputs and the array 'attention' that says which of their positions" in capsys.readouterr().err
+    assert quantize("--mask", "tokens", "--force") == 1 and "; name it with --mask" in capsys.readouterr().err
+
+
+def test_quantize_dry_run_writes_nothing(net, capsys, monkeypatch):
+    monkeypatch.setattr(lcq, "quantize", None)
+    command = [
+        "quantize",
+        "tinynet:apply",
+        "net.npz",
+        "--data",
+        "data.npz",
+        "--rule",
+        "dense./kernel=Uniform(4, per=3)",
+    ]
+    assert run(*command, "--dry-run", "--nearest-rule", "embedding=Cast") == 0
+    shown = capsys.readouterr().out
+    assert "3 of axis 0, axis 1" in shown and "bfloat16" in shown and not Path("out.lcq").exists()
+    assert run(*command) == 2 and "expected -o OUT.lcq, or --dry-run" in capsys.readouterr().err
+    transposed = [*command, "--dry-run"]
+    transposed[1] = "tinynet:transposed"
+    assert run(*transposed) == 0 and "axis 0, 3 of axis 1" in capsys.readouterr().out
+    assert run(*command[:-1], "dense./kernel=Uniform(4, per=4)", "--dry-run") == 1
+    assert capsys.readouterr().err.startswith("lcq quantize: dense0/kernel: ")
+
+
+def asked(monkeypatch, *more, **where):
+    """What the command asks of lcq.quantize."""
+    asked = []
+
+    def stand_in(fn, params, batches, rules, method, **options):
+        asked.append(({"batches": batches, "method": method}, options))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(lcq, "quantize", stand_in)
+    assert quantize(*more, **where) == 1
+    return asked[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"function": "notthere:apply"}, "notthere: no such module, neither in "),
+        ({"function": "tinynet.inner:apply"}, "tinynet.inner: no such module"),
+        ({"function": "tinynet:aply"}, "tinynet: no 'aply' in it; it has apply, misspelt, masked"),
+        ({"function": "tinynet:number"}, "tinynet:number: expected a function of (params, batch), got int"),
+        ({"function": "tinynet:misspelt"}, "tinynet:misspelt: KeyError: 'embeding' (tinynet.py, line 15)"),
+        ({"function": "broken:apply"}, "broken: No module named 'nowhere_at_all', which it imports"),
+        ({"function": "torn:apply"}, "torn: SyntaxError: "),
+        ({"source": "gone.npz"}, "gone.npz: no such file"),
+        ({"data": "gone.npz"}, "gone.npz: no such file"),
+        (
+            {"data": "uneven.npz"},
+            "uneven.npz: expected arrays with equally many examples along their first axis, got a [2]",
+        ),
+        ({"data": "empty.npz"}, "empty.npz: expected arrays"),
+        ({"data": "number.npz"}, "number.npz: expected arrays"),
+        ({"rule": "kernel=Ternary"}, "rule 'kernel' matches no leaf"),
+        ({"rule": "embedding=Ternary"}, "embedding: expected a leaf that only products use"),
+        (
+            {"rule": ".*/kernel=KMeans(2); joint"},
+            "dense0/kernel, dense1/kernel: each product has an alphabet of its own",
+        ),
+    ],
+)
+def test_quantize_says_what_is_wrong_in_one_line(net, changed, complaint, capsys):
+    np.savez("uneven.npz", a=np.ones(2), b=np.ones(3))
+    np.savez("empty.npz", a=np.ones((0, 3)))
+    np.savez("number.npz", a=np.float32(3))
+    assert quantize(**changed) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lcq quantize: ") and captured.err.count("\n") == 1 and captured.out == ""
+    assert complaint in captured.err and not Path("out.lcq").exists()
+
+
+def test_quantize_misses_a_folder_before_it_works(net, capsys, monkeypatch):
+    monkeypatch.setattr(lcq, "quantize", None)
+    assert quantize("-o", "no/out.lcq") == 1 and "no: no such folder" in capsys.readouterr().err

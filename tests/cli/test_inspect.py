@@ -1,0 +1,25 @@
+"""`lcq inspect` reads a file without making anything dense."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import lcq
+from lcq.cli.main import main
+from lcq.forms import Factors
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_inspect_makes_nothing_dense(tmp_path, capsys, monkeypatch):
+    ones = np.ones((1 << 17, 1), np.float32)
+    form = Factors(left=ones, tail=(1 << 17, 1 << 17), right=ones.T.copy())
+    lcq.save(tmp_path / "large.lcq", {"large": form, "small": lcq.KMeans(2).project(jnp.arange(8.0))})
+    assert run("decompress", tmp_path / "large.lcq", "-o", tmp_path / "x.npz") == 1
+    assert "--limit" in capsys.readouterr().err
+    monkeypatch.setattr(Factors, "dense", None)
+    assert run("inspect", tmp_path / "large.lcq") == 0
+    assert "131072x1" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "large.lcq", "--limit", "0.9M") == 1
+    assert run("inspect", tmp_path / "large.lcq", "--limit", "1.5MiB") == 0
