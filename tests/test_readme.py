@@ -54,14 +54,6 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
             exec(compile("".join(cell["source"]), path.name, "exec"), names)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs/guides").glob("*.md")), ids=lambda path: path.name)
-def test_guides_run(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
-        exec(compile(block, path.name, "exec"), names)
-
-
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -1,0 +1,36 @@
+"""The documentation covers what there is, and its code blocks run."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import lcq
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCKS = {
+    str(path.relative_to(DOCS)): re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    for path in sorted(DOCS.glob("**/*.md"))
+}
+
+
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
+def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in BLOCKS[page]:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_every_namespace_has_a_page():
+    namespaces = {name for name in lcq.__all__ if inspect.ismodule(getattr(lcq, name))} - {"cli"}
+    assert namespaces == {page.stem for page in DOCS.glob("api/*.md")} - {"index"}
+
+
+def test_every_name_of_the_face_is_in_one_namespace():
+    namespaces = [getattr(lcq, name) for name in lcq.__all__ if inspect.ismodule(getattr(lcq, name))]
+    for name in set(lcq.__all__) - {"__version__"}:
+        found = [space for space in namespaces if name in getattr(space, "__all__", ())]
+        homes = [space for space in found if getattr(space, name) is getattr(lcq, name)]
+        assert inspect.ismodule(getattr(lcq, name)) or len(homes) == 1, name
