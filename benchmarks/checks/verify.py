@@ -1,6 +1,8 @@
-"""Reloads every committed .lcq file and compares it with the results: bytes always, accuracy where the data is there.
+"""Reloads every committed .lcq file and compares it with the results: sha256, bytes, accuracy where the data is there.
 
 LCQ_DATA=folder python -m benchmarks.checks.verify        exit status 1 if anything differs
+
+Files that results name and the tree does not have are listed with the script that makes them again.
 """
 
 import functools
@@ -8,13 +10,15 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lcq
 from benchmarks.experiments import (
     gpfq_images,
+    gpfq_train,
     gpfq_transformers,
+    hemp,
     hemp_nets,
     lenet300,
     resnet20,
@@ -22,39 +26,40 @@ from benchmarks.experiments import (
     smooth_binary,
     tune,
 )
-from benchmarks.harness.record import ARTIFACTS, RESULTS, stored
+from benchmarks.harness.artifacts import ARTIFACTS, sha256
+from benchmarks.harness.record import RESULTS, stored
 
 TOLERANCE = 0.0101
 """Percent: one test image of 10,000, for sums in another order on another machine."""
 
-Check = tuple[dict[str, Any], Callable[[Any], dict[str, float]]]
+Check = tuple[ModuleType, dict[str, Any], Callable[[Any], dict[str, float]]]
 
 
 def rows() -> Iterator[Check]:
-    """Every row with a file, of every benchmark with files, and what gives its figures anew."""
+    """Every row with a file, of every script that makes files, and what gives its figures anew."""
+    resnet = functools.partial(accuracy, "resnet20", "accuracy")
     for name in lenet300.RECIPES:
-        yield from ((run, lenet_error) for recipe in stored(f"lenet300_{name}") for run in recipe["runs"])
+        yield from ((lenet300, run, lenet_error) for recipe in stored(f"lenet300_{name}") for run in recipe["runs"])
     for name in ("mnist", "cifar"):
         for row in stored(f"gpfq_train_{name}"):
-            yield row, functools.partial(accuracy, name, "test_accuracy")
+            yield gpfq_train, row, functools.partial(accuracy, name, "test_accuracy")
     for name in ("mnist", "cifar", "resnet20"):
         for row in stored(f"gpfq_{name}"):
-            yield row, functools.partial(accuracy, name, "accuracy")
+            yield gpfq_images, row, functools.partial(accuracy, name, "accuracy")
     for name in resnet20.RECIPES:
-        yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in stored(f"resnet20_{name}"))
+        yield from ((resnet20, row, resnet) for row in stored(f"resnet20_{name}"))
     for name in smooth_binary.METHODS:
-        rows = stored(f"smooth_binary_resnet20_{name}")
-        yield from ((row, functools.partial(accuracy, "resnet20", "accuracy")) for row in rows)
+        yield from ((smooth_binary, row, resnet) for row in stored(f"smooth_binary_resnet20_{name}"))
     for name in hemp_nets.NETS:
         for path in sorted(RESULTS.glob(f"hemp_{name}_n*.json")):
-            yield from ((row, functools.partial(hemp_error, name)) for row in stored(path.stem))
+            yield from ((hemp, row, functools.partial(hemp_error, name)) for row in stored(path.stem))
     for name in smallest.RECIPES:
-        yield from ((row, lenet_error) for row in stored(f"smallest_{name}"))
+        yield from ((smallest, row, lenet_error) for row in stored(f"smallest_{name}"))
     for name in tune.RUNS:
-        measure = lenet_error if name.startswith("lenet300") else functools.partial(accuracy, "resnet20", "accuracy")
-        yield from ((row, measure) for row in stored(f"tune_{name}"))
+        yield from ((tune, row, lenet_error if "lenet300" in name else resnet) for row in stored(f"tune_{name}"))
     for name in ("stories", "minilm"):
-        yield from ((row, functools.partial(text, name)) for row in stored(f"gpfq_{name}") if "artifact" in row)
+        measure = functools.partial(text, name)
+        yield from ((gpfq_transformers, row, measure) for row in stored(f"gpfq_{name}") if "artifact" in row)
 
 
 @functools.cache
@@ -77,13 +82,13 @@ def hemp_error(name: str, variables: Any) -> dict[str, float]:
 
 @functools.cache
 def images(name: str) -> Any:
-    return gpfq_images.net(name), gpfq_images.load_images("mnist" if name == "mnist" else "cifar", "test")
+    return gpfq_images.apply_of(name), gpfq_images.load_images("mnist" if name == "mnist" else "cifar", "test")
 
 
 def accuracy(name: str, key: str, variables: Any) -> dict[str, float]:
-    net, test = images(name)
+    apply, test = images(name)
     variables = resnet20.whole(variables) if name == "resnet20" else variables
-    return {key: gpfq_images.accuracy(net.apply, variables, *test)}
+    return {key: gpfq_images.accuracy(apply, variables, *test)}
 
 
 @functools.cache
@@ -101,10 +106,10 @@ def text(name: str, params: Any) -> dict[str, float]:
 def faults(row: dict[str, Any], measure: Callable[[Any], dict[str, float]], data: bool) -> list[str]:
     """What differs between a row and its file."""
     path = ARTIFACTS / row["artifact"]
-    if not path.exists():
-        return [f"{path.name}: missing"]
-    forms = lcq.load(path)
     found = []
+    if (digest := sha256(path)) != row["sha256"]:
+        found.append(f"{path.name}: sha256 {digest}, the table says {row['sha256']}")
+    forms = lcq.load(path)
     if path.stat().st_size != row["bytes"]:
         found.append(f"{path.name}: {path.stat().st_size} bytes, the table says {row['bytes']}")
     if "ratio" in row and abs(lcq.ratio(forms) - row["ratio"]) > 1e-9:
@@ -117,10 +122,20 @@ def faults(row: dict[str, Any], measure: Callable[[Any], dict[str, float]], data
 
 def main() -> int:
     checks, data = list(rows()), bool(os.environ.get("LCQ_DATA"))
-    strays = {path.name for path in Path(ARTIFACTS).glob("*.lcq")} - {row["artifact"] for row, _ in checks}
-    found = [fault for row, measure in checks for fault in faults(row, measure, data)]
+    here: list[tuple[Any, Any]] = []
+    absent: dict[str, list[str]] = {}
+    for script, row, measure in checks:
+        if (ARTIFACTS / row["artifact"]).exists():
+            here.append((row, measure))
+        else:
+            absent.setdefault(script.__name__, []).append(row["artifact"])
+    strays = {path.name for path in ARTIFACTS.glob("*.lcq")} - {row["artifact"] for _, row, _ in checks}
+    for script, names in absent.items():
+        print(f"not in the tree, made again by {script}:", *names, sep="\n    ")
+    found = [fault for row, measure in here for fault in faults(row, measure, data)]
     found += [f"{name}: in no table" for name in sorted(strays)]
-    print("\n".join(found) or f"{len(checks)} files agree with the results" + ("" if data else " (bytes; no LCQ_DATA)"))
+    count = f"{len(here)} of {len(checks)} files are here"
+    print("\n".join(found) or f"{count} and agree with the results" + ("" if data else " (bytes; no LCQ_DATA)"))
     return bool(found)
 
 

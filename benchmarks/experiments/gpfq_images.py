@@ -20,8 +20,9 @@ import numpy as np
 import lcq
 from benchmarks.experiments.gpfq_train import HELD_BACK, NETS, RECIPES
 from benchmarks.experiments.gpfq_train import load as load_images
+from benchmarks.harness.artifacts import ARTIFACTS, find
 from benchmarks.harness.markdown import grid
-from benchmarks.harness.record import ARTIFACTS, record, stored
+from benchmarks.harness.record import record, stored
 from lcq.examples import data, models
 
 GRIDS = {3: (-1, 0, 1), 4: (-3, -1, 1, 3), 8: tuple(range(-7, 8, 2)), 16: tuple(range(-15, 16, 2))}
@@ -53,19 +54,24 @@ class Net(NamedTuple):
 
 def net(name: str) -> Net:
     """The net by its name in the command line."""
+    apply = apply_of(name)
     if name == "resnet20":
-        module, scale = models.ResNet20(), (data.CIFAR10_MEAN, data.CIFAR10_STD)
         variables = models.resnet20_from_torch(data.pretrained("resnet20_cifar10"))
         recipes = [f"{method}-{levels}" for levels in (16, 8, 4, 3) for method in METHODS]
-        return Net(_apply(module, *scale), variables, 1024, 128, tuple(recipes))
-    recipe, variables = RECIPES[name], lcq.load(ARTIFACTS / f"gpfq_{name}_float.lcq")
-    apply = _apply(NETS[name], recipe.mean, recipe.std)
+        return Net(apply, variables, 1024, 128, tuple(recipes))
+    trainer = f"python -m benchmarks.experiments.gpfq_train {name} --out FOLDER"
+    variables = lcq.load(find(f"gpfq_{name}_float.lcq", trainer))
     levels = (3,) if name == "mnist" else (16, 8, 4, 3)
     recipes = [f"{method}-{k}" for k in levels for method in ("paper", *METHODS)]
     return Net(apply, variables, *((25_000, 1000) if name == "mnist" else (1024, 128)), tuple(recipes))
 
 
-def _apply(module: Any, mean: Any, std: Any) -> Callable[[Any, Any], Any]:
+def apply_of(name: str) -> Callable[[Any, Any], Any]:
+    """(variables, uint8 images) -> logits of the net by its name."""
+    if name == "resnet20":
+        module, mean, std = models.ResNet20(), data.CIFAR10_MEAN, data.CIFAR10_STD
+    else:
+        module, mean, std = NETS[name], RECIPES[name].mean, RECIPES[name].std
     return lambda variables, x: module.apply(variables, data.normalize(x, mean, std))
 
 

@@ -24,8 +24,9 @@ import optax
 from flax import linen as nn
 
 import lcq
+from benchmarks.harness.artifacts import ARTIFACTS
 from benchmarks.harness.checkpoint import digest, keep, maker, resume
-from benchmarks.harness.record import ARTIFACTS, record
+from benchmarks.harness.record import record
 from lcq.examples import data, models
 from lcq.examples.train import evaluate
 

@@ -40,7 +40,8 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 import lcq
-from benchmarks.harness.record import ARTIFACTS, record, stored
+from benchmarks.harness.artifacts import ARTIFACTS
+from benchmarks.harness.record import record, stored
 from lcq.examples import transformers
 
 LCQ_METHODS = ("nearest", "gptq", "gpfq", "qronos", "descent")

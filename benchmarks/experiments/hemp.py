@@ -32,8 +32,9 @@ from flax.traverse_util import flatten_dict
 import lcq
 from benchmarks.experiments import hemp_nets, resnet20
 from benchmarks.experiments.hemp_nets import BATCH, NETS, Images, judge, train
+from benchmarks.harness.artifacts import ARTIFACTS
 from benchmarks.harness.checkpoint import digest, keep, maker, resume
-from benchmarks.harness.record import ARTIFACTS, record, stored
+from benchmarks.harness.record import record, stored
 
 
 def empirical(codes: np.ndarray, order: int) -> tuple[float, int]:

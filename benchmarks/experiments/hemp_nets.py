@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks.experiments import gpfq_train, resnet20
-from benchmarks.harness.record import ARTIFACTS
+from benchmarks.harness.artifacts import ARTIFACTS
 from lcq.examples import data
 from lcq.examples.train import evaluate
 

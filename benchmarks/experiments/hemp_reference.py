@@ -13,7 +13,8 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from benchmarks.experiments.hemp_nets import BATCH, NETS, REFERENCE, LeNet5, judge, train
-from benchmarks.harness.record import ARTIFACTS, record
+from benchmarks.harness.artifacts import ARTIFACTS
+from benchmarks.harness.record import record
 
 
 def reference(epochs: int) -> None:

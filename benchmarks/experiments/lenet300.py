@@ -25,7 +25,8 @@ import optax
 
 import lcq
 from benchmarks.experiments.lenet300_report import plot, plot_rates
-from benchmarks.harness.record import ARTIFACTS, record, stored
+from benchmarks.harness.artifacts import ARTIFACTS
+from benchmarks.harness.record import record, stored
 from lcq.examples import data, models
 
 BATCH = 256

@@ -38,8 +38,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import lcq
 from benchmarks.experiments import gpfq_train
+from benchmarks.harness.artifacts import ARTIFACTS
 from benchmarks.harness.checkpoint import digest, keep, maker, resume
-from benchmarks.harness.record import ARTIFACTS, record
+from benchmarks.harness.record import record
 from lcq.examples import data, models
 from lcq.examples.train import evaluate
 

@@ -21,8 +21,9 @@ import optax
 
 import lcq
 from benchmarks.experiments import lenet300
+from benchmarks.harness.artifacts import ARTIFACTS
 from benchmarks.harness.markdown import grid
-from benchmarks.harness.record import ARTIFACTS, record, stored
+from benchmarks.harness.record import record, stored
 from lcq.examples import data
 
 

@@ -35,8 +35,9 @@ from flax import linen as nn
 import lcq
 from benchmarks.experiments import gpfq_train, resnet20
 from benchmarks.experiments.resnet20 import BATCH, HELD_BACK, JUDGED, normalized, recalibrated
+from benchmarks.harness.artifacts import ARTIFACTS
 from benchmarks.harness.checkpoint import digest, keep, maker, resume
-from benchmarks.harness.record import ARTIFACTS, record
+from benchmarks.harness.record import record
 from lcq.examples import data, models
 from lcq.examples.train import evaluate
 

@@ -20,8 +20,9 @@ import optax
 
 import lcq
 from benchmarks.experiments import gpfq_train, lenet300, resnet20
+from benchmarks.harness.artifacts import ARTIFACTS, find
 from benchmarks.harness.markdown import grid
-from benchmarks.harness.record import ARTIFACTS, RESULTS, record, stored
+from benchmarks.harness.record import RESULTS, record, stored
 from lcq.examples import data
 from lcq.examples.train import evaluate
 
@@ -36,7 +37,8 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 def lenet(name: str) -> dict[str, Any]:
     """A file of lenet300.py, before and after."""
     _, x, y, x_test, y_test = lenet300.load()
-    forms, steps = lcq.load(ARTIFACTS / f"lenet300_{name}_0.lcq"), len(x) // lenet300.BATCH
+    maker = f"python -m benchmarks.experiments.lenet300 {name} --seeds 0"
+    forms, steps = lcq.load(find(f"lenet300_{name}_0.lcq", maker)), len(x) // lenet300.BATCH
     loss = lenet300.loss_of(lenet300.RECIPES[name], None)
 
     def shuffled() -> Iterator[Any]:

@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent
+from benchmarks.harness.artifacts import FOLDER, refresh
+
 RESULTS = FOLDER / "results"
-ARTIFACTS = FOLDER / "artifacts"
 _START = time.time()
 
 
 def record(name: str, rows: Any, *, seeds: Any = (), **facts: Any) -> Path:
-    """Writes results/NAME.json: rows, and the command, commit, seeds, versions, machine, wall and cpu seconds."""
+    """Writes results/NAME.json: rows, and the command, commit, seeds, versions, machine, wall and cpu seconds.
+
+    Rows that name a file, as `artifact`, get its bytes and sha256.
+    """
+    refresh(rows)
     RESULTS.mkdir(exist_ok=True)
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     made = {

@@ -18,7 +18,7 @@ from benchmarks.experiments import (
     smooth_binary_table,
     tune,
 )
-from benchmarks.harness.record import FOLDER
+from benchmarks.harness.artifacts import FOLDER
 from benchmarks.micro import coder, cstep, gpfq_speed, kernels, lc_overhead
 
 ROOT = FOLDER.parent

@@ -22,8 +22,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.harness.artifacts import find
 from benchmarks.harness.markdown import grid
-from benchmarks.harness.record import ARTIFACTS, record, stored
+from benchmarks.harness.record import record, stored
 
 FLUSH = 1 << 26
 """Floats, 256 MB, which no cache holds."""
@@ -189,7 +190,8 @@ def net_rows() -> list[dict[str, Any]]:
             x = jax.nn.relu(x @ params[f"w{i}"])
         return x @ params[f"w{len(widths) - 2}"]
 
-    resnet = lcq.load(ARTIFACTS / "resnet20_lc_k2.lcq")
+    maker = "python -m benchmarks.experiments.resnet20 lc_k2 --out FOLDER"
+    resnet = lcq.load(find("resnet20_lc_k2.lcq", maker))
     nets = [
         ("MLP 784-4096-4096-10", mlp_of, lcq.compress(mlp, [lcq.Rule(".*", lcq.KMeans(2))]), (1, 64), (784,)),
         ("ResNet-20", models.ResNet20().apply, resnet, (1, 64), (32, 32, 3)),
