@@ -231,6 +231,15 @@ def test_benchmarks_use_the_face():
     assert not complaints, "\n" + "\n".join(complaints)
 
 
+def test_the_tree_is_small():
+    """At most 10 MB that git tracks; files of nets beyond that are made again by their scripts."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [REPOSITORY / name for name in listed.stdout.split("\0") if name]
+    assert sum(path.stat().st_size for path in paths if path.exists()) <= 10e6
+
+
 # Each check can fail, and knows what is fine
 
 BAD = [
