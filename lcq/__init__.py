@@ -26,7 +26,7 @@ from lcq.ptq import GPFQ, GPTQ, Descent, Qronos, quantize
 from lcq.reporting import table
 from lcq.runtime import packed
 from lcq.schemes import Additive, Binary, Cast, KMeans, Levels, LowRank, PowersOfTwo, Prune, Ternary, Uniform
-from lcq.training import extract, geometric, hemp, lc, metrics, recalibrate, smooth_binary, tune
+from lcq.training import extract, finetune, geometric, hemp, lc, metrics, recalibrate_batch_norm, smooth_binary
 from lcq.tree import Rule, compress, decompress, ratio, sizes
 
 __version__ = "0.1.0"
@@ -56,6 +56,7 @@ __all__ = [
     "dry_run",
     "examples",
     "extract",
+    "finetune",
     "forms",
     "geometric",
     "hemp",
@@ -72,7 +73,7 @@ __all__ = [
     "quantize",
     "ratio",
     "read_plan",
-    "recalibrate",
+    "recalibrate_batch_norm",
     "reporting",
     "runtime",
     "save",
@@ -83,7 +84,6 @@ __all__ = [
     "tracing",
     "training",
     "tree",
-    "tune",
 ]
 
 

@@ -108,7 +108,7 @@ def test_choices_and_tables(strict):
 
 def test_tuned_levels(strict):
     forms = lcq.compress(W, [lcq.Rule("kernel", lcq.KMeans(4))])
-    tuned = lcq.tune(lambda p, x: jnp.mean(net(p, x) ** 2), forms, optax.sgd(0.1), [X])
+    tuned = lcq.finetune(lambda p, x: jnp.mean(net(p, x) ** 2), forms, optax.sgd(0.1), [X])
     assert tuned is not None
 
 

@@ -30,6 +30,9 @@ GRIDS = {3: (-1, 0, 1), 4: (-3, -1, 1, 3), 8: tuple(range(-7, 8, 2)), 16: tuple(
 
 METHODS = ("nearest", "gptq", "gpfq", "qronos", "descent")
 
+NAMES = {"nearest": "rtn", "paper": "gpfq"}
+"""What lcq calls a method, where a recipe has another word."""
+
 RADII = (1, 2, 3, 4, 5, 6)
 """The papers' C, tried on held-back images with a quarter of the calibration images."""
 
@@ -102,14 +105,14 @@ def quantized(net: Net, recipe: str, batches: list[Any], radius: float | None = 
         net.variables,
         batches,
         rules(net.variables, int(levels), radius),
-        "gpfq" if method == "paper" else method,
-        centred=radius is None,
+        NAMES.get(method, method),
+        bias_correction=radius is None,
     )
     facts = {
         "seconds": round(time.perf_counter() - start, 1),
         "last_error": done.records[-1].error,
         "recursion": sorted({r.recursion for r in done.records}),
-        "centred": sum(r.centred for r in done.records),
+        "centred": sum(r.bias_correction for r in done.records),
         "products": len(done.records),
         "C": radius,
     }

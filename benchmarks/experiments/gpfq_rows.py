@@ -18,7 +18,7 @@ import numpy as np
 import lcq
 from benchmarks.harness.record import record
 
-METHODS = ("nearest", "gpfq", "gptq", "qronos", "descent")
+METHODS = ("rtn", "gpfq", "gptq", "qronos", "descent")
 NEURONS, NEW = 64, 4000
 GRID = [
     *itertools.product((128,), (8, 16, 32, 64, 128, 256, 512), (3,), ("channel",), (False,)),

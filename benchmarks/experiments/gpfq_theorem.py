@@ -40,7 +40,9 @@ def error(width: int, method: str, seed: int) -> float:
     x = jax.random.normal(keys[0], (SAMPLES, width))
     w = {"w": jax.random.normal(keys[1], (width, NEURONS))}
     rule = lcq.Rule("w", lcq.Levels((-2, 0, 2)))
-    return lcq.quantize(lambda w, x: x @ w["w"], w, [x], [rule], method).records[0].error
+    return (
+        lcq.quantize(lambda w, x: x @ w["w"], w, [x], [rule], "rtn" if method == "nearest" else method).records[0].error
+    )
 
 
 def cost(name: str, inputs: int, neurons: int, rows: int) -> dict[str, Any]:

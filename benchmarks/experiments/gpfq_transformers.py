@@ -319,7 +319,9 @@ def by_qwix(net: Net, bits: int, per: str, size: int, gptq: bool) -> tuple[Any, 
 
 
 def by_lcq(net: Net, bits: int, per: str, size: int, method: str) -> Any:
-    return lcq.quantize(net.fn, net.params, net.batches(size), net.rules(bits, per), method=method).forms
+    return lcq.quantize(
+        net.fn, net.params, net.batches(size), net.rules(bits, per), "rtn" if method == "nearest" else method
+    ).forms
 
 
 def bits_per_weight(forms: Any) -> float:

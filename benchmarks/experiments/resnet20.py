@@ -254,7 +254,7 @@ def recalibrated(forms: Any, statistics: Any, x: np.ndarray, seed: int, net: nn.
     (count, size), dense = RECALIBRATION, lcq.decompress(forms)
     how = gpfq_train.Recipe(1, 0.0, batch=size, augment=True, seed=seed)
     images = itertools.islice(gpfq_train.batches(x, np.zeros(len(x)), how, _NO_EPOCH), count)
-    gathered = lcq.recalibrate(lambda s, batch: _gather(net, s, dense, batch[0]), statistics, images)
+    gathered = lcq.recalibrate_batch_norm(lambda s, batch: _gather(net, s, dense, batch[0]), statistics, images)
     return {"params": forms, "batch_stats": gathered}
 
 
@@ -341,7 +341,7 @@ def tune(recipe: Recipe, forms: Any, statistics: Any, x: np.ndarray, y: np.ndarr
             print({"tuned": step // steps, "batch_loss": float(value)}, flush=True)
 
     loss, tx = loss_of(how.teacher), sgd(how.l2, optax.cosine_decay_schedule(how.rate, how.epochs * steps))
-    return lcq.tune(lambda p, batch: loss(p, statistics, *batch)[0], forms, tx, batches, on_step=show)
+    return lcq.finetune(lambda p, batch: loss(p, statistics, *batch)[0], forms, tx, batches, on_step=show)
 
 
 def _tension(recipe: Recipe, params: Any, forms: Any, state: Any) -> dict[str, float]:

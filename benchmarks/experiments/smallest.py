@@ -90,7 +90,7 @@ def train(recipe: Small, params: Any, x: Any, y: Any) -> Any:
             yield from ((x[i], y[i]) for i in order.reshape(steps, -1))
 
     tx = optax.adam(optax.cosine_decay_schedule(1e-3, recipe.tuned * steps))
-    return lcq.tune(lambda p, batch: loss(p, *batch), forms, tx, batches()) if recipe.tuned else forms
+    return lcq.finetune(lambda p, batch: loss(p, *batch), forms, tx, batches()) if recipe.tuned else forms
 
 
 TITLES = {

@@ -46,7 +46,7 @@ def lenet(name: str) -> dict[str, Any]:
             order = np.random.default_rng(epoch).permutation(len(x))[: steps * lenet300.BATCH]
             yield from ((x[i], y[i]) for i in order.reshape(steps, -1))
 
-    tuned = lcq.tune(lambda p, batch: loss(p, *batch), forms, optimizer(EPOCHS * steps), shuffled())
+    tuned = lcq.finetune(lambda p, batch: loss(p, *batch), forms, optimizer(EPOCHS * steps), shuffled())
 
     row = saved(f"lenet300_{name}", tuned)
     for when, tree in {"_before": forms, "": tuned}.items():
@@ -63,7 +63,7 @@ def resnet(k: int) -> dict[str, Any]:
     forms, statistics = lcq.compress(given["params"], [lcq.Rule(resnet20.KERNELS, lcq.KMeans(k))]), given["batch_stats"]
     how, steps = gpfq_train.Recipe(1, RATE, batch=resnet20.BATCH, augment=True), len(x) // resnet20.BATCH
     loss, batches = resnet20.loss_of(), gpfq_train.batches(x, y, how, 0)
-    tuned = lcq.tune(lambda p, batch: loss(p, statistics, *batch)[0], forms, optimizer(steps), batches, steps=steps)
+    tuned = lcq.finetune(lambda p, batch: loss(p, statistics, *batch)[0], forms, optimizer(steps), batches, steps=steps)
     test = data.cifar10("test")
 
     def accuracy(variables: Any) -> float:

@@ -117,7 +117,8 @@ def products_of(done: Quantized) -> rich.table.Table:
         grid.add_column(name, justify="right", no_wrap=True)
     for record in done.records:
         levels = record.levels
-        how = f"{record.method.partition('(')[0]}, {record.recursion}{', centred' if record.centred else ''}"
+        corrected = ", bias corrected" if record.bias_correction else ""
+        how = f"{record.method.partition('(')[0]}, {record.recursion}{corrected}"
         words = [record.path, "x".join(map(str, record.shape)), how, str(levels), str((levels - 1).bit_length())]
         grid.add_row(*map(Text, [*words, f"{record.error:.2e}", f"{record.scale:.3g}", f"{record.seconds:.2f}"]))
     return grid

@@ -141,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         help="which of these arrays says by 1 and 0 what positions of the others count; it stays in the batch",
     )
     sub.add_argument(
-        "--nearest-rule",
-        dest="nearest",
+        "--rtn-rule",
+        dest="rtn",
         action="append",
         default=[],
         type=_rule,
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--limit", type=_positive, metavar="N", help="use the first N examples only")
     sub.add_argument("--seed", type=int, default=0, help="of what spfq draws")
-    sub.add_argument("--not-centred", action="store_true", help="leave biases and batch-norm means as they are")
+    sub.add_argument("--no-bias-correction", action="store_true", help="leave biases and batch-norm means as they are")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
     sub.set_defaults(run=_quantize, usage_error=sub.error)
@@ -290,7 +290,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     batches = batches_of(arguments.data, arguments.batch, arguments.limit, arguments.mask)
     with function_of(*arguments.function) as function:
         if arguments.dry_run:
-            return show(dry_run(params, plan, function, batches[0], nearest=arguments.nearest))
+            return show(dry_run(params, plan, function, batches[0], rtn=arguments.rtn))
         with progress() as advance:
             advance("tracing", 0)
             done = lcq.quantize(
@@ -299,11 +299,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
                 batches,
                 plan,
                 arguments.method,
-                nearest=arguments.nearest,
+                rtn=arguments.rtn,
                 mask=arguments.mask,
-                centred=not arguments.not_centred,
+                bias_correction=not arguments.no_bias_correction,
                 key=jax.random.key(arguments.seed),
                 progress=lambda number, total, record: advance(record.path, 1, total),
             )
     products = [products_of(done)] if done.records else []
-    _save(arguments.out, done.forms, params, lcq.Plan([*arguments.nearest, *plan]), metadata, *products)
+    _save(arguments.out, done.forms, params, lcq.Plan([*arguments.rtn, *plan]), metadata, *products)

@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pareto:
+class Allocation:
     """The best choices within a budget; prints as a table, and in colour through rich.
 
     Attributes:
@@ -122,10 +122,10 @@ def pareto(
     *,
     bytes: int | None = None,
     bits_per_weight: float | None = None,
-    weights: Mapping[str, Any] | None = None,
+    importance: Mapping[str, Any] | None = None,
     coded: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
-) -> Pareto:
+) -> Allocation:
     """Chooses a scheme for every leaf so that the tree fits a budget and the sum of all distortions is least.
 
         min sum_i D_i  subject to  sum_i B_i <= B,    D_i = sum h (w - Delta(Theta))^2,  B_i the bits of leaf i
@@ -141,7 +141,7 @@ def pareto(
             Theta of its own, neither joint nor stacked.
         bytes: the budget for the whole tree, forms and arrays; a file has some more for names and digests.
         bits_per_weight: the same, in bits for each number of the tree, those that are not compressed among them.
-        weights: h by path, such as `lcq.ptq.curvature` gives, for the projections and for D; of all leaves with
+        importance: h by path, such as `lcq.ptq.curvature` gives, for the projections and for D; of all leaves with
             candidates, since their distortions are added. By default 1.
         coded: whether forms cost what they take in an entropy-coded file, as `lcq.save` writes it, or packed at a fixed
             width, as `lcq.sizes` counts.
@@ -149,7 +149,7 @@ def pareto(
 
     Raises:
         ValueError: not one budget, or less than the smallest size possible; a pattern without a leaf or candidates,
-            a scheme with a cost; a leaf a scheme cannot take; weights of other leaves, or not of all of them.
+            a scheme with a cost; a leaf a scheme cannot take; importances of other leaves, or not of all of them.
 
     Example:
         >>> import jax.numpy as jnp, lcq
@@ -163,16 +163,18 @@ def pareto(
     """
     leaves = flatten(params)[0]
     tasks = _tasks(params, candidates)
-    odd = sorted(tasks.keys() ^ weights.keys()) if weights is not None else []
+    odd = sorted(tasks.keys() ^ importance.keys()) if importance is not None else []
     if odd:
-        raise ValueError(f"{', '.join(odd[:4])}: expected weights of the leaves with candidates, of all and no others")
+        raise ValueError(
+            f"{', '.join(odd[:4])}: expected importances of the leaves with candidates, of all and no others"
+        )
     other = sum(size.bits for path, size in sizes(params).items() if path not in tasks)
     numbers = sum(math.prod(np.shape(leaf)) for leaf in leaves.values())
     budget = _budget(bytes, bits_per_weight, numbers)
     points = []
     for number, (path, given) in enumerate(tasks.items(), 1):
         check_finite(path, leaves[path])
-        h = None if weights is None else weights[path]
+        h = None if importance is None else importance[path]
         points.append([_point(leaves[path], task, h, coded) for task in given])
         if progress is not None:
             progress(number, len(tasks), path)
@@ -190,7 +192,7 @@ def pareto(
         task = tasks[path][i]
         choices.append(Choice(path, tuple(np.shape(leaves[path])), task.scheme if task else None, *of_leaf[i]))
     curve = tuple((-(-total // 8), error) for total, (_, error) in zip(totals, sizes_and_errors, strict=True))
-    return Pareto(tuple(choices), other, budget, curve, bound)
+    return Allocation(tuple(choices), other, budget, curve, bound)
 
 
 def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[Task | None]]:
@@ -239,7 +241,7 @@ def _point(leaf: Any, task: Task | None, h: Any, coded: bool) -> Point:
     """What a candidate costs, and sum h (w - Delta(Theta))^2 in float64."""
     if task is None:
         return Point(leaf.size * leaf.dtype.itemsize * 8, 0.0)
-    (form,) = task.project((leaf,), weights=None if h is None else (h,))
+    (form,) = task.project((leaf,), importance=None if h is None else (h,))
     error = (np.asarray(leaf, np.float64) - np.asarray(dense_of(form), np.float64)) ** 2
     distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
     if not math.isfinite(distortion):

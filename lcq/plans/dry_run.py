@@ -25,7 +25,7 @@ def dry_run(
     fn: Callable[[Any, Any], Any] | None = None,
     batch: Any = None,
     *,
-    nearest: Sequence[Rule] = (),
+    rtn: Sequence[Rule] = (),
 ) -> Table:
     """Which leaf goes where under `rules`, along which axes it gets scales, and what it will cost. Nothing is computed.
 
@@ -37,14 +37,14 @@ def dry_run(
         rules: as for `compress`, or `quantize`.
         fn: (params, batch) -> anything, as for `quantize`; traced, never run.
         batch: one batch of it, of arrays or shape structs.
-        nearest: as for `quantize`.
+        rtn: as for `quantize`.
 
     Returns:
         The table of the tree that `compress`, or `quantize`, would give, with the rule and scheme of every leaf. A
         group length that `compress` refuses for a leaf, and `quantize` may take, is counted and warned of.
 
     Raises:
-        ValueError: as `compress` or `quantize` does, for rules and shapes; `nearest` without `fn`.
+        ValueError: as `compress` or `quantize` does, for rules and shapes; `rtn` without `fn`.
 
     Example:
         >>> import jax.numpy as jnp, lcq
@@ -55,13 +55,13 @@ def dry_run(
         >>> dry_run(w, [lcq.Rule("w", lcq.Uniform(4, per=32))], attend, jnp.zeros((2, 64))).rows[0].blocks
         '32 of axis 0, axis 1, axis 2'
     """
-    rules, nearest = checked(rules), checked(nearest)
-    decided = {path: rule for path in flatten(params)[0] if (rule := _decides([*nearest, *rules], path))}
+    rules, rtn = checked(rules), checked(rtn)
+    decided = {path: rule for path in flatten(params)[0] if (rule := _decides([*rtn, *rules], path))}
     counted: dict[str, Rule] = {}
     if fn is not None:
-        tree, tasks = preview(fn, params, batch, rules, nearest=nearest)
-    elif nearest:
-        raise ValueError("expected fn and batch with nearest=, which is quantize's, got none; put it before the rules")
+        tree, tasks = preview(fn, params, batch, rules, rtn=rtn)
+    elif rtn:
+        raise ValueError("expected fn and batch with rtn=, which is quantize's, got none; put it before the rules")
     else:
         counted = _only_for_products(decided, flatten(params)[0])
         taken = [Rule(re.escape(path), None) for path in counted]

@@ -2,14 +2,14 @@
 
 from lcq.ptq.importance import curvature
 from lcq.ptq.quantize import Quantized, Record, quantize
-from lcq.ptq.rounding import GPFQ, GPTQ, SPFQ, Descent, Nearest, Qronos, Rounding, SparseGPFQ
+from lcq.ptq.rounding import GPFQ, GPTQ, RTN, SPFQ, Descent, Qronos, Rounding, SparseGPFQ
 
 __all__ = [
     "GPFQ",
     "GPTQ",
+    "RTN",
     "SPFQ",
     "Descent",
-    "Nearest",
     "Qronos",
     "Quantized",
     "Record",

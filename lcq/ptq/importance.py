@@ -19,13 +19,13 @@ from lcq.tree.rules import Rule, resolve
 def curvature(
     fn: Callable[[Any, Any], Any],
     params: Any,
-    batches: Iterable[Any],
+    calibration: Iterable[Any],
     rules: Sequence[Rule],
     *,
     mask: Mask = None,
     host: bool = True,
 ) -> dict[str, Array]:
-    """Weights for `lcq.compress(..., weights=)`: the mean square of the input that each weight multiplies.
+    """The mean square of the input that each weight multiplies, for `lcq.compress(..., importance=)`.
 
         ||X w - X q||^2 / m = (w - q)' H (w - q) / m  ~  sum_t h_t (w_t - q_t)^2,    h = diag(X'X) / m
 
@@ -35,7 +35,7 @@ def curvature(
     Args:
         fn: (params, batch) -> anything, as for `lcq.quantize`.
         params: a tree of arrays.
-        batches: unlabelled inputs of any shapes, at least one.
+        calibration: batches of unlabelled inputs of any shapes, at least one.
         rules: which leaves.
         mask: which positions of a batch count, see `lcq.quantize`.
         host: whether activations are kept in the host's memory.
@@ -50,12 +50,12 @@ def curvature(
         >>> import lcq
         >>> w, rules = {"w": jnp.array([[0.9], [0.4]])}, [lcq.Rule("w", lcq.KMeans(1))]
         >>> h = curvature(lambda w, x: x @ w["w"], w, [jnp.array([[3.0, 1.0]])], rules)
-        >>> h["w"].tolist(), f"{float(lcq.compress(w, rules, weights=h)['w'].levels[0, 0, 0]):.4f}"
+        >>> h["w"].tolist(), f"{float(lcq.compress(w, rules, importance=h)['w'].levels[0, 0, 0]):.4f}"
         ([[9.0], [1.0]], '0.8500')
 
     Source: diagonal of the Hessian that GPTQ (arXiv 2210.17323) uses; Kim et al., arXiv 2306.07629, for codebooks.
     """
-    batches, leaves = checked_batches(batches), flatten(params)[0]
+    batches, leaves = checked_batches(calibration), flatten(params)[0]
     chosen = [path for task in resolve(rules, params) for path in task.paths]
     programs, inputs = traced(fn, params, batches, chosen, mask)
     numbers = {program: _ordinals(program) for program in programs}

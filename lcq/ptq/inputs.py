@@ -18,7 +18,7 @@ from lcq.ptq.gathering import fold_count, matrices
 from lcq.ptq.rounding.base import Rounding, correction
 from lcq.ptq.rounding.codebook import scaled
 from lcq.ptq.rounding.gpfq import GPFQ
-from lcq.ptq.rounding.sequential import Order, dot, follow
+from lcq.ptq.rounding.sequential import dot, follow
 from lcq.ptq.two_stream import Use
 
 _PROBES = 64
@@ -80,7 +80,7 @@ class Inputs(NamedTuple):
         del key
         assert isinstance(method, GPFQ)
         given = (w, self.x, self.y, self.rows, form, self.noise)
-        return _held(*given, self.fold, jnp.asarray(tried, self.y.dtype), self.folds, method.order, self.centred)
+        return _held(*given, self.fold, jnp.asarray(tried, self.y.dtype), self.folds, method.act_order, self.centred)
 
     def settled(self, shares: Any, careful: bool) -> "Inputs":
         x, y, *means = jax.vmap(functools.partial(taken, centred=self.centred))(self.x, self.y, self.rows)
@@ -107,7 +107,7 @@ class Inputs(NamedTuple):
 
     def _follow(self, method: Rounding, w: Array, form: Codes) -> tuple[Codes, Array]:
         assert isinstance(method, GPFQ)
-        one = functools.partial(follow, order=method.order)
+        one = functools.partial(follow, act_order=method.act_order)
         if not self.shares.any():
             return jax.vmap(one)(w, self.x, self.y, form)
         shares = jnp.asarray(self.shares, self.y.dtype)
@@ -127,11 +127,11 @@ def _held(
     fold: Array,
     c: Array,
     folds: int,
-    order: Order,
+    act_order: bool,
     centred: bool,
 ) -> tuple[Array, Array]:
     def one(w: Array, x: Array, y: Array, rows: Array, form: Codes, noise: Array) -> tuple[Array, Array]:
-        return held(w, x, y, rows, form, fold, folds, noise, c, order, centred)
+        return held(w, x, y, rows, form, fold, folds, noise, c, act_order, centred)
 
     return jax.vmap(one, out_axes=(1, 0))(w, x, y, rows, form, noise)
 
@@ -211,7 +211,7 @@ def held(
     folds: int,
     noise: Float[Array, "2"],
     c: Float[Array, "S"],
-    order: Order,
+    act_order: bool,
     centred: bool,
 ) -> tuple[Float[Array, "S"], Float[Array, ""]]:
     """`lcq.ptq.shrinkage.held` on rows."""
@@ -221,7 +221,7 @@ def held(
         use = rows & (fold != k)
         a, b, _, _ = taken(x, y, use, centred)
         share = shrinkage.shares(noise, c, folds / (folds - 1))
-        chosen = follow(w, a, b, form, order, share, use)[0]
+        chosen = follow(w, a, b, form, act_order, share, use)[0]
         left = dot(x, w) - dot(y, chosen.dense().astype(w.dtype))
         if centred:
             left = left - steady(w, x, y, chosen, rows, fold, folds, k)

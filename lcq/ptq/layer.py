@@ -53,7 +53,7 @@ class Rounded(NamedTuple):
         silent: groups all of whose inputs are, or do not vary where a bias takes their mean: their scale is as it was.
         shrink: how much smaller what is between two inputs was made, the median over groups.
         held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose; None if it was not measured.
-        damp: what the method damped H by, at most, in units of the mean of its diagonal; 0 if it does not.
+        damping: what the method damped H by, at most, in units of the mean of its diagonal; 0 if it does not.
     """
 
     form: Codes
@@ -65,7 +65,7 @@ class Rounded(NamedTuple):
     silent: tuple[int, ...]
     shrink: float
     held_out: float | None
-    damp: float
+    damping: float
 
 
 @own_promotion()
@@ -130,18 +130,18 @@ def round_product(
     if search:
         wider = jax.vmap(scaled)(form, jnp.broadcast_to(factor, (w.shape[0], factor.shape[1])))
         form = _where_data(lives, wider, form)
-    form, damp = problem.codes(method, w, form, key)
-    if not np.isfinite(damp):
+    form, damping = problem.codes(method, w, form, key)
+    if not np.isfinite(damping):
         raise ValueError(
-            f"{product.path}: expected H + damp I with a root at {product.source}, got none with {method}: "
-            "raise damp=, or most= up to which it may grow by itself"
+            f"{product.path}: expected H + delta I with a root at {product.source}, got none with {method}: "
+            "raise damping=, or max_damping= up to which it may grow by itself"
         )
     shift = problem.correction(w, form) if centred else None
     silent = tuple(np.flatnonzero(~np.asarray(lives.any(1))).tolist())
     share = float(np.median(problem.shares[:, 0]))
     median, dead = float(np.median(np.abs(factor))), int((~lives).sum())
     rows = int(problem.counts.max())
-    return Rounded(form, shift, recursion, median, dead, rows, silent, share, held_out, damp)
+    return Rounded(form, shift, recursion, median, dead, rows, silent, share, held_out, damping)
 
 
 def _coarse(form: Codes) -> tuple[np.ndarray, ...]:

@@ -20,9 +20,9 @@ from lcq.tree.rules import Rule, Task
 
 
 def preview(
-    fn: Callable[[Any, Any], Any], params: Any, batch: Any, rules: Sequence[Rule], *, nearest: Sequence[Rule] = ()
+    fn: Callable[[Any, Any], Any], params: Any, batch: Any, rules: Sequence[Rule], *, rtn: Sequence[Rule] = ()
 ) -> tuple[Any, tuple[Task, ...]]:
-    """The tree that `quantize(fn, params, [batch], rules, nearest=nearest)` gives, with shape structs in its forms.
+    """The tree that `quantize(fn, params, [batch], rules, rtn=rtn)` gives, with shape structs in its forms.
 
     Scales and codebooks that come out equal, and then are stored once, are counted for each.
 
@@ -31,7 +31,7 @@ def preview(
         params: a tree of arrays or shape structs; leaves that are forms stay.
         batch: one batch, of arrays or shape structs.
         rules: as for `quantize`.
-        nearest: likewise.
+        rtn: likewise.
 
     Returns:
         The tree, and the tasks that are projected before the walk, whose forms are not in it.
@@ -43,7 +43,7 @@ def preview(
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     shapes = {path: jax.eval_shape(leaf.dense) if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, shapes.values())
-    chosen, direct = decide(rules, nearest, dense, given)
+    chosen, direct = decide(rules, rtn, dense, given)
     blocks = {path: np.zeros(shapes[path].shape, np.int64) for path in chosen}
     for product in trace(fn, dense, batch, chosen).products:
         path = product.path

@@ -22,7 +22,7 @@ from lcq.ptq.rounding.coordinate_descent import Descent
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.gptq import GPTQ
 from lcq.ptq.rounding.qronos import Qronos
-from lcq.ptq.rounding.rtn import Nearest
+from lcq.ptq.rounding.rtn import RTN
 from lcq.ptq.rounding.spfq import SPFQ
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.schemes.base import Quantizer
@@ -33,7 +33,7 @@ from lcq.tree.paths import check_numbers, flatten
 from lcq.tree.rules import Rule, Task, checked, resolve
 
 METHODS: dict[str, Rounding] = {
-    "nearest": Nearest(),
+    "rtn": RTN(),
     "gpfq": GPFQ(),
     "spfq": SPFQ(),
     "gptq": GPTQ(),
@@ -52,7 +52,7 @@ class Record(NamedTuple):
         levels: of the codebook.
         method: such as GPFQ(order='natural').
         recursion: "blocked" on statistics, or "follow" on the inputs themselves.
-        centred: whether a bias or a batch-norm mean took up the change of the mean.
+        bias_correction: whether a bias or a batch-norm mean took up the change of the mean.
         factor: median over neurons of the size of the factor that the exact residual chose for the scale.
         scale: median of the sizes of the scales, 1 for tables without one.
         dead: inputs that are always zero.
@@ -67,8 +67,8 @@ class Record(NamedTuple):
             always zero, or do not vary where a bias takes their mean.
         shrink: by which part the products of two different inputs were made smaller for what so few rows can carry, the
             median over groups; see `lcq.ptq.shrinkage`.
-        damp: what the method damped H by, at most, in units of the mean of its diagonal; more than its setting if that
-            left no root; 0 if it does not damp.
+        damping: The method's largest damping of H, in units of the mean of its diagonal; more than its setting where
+            that left no root; 0 for methods without one.
         held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose: of codes from three quarters of the rows,
             with the scheme's scales, on the last, in turns. None if `shrink` was given, or there was one row alone.
     """
@@ -78,7 +78,7 @@ class Record(NamedTuple):
     levels: int
     method: str
     recursion: str
-    centred: bool
+    bias_correction: bool
     factor: float
     scale: float
     dead: int
@@ -90,7 +90,7 @@ class Record(NamedTuple):
     lost: str = ""
     silent: tuple[int, ...] = ()
     shrink: float = 0.0
-    damp: float = 0.0
+    damping: float = 0.0
     held_out: float | None = None
 
 
@@ -109,13 +109,13 @@ class Quantized(NamedTuple):
 def quantize(
     fn: Callable[[Any, Any], Any],
     params: Any,
-    batches: Iterable[Any],
+    calibration: Iterable[Any],
     rules: Sequence[Rule],
     method: str | Rounding = "descent",
     *,
-    nearest: Sequence[Rule] = (),
+    rtn: Sequence[Rule] = (),
     mask: Mask = None,
-    centred: bool = True,
+    bias_correction: bool = True,
     search: bool = True,
     shrink: float | None = None,
     recursion: Recursion = "auto",
@@ -152,22 +152,22 @@ def quantize(
     Args:
         fn: (params, batch) -> anything; any function of jax arrays: linen's `apply`, nnx through `split` and `merge`.
         params: a tree of arrays; leaves that are forms already stay as they are.
-        batches: unlabelled inputs of fn, all kept until the end; may be sharded over a mesh. Of any shapes: a trace and
-            a compilation for each.
+        calibration: batches of unlabelled inputs of fn, all kept until the end; may be sharded over a mesh. Of any
+            shapes: a trace and a compilation for each.
         rules: schemes of the leaves: `Uniform`, `Levels` and its kin, or `KMeans`. per="channel" means a neuron of the
             product whatever the leaf's layout, and per=g groups of g of its inputs. Other schemes, such as `Cast`,
             are projected as `compress` does.
         method: "descent", best on most nets that were measured, from Qronos's codes; "qronos", "gptq", "gpfq" as its
-            paper has it, "nearest", "spfq"; or a `Rounding` with settings of your own.
-        nearest: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
+            paper has it, "rtn" (round to nearest), "spfq"; or a `Rounding` with settings of your own.
+        rtn: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
         mask: which positions of a batch count; None for all. Either a function of the batch that gives a boolean array
             (or 0 and 1) of the leading axes of its leaves, such as lambda tokens: tokens != 0, or a tree with such an
             array or None for every leaf; or the path of the leaf that is that array, such as "attention_mask". It is
             followed through fn, see `lcq.tracing.positions`; positions that do not count are left out of all
             statistics, of means and of errors. Where it cannot be followed a warning names leaf and equation, and
             `Record.lost` keeps it; then all rows count.
-        centred: whether biases and batch-norm means that are added to a product, and nothing else, absorb the change
-            of its mean; weights are then rounded on centred statistics.
+        bias_correction: whether biases and batch-norm means that are added to a product, and nothing else, absorb the
+            change of its mean; weights are then rounded on centred statistics.
         search: whether to search the scale; else the scheme's own is kept.
         shrink: by which part the products of two different inputs in H and D are made smaller; 0 as the papers have it;
             by default chosen on rows held back, and the change of a bias then leaves out the part that is noise.
@@ -196,7 +196,7 @@ def quantize(
 
     Source: Lybrand & Saab, arXiv 2010.15979; the walk, centring and the choice of scales are lcq's.
     """
-    method, batches = _method(method), checked_batches(batches)
+    method, batches = _method(method), checked_batches(calibration)
     if shrink is not None and not 0 <= shrink <= 1:
         raise ValueError(f"expected shrink between 0 and 1, or None to choose it, got {shrink}")
     leaves, structure = flatten(params)
@@ -207,7 +207,7 @@ def quantize(
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, original.values())
-    chosen, direct = decide(rules, nearest, dense, given)
+    chosen, direct = decide(rules, rtn, dense, given)
     result = {**original, **given}
     other = dict(original)
     for task in direct:
@@ -232,7 +232,7 @@ def quantize(
         if unit is None:
             visit.finish()
             continue
-        shift = _shift(visit.uses, programs) if centred else None
+        shift = _shift(visit.uses, programs) if bias_correction else None
         if shift is not None and shift.path in given:
             shift = None
         rounded = round_product(
@@ -276,10 +276,10 @@ def _method(method: str | Rounding) -> Rounding:
 
 
 def decide(
-    rules: Sequence[Rule], nearest: Sequence[Rule], dense: Any, given: dict[str, Form]
+    rules: Sequence[Rule], rtn: Sequence[Rule], dense: Any, given: dict[str, Form]
 ) -> tuple[dict[str, Rule], list[Task]]:
     """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
-    rules, nearest = checked(rules), checked(nearest)
+    rules, rtn = checked(rules), checked(rtn)
     for rule in rules:
         per = getattr(rule.scheme, "per", None)
         if isinstance(per, tuple):
@@ -288,7 +288,7 @@ def decide(
                 f"whose axes the product decides, got per={per!r}"
             )
     kept = [Rule(re.escape(path), None) for path in given]
-    direct = resolve([*kept, *nearest], dense) if nearest else ()
+    direct = resolve([*kept, *rtn], dense) if rtn else ()
     taken = {path for task in direct for path in task.paths}
     whole = [dataclasses.replace(rule, scheme=_without_blocks(rule)) for rule in rules]
     tasks = resolve([*kept, *(Rule(re.escape(path), None) for path in taken), *whole], dense)
@@ -365,6 +365,6 @@ def _record(visit: Visit, method: Rounding, rounded: Rounded, shape: tuple[int, 
         next((use.product.lost for use in visit.uses if use.product.lost), ""),
         rounded.silent,
         rounded.shrink,
-        rounded.damp,
+        rounded.damping,
         rounded.held_out,
     )

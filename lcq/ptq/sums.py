@@ -75,8 +75,8 @@ class Sums(NamedTuple):
     def codes(self, method: Rounding, w: Array, form: Codes, key: Any) -> tuple[Codes, float]:
         """Codes, and the damping that they took."""
         one = functools.partial(solved, method)
-        form, damp = jax.vmap(one, (0, 0, 0, None))(w, self.statistics, form, key)
-        return form, 0.0 if damp is None else float(damp.max())
+        form, damping = jax.vmap(one, (0, 0, 0, None))(w, self.statistics, form, key)
+        return form, 0.0 if damping is None else float(damping.max())
 
     def correction(self, w: Array, form: Codes) -> Array:
         if self.careful:

@@ -87,7 +87,7 @@ class Additive(Scheme):
         """The sum of what the schemes charge."""
         return sum(part.charge(of_part, mu) for part, of_part in zip(self.parts, _by_part(forms), strict=True))
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
         wide = tuple(x.astype(compute_dtype(x.dtype)) for x in xs)
 
         def objective(each: Any, lefts: tuple[Array, ...]) -> Array:
@@ -96,14 +96,16 @@ class Additive(Scheme):
             total = jnp.zeros([], wide[0].dtype) + charges
             for i, (left, form) in enumerate(zip(lefts, each[-1], strict=True)):
                 squares = (left - form.dense()) ** 2
-                total += jnp.sum(squares if weights is None else jnp.where(weights[i] > 0, weights[i] * squares, 0))
+                total += jnp.sum(
+                    squares if importance is None else jnp.where(importance[i] > 0, importance[i] * squares, 0)
+                )
             return total
 
         def sweep(each: Any) -> tuple[Any, tuple[Array, ...]]:
             lefts = wide
             for j, part in enumerate(self.parts):
                 lefts = _left(wide, (*each[:j], *each[j + 1 :]))
-                each = (*each[:j], part.project(lefts, each[j], mu=mu, weights=weights), *each[j + 1 :])
+                each = (*each[:j], part.project(lefts, each[j], mu=mu, importance=importance), *each[j + 1 :])
             return each, lefts
 
         def goes_on(state: Any) -> Any:

@@ -19,8 +19,8 @@ from lcq.forms.dtypes import native, own_promotion
 class Scheme(abc.ABC):
     """How arrays become forms: the C step Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta).
 
-    The weights h are one unless they are given. Subclasses are frozen dataclasses whose settings are hashable, so that
-    a scheme can be static under jit.
+    The importance h is one unless it is given. Subclasses are frozen dataclasses whose settings are hashable, so that a
+    scheme can be static under jit.
 
     Attributes:
         leafwise: at most how many leaf-shaped arrays (`leafwise()` fields) its working forms hold.
@@ -41,9 +41,9 @@ class Scheme(abc.ABC):
         return False
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _compiled(self, xs: tuple[Array, ...], previous: Any, mu: Any, *weights: Any) -> tuple[Form, ...]:
+    def _compiled(self, xs: tuple[Array, ...], previous: Any, mu: Any, *importance: Any) -> tuple[Form, ...]:
         """`solve`, compiled once for all leaves of equal shapes."""
-        return self.solve(xs, previous, mu, *weights)
+        return self.solve(xs, previous, mu, *importance)
 
     @abc.abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
@@ -59,11 +59,11 @@ class Scheme(abc.ABC):
         xs: tuple[Array, ...],
         previous: tuple[Form, ...] | None,
         mu: Any,
-        weights: tuple[Array, ...] | None = None,
+        importance: tuple[Array, ...] | None = None,
     ) -> tuple[Form, ...]:
         """The C step for arrays that share one Theta; `previous` is a warm start of the same structure.
 
-        `weights` are as `check_weights` returns them; they are passed only if a caller has given some.
+        `importance` is as `check_importance` returns it; it is passed only if a caller has given it.
         """
 
     @property
@@ -90,7 +90,7 @@ class Scheme(abc.ABC):
         return 2 * self.cost(forms) / mu if self.costly else 0.0
 
     @own_promotion()
-    def project(self, x: Any, previous: Any = None, *, mu: Any = None, weights: Any = None) -> Any:
+    def project(self, x: Any, previous: Any = None, *, mu: Any = None, importance: Any = None) -> Any:
         """Projects an array, or several arrays onto one shared Theta.
 
             Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta)
@@ -99,7 +99,7 @@ class Scheme(abc.ABC):
             x: a floating-point array, or a tuple of such arrays that share one codebook or budget.
             previous: an earlier result for the same shapes, as a warm start.
             mu: the penalty weight; needed by schemes with a cost, ignored by others.
-            weights: h >= 0, an array that broadcasts against x, or a tuple of them for a tuple; None for ones. For
+            importance: h >= 0, an array that broadcasts against x, or a tuple of them for a tuple; None for ones. For
                 instance h of shape (inputs, 1), the mean square of every input of a layer, for the error that its
                 outputs make. Only ratios within a block that shares a codebook matter (with a price too, as in
                 `KMeans(rate=)`, their size); a block whose h are all zero counts as unweighted, and so do schemes that
@@ -109,8 +109,8 @@ class Scheme(abc.ABC):
             A form in the working layout for an array; a tuple of forms for a tuple.
 
         Raises:
-            ValueError: a shape, dtype or setting that has no projection; weights that are negative, not finite, or do
-                not broadcast.
+            ValueError: a shape, dtype or setting that has no projection; an importance that is negative, not finite, or
+                does not broadcast.
         """
         single = not isinstance(x, tuple)
         xs = tuple(map(native, (x,) if single else x))
@@ -132,10 +132,10 @@ class Scheme(abc.ABC):
                     "(lcq.compress, or lcq.lc(every=None) with lcq.training.c_step), or choose exact=False"
                 )
         given: tuple[Any, ...] = ()
-        if weights is not None:
-            given = (check_weights(xs, (weights,) if single else weights),)
+        if importance is not None:
+            given = (check_importance(xs, (importance,) if single else importance),)
             if self.host and any(isinstance(h, jax.core.Tracer) for h in given[0]):
-                raise ValueError(f"{self} is solved on the host: expected concrete weights, got traced ones")
+                raise ValueError(f"{self} is solved on the host: expected a concrete importance, got a traced one")
         forms = (self.solve if self.host else self._compiled)(xs, previous, mu, *given)
         return forms[0] if single else forms
 
@@ -167,25 +167,25 @@ class Quantizer(Scheme):
 
 
 @own_promotion()
-def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
-    """Weights of a projection, one array for each of `xs`, with as many axes as that, in float32 or wider; ones for
-    weights that are all zero.
+def check_importance(xs: Sequence[Any], importance: Any) -> tuple[Any, ...]:
+    """The importance of each element, one array for each of `xs`, with as many axes as that, in float32 or wider; ones
+    where all are zero.
 
     Raises:
         ValueError: not one real array each that broadcasts against its leaf; negative, not finite, or above 2^126,
             which is seen of concrete arrays only.
     """
-    if not isinstance(weights, tuple) or len(weights) != len(xs):
-        got = f"{len(weights)} of them" if isinstance(weights, tuple) else type(weights).__name__
-        raise ValueError(f"weights: expected a tuple of {len(xs)} arrays, got {got}; pass one for each array of x")
-    weights = tuple(map(native, weights))
-    for h, x in zip(weights, xs, strict=True):
+    if not isinstance(importance, tuple) or len(importance) != len(xs):
+        got = f"{len(importance)} of them" if isinstance(importance, tuple) else type(importance).__name__
+        raise ValueError(f"importance: expected a tuple of {len(xs)} arrays, got {got}; pass one for each array of x")
+    importance = tuple(map(native, importance))
+    for h, x in zip(importance, xs, strict=True):
         if not hasattr(h, "dtype") or not any(jnp.issubdtype(h.dtype, t) for t in (jnp.floating, jnp.integer, bool)):
             got = str(h.dtype) if hasattr(h, "dtype") else type(h).__name__
-            raise ValueError(f"weights: expected an array of real numbers, got {got}; convert it with jnp.asarray")
+            raise ValueError(f"importance: expected an array of real numbers, got {got}; convert it with jnp.asarray")
         if h.ndim > x.ndim or any(n not in (1, m) for n, m in zip(h.shape[::-1], x.shape[::-1], strict=False)):
             raise ValueError(
-                f"weights: expected a shape that broadcasts to {list(x.shape)}, got {list(h.shape)}; "
+                f"importance: expected a shape that broadcasts to {list(x.shape)}, got {list(h.shape)}; "
                 "one number for each row of a matrix has the shape (rows, 1)"
             )
         if not isinstance(h, jax.core.Tracer):
@@ -193,11 +193,11 @@ def check_weights(xs: Sequence[Any], weights: Any) -> tuple[Any, ...]:
                 low, high = float(h.min()), float(h.max())
             if not (low >= 0 and high <= 2.0**126):  # of more, XLA flushes the reciprocal to zero
                 raise ValueError(
-                    f"weights: expected finite numbers >= 0, at most 8.5e37, got some from {low} to {high} "
+                    f"importance: expected finite numbers >= 0, at most 8.5e37, got some from {low} to {high} "
                     f"in {h.dtype}{list(h.shape)}; clip them, or look where they come from"
                 )
-    some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in weights])
+    some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in importance])
     return tuple(
         jnp.where(some, h, 1).astype(compute_dtype(x.dtype)).reshape((1,) * (x.ndim - h.ndim) + h.shape)
-        for h, x in zip(map(jnp.asarray, weights), xs, strict=True)
+        for h, x in zip(map(jnp.asarray, importance), xs, strict=True)
     )

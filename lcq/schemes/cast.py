@@ -38,6 +38,6 @@ class Cast(Scheme):
     def check(self, shape: tuple[int, ...]) -> None:
         del shape
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
-        del previous, mu, weights  # the nearest number is the nearest one for any weight
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
+        del previous, mu, importance  # the nearest number is the nearest one for any weight
         return tuple(forms.Cast(nearest_number(x, self.format), dtype=str(x.dtype)) for x in xs)

@@ -28,20 +28,20 @@ class Cut(NamedTuple):
         leaves: the arrays in float32 or wider, of shape `blocks.split`.
         blocks: how each leaf is cut.
         counts: blocks along each axis of each leaf.
-        weights: how much each element counts, arrays that broadcast against the leaves: floats, or, if the leaves and
-            what is made of them are finite, integers; None for once.
+        importance: how much each element counts, arrays that broadcast against the leaves: floats, or, if the leaves
+            and what is made of them are finite, integers; None for once.
     """
 
     leaves: tuple[Array, ...]
     blocks: tuple[Blocks, ...]
     counts: tuple[tuple[int, ...], ...]
-    weights: tuple[Array, ...] | None = None
+    importance: tuple[Array, ...] | None = None
 
     def weighted(self, arrays: Iterable[Array]) -> Iterable[Array]:
-        """Arrays shaped like the leaves, times the weights."""
-        if self.weights is None:
+        """Arrays shaped like the leaves, times their importance."""
+        if self.importance is None:
             return arrays
-        return [_times(a, h) for a, h in zip(arrays, self.weights, strict=True)]
+        return [_times(a, h) for a, h in zip(arrays, self.importance, strict=True)]
 
     def sum(self, arrays: Iterable[Array]) -> Array:
         """Weighted sums over blocks and leaves: one number per block, of the shape of the first leaf's blocks."""
@@ -49,8 +49,8 @@ class Cut(NamedTuple):
 
     def max(self, arrays: Iterable[Array]) -> Array:
         """Maxima over blocks and leaves, of what has a weight."""
-        if self.weights is not None:
-            arrays = [jnp.where(h > 0, a, -jnp.inf) for a, h in zip(arrays, self.weights, strict=True)]
+        if self.importance is not None:
+            arrays = [jnp.where(h > 0, a, -jnp.inf) for a, h in zip(arrays, self.importance, strict=True)]
         return functools.reduce(jnp.maximum, self._each(jnp.max, arrays))
 
     def _each(self, reduce: Any, arrays: Iterable[Array]) -> list[Array]:
@@ -61,9 +61,9 @@ class Cut(NamedTuple):
     def thin(self, size: int) -> "Cut":
         """Every n-th part of each leaf along its longest axis, so that a block keeps about `size` elements in all.
 
-        Not where there are weights: a sample could miss the few that weigh most.
+        Not where there is an importance: a sample could miss the few that weigh most.
         """
-        if self.weights is not None:
+        if self.importance is not None:
             return self
         leaves, times = [], sum(block.size for block in self.blocks) // size
         for x, block in zip(self.leaves, self.blocks, strict=True):
@@ -81,7 +81,7 @@ class Cut(NamedTuple):
         return [stat.reshape(count) for count in self.counts]
 
     def rows(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Elements of all leaves and their weights in float64, a row for every block. Host only."""
+        """Elements of all leaves and their importance in float64, a row for every block. Host only."""
 
         def of(arrays: Iterable[Array]) -> np.ndarray:
             parts = []
@@ -91,7 +91,7 @@ class Cut(NamedTuple):
                 parts.append(whole.transpose(outside + list(block.axes)).reshape(-1, block.size))
             return np.concatenate(parts, axis=1)
 
-        return of(self.leaves), None if self.weights is None else of(self.weights)
+        return of(self.leaves), None if self.importance is None else of(self.importance)
 
 
 def _times(a: Array, h: Array) -> Array:
@@ -99,14 +99,14 @@ def _times(a: Array, h: Array) -> Array:
     return a * h if jnp.issubdtype(h.dtype, jnp.integer) else jnp.where(h > 0, a * h, 0)
 
 
-def cut(xs: Sequence[Array], per: Per, weights: Sequence[Array] | None = None) -> Cut:
+def cut(xs: Sequence[Array], per: Per, importance: Sequence[Array] | None = None) -> Cut:
     """Cuts leaves into blocks.
 
     Args:
         xs: the leaves.
         per: what makes a block, see `block_counts`.
-        weights: floats >= 0 that broadcast against the leaves and have as many axes. The result's are proportional to
-            them with mean one in every block, and ones in a block where all are zero.
+        importance: floats >= 0 that broadcast against the leaves and have as many axes. The result's are proportional
+            to them with mean one in every block, and ones in a block where all are zero.
 
     Raises:
         ValueError: `per` does not fit a shape, or several leaves are to share the numbers of more than one block.
@@ -116,14 +116,14 @@ def cut(xs: Sequence[Array], per: Per, weights: Sequence[Array] | None = None) -
     counts = tuple(block_counts(per, x.shape) for x in xs)
     how = tuple(blocks(x.shape, count) for x, count in zip(xs, counts, strict=True))
     leaves = tuple(x.astype(compute_dtype(x.dtype)).reshape(b.split) for x, b in zip(xs, how, strict=True))
-    if weights is None:
+    if importance is None:
         return Cut(leaves, how, counts)
-    split = [_split(x.shape, count, h.shape) for x, count, h in zip(xs, counts, weights, strict=True)]
-    hs = [h.reshape(s) for h, s in zip(weights, split, strict=True)]
+    split = [_split(x.shape, count, h.shape) for x, count, h in zip(xs, counts, importance, strict=True)]
+    hs = [h.reshape(s) for h, s in zip(importance, split, strict=True)]
     return Cut(leaves, how, counts, tuple(_of_mean_one(hs, how)))
 
 
-def _of_mean_one(weights: Sequence[Array], how: Sequence[Blocks]) -> list[Array]:
+def _of_mean_one(importance: Sequence[Array], how: Sequence[Blocks]) -> list[Array]:
     """Weights over their mean in every block, in two steps so that sums neither overflow nor vanish."""
 
     def shared(numbers: list[Array], reduce: Any) -> list[Array]:
@@ -131,8 +131,8 @@ def _of_mean_one(weights: Sequence[Array], how: Sequence[Blocks]) -> list[Array]
         return numbers if len(numbers) == 1 else [functools.reduce(reduce, [a.reshape(()) for a in numbers])] * len(how)
 
     total = sum(b.size for b in how)
-    top = shared([jnp.max(h, b.axes, keepdims=True) for h, b in zip(weights, how, strict=True)], jnp.maximum)
+    top = shared([jnp.max(h, b.axes, keepdims=True) for h, b in zip(importance, how, strict=True)], jnp.maximum)
     some = [t >= jnp.finfo(t.dtype).tiny for t in top]
-    hs = [jnp.where(s, h / jnp.where(s, t, 1), 1) for h, t, s in zip(weights, top, some, strict=True)]
+    hs = [jnp.where(s, h / jnp.where(s, t, 1), 1) for h, t, s in zip(importance, top, some, strict=True)]
     means = [jnp.mean(h, b.axes, keepdims=True) * (b.size / total) for h, b in zip(hs, how, strict=True)]
     return [h / mean for h, mean in zip(hs, shared(means, jnp.add), strict=True)]

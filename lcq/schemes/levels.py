@@ -89,9 +89,9 @@ class Levels(Quantizer):
         if self.scale and self.scale_dtype == "float16":
             check_float16(x, max(map(abs, self.values)))
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
         del mu
-        whole = cut(xs, self.per, weights)
+        whole = cut(xs, self.per, importance)
         if not self.scale:
             return tuple(self._form(x, nearest(w, self.values), None) for x, w in zip(xs, whole.leaves, strict=True))
         dtype = scale_format(self.per, self.scale_dtype)
@@ -305,29 +305,29 @@ def keep_better(
 
 def _exact_scales(whole: Cut, values: tuple[float, ...], dtype: str | None) -> Array:
     """`exact_scale` of every block, on the host; of the numbers of a format beside it the best."""
-    rows, weights = whole.rows()
+    rows, importance = whole.rows()
     scales = []
     for i, row in enumerate(rows):
-        h = None if weights is None else weights[i]
+        h = None if importance is None else importance[i]
         near = exact_scale(row, values, h) * np.array([1, 1 - 2.0**-8, 1 + 2.0**-8][: 1 if dtype is None else 3])
         near = near.astype(jnp.dtype(dtype or np.float64)).astype(np.float64)
         scales.append(near[np.argmin([_error(row, values, a, h) for a in near])])
     return jnp.asarray(np.array(scales).reshape(whole.blocks[0].stat), whole.leaves[0].dtype)
 
 
-def _error(x: np.ndarray, values: tuple[float, ...], a: float, weights: np.ndarray | None) -> float:
+def _error(x: np.ndarray, values: tuple[float, ...], a: float, importance: np.ndarray | None) -> float:
     """sum_i h_i min_k (x_i - a c_k)^2."""
     levels = np.sort(a * np.asarray(values, np.float64))
     near = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, x)]
-    return float(((x - near) ** 2 * (1 if weights is None else weights)).sum())
+    return float(((x - near) ** 2 * (1 if importance is None else importance)).sum())
 
 
-def exact_scale(x: np.ndarray, values: tuple[float, ...], weights: np.ndarray | None = None) -> float:
-    """The a that minimises sum_i h_i min_k (x_i - a c_k)^2, in float64; h = 1 without weights.
+def exact_scale(x: np.ndarray, values: tuple[float, ...], importance: np.ndarray | None = None) -> float:
+    """The a that minimises sum_i h_i min_k (x_i - a c_k)^2, in float64; h = 1 without an importance.
 
     Positive unless a negative one is better: that is the best for -x, negated.
     """
-    h = np.ones_like(x) if weights is None else weights
+    h = np.ones_like(x) if importance is None else importance
     (a, gain), (b, other) = _sweep(x, values, h), (0.0, 0.0) if mirrored(values) else _sweep(-x, values, h)
     return a if gain >= other else -b
 

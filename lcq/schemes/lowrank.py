@@ -87,9 +87,9 @@ class LowRank(Scheme):
             )
         return self
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
         del previous
-        hs = (None,) * len(xs) if weights is None else weights
+        hs = (None,) * len(xs) if importance is None else importance
         return tuple(self._factors(x, h, mu) for x, h in zip(xs, hs, strict=True))
 
     def cost(self, forms: tuple[Form, ...]) -> Any:
@@ -134,7 +134,7 @@ class LowRank(Scheme):
         inside = (1, 3) if self.separable else (len(shape) - 1,)
         if any(h.shape[axis] != 1 for axis in inside):
             raise ValueError(
-                f"low rank wants weights that are equal along a row of its matrix, got {list(h.shape)} for "
+                f"expected an importance that is equal along a row of its matrix, got {list(h.shape)} for "
                 f"{list(shape)}; pass one for each input, of shape (..., inputs, 1)"
             )
         whole = tuple(1 if axis in inside else n for axis, n in enumerate(shape))

@@ -150,9 +150,9 @@ class Prune(Scheme):
         group = block_lengths(self.group, layout, rank)
         return dataclasses.replace(self, group=group, axis=inputs_axis(layout, rank) if self._runs else self.axis)
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
         wide = tuple(x.astype(compute_dtype(x.dtype)) for x in xs)
-        roots = None if weights is None else tuple(map(jnp.sqrt, weights))
+        roots = None if importance is None else tuple(map(jnp.sqrt, importance))
         scaled = wide if roots is None else tuple(x * r for x, r in zip(wide, roots, strict=True))
         if self.norm == "l1":
             wide, masks = self._shrink(wide, roots, mu)
@@ -170,7 +170,9 @@ class Prune(Scheme):
                 share=share,
                 dtype=str(x.dtype),
             )
-            for x, mask, (values, levels) in zip(xs, masks, self._values(wide, masks, previous, weights), strict=True)
+            for x, mask, (values, levels) in zip(
+                xs, masks, self._values(wide, masks, previous, importance), strict=True
+            )
         )
 
     def cost(self, forms: tuple[Form, ...]) -> Any:
@@ -212,7 +214,7 @@ class Prune(Scheme):
         if roots is not None:
             if self.group is not None:
                 raise ValueError(
-                    f"{self}: groups shrink by one factor: expected no weights, got some; drop one of them"
+                    f"{self}: groups shrink by one factor: expected no importance, got one; drop one of them"
                 )
             inverse = [jnp.where(r > 0, 1 / jnp.where(r > 0, r, 1) ** 2, 0) for r in roots]
             slack = [one * i for one, i in zip(slack, inverse, strict=True)]
@@ -258,17 +260,17 @@ class Prune(Scheme):
         return self.kept if isinstance(self.kept, float) else 1.0
 
     def _values(
-        self, xs: tuple[Array, ...], masks: Sequence[Array], previous: Any, weights: Any
+        self, xs: tuple[Array, ...], masks: Sequence[Array], previous: Any, importance: Any
     ) -> list[tuple[Array, Array | None]]:
         """Kept values, or their codes and the codebook; zero where nothing is kept."""
         if not isinstance(self.values, KMeans):
             kept = (jnp.where(mask, x, 0) for x, mask in zip(xs, masks, strict=True))
             return [(nearest_number(k, self.values or k.dtype), None) for k in kept]
-        if weights is None:
+        if importance is None:
             some = functools.reduce(jnp.logical_or, map(jnp.any, masks))
-            whole = cut(xs, None)._replace(weights=tuple(mask | ~some for mask in masks))  # a bool takes a byte
+            whole = cut(xs, None)._replace(importance=tuple(mask | ~some for mask in masks))  # a bool takes a byte
         else:
-            whole = cut(xs, None, [jnp.where(mask, h, 0) for mask, h in zip(masks, weights, strict=True)])
+            whole = cut(xs, None, [jnp.where(mask, h, 0) for mask, h in zip(masks, importance, strict=True)])
         codes, levels = self.values.fit(whole, None if previous is None else previous[0].levels)
         return [
             (jnp.where(mask, c, 0).astype(c.dtype), levels.reshape(*(1,) * c.ndim, -1))

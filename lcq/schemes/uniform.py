@@ -67,14 +67,14 @@ class Uniform(Quantizer):
         if self.scale_dtype == "float16":
             check_float16(x, (1 << self.bits) - 1 if self.zero_point else 1 << (self.bits - 1))
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
         if not self.zero_point:
             half = 1 << (self.bits - 1)
             values = tuple(map(float, range(self.symmetric - half, half)))
             grid = Levels(values, scale=True, per=self.per, scale_dtype=self.scale_dtype)
-            return grid.solve(xs, previous, mu, weights)
+            return grid.solve(xs, previous, mu, importance)
         last = (1 << self.bits) - 1
-        whole = cut(xs, self.per, weights)
+        whole = cut(xs, self.per, importance)
         dtype = scale_format(self.per, self.scale_dtype)
         a, z = _search_grid(whole, last, None if previous is None else (previous[0].scale, previous[0].zero), dtype)
         values = tuple(map(float, range(last + 1)))

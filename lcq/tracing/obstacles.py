@@ -43,6 +43,6 @@ def remedy(path: str) -> str:
     """What helps whatever the leaf has met."""
     pattern = re.escape(path)
     return (
-        f"round it to nearest before the walk, quantize(..., nearest=[lcq.Rule({pattern!r}, scheme)]), or exclude it "
+        f"round it to nearest before the walk, quantize(..., rtn=[lcq.Rule({pattern!r}, scheme)]), or exclude it "
         f"with lcq.Rule({pattern!r}, None) before that rule"
     )

@@ -1,10 +1,10 @@
 """Who chooses the weights while a net trains: LC, entropy penalties, smooth binary weights, baselines, finetuning."""
 
 from lcq.training.baselines import IteratedState, StraightThroughState, iterated_direct, straight_through_training
-from lcq.training.batch_norm import recalibrate
+from lcq.training.batch_norm import recalibrate_batch_norm
 from lcq.training.block_entropy import block_entropy, entropy_centres
 from lcq.training.ending import compress_warm
-from lcq.training.finetune import tune
+from lcq.training.finetune import finetune
 from lcq.training.hemp import HempState, hemp
 from lcq.training.lc import LCState, c_step, extract, lc
 from lcq.training.penalty import Geometric, adam_step, geometric
@@ -30,15 +30,15 @@ __all__ = [
     "compress_warm",
     "entropy_centres",
     "extract",
+    "finetune",
     "geometric",
     "hemp",
     "iterated_direct",
     "largest_weight",
     "lc",
     "metrics",
-    "recalibrate",
+    "recalibrate_batch_norm",
     "smooth_binary",
     "straight_through",
     "straight_through_training",
-    "tune",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lcq.forms.dtypes import native_tree
 
 
-def recalibrate(step: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Any]) -> Any:
+def recalibrate_batch_norm(step: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Any]) -> Any:
     """Batch-norm statistics of the compressed net: the mean of the statistics of single batches.
 
     Statistics belong to the weights they were gathered with; with Delta(Theta) in place of w they are wrong, and a deep
@@ -31,7 +31,7 @@ def recalibrate(step: Callable[[Any, Any], Any], statistics: Any, batches: Itera
     Example:
         >>> def step(statistics, x):
         ...     return {"mean": 0.75 * statistics["mean"] + 0.25 * x.mean(0)}
-        >>> recalibrate(step, {"mean": jnp.zeros(2)}, [jnp.array([[1., 2.], [3., 4.]])])["mean"]
+        >>> recalibrate_batch_norm(step, {"mean": jnp.zeros(2)}, [jnp.array([[1., 2.], [3., 4.]])])["mean"]
         Array([2., 3.], dtype=float32)
     """
     statistics = native_tree(statistics)

@@ -19,7 +19,7 @@ from lcq.training.straight_through import straight_through
 from lcq.tree.paths import flatten
 
 
-def tune(
+def finetune(
     loss: Callable[[Any, Any], Any],
     forms: Any,
     tx: optax.GradientTransformation,
@@ -37,7 +37,7 @@ def tune(
     c are the floating-point arrays of the forms: levels, scales, factors, surviving weights; z are their
     codes, masks, ranks, whole zeros and fixed tables; b are the arrays under no rule, such as biases. The gradient of a
     level is the sum over the weights that have it, so SGD wants a smaller rate than for weights; there are few numbers,
-    so that `optax.lbfgs()` on one large batch does well. With batch norm, `lcq.recalibrate` afterwards.
+    so that `optax.lbfgs()` on one large batch does well. With batch norm, `lcq.recalibrate_batch_norm` afterwards.
 
     What a joint task shares is one number. Numbers in less than float32 are trained in float32 and rounded whenever
     the loss looks at them, so that what is tuned is what is returned; the gradient passes as if they were not.
@@ -59,14 +59,14 @@ def tune(
         The tree with stored forms that differ in these numbers alone; levels are put in order again, and codes follow.
 
     Raises:
-        ValueError: no form, nothing to tune, too few batches; leaves that share a number and differ in it; NaN or
+        ValueError: no form, nothing to finetune, too few batches; leaves that share a number and differ in it; NaN or
             infinite numbers at the end.
 
     Example:
         >>> import lcq
         >>> forms = lcq.compress({"kernel": jnp.array([1., 3., 8., 8.])}, [lcq.Rule("kernel", lcq.KMeans(2))])
         >>> loss = lambda params, batch: jnp.sum((params["kernel"] - batch) ** 2)
-        >>> tuned = tune(loss, forms, optax.sgd(0.2), [jnp.array([0., 4., 5., 7.])] * 30)
+        >>> tuned = finetune(loss, forms, optax.sgd(0.2), [jnp.array([0., 4., 5., 7.])] * 30)
         >>> lcq.decompress(tuned)["kernel"].round()
         Array([2., 2., 6., 6.], dtype=float32)
 
@@ -135,7 +135,7 @@ class _Net:
             else:
                 working.append(self._slot(path, "", None, leaf) if arrays else leaf)
         if not self.given:
-            raise ValueError("expected floating-point numbers to tune, got forms of codes and fixed tables alone")
+            raise ValueError("expected floating-point numbers to finetune, got forms of codes and fixed tables alone")
         flat, self._forms = jax.tree.flatten(working)
         self.slots = [a if isinstance(a, _Slot) else None for a in flat]
         self.rest = [None if isinstance(a, _Slot) else a for a in flat]

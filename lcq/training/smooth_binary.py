@@ -256,7 +256,7 @@ class SmoothBinary:
     def compress(self, params: Any, alphas: Mapping[str, Any] | None = None) -> Any:
         """What is deployed: the tree with forms of alpha_G sign(x), working layout, at the selected leaves.
 
-        With batch norm, `lcq.recalibrate` afterwards.
+        With batch norm, `lcq.recalibrate_batch_norm` afterwards.
 
         Raises:
             ValueError: a NaN or an infinity; names the leaf.

@@ -14,22 +14,22 @@ from lcq.tree.paths import check_numbers, flatten
 from lcq.tree.rules import Rule, Task, resolve
 
 
-def compress(params: Any, rules: Sequence[Rule], *, weights: Mapping[str, Any] | None = None) -> Any:
+def compress(params: Any, rules: Sequence[Rule], *, importance: Mapping[str, Any] | None = None) -> Any:
     """Direct compression: every selected leaf becomes its nearest form, Theta = Pi(w).
 
     Args:
         params: a tree of arrays.
         rules: which leaves, and how; the first match wins. per="channel" is the last axis unless the rule has a layout;
             leaves that look like stacks of layers, and are not said to be, are warned of.
-        weights: by path, how much the squared error of each element counts, such as `lcq.ptq.curvature` gives; leaves
-            without are unweighted.
+        importance: by path, how much the squared error of each element counts, such as `lcq.ptq.curvature` gives;
+            leaves without are unweighted.
 
     Returns:
         The tree with forms in the working layout at the selected leaves, everything else as it was.
 
     Raises:
-        ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN or an infinity, weights of a leaf that
-            no rule selects; names the leaf.
+        ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN or an infinity, an importance of a leaf
+            that no rule selects; names the leaf.
 
     Example:
         >>> import lcq
@@ -45,18 +45,22 @@ def compress(params: Any, rules: Sequence[Rule], *, weights: Mapping[str, Any] |
     for task in tasks:
         for path in task.paths:
             check_finite(path, leaves[path])
-    left = set(weights or ()) - {path for task in tasks for path in task.paths}
+    left = set(importance or ()) - {path for task in tasks for path in task.paths}
     if left:
-        raise ValueError(f"{', '.join(sorted(left))}: expected weights of leaves that a rule compresses; drop these")
-    return replace(structure, leaves, tasks, [_project(task, leaves, weights or {}) for task in tasks])
+        raise ValueError(
+            f"{', '.join(sorted(left))}: expected importances of leaves that a rule compresses; drop these"
+        )
+    return replace(structure, leaves, tasks, [_project(task, leaves, importance or {}) for task in tasks])
 
 
-def _project(task: Task, leaves: dict[str, Any], weights: Mapping[str, Any]) -> tuple[Form, ...]:
+def _project(task: Task, leaves: dict[str, Any], importance: Mapping[str, Any]) -> tuple[Form, ...]:
     xs = take(leaves, task)
-    if not any(path in weights for path in task.paths):
+    if not any(path in importance for path in task.paths):
         return task.project(xs)
     ones = (jnp.ones((1,) * x.ndim) for x in xs)
-    return task.project(xs, weights=tuple(weights.get(path, one) for path, one in zip(task.paths, ones, strict=True)))
+    return task.project(
+        xs, importance=tuple(importance.get(path, one) for path, one in zip(task.paths, ones, strict=True))
+    )
 
 
 def decompress(tree: Any) -> Any:

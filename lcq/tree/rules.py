@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lcq.forms.axes import check_layout, mixes_layers, warning
 from lcq.forms.base import Form, is_form, share
 from lcq.forms.blocks import block_counts
-from lcq.schemes.base import Scheme, check_weights
+from lcq.schemes.base import Scheme, check_importance
 from lcq.tree.paths import flatten, leave_out, places_of_none
 
 
@@ -97,7 +97,7 @@ class Task:
         xs: tuple[Any, ...],
         previous: tuple[Form, ...] | None = None,
         mu: Any = None,
-        weights: tuple[Any, ...] | None = None,
+        importance: tuple[Any, ...] | None = None,
     ) -> tuple[Form, ...]:
         """The C step of this task: `scheme.project`, mapped over the stacked axes.
 
@@ -105,19 +105,19 @@ class Task:
             xs: the leaves, in the order of `paths`.
             previous: their forms, as a warm start.
             mu: the penalty weight.
-            weights: an array for each leaf that broadcasts against the whole of it, stacked axes included.
+            importance: an array for each leaf that broadcasts against the whole of it, stacked axes included.
         """
         with named(", ".join(self.paths)):
-            if weights is not None:
-                weights = tuple(
+            if importance is not None:
+                importance = tuple(
                     jnp.broadcast_to(h, x.shape[: self.stacked] + h.shape[self.stacked :]) if self.stacked else h
-                    for h, x in zip(check_weights(xs, weights), xs, strict=True)
+                    for h, x in zip(check_importance(xs, importance), xs, strict=True)
                 )
             for x in xs if self.stacked else ():
                 if not isinstance(x, jax.core.Tracer):
                     self.scheme.check_numbers(jnp.asarray(x))
             project = _project_each if self.scheme.host and self.stacked else _project_mapped
-            forms = project(self.scheme, xs, previous, mu, weights, self.stacked)
+            forms = project(self.scheme, xs, previous, mu, importance, self.stacked)
         if len(self.paths) > 1:
             forms = tuple(share(form, self.name) for form in forms)
         return forms
@@ -143,20 +143,20 @@ def named(path: str) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, weights: Any, stacked: int) -> tuple[Form, ...]:
-    """Absent warm starts and weights are trees without leaves to map over."""
+def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, importance: Any, stacked: int) -> tuple[Form, ...]:
+    """Absent warm starts and importances are trees without leaves to map over."""
     if not stacked:
-        return scheme.project(xs, previous, mu=mu, weights=weights)
-    return jax.vmap(lambda x, p, h: _project_mapped(scheme, x, p, mu, h, stacked - 1))(xs, previous, weights)
+        return scheme.project(xs, previous, mu=mu, importance=importance)
+    return jax.vmap(lambda x, p, h: _project_mapped(scheme, x, p, mu, h, stacked - 1))(xs, previous, importance)
 
 
-def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, weights: Any, stacked: int) -> tuple[Form, ...]:
+def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, importance: Any, stacked: int) -> tuple[Form, ...]:
     """The same for solvers on the host, which cannot be mapped: one after another, then stacked."""
     if not stacked:
-        return scheme.project(xs, previous, mu=mu, weights=weights)
+        return scheme.project(xs, previous, mu=mu, importance=importance)
 
     def at(i: int) -> Any:
-        return jax.tree.map(lambda a: a[i], (xs, previous, weights))
+        return jax.tree.map(lambda a: a[i], (xs, previous, importance))
 
     each = []
     for i in range(xs[0].shape[0]):

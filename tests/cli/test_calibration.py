@@ -91,7 +91,7 @@ def quantize(*more, function="tinynet:apply", source="net.npz", data="data.npz",
 def test_quantize_does_what_the_function_does(net, capsys):
     params, tokens = net
     path = list(sys.path)
-    assert quantize("--nearest-rule", "embedding=Uniform(4)", "--batch", "8") == 0
+    assert quantize("--rtn-rule", "embedding=Uniform(4)", "--batch", "8") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert sys.path == path
@@ -103,12 +103,12 @@ def test_quantize_does_what_the_function_does(net, capsys):
         return x
 
     rules = [lcq.Rule("dense./kernel", lcq.Ternary())], [lcq.Rule("embedding", lcq.Uniform(4))]
-    expected = lcq.quantize(apply, params, [tokens[:8], tokens[8:16], tokens[16:]], rules[0], nearest=rules[1])
+    expected = lcq.quantize(apply, params, [tokens[:8], tokens[8:16], tokens[16:]], rules[0], rtn=rules[1])
     same(lcq.load("out.lcq"), expected.forms)
     assert not np.array_equal(lcq.load("out.lcq")["dense1"]["bias"], params["dense1"]["bias"])
     lines = [line.split() for line in captured.out.splitlines()]
     for record in expected.records:
-        facts = [record.path, "1x24x6x6", "Descent,", f"{record.recursion},", "centred", "3", "2"]
+        facts = [record.path, "1x24x6x6", "Descent,", f"{record.recursion},", *"bias corrected 3 2".split()]
         assert [*facts, f"{record.error:.2e}", f"{record.scale:.3g}"] in [line[:-1] for line in lines]
     size = (Path("out.lcq")).stat().st_size
     assert ["on", "disk", f"{8 * size:,}", f"{size:,}"] in [line[:4] for line in lines] and "distortion" in captured.out
@@ -143,20 +143,22 @@ def test_quantize_makes_batches_of_all_examples(net, more, lengths, monkeypatch)
     assert [batch.shape for batch in given["batches"]] == [(length, 3) for length in lengths]
     used = np.concatenate(given["batches"])
     np.testing.assert_array_equal(used, tokens[: sum(lengths)])
-    assert options["centred"] and given["method"] == "descent" and options["nearest"] == [] and options["mask"] is None
+    assert (
+        options["bias_correction"] and given["method"] == "descent" and options["rtn"] == [] and options["mask"] is None
+    )
 
 
 def test_quantize_hands_on_several_arrays_and_the_options(net, monkeypatch):
     _, tokens = net
     np.savez("many.npz", **{"tokens": tokens, "mask": tokens > 3})
-    more = ("--batch", "9", "--method", "spfq", "--seed", "5", "--not-centred", "--nearest-rule", "embedding=Cast")
+    more = ("--batch", "9", "--method", "spfq", "--seed", "5", "--no-bias-correction", "--rtn-rule", "embedding=Cast")
     given, options = asked(monkeypatch, *more, data="many.npz")
     assert [{name: a.shape for name, a in batch.items()} for batch in given["batches"]] == [
         {"tokens": (length, 3), "mask": (length, 3)} for length in (9, 9, 3)
     ]
     np.testing.assert_array_equal(given["batches"][1]["mask"], tokens[9:18] > 3)
-    assert given["method"] == "spfq" and not options["centred"]
-    assert options["nearest"] == [lcq.Rule("embedding", lcq.Cast())] and jnp.all(options["key"] == jax.random.key(5))
+    assert given["method"] == "spfq" and not options["bias_correction"]
+    assert options["rtn"] == [lcq.Rule("embedding", lcq.Cast())] and jnp.all(options["key"] == jax.random.key(5))
 
 
 def test_quantize_leaves_out_what_the_mask_does(net, capsys):
@@ -200,7 +202,7 @@ def test_quantize_dry_run_writes_nothing(net, capsys, monkeypatch):
         "--rule",
         "dense./kernel=Uniform(4, per=3)",
     ]
-    assert run(*command, "--dry-run", "--nearest-rule", "embedding=Cast") == 0
+    assert run(*command, "--dry-run", "--rtn-rule", "embedding=Cast") == 0
     shown = capsys.readouterr().out
     assert "3 of axis 0, axis 1" in shown and "bfloat16" in shown and not Path("out.lcq").exists()
     assert run(*command) == 2 and "expected -o OUT.lcq, or --dry-run" in capsys.readouterr().err

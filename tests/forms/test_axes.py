@@ -107,8 +107,8 @@ def test_quantize_takes_neurons_whatever_the_layout():
 
     rules = [lcq.Rule("w", CHANNEL, layout="oi")]
     near = [lcq.Rule("e", CHANNEL, layout="oi")]
-    done = lcq.quantize(fn, params, [x], rules, nearest=near)
-    plain = lcq.quantize(fn, params, [x], [lcq.Rule("w", CHANNEL)], nearest=near)
+    done = lcq.quantize(fn, params, [x], rules, rtn=near)
+    plain = lcq.quantize(fn, params, [x], [lcq.Rule("w", CHANNEL)], rtn=near)
     np.testing.assert_array_equal(done.forms["w"].codes, plain.forms["w"].codes)
     assert done.forms["w"].scale.shape == (6, 1) and done.forms["e"].scale.shape == (5, 1)
 

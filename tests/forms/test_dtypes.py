@@ -111,7 +111,7 @@ def test_every_door_takes_either_byte_order(order, tmp_path):
     tree, net = {"k": w}, lambda p, x: x @ p["k"]
     plain = lcq.compress({"k": W}, rules)
     np.testing.assert_array_equal(scheme.project(w).dense(), plain["k"].dense())
-    weighted = lcq.compress(tree, rules, weights={"k": np.ones((3, 1), kind)})
+    weighted = lcq.compress(tree, rules, importance={"k": np.ones((3, 1), kind)})
     np.testing.assert_allclose(weighted["k"].dense(), plain["k"].dense(), atol=1e-6)
     tx = lcq.lc(optax.sgd(0.1), rules, mu=0.1, every=2)
     state = tx.init(tree)

@@ -17,7 +17,7 @@ import lcq
 from lcq.examples import data, models
 from lcq.io.entropy_coding import rans
 from lcq.io.file import read_index
-from lcq.plans.allocation import Choice, Pareto
+from lcq.plans.allocation import Allocation, Choice
 from lcq.plans.allocation import pareto as pareto_of_files
 from lcq.schemes.base import Scheme
 
@@ -35,7 +35,7 @@ def params():
     return tree | {"count": jnp.arange(3), "half": jnp.asarray(rng.normal(size=(6, 6)), jnp.bfloat16)}
 
 
-def weights(tree):
+def importance(tree):
     rng = np.random.default_rng(1)
     h = {f"{k}/kernel": rng.lognormal(sigma=2, size=(v["kernel"].shape[0], 1)) for k, v in tree.items() if len(k) < 3}
     return {path: jnp.asarray(each * 10.0**i, jnp.float32) for i, (path, each) in enumerate(h.items())}
@@ -43,7 +43,7 @@ def weights(tree):
 
 def measured(tree, rules, h=None):
     """Bits and distortion of the whole tree, by what users see: compress, sizes, decompress; sums in float64."""
-    done = lcq.compress(tree, rules, weights=h)
+    done = lcq.compress(tree, rules, importance=h)
     packed = jax.tree.map(lambda f: f.pack() if lcq.forms.base.is_form(f) else f, done, is_leaf=lcq.forms.base.is_form)
     bits = sum(size.bits for size in lcq.sizes(packed).values())
     w, dense = (lcq.tree.rules.flatten(t)[0] for t in (tree, lcq.decompress(done)))
@@ -54,7 +54,7 @@ def measured(tree, rules, h=None):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_every_point_of_the_curve_is_the_best_of_its_size(weighted):
     tree, paths = params(), ["a/kernel", "b+/kernel", "c/kernel"]
-    h = weights(tree) if weighted else None
+    h = importance(tree) if weighted else None
 
     def alone(path, scheme):
         of_leaf = {path: h[path]} if weighted and scheme else None
@@ -67,18 +67,18 @@ def test_every_point_of_the_curve_is_the_best_of_its_size(weighted):
         each = [cost[pair] for pair in zip(paths, chosen, strict=True)]
         every.append((bare + sum(bits - bare for bits, _ in each), math.fsum(error for _, error in each)))
 
-    curve = pareto(tree, {".*/kernel": CANDIDATES}, bytes=10**6, weights=h).curve
+    curve = pareto(tree, {".*/kernel": CANDIDATES}, bytes=10**6, importance=h).curve
     assert len(curve) > 6 and curve[-1][1] == 0
     assert curve[0][0] == -(-min(bits for bits, _ in every) // 8)
     for i, (size, error) in enumerate(curve):
-        best = pareto(tree, {".*/kernel": CANDIDATES}, bytes=size, weights=h)
+        best = pareto(tree, {".*/kernel": CANDIDATES}, bytes=size, importance=h)
         assert (best.bytes, best.distortion) == (size, pytest.approx(error, rel=1e-15)) and best.curve == curve
         assert best.distortion == pytest.approx(min(d for b, d in every if b <= best.bits), rel=1e-9, abs=1e-12)
         assert 0 <= best.unused < 8
         given = {choice.path: h[choice.path] for choice in best.choices if choice.scheme} if weighted else None
         assert measured(tree, best.plan, given) == (best.bits, pytest.approx(error, rel=1e-9))
         if i:
-            less = pareto(tree, {".*/kernel": CANDIDATES}, bytes=size - 1, weights=h)
+            less = pareto(tree, {".*/kernel": CANDIDATES}, bytes=size - 1, importance=h)
             assert less.unused == 8 * (size - 1) - less.bits >= 0 and less.distortion > error
             wanted = min(d for b, d in every if b <= 8 * (size - 1))
             assert less.distortion == less.bound == pytest.approx(wanted, rel=1e-9) and wanted <= curve[i - 1][1]
@@ -119,12 +119,12 @@ def codes_of(form):
     return np.asarray(form.unpack().codes).reshape(-1)
 
 
-def test_weights_matter_as_they_are():
+def test_importances_matter_as_they_are():
     """Ten times the weight of a leaf is ten times its distortion, though its projection stays the same."""
     tree = {"a": jnp.array([0.0, 1.0, 2.0, 3.0]), "b": jnp.array([0.0, 1.0, 2.0, 3.0])}
     for heavy, light in (("a", "b"), ("b", "a")):
         h = {heavy: jnp.full(4, 10.0), light: jnp.ones(())}
-        best = pareto(tree, {".": [lcq.KMeans(2), lcq.KMeans(4)]}, bytes=30, weights=h)
+        best = pareto(tree, {".": [lcq.KMeans(2), lcq.KMeans(4)]}, bytes=30, importance=h)
         assert {c.path: c.scheme.k for c in best.choices} == {heavy: 4, light: 2}
         assert best.distortion == 1.0 and best.curve[0][1] == 11.0
 
@@ -162,7 +162,7 @@ def test_it_prints_every_leaf_and_where_the_budget_went():
     assert "everything else" in str(best)
     smallest = pareto(params(), {"a/kernel": [lcq.Ternary(per="channel")]}, bytes=1000)
     assert "Ternary(per='channel')" in str(smallest) and "100.0%" in str(smallest)
-    assert "nan" not in str(Pareto((Choice("w", (2,), None, 64, 0.0),), 0, 64, ((8, 0.0),)))
+    assert "nan" not in str(Allocation((Choice("w", (2,), None, 64, 0.0),), 0, 64, ((8, 0.0),)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,16 +215,20 @@ def test_a_cast_of_numbers_beyond_its_range_costs_what_it_loses():
         ({".*/.*": CANDIDATES, "a/kernel": CANDIDATES}, {"bytes": 1000}, "decides no leaf: earlier rules take"),
         ({"a/bias": [lcq.Uniform(4, per=4)]}, {"bytes": 1000}, "a/bias: "),
         ({".*/kernel": [lcq.KMeans(2), Costly()]}, {"bytes": 1000}, "'.*/kernel': Costly() has a cost"),
-        ({"b.*/kernel": CANDIDATES}, {"bytes": 1000, "weights": {}}, "b+/kernel: expected weights of the leaves with"),
         (
-            {"a/kernel": CANDIDATES},
-            {"bytes": 1000, "weights": {"a/kernel": jnp.ones(1), "x": 1}},
-            "x: expected weights",
+            {"b.*/kernel": CANDIDATES},
+            {"bytes": 1000, "importance": {}},
+            "b+/kernel: expected importances of the leaves with",
         ),
         (
             {"a/kernel": CANDIDATES},
-            {"bytes": 1000, "weights": {"a/kernel": -jnp.ones(1)}},
-            "a/kernel: weights: expected",
+            {"bytes": 1000, "importance": {"a/kernel": jnp.ones(1), "x": 1}},
+            "x: expected importances",
+        ),
+        (
+            {"a/kernel": CANDIDATES},
+            {"bytes": 1000, "importance": {"a/kernel": -jnp.ones(1)}},
+            "a/kernel: importance: expected",
         ),
         ({"a/kernel": [Endless()]}, {"bytes": 1000}, "a/kernel: expected finite numbers; Endless() gave others"),
         ({"nan": CANDIDATES}, {"bytes": 1000}, "nan: expected finite weights"),

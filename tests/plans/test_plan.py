@@ -310,8 +310,8 @@ def test_dry_run_with_a_function_is_what_quantize_costs(case, per):
     rules = rules or [lcq.Rule(".*", scheme)]
     near = [lcq.Rule("table", lcq.Uniform(4, per="channel"))] if "table" in shapes else []
     structs = jax.eval_shape(lambda: (tree, batch))
-    planned = dry_run(structs[0], rules, fn, structs[1], nearest=near)
-    done = lcq.quantize(fn, tree, [batch], rules, "nearest", nearest=near, search=False, centred=False)
+    planned = dry_run(structs[0], rules, fn, structs[1], rtn=near)
+    done = lcq.quantize(fn, tree, [batch], rules, "rtn", rtn=near, search=False, bias_correction=False)
     real = lcq.table(done.forms)
     assert [(r.path, r.shape, r.form, r.bits, r.blocks) for r in planned.rows] == [
         (r.path, r.shape, r.form, r.bits, r.blocks) for r in real.rows
@@ -344,8 +344,8 @@ def test_dry_run_of_groups_that_only_products_have():
         dry_run({"w": tree["w"]}, rules, lambda p, x: jnp.einsum("bd,ihd->bih", x, p["w"]), jnp.zeros((2, 16)))
     with pytest.raises(ValueError, match=r"per=\(3, 1\) cuts axis 0 of shape \(64, 3\)"):
         dry_run({"v": tree["v"]}, [lcq.Rule("v", lcq.Uniform(4, per=3), layout="io")])
-    with pytest.raises(ValueError, match="expected fn and batch with nearest="):
-        dry_run(tree, [], nearest=rules)
+    with pytest.raises(ValueError, match="expected fn and batch with rtn="):
+        dry_run(tree, [], rtn=rules)
 
 
 def test_dry_run_with_a_function_leaves_forms():

@@ -31,7 +31,7 @@ def assert_same(one, two, tolerance=1e-5):
         else:
             np.testing.assert_allclose(a, b, atol=tolerance)
     for a, b in zip(one.records, two.records, strict=True):
-        assert (a.path, a.rows, a.dead, a.centred, a.lost) == (b.path, b.rows, b.dead, b.centred, "")
+        assert (a.path, a.rows, a.dead, a.bias_correction, a.lost) == (b.path, b.rows, b.dead, b.bias_correction, "")
         np.testing.assert_allclose(a.error, b.error, rtol=1e-3)
 
 
@@ -123,7 +123,7 @@ def test_examples_of_a_convolutional_net():
         shrink=0.0,
     )
     assert_same(done, full)
-    assert [record.rows for record in done.records] == [8 * 36, 8] and done.records[0].centred
+    assert [record.rows for record in done.records] == [8 * 36, 8] and done.records[0].bias_correction
 
 
 def test_tokens_of_experts():

@@ -58,8 +58,8 @@ def test_weighted_compression_makes_less_error_at_the_output():
     def net(params, x):
         return x @ params["w"]
 
-    weights = lcq.ptq.curvature(net, params, [x], rules)
-    plain, weighted = (lcq.decompress(lcq.compress(params, rules, weights=h)) for h in (None, weights))
+    importance = lcq.ptq.curvature(net, params, [x], rules)
+    plain, weighted = (lcq.decompress(lcq.compress(params, rules, importance=h)) for h in (None, importance))
     errors = [float(((net(params, x) - net(p, x)) ** 2).sum()) for p in (plain, weighted)]
     assert errors[1] < 0.9 * errors[0]
 
@@ -71,14 +71,14 @@ def test_bad_input_is_named():
     params, rules = {"w": normal(3, 2), "b": normal(2)}, [lcq.Rule("w", lcq.Binary())]
     with pytest.raises(ValueError, match="at least one batch"):
         lcq.ptq.curvature(net, params, [], rules)
-    with pytest.raises(ValueError, match="b: expected weights of leaves that a rule compresses"):
-        lcq.compress(params, rules, weights={"b": jnp.ones(2)})
+    with pytest.raises(ValueError, match="b: expected importances of leaves that a rule compresses"):
+        lcq.compress(params, rules, importance={"b": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"w: .*broadcast"):
-        lcq.compress(params, rules, weights={"w": jnp.ones((4, 2))})
+        lcq.compress(params, rules, importance={"w": jnp.ones((4, 2))})
 
 
-def test_joint_leaves_may_have_weights_for_some():
+def test_joint_leaves_may_have_an_importance_for_some():
     params = {"a": jnp.array([0.0, 1.0]), "b": jnp.array([1.0, 4.0])}
     rules = [lcq.Rule("a|b", lcq.KMeans(1), joint=True)]
-    level = lcq.compress(params, rules, weights={"b": jnp.array([0.0, 2.0])})["a"].levels
+    level = lcq.compress(params, rules, importance={"b": jnp.array([0.0, 2.0])})["a"].levels
     np.testing.assert_allclose(np.ravel(level), [(0 + 1 + 2 * 4) / 4], rtol=1e-6)

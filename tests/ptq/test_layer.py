@@ -10,18 +10,18 @@ from tests.ptq.small_net import SIZE, UNIFORM, draw, net, problem, quantize, sta
 
 
 def test_search_finds_a_better_scale_and_gpfq_is_better_than_nearest():
-    found = {method: quantize(method=method, search=True).records for method in ("gpfq", "nearest")}
+    found = {method: quantize(method=method, search=True).records for method in ("gpfq", "rtn")}
     fixed = standard().records
     assert all(record.factor != 1 for record in found["gpfq"]) and all(record.factor == 1 for record in fixed)
     assert found["gpfq"][0].error < fixed[0].error and found["gpfq"][1].error < fixed[1].error
     params = {"w1": draw(24, 24, seed=1) / 2, "b1": draw(24), "w2": draw(24, 24, seed=2)}
     batches = [(draw(60, 4, seed=i) @ draw(4, 24, seed=3) + 0.3 * draw(60, 24, seed=i)) / 5 for i in (4, 5)]
-    found = {m: quantize(net, params, batches, method=m, search=True).records for m in ("gpfq", "nearest")}
-    assert found["gpfq"][1].error < 0.7 * found["nearest"][1].error, found
+    found = {m: quantize(net, params, batches, method=m, search=True).records for m in ("gpfq", "rtn")}
+    assert found["gpfq"][1].error < 0.7 * found["rtn"][1].error, found
 
 
 def test_fixed_tables_are_not_searched():
-    done = quantize(rules=[lcq.Rule("w.", lcq.Levels((-1.0, 0.0, 1.0)))], method="nearest", search=True)
+    done = quantize(rules=[lcq.Rule("w.", lcq.Levels((-1.0, 0.0, 1.0)))], method="rtn", search=True)
     np.testing.assert_array_equal(done.forms["w1"].dense(), np.clip(np.round(problem()[0]["w1"]), -1, 1))
     assert [(record.factor, record.scale) for record in done.records] == [(1, 1)] * 2
 
@@ -30,7 +30,7 @@ def test_fixed_tables_are_not_searched():
 def test_alphabets_are_the_products(per, blocks):
     """Of a weight on the left: a row is a neuron."""
     scheme, w = lcq.Uniform(3, per=per), draw(6, 8)
-    done = quantize(lambda p, x: p["w"] @ x.T, {"w": w}, [draw(5, 8)], [lcq.Rule("w", scheme)], "nearest")
+    done = quantize(lambda p, x: p["w"] @ x.T, {"w": w}, [draw(5, 8)], [lcq.Rule("w", scheme)], "rtn")
     np.testing.assert_array_equal(done.forms["w"].dense(), scheme.project(jnp.asarray(w.T)).dense().T)
     assert done.forms["w"].scale.shape == blocks
 
@@ -42,7 +42,7 @@ def test_alphabets_of_experts(per, stacked, blocks):
     """One product of three experts: one alphabet for all, one each, one for each neuron."""
     w, scheme = draw(3, 8, 4), lcq.Uniform(3, per=per)
     rule = lcq.Rule("w", scheme, stacked=stacked)
-    done = quantize(lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]), {"w": w}, [draw(3, 5, 8)], [rule], "nearest")
+    done = quantize(lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]), {"w": w}, [draw(3, 5, 8)], [rule], "rtn")
     assert done.forms["w"].scale.shape == blocks
     alone = lcq.compress({"w": w}, [lcq.Rule("w", scheme, stacked=1 if per else stacked)])["w"]
     np.testing.assert_allclose(done.forms["w"].dense(), alone.dense(), rtol=1e-6)
@@ -80,7 +80,7 @@ def test_the_search_of_scales_tries_the_mirrored_table():
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(256, 24)) * np.exp(-np.arange(24) / 4)).astype(np.float32)
     w, scheme = rng.normal(size=(24, 12)).astype(np.float32), lcq.Uniform(2, per="channel")
-    done = lcq.quantize(lambda p, x: x @ p["w"], {"w": jnp.asarray(w)}, [x], [lcq.Rule("w", scheme)], "nearest")
+    done = lcq.quantize(lambda p, x: x @ p["w"], {"w": jnp.asarray(w)}, [x], [lcq.Rule("w", scheme)], "rtn")
     plain = np.asarray(scheme.project(jnp.asarray(w)).scale)[0]
     found = np.asarray(done.forms["w"].scale)[0]
     assert (plain * found < 0).any() and 0.5 < done.records[0].factor < 2
@@ -120,7 +120,7 @@ def test_a_dead_channel_one_example_and_dead_groups_keep_their_scales():
     w = draw(SIZE, 3)
     for x in (draw(1, SIZE), np.ones((30, SIZE), np.float32) * 1.3):  # no variation beside a bias
         params = {"w": w, "b": np.zeros(3, np.float32)}
-        done = lcq.quantize(lambda p, x: x @ p["w"] + p["b"], params, [x], [lcq.Rule("w", UNIFORM)], "nearest")
+        done = lcq.quantize(lambda p, x: x @ p["w"] + p["b"], params, [x], [lcq.Rule("w", UNIFORM)], "rtn")
         np.testing.assert_allclose(done.forms["w"].scale, UNIFORM.project(jnp.asarray(w)).scale, rtol=1e-6)
         assert done.records[0].silent == (0,) and done.records[0].factor == 1
     x, scheme = draw(40, SIZE), lcq.Uniform(3, per=4)
@@ -143,11 +143,11 @@ def test_damping_too_small_for_the_data():
     def fn(p, x):
         return x @ p["w"]
 
-    for method in (lcq.GPTQ(damp=1e-8), lcq.Qronos(damp=1e-8)):
+    for method in (lcq.GPTQ(damping=1e-8), lcq.Qronos(damping=1e-8)):
         done = lcq.quantize(fn, params, [x], rule, method, search=False, shrink=0.0)
-        assert done.records[0].error < 0.01 and 1e-6 < done.records[0].damp < 1e-2, done.records[0]
-    with pytest.raises(ValueError, match=r"w: expected H \+ damp I with a root at .*test_layer.*raise damp="):
-        lcq.quantize(fn, params, [x], rule, lcq.GPTQ(1e-8, most=1e-8), search=False, shrink=0.0)
+        assert done.records[0].error < 0.01 and 1e-6 < done.records[0].damping < 1e-2, done.records[0]
+    with pytest.raises(ValueError, match=r"w: expected H \+ delta I with a root at .*test_layer.*raise damping="):
+        lcq.quantize(fn, params, [x], rule, lcq.GPTQ(1e-8, max_damping=1e-8), search=False, shrink=0.0)
 
 
 @pytest.mark.parametrize("method", ["gpfq", "descent"])

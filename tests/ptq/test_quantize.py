@@ -27,7 +27,7 @@ from tests.ptq.small_net import RULES, SIZE, UNIFORM, dense, draw, net, problem,
 def test_codes_are_those_of_the_method_on_plain_statistics(method, centred):
     """Both layers; the inputs of the second are those of each net. The bias takes up what its mean has moved."""
     params, batches = problem()
-    done = standard() if (method, centred) == ("gpfq", True) else quantize(method=method, centred=centred)
+    done = standard() if (method, centred) == ("gpfq", True) else quantize(method=method, bias_correction=centred)
     x = y = np.concatenate(batches)
     for name in ("w1", "w2"):
         takes = centred and name == "w1"
@@ -40,7 +40,7 @@ def test_codes_are_those_of_the_method_on_plain_statistics(method, centred):
         if name == "w1":
             np.testing.assert_allclose(done.forms["b1"], bias, atol=1e-5)
             x, y = np.tanh(x @ params[name] + params["b1"]), np.tanh(y @ got.dense() + bias)
-    assert [record.centred for record in done.records] == [centred, False]
+    assert [record.bias_correction for record in done.records] == [centred, False]
 
 
 def test_following_the_inputs_gives_the_same_codes():
@@ -155,7 +155,7 @@ def test_forms_that_are_given_stay():
 def test_a_bias_that_is_given_as_a_form_does_not_move():
     forms = lcq.compress(problem()[0], [lcq.Rule("b1", lcq.Cast())])
     done = quantize(params=forms)
-    assert done.forms["b1"] is forms["b1"] and not any(record.centred for record in done.records)
+    assert done.forms["b1"] is forms["b1"] and not any(record.bias_correction for record in done.records)
 
 
 def test_tied_embedding():
@@ -169,7 +169,7 @@ def test_tied_embedding():
     rows, w = lcq.Rule("embed", lcq.Uniform(4, per=(1, 0))), lcq.Rule("w", UNIFORM)
     with pytest.raises(ValueError, match=r"embed: .* -> gather at .*nearest"):
         quantize(fn, params, batches, [w, lcq.Rule("embed", UNIFORM)])
-    done = quantize(fn, params, batches, [w], nearest=[rows])
+    done = quantize(fn, params, batches, [w], rtn=[rows])
     assert [record.path for record in done.records] == ["w"]
     np.testing.assert_array_equal(done.forms["embed"].codes, lcq.compress(params, [rows, w])["embed"].codes)
     y, got = (np.concatenate([embed[b] for b in batches]) for embed in (params["embed"], done.forms["embed"].dense()))
@@ -253,10 +253,10 @@ def test_sharded_experts():
     def fn(p, x):
         return jnp.einsum("ecd,edf->ecf", x, p["w1"])
 
-    expected = quantize(fn, params, [batch], rules, "nearest")
+    expected = quantize(fn, params, [batch], rules, "rtn")
     mesh = jax.make_mesh((4, 2), ("model", "data"), axis_types=(AxisType.Explicit,) * 2)
     params = {"w1": jax.device_put(params["w1"], NamedSharding(mesh, P("model", None, None)))}
-    done = quantize(fn, params, [jax.device_put(batch, NamedSharding(mesh, P("model", "data")))], rules, "nearest")
+    done = quantize(fn, params, [jax.device_put(batch, NamedSharding(mesh, P("model", "data")))], rules, "rtn")
     np.testing.assert_array_equal(done.forms["w1"].codes, expected.forms["w1"].codes)
     np.testing.assert_allclose(done.forms["w1"].scale, expected.forms["w1"].scale, rtol=1e-5)
 

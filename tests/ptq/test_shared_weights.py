@@ -52,8 +52,8 @@ def test_branches_that_share_weights_are_one_batch():
         return (net(p, b[0]) * net(p, b[1])).sum()
 
     plain = {name: params[name] for name in ("w1", "w2")} | {"b1": jnp.zeros(SIZE)}
-    done = quantize(branches, plain, [(one, two)], RULES, centred=False)
-    both = quantize(net, plain, [np.concatenate([one, two])], RULES, centred=False)
+    done = quantize(branches, plain, [(one, two)], RULES, bias_correction=False)
+    both = quantize(net, plain, [np.concatenate([one, two])], RULES, bias_correction=False)
     for name in ("w1", "w2"):
         np.testing.assert_array_equal(done.forms[name].codes, both.forms[name].codes)
     assert [(record.path, record.uses) for record in done.records] == [("w1", 2), ("w2", 2)]

@@ -114,7 +114,7 @@ def test_errors_on_rows_held_back(centred):
     got, size = shrinkage.held(GPFQ(), jnp.asarray(w), folds(), form, part, tried, None, centred)
     every = jnp.ones(len(y), bool)
     given = (jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), every, form, jnp.asarray(fold))
-    other, other_size = inputs.held(*given, K, part, tried, "natural", centred)
+    other, other_size = inputs.held(*given, K, part, tried, False, centred)
     wide = w.astype(np.float64)
     for c, here, there in zip(tried, got, other, strict=True):
         v = np.asarray(c * K / (K - 1) * part / (1 - part), np.float64)
@@ -160,7 +160,7 @@ def test_a_bias_does_not_follow_noise():
     """With 8 rows, inputs of mean 0 and a bias that is free; and with many, a bias that has something to follow."""
     w, x, new = new_rows(8)
     params, rule = {"w": jnp.asarray(w), "b": jnp.zeros(24)}, [lcq.Rule("w", FORM)]
-    done = lcq.quantize(lambda p, x: x @ p["w"] + p["b"], params, [x], rule, "nearest")
+    done = lcq.quantize(lambda p, x: x @ p["w"] + p["b"], params, [x], rule, "rtn")
     error = square(new @ np.asarray(done.forms["w"].dense()) + done.forms["b"], new @ w)
     plain = square(new @ np.asarray(lcq.compress(params, rule)["w"].dense()), new @ w)
-    assert done.records[0].centred and error < 1.15 * plain, (error, plain)
+    assert done.records[0].bias_correction and error < 1.15 * plain, (error, plain)

@@ -22,8 +22,8 @@ def distortion(form, x):
 
 def errors(scheme, h=None):
     """h (x - Delta)^2 + (2/mu) C of fifty problems of eight weights."""
-    weights = {} if h is None else {"weights": jnp.asarray(h)}
-    forms = jax.jit(jax.vmap(lambda x, w: scheme.project(x, mu=MU, **w)))(jnp.asarray(X), weights)
+    importance = {} if h is None else {"importance": jnp.asarray(h)}
+    forms = jax.jit(jax.vmap(lambda x, w: scheme.project(x, mu=MU, **w)))(jnp.asarray(X), importance)
     costs = np.asarray(jax.vmap(lambda form: jnp.asarray(scheme.cost((form,)), jnp.float32))(forms), np.float64)
     h = np.ones_like(X) if h is None else h
     return (h * (np.asarray(forms.dense(), np.float64) - X) ** 2).sum(1) + 2 / MU * costs
@@ -185,7 +185,7 @@ def test_what_is_such_a_sum_is_returned_if_corrections_come_first():
         (lambda: lcq.Additive(TWO), "expected two or more schemes"),
         (lambda: lcq.Additive(TWO, lcq.LowRank(1)).project(jnp.ones(5)), "expected at least two axes"),
         (
-            lambda: lcq.Additive(TWO, lcq.LowRank(1)).project(Y, weights=jnp.ones((8, 6))),
+            lambda: lcq.Additive(TWO, lcq.LowRank(1)).project(Y, importance=jnp.ones((8, 6))),
             "equal along a row of its matrix",
         ),
     ],

@@ -82,7 +82,7 @@ def settings_of(scheme):
     return [scheme, *(each for part in inside for each in settings_of(part))]
 
 
-def weights_of(scheme):
+def importances_of(scheme):
     """Weights that a scheme takes: of low rank those of rows; none for groups that shrink."""
     if any(isinstance(s, lcq.LowRank) for s in settings_of(scheme)):
         return [H[:, :1]]
@@ -247,90 +247,92 @@ def test_quantizers_are_the_schemes_whose_forms_are_codes(scheme, form):
         assert scheme.per in (None, "channel", 2, 4) and type(scheme).check is Quantizer.check
 
 
-def test_weights_of_one_are_none(scheme, form):
-    if weights_of(scheme):
-        ones = scheme.project(X, mu=MU, weights=np.ones((8, 1), bool))
+def test_an_importance_of_one_is_none(scheme, form):
+    if importances_of(scheme):
+        ones = scheme.project(X, mu=MU, importance=np.ones((8, 1), bool))
         assert objective(scheme, ones) == pytest.approx(objective(scheme, form), rel=1e-5, abs=1e-9)
 
 
-def test_whole_weights_are_repetitions(scheme):
+def test_whole_importances_are_repetitions(scheme):
     if any(isinstance(s, lcq.Prune) for s in settings_of(scheme)) or scheme.costly or getattr(scheme, "rate", 0):
         return  # budgets and costs count weights: repeated ones would count again
     long = scheme
     if isinstance(getattr(scheme, "per", None), int):
         long = dataclasses.replace(scheme, per=2 * scheme.per)
-    each = scheme.project(X, weights=jnp.asarray(TIMES[:, None]))
+    each = scheme.project(X, importance=jnp.asarray(TIMES[:, None]))
     start = each if isinstance(scheme, lcq.KMeans) else None  # of several local minima, the same one
     repeated = long.project(jnp.repeat(X, TIMES, axis=0), start)
     near = 1e-6 if isinstance(scheme, Quantizer) else 3e-5
     np.testing.assert_allclose(jnp.repeat(each.dense(), TIMES, axis=0), repeated.dense(), rtol=1e-4, atol=near)
 
 
-def test_weights_lower_the_weighted_distortion(scheme, form):
-    for h in weights_of(scheme):
-        cold = scheme.project(X, mu=MU, weights=h)
+def test_an_importance_lowers_the_weighted_distortion(scheme, form):
+    for h in importances_of(scheme):
+        cold = scheme.project(X, mu=MU, importance=h)
         assert objective(scheme, cold, h=h) <= objective(scheme, form, h=h) * (1 + 1e-5) + 1e-9
         learned = isinstance(form, Codes | Factors) and (form.shared_bits or isinstance(form, Factors))
         if learned and distortion(form) > 1e-9:
             assert objective(scheme, cold, h=h) < 0.9999 * objective(scheme, form, h=h)
         for start in (form, cold):
-            warm = scheme.project(X, start, mu=MU, weights=h)
+            warm = scheme.project(X, start, mu=MU, importance=h)
             assert objective(scheme, warm, h=h) <= objective(scheme, start, h=h) * (1 + 1e-5) + 1e-9
 
 
-def test_only_ratios_of_weights_matter(scheme):
+def test_only_ratios_of_importances_matter(scheme):
     if scheme.costly or getattr(scheme, "rate", 0):
         return  # a cost is traded against them
-    for h in weights_of(scheme)[:1]:
-        form = scheme.project(X, weights=h)
-        np.testing.assert_allclose(scheme.project(X, weights=h * 2.0**-90).dense(), form.dense(), rtol=1e-5, atol=1e-6)
+    for h in importances_of(scheme)[:1]:
+        form = scheme.project(X, importance=h)
+        np.testing.assert_allclose(
+            scheme.project(X, importance=h * 2.0**-90).dense(), form.dense(), rtol=1e-5, atol=1e-6
+        )
         for scale in (3.0, 1e30):
-            again = scheme.project(X, weights=scale * h)
+            again = scheme.project(X, importance=scale * h)
             assert distortion(again, h=h) == pytest.approx(distortion(form, h=h), rel=1e-5)
 
 
 def test_blocks_without_weight_are_unweighted(scheme, form):
-    for h in weights_of(scheme):
-        nothing = scheme.project(X, mu=MU, weights=jnp.zeros_like(h))
+    for h in importances_of(scheme):
+        nothing = scheme.project(X, mu=MU, importance=jnp.zeros_like(h))
         np.testing.assert_allclose(nothing.dense(), form.dense(), rtol=1e-5, atol=1e-6)
-        some = scheme.project(X, mu=MU, weights=h.at[:4, 0].set(0))
+        some = scheme.project(X, mu=MU, importance=h.at[:4, 0].set(0))
         assert bool(jnp.isfinite(some.dense()).all())
         if getattr(scheme, "per", None) in (2, 4):
             np.testing.assert_allclose(some.dense()[:4, 0], form.dense()[:4, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_what_weighs_nothing_decides_nothing(scheme):
-    for h in weights_of(scheme)[:1]:
+    for h in importances_of(scheme)[:1]:
         h = h.at[::2].set(0)
-        forms = [scheme.project(X.at[::2].set(value), mu=MU, weights=h) for value in (0.0, -3e38, 7.0)]
+        forms = [scheme.project(X.at[::2].set(value), mu=MU, importance=h) for value in (0.0, -3e38, 7.0)]
         for form in forms[1:]:
             np.testing.assert_allclose(form.dense()[1::2], forms[0].dense()[1::2], rtol=1e-5, atol=1e-6)
 
 
-def test_weights_under_jit_and_vmap(scheme):
-    for h in weights_of(scheme)[:1]:
+def test_importance_under_jit_and_vmap(scheme):
+    for h in importances_of(scheme)[:1]:
         if scheme.host:
-            with pytest.raises(ValueError, match=r"solved on the host: .*concrete weights"):
-                jax.jit(lambda h: scheme.project(X, mu=MU, weights=h))(h)
+            with pytest.raises(ValueError, match=r"solved on the host: .*a concrete importance"):
+                jax.jit(lambda h: scheme.project(X, mu=MU, importance=h))(h)
             return
-        alone = scheme.project(X, mu=MU, weights=h).dense()
-        both = jax.jit(jax.vmap(lambda h: scheme.project(X, mu=MU, weights=h)))(jnp.stack([h[::-1], h]))
+        alone = scheme.project(X, mu=MU, importance=h).dense()
+        both = jax.jit(jax.vmap(lambda h: scheme.project(X, mu=MU, importance=h)))(jnp.stack([h[::-1], h]))
         np.testing.assert_allclose(both.dense()[1], alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", [lcq.KMeans(4), lcq.Uniform(8, per=2), lcq.Uniform(4, "channel", True)], ids=case)
-def test_weights_on_a_mesh_with_explicit_axes(scheme):
+def test_importance_on_a_mesh_with_explicit_axes(scheme):
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
     with jax.set_mesh(mesh):
         x = jax.device_put(X, jax.NamedSharding(mesh, jax.P("a", "b")))
         h = jax.device_put(H[:, :1], jax.NamedSharding(mesh, jax.P("a", None)))
-        sharded = jax.jit(lambda x, h: scheme.project(x, weights=h))(x, h)
-    alone = scheme.project(X, weights=H[:, :1]).dense()
+        sharded = jax.jit(lambda x, h: scheme.project(x, importance=h))(x, h)
+    alone = scheme.project(X, importance=H[:, :1]).dense()
     np.testing.assert_allclose(jax.device_get(sharded.dense()), alone, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("weights", "words"),
+    ("importance", "words"),
     [
         (-H, r"expected finite numbers >= 0, at most .*, got some from -.* in float32\[8, 6\]; clip"),
         (H.at[0, 0].set(jnp.nan), "expected finite numbers >= 0, .*, got some from nan"),
@@ -344,20 +346,20 @@ def test_weights_on_a_mesh_with_explicit_axes(scheme):
         ((H, H), "expected an array of real numbers, got tuple; convert"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(weights, words):
+def test_an_importance_that_does_not_fit_is_refused(importance, words):
     for scheme in (lcq.KMeans(2), lcq.Levels((-1, 1), scale=True, exact=True), lcq.Cast()):
-        with pytest.raises(ValueError, match=f"weights: {words}"):
-            scheme.project(X, weights=weights)
+        with pytest.raises(ValueError, match=f"importance: {words}"):
+            scheme.project(X, importance=importance)
 
 
-def test_weights_of_joint_leaves():
+def test_importance_of_joint_leaves():
     for scheme in (lcq.KMeans(4), lcq.KMeans(4, exact=True), lcq.Ternary(), lcq.Uniform(4, zero_point=True)):
-        whole = scheme.project(X, weights=H)
-        parts = scheme.project((X[:3], X[3:].ravel()), weights=(H[:3], H[3:].ravel()))
+        whole = scheme.project(X, importance=H)
+        parts = scheme.project((X[:3], X[3:].ravel()), importance=(H[:3], H[3:].ravel()))
         np.testing.assert_allclose(
             np.concatenate([np.asarray(part.dense()).ravel() for part in parts]), whole.dense().ravel(), 1e-4, 1e-6
         )
         with pytest.raises(ValueError, match="expected a tuple of 2 arrays, got 1 of them; pass one for each"):
-            scheme.project((X, X), weights=(H,))
+            scheme.project((X, X), importance=(H,))
         with pytest.raises(ValueError, match="expected a tuple of 2 arrays, got ArrayImpl"):
-            scheme.project((X, X), weights=H)
+            scheme.project((X, X), importance=H)

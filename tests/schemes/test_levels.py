@@ -61,7 +61,7 @@ def test_weighted_scales_are_the_minimum_over_all_codes(values):
     ]
     scheme = lcq.Levels(values, scale=True, per=(1, 0))
     for found in (scheme, dataclasses.replace(scheme, exact=True)):
-        rest = x - np.asarray(found.project(jnp.asarray(x), weights=jnp.asarray(h)).dense(), np.float64)
+        rest = x - np.asarray(found.project(jnp.asarray(x), importance=jnp.asarray(h)).dense(), np.float64)
         error = (np.where(h.any(1, keepdims=True), h, 1) * rest**2).sum(1)
         bound = (h * x.astype(float) ** 2).sum(1)
         np.testing.assert_allclose(error, best, rtol=1e-5, atol=1e-10 + 1e-10 * bound.max())
@@ -71,7 +71,7 @@ def test_a_searched_scale_finds_the_few_that_weigh_most():
     x = np.random.default_rng(12).laplace(size=(500, 400)).astype(np.float32)
     h = np.full((500, 1), 1e-9, np.float32)
     h[137], x[137] = 1, x[137] / 50
-    form = lcq.Ternary().project(jnp.asarray(x), weights=jnp.asarray(h))
+    form = lcq.Ternary().project(jnp.asarray(x), importance=jnp.asarray(h))
     wide, often = x.astype(np.float64).ravel(), np.broadcast_to(h, x.shape).astype(np.float64).ravel()
     a = exact_scale(wide, (-1, 0, 1), often)
     best = (often[:, None] * (wide[:, None] - a * np.array([-1, 0, 1])) ** 2).min(1).sum()

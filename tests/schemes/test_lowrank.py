@@ -58,7 +58,7 @@ def rows_of(shape, separable, seed=0):
 def test_weights_of_rows_scale_them(shape, separable):
     x = normal(*shape)
     h, whole = rows_of(shape, separable)
-    form = lcq.LowRank(2, separable=separable).project(jnp.asarray(x), weights=jnp.asarray(h))
+    form = lcq.LowRank(2, separable=separable).project(jnp.asarray(x), importance=jnp.asarray(h))
     m, found = matrix(x, separable), matrix(np.asarray(form.dense()), separable)
     best = truncated(np.sqrt(whole) * m, 2) / np.sqrt(whole)
     np.testing.assert_allclose(found, best, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_weights_of_rows_scale_them(shape, separable):
 
 def test_weights_of_inputs_that_all_positions_of_a_kernel_see():
     x, h = normal(3, 2, 4, 5), np.array([1, 0, 4, 9], np.float32).reshape(4, 1)
-    form = lcq.LowRank(2).project(jnp.asarray(x), weights=jnp.asarray(h))
+    form = lcq.LowRank(2).project(jnp.asarray(x), importance=jnp.asarray(h))
     root = np.sqrt(np.tile(h, (6, 1)).astype(np.float64))
     np.testing.assert_allclose(root * matrix(np.asarray(form.dense())), truncated(root * matrix(x), 2), atol=1e-5)
     assert not form.dense()[:, :, 1].any()
@@ -89,8 +89,8 @@ def test_weights_of_inputs_that_all_positions_of_a_kernel_see():
     ids=str,
 )
 def test_weights_along_a_row_are_refused(shape, separable, h):
-    with pytest.raises(ValueError, match="low rank wants weights that are equal along a row of its matrix"):
-        lcq.LowRank(1, separable=separable).project(jnp.ones(shape), weights=jnp.ones(h))
+    with pytest.raises(ValueError, match="expected an importance that is equal along a row of its matrix"):
+        lcq.LowRank(1, separable=separable).project(jnp.ones(shape), importance=jnp.ones(h))
 
 
 # The rank that is worth its cost

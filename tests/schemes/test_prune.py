@@ -56,8 +56,8 @@ L0 = [
 @pytest.mark.parametrize("weighted", [False, True])
 def test_l0_is_the_best_of_all_subsets(scheme, weighted):
     x, h = problems()
-    weights = {"weights": jnp.asarray(h)} if weighted else {}
-    forms = jax.vmap(lambda x, w: scheme.project(x, mu=MU, **w))(jnp.asarray(x), weights)
+    importance = {"importance": jnp.asarray(h)} if weighted else {}
+    forms = jax.vmap(lambda x, w: scheme.project(x, mu=MU, **w))(jnp.asarray(x), importance)
     h = (h if weighted else np.ones_like(h)).reshape(-1, 8).astype(np.float64)
     wide, dense, mask = (np.asarray(a).reshape(-1, 8) for a in (x.astype(float), forms.dense(), forms.mask))
     masks, number = all_masks(scheme)
@@ -130,15 +130,15 @@ def test_the_l1_ball():
 
 def test_the_weighted_l1_ball():
     x, h = problems(60)
-    weights = jnp.asarray(h)
-    theta = np.asarray(jax.vmap(lambda x, h: lcq.Prune(radius=3.0).project(x, weights=h))(x, weights).dense())
+    importance = jnp.asarray(h)
+    theta = np.asarray(jax.vmap(lambda x, h: lcq.Prune(radius=3.0).project(x, importance=h))(x, importance).dense())
     for one, of_one, each in zip(x, theta, h, strict=True):
         ball(one, of_one, 3.0, each)
 
 
 def test_what_has_no_weight_takes_nothing_of_the_radius():
     x, h = jnp.array([3.0, -5.0, 2.0, 1.0]), jnp.array([1.0, 0.0, 1.0, 0.0])
-    np.testing.assert_allclose(lcq.Prune(radius=3.0).project(x, weights=h).dense(), [2, 0, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(lcq.Prune(radius=3.0).project(x, importance=h).dense(), [2, 0, 1, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("group", ["channel", 2])
@@ -165,8 +165,8 @@ def test_radius_zero_keeps_nothing(group):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_l1_penalty_is_the_best_of_a_grid(weighted):
     x, h = problems(4)
-    weights = jnp.asarray(h) if weighted else None
-    theta = np.asarray(lcq.Prune(penalty=0.9, norm="l1").project(jnp.asarray(x), mu=MU, weights=weights).dense())
+    importance = jnp.asarray(h) if weighted else None
+    theta = np.asarray(lcq.Prune(penalty=0.9, norm="l1").project(jnp.asarray(x), mu=MU, importance=importance).dense())
     h = h if weighted else np.ones_like(h)
     grid = np.linspace(-1, 1, 4001).reshape(-1, 1, 1, 1) * abs(x)
 
@@ -230,7 +230,7 @@ def test_a_codebook_is_fitted_to_what_is_kept(exact, joint):
 
 def test_a_weighted_codebook_is_fitted_to_the_weights_of_what_is_kept():
     x, h = np.array([5.0, 6, 9, 0.1, -4, 2], np.float32), np.array([1.0, 3, 1, 90, 2, 0.01], np.float32)
-    form = lcq.Prune(kept=4, values=lcq.KMeans(2)).project(jnp.asarray(x), weights=jnp.asarray(h))
+    form = lcq.Prune(kept=4, values=lcq.KMeans(2)).project(jnp.asarray(x), importance=jnp.asarray(h))
     np.testing.assert_allclose(form.dense(), [6.4, 6.4, 6.4, 0, -4, 0], rtol=1e-6)
 
 
@@ -281,7 +281,7 @@ def test_norms_of_huge_and_tiny_groups(size):
 def test_huge_weights_choose_as_small_ones_do():
     x, h = np.array([1.0, 2, 3, 4], np.float32), np.array([5.0, 3, 1, 0.1], np.float32)
     for scale in (1e-30, 1.0, 1e30, 1.6e37):
-        chosen = lcq.Prune(kept=2).project(jnp.asarray(x), weights=jnp.asarray(h * np.float32(scale))).mask
+        chosen = lcq.Prune(kept=2).project(jnp.asarray(x), importance=jnp.asarray(h * np.float32(scale))).mask
         assert chosen.tolist() == [False, True, True, False]
 
 
@@ -318,8 +318,8 @@ def test_stacked_leaves_are_projected_one_by_one():
         (lambda: lcq.Prune(kept=1, group=5).project(jnp.ones((6, 4))), "do not divide 6"),
         (lambda: lcq.Prune(kept=1, group="channel").project(jnp.ones(())), "needs at least 1 axes"),
         (
-            lambda: lcq.Prune(radius=1.0, group=2).project(jnp.ones((4, 2)), weights=jnp.ones((4, 2))),
-            "groups shrink by one factor: expected no weights",
+            lambda: lcq.Prune(radius=1.0, group=2).project(jnp.ones((4, 2)), importance=jnp.ones((4, 2))),
+            "groups shrink by one factor: expected no importance",
         ),
     ],
 )

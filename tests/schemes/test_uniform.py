@@ -59,7 +59,7 @@ def test_weighted_grids_come_near_a_fine_search(bits, law):
         return min((h * (x - a * (np.clip(np.round(x / a) + z, low, high) - z)) ** 2).sum() for a, z in grid)
 
     def found(scheme):
-        form = scheme.project(jnp.asarray(x), weights=jnp.asarray(h))
+        form = scheme.project(jnp.asarray(x), importance=jnp.asarray(h))
         return (h * (np.asarray(form.dense(), np.float64) - x) ** 2).sum()
 
     assert found(lcq.Uniform(bits, zero_point=True)) <= best(0, last, range(last + 1)) * 1.1

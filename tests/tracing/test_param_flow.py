@@ -299,7 +299,7 @@ def test_errors_name_the_leaf_the_equation_and_the_remedy(case):
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_what_an_error_advises_helps(case):
-    """Both remedies as the message spells them: in `nearest=`, and left out before the rule."""
+    """Both remedies as the message spells them: in `rtn=`, and left out before the rule."""
     fn, sizes, *_ = ERRORS[case]
     r = np.random.default_rng(0)
     params = {name: jnp.asarray(r.normal(size=shape), jnp.float32) for name, shape in sizes.items()}
@@ -308,9 +308,9 @@ def test_what_an_error_advises_helps(case):
     with pytest.raises(ValueError) as error:
         lcq.quantize(fn, params, [batch], rules)
     spelt = {"lcq": lcq, "scheme": scheme}
-    nearest = eval(re.search(r"quantize\(\.\.\., nearest=(\[.*?\])\)", str(error.value))[1], spelt)
+    rtn = eval(re.search(r"quantize\(\.\.\., rtn=(\[.*?\])\)", str(error.value))[1], spelt)
     none = eval(re.search(r"exclude it with (lcq\.Rule\(.*?\)) before", str(error.value))[1], spelt)
-    done = lcq.quantize(fn, params, [batch], [], nearest=nearest)
+    done = lcq.quantize(fn, params, [batch], [], rtn=rtn)
     plain = lcq.compress(params, rules)["w"]
     np.testing.assert_array_equal(done.forms["w"].dense(), plain.dense())
     assert lcq.quantize(fn, params, [batch], [none, *rules[1:]]).forms["w"] is params["w"]

@@ -32,7 +32,7 @@ def affine_loss(params, batch):
 
 def tuned(forms, tx=None, steps=400, loss=affine_loss, batch=(X, Y), **settings):
     tx = tx or optax.adam(optax.cosine_decay_schedule(0.05, steps))
-    return lcq.tune(loss, forms, tx, [batch] * steps, **settings)
+    return lcq.finetune(loss, forms, tx, [batch] * steps, **settings)
 
 
 def net(*forms):
@@ -293,10 +293,10 @@ def test_stored_and_working_trees_one_compilation_and_nothing_else_changes():
 def test_steps_and_what_is_told_after_each():
     told = []
     batches = [(X, k * Y) for k in range(9)]
-    few = lcq.tune(
+    few = lcq.finetune(
         affine_loss, net(form_of("levels")), optax.sgd(0.1), iter(batches), steps=3, on_step=lambda *a: told.append(a)
     )
-    chex.assert_trees_all_equal(few, lcq.tune(affine_loss, net(form_of("levels")), optax.sgd(0.1), batches[:3]))
+    chex.assert_trees_all_equal(few, lcq.finetune(affine_loss, net(form_of("levels")), optax.sgd(0.1), batches[:3]))
     assert [number for number, _ in told] == [1, 2, 3]
     start = affine_loss(lcq.decompress(net(form_of("levels"))), batches[0])
     np.testing.assert_allclose(told[0][1], start, rtol=1e-6)
@@ -315,14 +315,14 @@ def test_tune_says_what_is_wrong():
         ({"w": form_of("levels")}, {"steps": 0}, "expected steps >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            lcq.tune(loss, forms, optax.sgd(0.1), [1.0], **settings)
+            lcq.finetune(loss, forms, optax.sgd(0.1), [1.0], **settings)
     for steps, message in ((None, "at least one batches, got 0"), (2, "expected 2 batches, got 0")):
         with pytest.raises(ValueError, match=message):
-            lcq.tune(loss, {"w": form_of("levels")}, optax.sgd(0.1), [], steps=steps)
+            lcq.finetune(loss, {"w": form_of("levels")}, optax.sgd(0.1), [], steps=steps)
     short = [(Cast(jnp.ones(3, dtype)), "w.values") for dtype in ("bfloat16", "float8_e4m3fn", "float4_e2m1fn")]
     for form, name in ((form_of("levels"), "w.levels"), *short):  # 4 bits have neither infinity nor NaN to tell of it
         with pytest.raises(ValueError, match=f"{name}: expected finite numbers.*after 9 updates.*learning rate"):
-            lcq.tune(loss, {"w": form}, optax.sgd(1e38), [-1.0] * 9)
+            lcq.finetune(loss, {"w": form}, optax.sgd(1e38), [-1.0] * 9)
 
 
 def test_what_goes_beyond_a_format_stays_at_its_largest_number():
@@ -345,9 +345,9 @@ def test_tune_then_recalibrate():
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     forms = lcq.compress(variables["params"], [lcq.Rule(".*kernel", lcq.KMeans(4))])
-    result = lcq.tune(loss, forms, optax.adam(0.03), [None] * 60)
+    result = lcq.finetune(loss, forms, optax.adam(0.03), [None] * 60)
     small = lcq.decompress(result)
-    statistics = lcq.recalibrate(
+    statistics = lcq.recalibrate_batch_norm(
         jax.jit(lambda s, x: apply(small, s, x)[1]["batch_stats"]), variables["batch_stats"], [x]
     )
     logits = model.apply({"params": small, "batch_stats": statistics}, x)
@@ -371,7 +371,7 @@ def test_linen(momentum):
         new = model.apply({**variables, "batch_stats": statistics}, x, mutable=["batch_stats"])[1]
         return new["batch_stats"]
 
-    statistics = lcq.recalibrate(step, variables["batch_stats"], BATCHES)
+    statistics = lcq.recalibrate_batch_norm(step, variables["batch_stats"], BATCHES)
     np.testing.assert_allclose(statistics["mean"], MEAN, rtol=1e-4)
     np.testing.assert_allclose(statistics["var"], VAR, rtol=1e-4)
 
@@ -385,13 +385,13 @@ def test_nnx():
         model(x, use_running_average=False)
         return nnx.state(model, nnx.BatchStat)
 
-    statistics = lcq.recalibrate(step, statistics, BATCHES)
+    statistics = lcq.recalibrate_batch_norm(step, statistics, BATCHES)
     np.testing.assert_allclose(statistics["mean"][...], MEAN, rtol=1e-4)
     np.testing.assert_allclose(statistics["var"][...], VAR, rtol=1e-4)
 
 
 def test_no_batch_and_no_training_mode_are_errors():
     with pytest.raises(ValueError, match="at least one batch"):
-        lcq.recalibrate(lambda s, x: s, {"mean": jnp.zeros(2)}, [])
+        lcq.recalibrate_batch_norm(lambda s, x: s, {"mean": jnp.zeros(2)}, [])
     with pytest.raises(ValueError, match=r"'mean'.*training mode"):
-        lcq.recalibrate(lambda s, x: s, {"mean": jnp.zeros(2)}, [1])
+        lcq.recalibrate_batch_norm(lambda s, x: s, {"mean": jnp.zeros(2)}, [1])

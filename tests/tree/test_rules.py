@@ -108,36 +108,38 @@ def test_stacked_axes_are_independent():
 @pytest.mark.parametrize(
     "scheme", [lcq.KMeans(2), lcq.KMeans(2, exact=True), lcq.Ternary(per="channel"), lcq.Cast()], ids=str
 )
-def test_weights_of_stacked_leaves(scheme):
+def test_importance_of_stacked_leaves(scheme):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 4, 2)), jnp.float32)
     h = jnp.asarray(np.random.default_rng(1).lognormal(sigma=2, size=(2, 2, 4, 1)), jnp.float32)
     (task,) = resolve([lcq.Rule("w", scheme, stacked=2)], {"w": x})
     (plain,) = task.project((x,))
-    for weights in (h, h[0, 0], h[:, :1]):
-        (form,) = task.project((x,), weights=(weights,))
-        (warm,) = task.project((x,), (plain,), weights=(weights,))
-        full = jnp.broadcast_to(weights, x.shape)
+    for importance in (h, h[0, 0], h[:, :1]):
+        (form,) = task.project((x,), importance=(importance,))
+        (warm,) = task.project((x,), (plain,), importance=(importance,))
+        full = jnp.broadcast_to(importance, x.shape)
         for i, j in [(0, 1), (1, 0)]:
-            alone = scheme.project(x[i, j], weights=full[i, j])
+            alone = scheme.project(x[i, j], importance=full[i, j])
             assert jnp.allclose(form.dense()[i, j], alone.dense(), rtol=1e-5)
             assert (full[i, j] * (warm.dense() - x)[i, j] ** 2).sum() <= 1.00001 * (
                 full[i, j] * (plain.dense() - x)[i, j] ** 2
             ).sum()
 
 
-def test_weights_of_joint_leaves():
+def test_importance_of_joint_leaves():
     xs = tuple(PARAMS[layer]["kernel"] * jnp.arange(PARAMS[layer]["kernel"].shape[1]) for layer in ("dense0", "dense1"))
     (task,) = resolve([lcq.Rule(KERNEL, lcq.KMeans(1), joint=True)], PARAMS)
-    forms = task.project(xs, weights=(jnp.asarray([[1.0], [0], [0], [3]]), jnp.asarray([5.0, 0])))
+    forms = task.project(xs, importance=(jnp.asarray([[1.0], [0], [0], [3]]), jnp.asarray([5.0, 0])))
     assert [form.levels.ravel().tolist() for form in forms] == [[pytest.approx(12 / 27)]] * 2
-    with pytest.raises(ValueError, match=r"dense0/kernel, dense1/kernel: weights: expected a tuple of 2 arrays, got 1"):
-        task.project(xs, weights=(jnp.ones(3),))
     with pytest.raises(
-        ValueError, match=r"dense0/kernel, dense1/kernel: weights: .* broadcasts to \[3, 2\], got \[3\]"
+        ValueError, match=r"dense0/kernel, dense1/kernel: importance: expected a tuple of 2 arrays, got 1"
     ):
-        task.project(xs, weights=(jnp.ones(3), jnp.ones(3)))
-    with pytest.raises(ValueError, match=r"weights: expected finite numbers >= 0"):
-        task.project(xs, weights=(jnp.ones(3), -jnp.ones(2)))
+        task.project(xs, importance=(jnp.ones(3),))
+    with pytest.raises(
+        ValueError, match=r"dense0/kernel, dense1/kernel: importance: .* broadcasts to \[3, 2\], got \[3\]"
+    ):
+        task.project(xs, importance=(jnp.ones(3), jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"importance: expected finite numbers >= 0"):
+        task.project(xs, importance=(jnp.ones(3), -jnp.ones(2)))
 
 
 def test_a_joint_task_is_one_task():
@@ -165,7 +167,7 @@ TAKE_RULES = {  # every public function of parameters and rules
     "iterated_direct": lambda p, rules: lcq.training.iterated_direct(optax.sgd(0.1), rules, every=2).init(p),
     "straight_through_training": lambda p, rules: lcq.training.straight_through_training(optax.sgd(0.1), rules).init(p),
     "quantize": lambda p, rules: lcq.quantize(product, p, [jnp.ones((4, 8))], rules),
-    "quantize, nearest": lambda p, rules: lcq.quantize(product, p, [jnp.ones((4, 8))], [], nearest=rules),
+    "quantize, rtn": lambda p, rules: lcq.quantize(product, p, [jnp.ones((4, 8))], [], rtn=rules),
     "curvature": lambda p, rules: lcq.ptq.curvature(lambda p, x: product(p, x).sum(), p, [jnp.ones((4, 8))], rules),
     "Plan": lambda p, rules: lcq.Plan(rules),
 }
@@ -311,7 +313,7 @@ def test_arrays_of_no_numbers_on_forms():
 class Faulty(lcq.KMeans):
     """Broadcasts what does not fit in its solve, or finds a fault of lcq's own there."""
 
-    def solve(self, xs, previous, mu, weights=None):
+    def solve(self, xs, previous, mu, importance=None):
         if self.k == 3:
             return self.fit(cut(xs, None), None)
         return jnp.broadcast_to(jnp.ones(3), (4,))
@@ -329,7 +331,9 @@ def test_errors_of_jax_are_not_dressed_as_faults_of_a_leaf(stacked):
 
 def test_errors_that_jax_raises_at_a_line_of_lcq_keep_their_words(monkeypatch):
     """JAX's own frames being cut out of it, the traceback ends in lcq."""
-    code = "import jax.numpy as jnp\ndef solve(self, xs, previous, mu, weights=None): jnp.broadcast_to(xs[0], (2, 5))"
+    code = (
+        "import jax.numpy as jnp\ndef solve(self, xs, previous, mu, importance=None): jnp.broadcast_to(xs[0], (2, 5))"
+    )
     space = {"__name__": "lcq.schemes.faulty"}
     exec(code, space)
     monkeypatch.setattr(Faulty, "solve", space["solve"])

@@ -5,7 +5,7 @@ from lcq.ptq.rounding.coordinate_descent import Descent
 from lcq.ptq.rounding.gpfq import GPFQ, SparseGPFQ
 from lcq.ptq.rounding.gptq import GPTQ
 from lcq.ptq.rounding.qronos import Qronos
-from lcq.ptq.rounding.rtn import Nearest
+from lcq.ptq.rounding.rtn import RTN
 from lcq.ptq.rounding.spfq import SPFQ
 
-__all__ = ["GPFQ", "GPTQ", "SPFQ", "Descent", "Nearest", "Qronos", "Rounding", "SparseGPFQ"]
+__all__ = ["GPFQ", "GPTQ", "RTN", "SPFQ", "Descent", "Qronos", "Rounding", "SparseGPFQ"]

@@ -6,13 +6,14 @@ e = w - q before it. All methods are one recursion,
     z_t = b_t + (1/F_tt) sum_{s<t} F_ts (v_s - q_s),    q_t = Q(z_t),
 
     GPFQ      F = H                            v = w                                      b = w + tril(D) w / diag(H)
-    GPTQ      F = R', R R' = H + damp I        v = w                                      b = v
-    Qronos    F = R' of H without input 1,     v = w + (H_22 + damp I)^{-1} (D w)_2       b = v,
+    GPTQ      F = R', R R' = H + delta I       v = w                                      b = v
+    Qronos    F = R' of H without input 1,     v = w + (H_22 + delta I)^{-1} (D w)_2      b = v,
               F_21 = R^{-1} H_21               v_1 = w_1                                  b_1 = w_1 + (D w)_1 / H_11
 
-with R upper triangular and H, D of `lcq.ptq.statistics`. GPFQ's minimises ||X w_{<=t} - Y q_{<=t}|| over q_t. That of
-GPTQ is commonly written as w_{>t} -= (z_t - q_t) L_{>t,t} / L_tt with L = R^{-T}: then L diag(L)^{-1} (z - q) = w - q,
-so no inverse is needed. Qronos rounds input 1, re-solves the rest by least squares, and goes on as GPTQ.
+with R upper triangular, delta the damping, and H, D of `lcq.ptq.statistics`. GPFQ's minimises
+||X w_{<=t} - Y q_{<=t}|| over q_t. That of GPTQ is commonly written as w_{>t} -= (z_t - q_t) L_{>t,t} / L_tt with
+L = R^{-T}: then L diag(L)^{-1} (z - q) = w - q, so no inverse is needed. Qronos rounds input 1, re-solves the rest by
+least squares, and goes on as GPTQ.
 
 A column of H with H_tt <= 1e-10 max H_ss is dead: its weights go to the nearest level.
 
@@ -34,7 +35,7 @@ from lcq.forms import Codes
 from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import wider
 from lcq.ptq.rounding.codebook import scaled
-from lcq.ptq.rounding.sequential import Order, alive, dot, falling
+from lcq.ptq.rounding.sequential import alive, by_norm, dot
 from lcq.ptq.statistics import Statistics
 
 
@@ -68,11 +69,11 @@ class Rounding(abc.ABC):
             Array([[0.],
                    [1.]], dtype=float32)
         """
-        chosen, damp = solved(self, w, statistics, form, key)
-        if damp is not None and not isinstance(damp, jax.core.Tracer) and not jnp.isfinite(damp):
+        chosen, damping = solved(self, w, statistics, form, key)
+        if damping is not None and not isinstance(damping, jax.core.Tracer) and not jnp.isfinite(damping):
             raise ValueError(
-                f"expected H + damp I with a root, got none with {self}: "
-                "raise damp=, or most= up to which it may grow by itself"
+                f"expected H + delta I with a root, got none with {self}: "
+                "raise damping=, or max_damping= up to which it may grow by itself"
             )
         return chosen
 
@@ -85,7 +86,7 @@ class Rounding(abc.ABC):
         """`codes`, from what `prepare` gave."""
 
     def damped(self, prepared: Any) -> Array | None:
-        """What H was damped by, in units of the mean of its diagonal, infinite if that failed; None without damping."""
+        """The damping of H, in units of the mean of its diagonal, infinite if that failed; None without damping."""
         del prepared
         return None
 
@@ -158,12 +159,14 @@ def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:
     return measure
 
 
-def ordered(w: Array, statistics: Statistics, order: Order) -> tuple[Array, Array, Array | None, Array | None, Array]:
+def ordered(
+    w: Array, statistics: Statistics, act_order: bool
+) -> tuple[Array, Array, Array | None, Array | None, Array]:
     """(w, H, D, order, which columns are not dead), in the order of rounding."""
     w, gram, drift = wide(w, statistics), statistics.gram, statistics.drift
-    if order == "natural":
+    if not act_order:
         return w, gram, drift, None, alive(jnp.diagonal(gram))
-    by_size = falling(jnp.diagonal(gram))
+    by_size = by_norm(jnp.diagonal(gram))
     gram = gram[by_size][:, by_size]
     drift = None if drift is None else drift[by_size][:, by_size]
     return w[by_size], gram, drift, by_size, alive(jnp.diagonal(gram))

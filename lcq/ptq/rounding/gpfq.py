@@ -11,7 +11,7 @@ from lcq.forms import Codes
 from lcq.forms.blocks import compute_dtype
 from lcq.ptq.rounding.base import Rounding, ordered
 from lcq.ptq.rounding.codebook import choose, spaced
-from lcq.ptq.rounding.sequential import Order, Recursion, dot, recurse
+from lcq.ptq.rounding.sequential import Recursion, dot, recurse
 from lcq.ptq.statistics import Statistics
 
 _PANELS = 8
@@ -22,15 +22,15 @@ class GPFQ(Rounding):
     """Greedy path following: q_t = Q of what makes ||X w_{<=t} - Y q_{<=t}|| least, w as it was.
 
     Attributes:
-        order: of the inputs: as they are, or by falling H_tt.
+        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
 
     Source: Lybrand & Saab, arXiv 2010.15979, equation 6; here in terms of H and D.
     """
 
-    order: Order = "natural"
+    act_order: bool = False
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
-        return follow_path(w, statistics, self.order)
+        return follow_path(w, statistics, self.act_order)
 
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         del key
@@ -47,7 +47,7 @@ class SparseGPFQ(Rounding):
     Attributes:
         threshold: in units of the form's scale, of 1 where it has none.
         kind: hard needs an integer grid around 0; its table becomes 0, +-(threshold + k), of the same length.
-        order: of the inputs.
+        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
 
     Raises:
         ValueError: a threshold below 0, or of 0 and hard.
@@ -57,14 +57,14 @@ class SparseGPFQ(Rounding):
 
     threshold: float
     kind: Literal["soft", "hard"] = "soft"
-    order: Order = "natural"
+    act_order: bool = False
 
     def __post_init__(self) -> None:
         if self.threshold < 0 or (self.kind == "hard" and not self.threshold > 0):
             raise ValueError(f"expected a threshold above 0, got {self.threshold}")
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
-        return follow_path(w, statistics, self.order)
+        return follow_path(w, statistics, self.act_order)
 
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         del key
@@ -86,9 +86,9 @@ class SparseGPFQ(Rounding):
         return self.threshold * jnp.abs(row.scale.astype(compute_dtype(row.scale.dtype)))
 
 
-def follow_path(w: Array, statistics: Statistics, order: Order) -> Recursion:
+def follow_path(w: Array, statistics: Statistics, act_order: bool) -> Recursion:
     """GPFQ."""
-    w, gram, drift, by_size, lives = ordered(w, statistics, order)
+    w, gram, drift, by_size, lives = ordered(w, statistics, act_order)
     inverse = jnp.where(lives, 1 / jnp.where(lives, jnp.diagonal(gram), 1), 0)
     start = w if drift is None else w + inverse[:, None] * _lower_product(drift, w)
     return Recursion(by_size, start, w, gram, inverse)

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 from lcq.forms import Codes
 from lcq.ptq.rounding.base import Rounding, ordered
 from lcq.ptq.rounding.codebook import choose
-from lcq.ptq.rounding.gptq import check_damp, damped_root, triangular
-from lcq.ptq.rounding.sequential import Order, Recursion, dot, recurse
+from lcq.ptq.rounding.gptq import check_damping, damped_root, triangular
+from lcq.ptq.rounding.sequential import Recursion, dot, recurse
 from lcq.ptq.statistics import Statistics
 
 
@@ -18,50 +18,52 @@ from lcq.ptq.statistics import Statistics
 class Qronos(Rounding):
     """Corrects for X - Y at once: rounds the first weight, re-solves the others by least squares, goes on as GPTQ.
 
-        q_1 = Q(argmin ||X w - Y_1 q_1 - Y_2 w_2||),    w_2 <- argmin ||X w - Y_1 q_1 - Y_2 v||^2 + damp ||v - w_2||^2
+        q_1 = Q(argmin ||X w - Y_1 q_1 - Y_2 w_2||),    w_2 <- argmin ||X w - Y_1 q_1 - Y_2 v||^2 + delta ||v - w_2||^2
 
     Attributes:
-        damp: in units of the mean of diag(H); above 0, for H may be singular.
-        order: of the inputs.
-        most: how far damp may grow, tenfold each time, where H + damp I has no root in the precision at hand; `damp`
-            itself, or less, allows none.
+        damping: Delta in units of the mean of diag(H); above 0, for H may be singular.
+        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        max_damping: how far damping may grow, tenfold each time, where H + delta I has no root in the precision at
+            hand; `damping` itself, or less, allows none.
 
     Raises:
-        ValueError: damp not above 0; no root up to `most`.
+        ValueError: damping not above 0; no root up to `max_damping`.
 
     Source: Zhang et al., arXiv 2505.11695.
     """
 
-    damp: float = 0.01
-    order: Order = "natural"
-    most: float = 1.0
+    damping: float = 0.01
+    act_order: bool = False
+    max_damping: float = 1.0
 
     def __post_init__(self) -> None:
-        check_damp(self.damp)
+        check_damping(self.damping)
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
-        w, gram, drift, order, lives = ordered(w, statistics, self.order)
+        w, gram, drift, order, lives = ordered(w, statistics, self.act_order)
         diagonal = jnp.diagonal(gram)
         inverse = jnp.where(lives, 1 / jnp.where(lives, diagonal, 1), 0)
         if len(w) == 1:
             start = w if drift is None else w + drift * inverse * w
-            return Recursion(order, start, w, gram, inverse, jnp.asarray(self.damp, gram.dtype))
+            return Recursion(order, start, w, gram, inverse, jnp.asarray(self.damping, gram.dtype))
         rest = gram[1:, 1:]
-        root, damp = damped_root(rest, diagonal.mean(), lives[1:], self.damp, self.most)  # R' of H_22 + damp I
-        found = lives[1:] & jnp.isfinite(damp)
+        root, damping = damped_root(
+            rest, diagonal.mean(), lives[1:], self.damping, self.max_damping
+        )  # R' of H_22 + delta I
+        found = lives[1:] & jnp.isfinite(damping)
         first = triangular(root, gram[1:, :1], lower=True, trans=1)
         feedback = jnp.pad(jnp.concatenate([first, root], 1), ((1, 0), (0, 0)))
         inverse = inverse.at[1:].set(jnp.where(found, 1 / jnp.diagonal(root), 0))
         if drift is None:
-            return Recursion(order, w, w, feedback, inverse, damp)
+            return Recursion(order, w, w, feedback, inverse, damping)
         pull = dot(drift, w)
         rest = triangular(root, triangular(root, pull[1:], lower=True, trans=1), lower=True)
         target = w.at[1:].add(jnp.where(found[:, None], rest, 0))
-        return Recursion(order, target.at[0].add(inverse[0] * pull[0]), target, feedback, inverse, damp)
+        return Recursion(order, target.at[0].add(inverse[0] * pull[0]), target, feedback, inverse, damping)
 
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         del key
         return recurse(prepared, form, lambda z, row, _: choose(z, row))
 
     def damped(self, prepared: Any) -> Array:
-        return prepared.damp
+        return prepared.damping

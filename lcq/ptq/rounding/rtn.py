@@ -13,7 +13,7 @@ from lcq.ptq.statistics import Statistics
 
 
 @dataclasses.dataclass(frozen=True)
-class Nearest(Rounding):
+class RTN(Rounding):
     """Every weight to its nearest level, q_t = Q(w_t)."""
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:

@@ -24,7 +24,6 @@ from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import wider
 from lcq.ptq.rounding.codebook import block_count, choose, choose_all, row_block, value
 
-Order = Literal["natural", "falling"]
 Pick = Callable[[Array, Codes, Any], Array]
 """(z [1, n], the form of its row, noise [1, n] or None) -> codes [1, n]."""
 
@@ -47,7 +46,7 @@ class Recursion(NamedTuple):
         target: v, [N, n].
         feedback: F, [N, N]; only what is below its diagonal counts.
         inverse: 1/F_tt, and 0 for dead columns, [N].
-        damp: what H was damped by for F, in units of the mean of its diagonal; infinite if there was no F, and z is w.
+        damping: delta of H + delta I behind F, in units of the mean of diag(H); infinite if there was no F, and z is w.
     """
 
     order: Any
@@ -55,7 +54,7 @@ class Recursion(NamedTuple):
     target: Any
     feedback: Any
     inverse: Any
-    damp: Any = 0.0
+    damping: Any = 0.0
 
 
 def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "N n"] | None = None) -> Codes:
@@ -126,8 +125,8 @@ def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "
     return dataclasses.replace(form, codes=choose_all(q, form))
 
 
-def falling(diagonal: Float[Array, "N"]) -> Int[Array, "N"]:
-    """Inputs by falling ||Y_t||^2, equal ones as they are."""
+def by_norm(diagonal: Float[Array, "N"]) -> Int[Array, "N"]:
+    """Inputs by decreasing ||Y_t||^2, equal ones as they are."""
     return jnp.argsort(-diagonal, stable=True)
 
 
@@ -136,13 +135,13 @@ def alive(diagonal: Float[Array, "N"]) -> Bool[Array, "N"]:
     return diagonal > _DEAD * diagonal.max()
 
 
-@functools.partial(jax.jit, static_argnames="order")
+@functools.partial(jax.jit, static_argnames="act_order")
 def follow(
     w: Float[Array, "N n"],
     x: Float[Array, "m N"],
     y: Float[Array, "m N"],
     form: Codes,
-    order: Order = "natural",
+    act_order: bool = False,
     shares: Float[Array, "2"] | None = None,
     use: Bool[Array, "m"] | None = None,
 ) -> tuple[Codes, Float[Array, "n"]]:
@@ -156,7 +155,7 @@ def follow(
         x: inputs in the original net.
         y: inputs in the already quantized net; x itself if they are the same.
         form: of w, in the working layout: its levels and scales are the alphabet.
-        order: of the inputs: as they are, or by falling ||Y_t||^2.
+        act_order: whether inputs are rounded by decreasing ||Y_t||^2 instead of as they come.
         shares: p and p'; None for 0 and 0.
         use: which rows count, for their mean; the others are zeros. None for all.
 
@@ -170,8 +169,8 @@ def follow(
     lives = alive(norms)
     means = _Means(w, x, y, shares, use)
     steps: tuple[Array, ...] = (w, x, y, jnp.where(lives, norms, 1), lives, group, means.own, means.y)
-    by_size = falling(norms)
-    if order == "falling":
+    by_size = by_norm(norms)
+    if act_order:
         steps = tuple(a[by_size] for a in steps)
 
     def step(carry: tuple[Array, ...], now: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
@@ -186,7 +185,7 @@ def follow(
     nothing: tuple[Array, ...] = (jnp.zeros((x.shape[1], w.shape[1]), wide), jnp.zeros_like(w[0]), jnp.zeros_like(y[0]))
     (u, q, y_last), codes = jax.lax.scan(step, nothing, steps)
     u = u - y_last[:, None] * q
-    if order == "falling":
+    if act_order:
         codes = jnp.zeros_like(codes).at[by_size].set(codes, unique_indices=True)
     form = dataclasses.replace(form, codes=codes)
     return form, means.error(u, w, w - form.dense().astype(wide))

@@ -10,7 +10,7 @@ from lcq.forms import Codes
 from lcq.ptq.rounding.base import Rounding
 from lcq.ptq.rounding.codebook import draw
 from lcq.ptq.rounding.gpfq import follow_path
-from lcq.ptq.rounding.sequential import Order, recurse
+from lcq.ptq.rounding.sequential import recurse
 from lcq.ptq.statistics import Statistics
 
 
@@ -19,15 +19,15 @@ class SPFQ(Rounding):
     """GPFQ with stochastic rounding: q_t one of the two levels around z_t, with mean z_t inside the alphabet.
 
     Attributes:
-        order: of the inputs.
+        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
 
     Source: Zhang & Saab, arXiv 2309.10975.
     """
 
-    order: Order = "natural"
+    act_order: bool = False
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
-        return follow_path(w, statistics, self.order)
+        return follow_path(w, statistics, self.act_order)
 
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         if key is None:

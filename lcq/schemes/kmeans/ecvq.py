@@ -47,7 +47,7 @@ class Price(NamedTuple):
 
     Attributes:
         rate: squared distance per bit, in units of the weights; one for each block.
-        each: whether weights say how much a number counts; they say how many of it there are if not.
+        each: whether the importance says how much a number counts; if not, it says how many of it there are.
     """
 
     rate: Float[Array, "*stat 1"]
@@ -89,7 +89,7 @@ def coded_pass(points: Cut, before: Coded, price: Price) -> tuple[tuple[UInt[Arr
     lengths = jnp.where(used, jnp.log2(total / jnp.where(used, number, 1)), jnp.inf)
     codes = _cheapest(points, levels, lengths, price)
     mean, weight = means(points, codes, levels)
-    number = cell_counts(points._replace(weights=None), codes, levels) if price.each else weight
+    number = cell_counts(points._replace(importance=None), codes, levels) if price.each else weight
     return codes, Coded(jnp.where(free & (weight > 0), mean, levels), free, number.astype(levels.dtype))
 
 
@@ -138,7 +138,7 @@ def merged_levels(points: Cut, many: Float[Array, "*stat m"], k: int, price: Pri
     """
     codes = tuple(assign(x, many.reshape(*b.stat, -1)) for x, b in zip(points.leaves, points.blocks, strict=True))
     means_of, weight = means(points, codes, many)
-    number = cell_counts(points._replace(weights=None), codes, many) if price.each else weight
+    number = cell_counts(points._replace(importance=None), codes, many) if price.each else weight
     weight, number = (a.astype(many.dtype) for a in (weight, number))
     _, levels, weight, number = lax.sort((number <= 0, means_of, weight, number), num_keys=2)
     total, place = jnp.sum(number, -1, keepdims=True), jnp.arange(many.shape[-1])
@@ -204,7 +204,7 @@ def corners(levels: Float[Array, "*stat k"], costs: Float[Array, "*stat k"]) -> 
 
 def _cheapest(points: Cut, levels: Array, lengths: Array, price: Price) -> tuple[UInt[Array, "..."], ...]:
     """The codes of least h (x - c)^2 + rate len, the lower one on ties."""
-    if not price.each or points.weights is None:
+    if not price.each or points.importance is None:
         cuts = corners(levels, jnp.where(jnp.isfinite(lengths), price.rate * lengths, jnp.inf))
         pairs = zip(points.leaves, points.blocks, strict=True)
         return tuple(count_below(cuts.reshape(*b.stat, -1), x) for x, b in pairs)
@@ -212,7 +212,7 @@ def _cheapest(points: Cut, levels: Array, lengths: Array, price: Price) -> tuple
     unit = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
     worth = jnp.minimum(price.rate / unit[..., None] / unit[..., None], _MOST)
     costs = jnp.where(jnp.isfinite(lengths), worth * lengths, jnp.inf)
-    leaves = zip(points.leaves, points.weights, points.spread(unit), points.blocks, strict=True)
+    leaves = zip(points.leaves, points.importance, points.spread(unit), points.blocks, strict=True)
     return tuple(_least(x, h, u, levels.reshape(*b.stat, -1), costs.reshape(*b.stat, -1)) for x, h, u, b in leaves)
 
 

@@ -6,7 +6,7 @@ first b numbers is
     F_ij(b) = min_{a <= b} min( F_{i-1,j}(a) + free(a, b),  F_{i,j-1}(a) + held_j(a, b) )
     free(a, b) = sum h x^2 - (sum h x)^2 / sum h,    held_j(a, b) = sum h (x - c_j)^2    over the numbers a, .., b - 1
 
-with h the number of times that a number occurs, or the sum of the weights of these.
+with h the number of times that a number occurs, or the sum of their importances.
 Both errors are Monge, so the best a rises with b: divide and conquer, all rows of one depth at a time.
 
 All positions of a million numbers are too many. Let every boundary be known up to an interval [low, high]: the cell
@@ -65,7 +65,7 @@ def best_levels(
     x: Float[np.ndarray, " n"],
     k: int,
     fixed: tuple[float, ...] = (),
-    weights: Float[np.ndarray, " n"] | None = None,
+    importance: Float[np.ndarray, " n"] | None = None,
 ) -> Numbers:
     """The k levels, `fixed` among them, that minimise sum_i h_i min_k (x_i - c_k)^2.
 
@@ -73,17 +73,17 @@ def best_levels(
         x: finite numbers, at least one.
         k: how many levels.
         fixed: levels that are given.
-        weights: h >= 0, not all zero; None for ones.
+        importance: h >= 0, not all zero; None for ones.
 
     Returns:
         Ascending levels; those that are not needed repeat the last one.
     """
     x = np.asarray(x, np.float64)
-    if weights is None:
+    if importance is None:
         values, counts = np.unique(x, return_counts=True)
     else:
-        values, places = np.unique(x[weights > 0], return_inverse=True)
-        counts = np.bincount(places, weights[weights > 0])
+        values, places = np.unique(x[importance > 0], return_inverse=True)
+        counts = np.bincount(places, importance[importance > 0])
     free = np.setdiff1d(values, fixed)
     learned = k - len(fixed)
     if learned and len(free) > learned:

@@ -70,7 +70,7 @@ def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Flo
     bins = fine if size > 2 * fine else each if few else _few_bins(k, size, math.prod(cut.counts[0]))
     ones = [jnp.ones(x.shape, jnp.int32) for x in cut.leaves]
     whole: Any = [size] * len(ones)
-    if cut.weights is not None and not jnp.issubdtype(cut.weights[0].dtype, jnp.floating):
+    if cut.importance is not None and not jnp.issubdtype(cut.importance[0].dtype, jnp.floating):
         whole = cut.spread(cut.sum(ones))  # floats have a mean of one
     mean = cut.sum([x / n for x, n in zip(cut.leaves, whole, strict=True)])
     pairs = zip(cut.leaves, cut.spread(mean), whole, strict=True)

@@ -113,11 +113,11 @@ class KMeans(Quantizer):
     def host(self) -> bool:
         return self.exact
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, weights: Any = None) -> tuple[Form, ...]:
+    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
         del mu
-        whole = cut(xs, self.per, weights)
+        whole = cut(xs, self.per, importance)
         if self.rate:
-            price = Price(_rate(self.rate, whole, xs, weights), each=weights is not None)
+            price = Price(_rate(self.rate, whole, xs, importance), each=importance is not None)
             codes, levels = _fit_coded(self, whole, price, previous)
         else:
             codes, levels = self.fit(whole, None if previous is None else previous[0].levels)
@@ -168,8 +168,8 @@ def _explore(scheme: KMeans, whole: Cut) -> tuple[Cut, Centres, int]:
 
 def _solve_exactly(scheme: KMeans, whole: Cut) -> tuple[tuple[Array, ...], Array]:
     """The same by dynamic programming over every block, on the host."""
-    rows, weights = whole.rows()
-    each = [None] * len(rows) if weights is None else weights
+    rows, importance = whole.rows()
+    each = [None] * len(rows) if importance is None else importance
     levels = np.stack([best_levels(x, scheme.k, scheme.fixed, h) for x, h in zip(rows, each, strict=True)])
     levels = levels.astype(whole.leaves[0].dtype).reshape(*whole.blocks[0].stat, scheme.k)
     shaped = [jnp.asarray(levels.reshape(*b.stat, scheme.k)) for b in whole.blocks]
@@ -194,13 +194,15 @@ def _freeze(levels: Array, fixed: tuple[float, ...], *others: Array) -> Sequence
     return jax.lax.sort((levels, free, *others), num_keys=2) if fixed else (levels, free, *others)
 
 
-def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], weights: Any) -> Array:
+def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], importance: Any) -> Array:
     """What a bit is worth in every block, in units of the weights of the cut: their mean is one there."""
     stat, kind = whole.blocks[0].stat, whole.leaves[0].dtype
-    if weights is None:
+    if importance is None:
         return jnp.full((*stat, 1), rate, kind)
-    plain, size = whole._replace(weights=None), sum(b.size for b in whole.blocks)
-    same = [jnp.broadcast_to(h, x.shape, out_sharding=explicit_sharding(x)) for h, x in zip(weights, xs, strict=True)]
+    plain, size = whole._replace(importance=None), sum(b.size for b in whole.blocks)
+    same = [
+        jnp.broadcast_to(h, x.shape, out_sharding=explicit_sharding(x)) for h, x in zip(importance, xs, strict=True)
+    ]
     same = [h.reshape(b.split) for h, b in zip(same, whole.blocks, strict=True)]
     mean = plain.sum([h / size for h in same])
     return (rate / jnp.where(plain.max(same) >= jnp.finfo(kind).tiny, mean, 1))[..., None]
@@ -213,7 +215,7 @@ def _fit_coded(scheme: KMeans, whole: Cut, price: Price, previous: Any) -> tuple
     else:
         levels, passes = previous[0].levels.reshape(*whole.blocks[0].stat, scheme.k), _WARM
         codes = [form.unpack().codes.reshape(b.split) for form, b in zip(previous, whole.blocks, strict=True)]
-        number = cell_counts(whole._replace(weights=None), codes, levels).astype(levels.dtype)
+        number = cell_counts(whole._replace(importance=None), codes, levels).astype(levels.dtype)
         start = Coded(*_freeze(levels, scheme.fixed, number))
     return conclude(whole, descend_coded(whole, start, price, passes), price)
 
@@ -241,4 +243,4 @@ def _begin(scheme: KMeans, whole: Cut, price: Price) -> tuple[Coded, int]:
     best = [jnp.take_along_axis(a, least, 0).reshape(*whole.blocks[0].stat, scheme.k) for a in ends]
     if short is whole:
         return Coded(*best), 0
-    return Coded(*best), many if whole.weights is not None else _WARM
+    return Coded(*best), many if whole.importance is not None else _WARM

@@ -75,7 +75,7 @@ def lloyd_pass(
 
     Returns:
         Codes of every leaf, the new centres, and how much each cell weighs: how many numbers it holds, an integer,
-            where these have no weights. The level of a cell without weight stays.
+            where these have no importance. The level of a cell without weight stays.
     """
     levels, free = centres
     codes = tuple(assign(x, levels.reshape(*b.stat, -1)) for x, b in zip(points.leaves, points.blocks, strict=True))

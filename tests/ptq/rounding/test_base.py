@@ -34,8 +34,8 @@ def test_residual_is_the_norm():
 
 @pytest.mark.parametrize(
     "method",
-    [*METHODS.values(), SparseGPFQ(0.5), GPFQ("falling"), Qronos(order="falling")],
-    ids=lambda method: f"{type(method).__name__}-{getattr(method, 'order', '')}",
+    [*METHODS.values(), SparseGPFQ(0.5), GPFQ(act_order=True), Qronos(act_order=True)],
+    ids=lambda method: f"{type(method).__name__}-{getattr(method, 'act_order', '')}",
 )
 def test_dead_columns_go_to_the_nearest_level(method):
     w, x, y = problem(60, 20, 4)
@@ -61,7 +61,7 @@ def test_dead_columns_go_to_the_nearest_level(method):
         assert np.isfinite(np.stack([*values])).all() and int(got.codes.max()) < 8
 
 
-@pytest.mark.parametrize("method", [GPFQ(), SPFQ(), Qronos(order="falling")])
+@pytest.mark.parametrize("method", [GPFQ(), SPFQ(), Qronos(act_order=True)])
 def test_sweep_is_a_loop(method):
     w, x, y = problem(80, 24, 4)
     w, key = jnp.asarray(w), jax.random.key(0)
@@ -88,7 +88,7 @@ def test_vmap_over_groups_is_a_loop():
         statistics = finish(gather(y, x, gap=True), centred=True)
         forms = [method.codes(w, statistics, form, key) for method in (SPFQ(), Qronos(), SparseGPFQ(0.5, "hard"))]
         errors = base.residual(w, statistics, forms[1])
-        sweep = base.sweep(GPFQ("falling"), w, statistics, form, jnp.asarray([1.0, 1.2]))
+        sweep = base.sweep(GPFQ(act_order=True), w, statistics, form, jnp.asarray([1.0, 1.2]))
         return forms, follow(w, x, y, form), errors, sweep
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -130,8 +130,8 @@ def programs(size=300):
         *METHODS.values(),
         SparseGPFQ(0.5),
         SparseGPFQ(0.5, "hard"),
-        GPFQ("falling"),
-        Qronos(1.0, "falling"),
+        GPFQ(act_order=True),
+        Qronos(1.0, act_order=True),
     ):
 
         def run(w, x, y, method=method):

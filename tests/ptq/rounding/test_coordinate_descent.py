@@ -9,7 +9,7 @@ from lcq.ptq.rounding.base import residual
 from lcq.ptq.rounding.coordinate_descent import Descent, refitted
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.qronos import Qronos
-from lcq.ptq.rounding.rtn import Nearest
+from lcq.ptq.rounding.rtn import RTN
 from lcq.ptq.statistics import finish, gather
 from lcq.schemes.levels import Levels
 from lcq.schemes.uniform import Uniform
@@ -34,7 +34,7 @@ def loop(w, x, y, levels, q, sweeps):
     return q
 
 
-@pytest.mark.parametrize("before", [Nearest(), GPFQ(), Qronos(order="falling")])
+@pytest.mark.parametrize("before", [RTN(), GPFQ(), Qronos(act_order=True)])
 @pytest.mark.parametrize("sweeps", [1, 3])
 def test_equals_a_loop_over_inputs(before, sweeps):
     w, x, y = problem()
@@ -66,10 +66,10 @@ def test_same_inputs_dead_inputs_and_groups():
     x[:, 3] = 0
     form = Uniform(2, per="channel").project(jnp.asarray(w))
     statistics = finish(gather(jnp.asarray(x)))
-    one = Descent(Nearest(), 2, refit=False).codes(jnp.asarray(w), statistics, form)
+    one = Descent(RTN(), 2, refit=False).codes(jnp.asarray(w), statistics, form)
     assert np.isfinite(one.dense()).all()
     assert (one.codes[3] == form.codes[3]).all()  # a dead input: nearest
-    two = jax.vmap(Descent(Nearest(), 2, refit=False).codes)(
+    two = jax.vmap(Descent(RTN(), 2, refit=False).codes)(
         *jax.tree.map(lambda a: jnp.stack([a, a]), (w, statistics, form))
     )
     assert (two.codes == one.codes).all()

@@ -45,12 +45,12 @@ def test_gpfq_is_the_literal_recursion(name):
 
 
 @pytest.mark.parametrize("name", ["zero points in groups", "learned in groups"])
-def test_falling_order(name):
+def test_act_order(name):
     (w, x, y), statistics = standard()
     form = SCHEMES[name].project(jnp.asarray(w))
     order = np.argsort(-(y.astype(np.float64) ** 2).sum(0), kind="stable")
     expected = literal(w, x, y, tables(form, w), order)[0]
-    assert_codes(GPFQ("falling").codes(jnp.asarray(w), statistics, form), expected)
+    assert_codes(GPFQ(act_order=True).codes(jnp.asarray(w), statistics, form), expected)
 
 
 def test_codes_in_float32_are_those_of_float64():

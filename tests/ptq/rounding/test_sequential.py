@@ -10,13 +10,13 @@ from tests.ptq.rounding.oracles import SCHEMES, assert_codes, literal, path_erro
 
 
 @pytest.mark.parametrize("name", ["zero points in groups", "learned in groups"])
-@pytest.mark.parametrize("order", ["natural", "falling"])
-def test_follow_is_the_literal_recursion(name, order):
+@pytest.mark.parametrize("act_order", [False, True])
+def test_follow_is_the_literal_recursion(name, act_order):
     (w, x, y), _ = standard()
     form = SCHEMES[name].project(jnp.asarray(w))
-    by = np.argsort(-(y.astype(np.float64) ** 2).sum(0), kind="stable") if order == "falling" else None
+    by = np.argsort(-(y.astype(np.float64) ** 2).sum(0), kind="stable") if act_order else None
     expected, _, u = literal(w, x, y, tables(form, w), by)
-    got, error = follow(jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), form, order)
+    got, error = follow(jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), form, act_order)
     assert_codes(got, expected)
     np.testing.assert_allclose(error, (u**2).sum(0), rtol=1e-4)
 
@@ -25,7 +25,7 @@ def test_follow_passes_over_dead_columns():
     w, x, y = problem(60, 20, 4)
     y[:, 7] = 0
     form = lcq.Uniform(3).project(jnp.asarray(w))
-    for by in ("natural", "falling"):
+    for by in (False, True):
         got, error = follow(jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), form, by)
         np.testing.assert_array_equal(got.codes[7], form.codes[7])
         np.testing.assert_allclose(error, path_error(w, x, y, got), rtol=1e-4)

@@ -121,10 +121,10 @@ def test_four_warm_passes_with_a_rate_are_those_of_the_textbook(x, other):
 def test_a_rate_and_weights():
     for seed in range(6):
         x, h = np.random.default_rng(seed).laplace(size=N).astype(np.float32), weigh(seed)
-        cold = CODED.project(jnp.asarray(x), weights=jnp.asarray(h))
+        cold = CODED.project(jnp.asarray(x), importance=jnp.asarray(h))
         for before in (CODED.project(jnp.asarray(x)), cold):
             sums = alternate(x, before.levels, before.codes, 0.25, 4, h)
-            after = sum_with_bits(CODED.project(jnp.asarray(x), before, weights=jnp.asarray(h)), x, 0.25, h)
+            after = sum_with_bits(CODED.project(jnp.asarray(x), before, importance=jnp.asarray(h)), x, 0.25, h)
             assert after <= sum_with_bits(before, x, 0.25, h) * (1 + 1e-5)
             assert after == pytest.approx(sums[-1], rel=1e-4)
 

@@ -35,8 +35,8 @@ def test_256_levels_are_no_worse_than_kmeans_plus_plus():
 def test_weighted_lloyd_comes_near_the_weighted_optimum_and_ends_at_weighted_means(n):
     for seed in range(4):
         x, h = np.random.default_rng(seed).laplace(size=n).astype(np.float32), weigh(seed, n)
-        form = FOUR.project(jnp.asarray(x), weights=jnp.asarray(h))
-        exact = lcq.KMeans(4, exact=True).project(jnp.asarray(x), weights=jnp.asarray(h))
+        form = FOUR.project(jnp.asarray(x), importance=jnp.asarray(h))
+        exact = lcq.KMeans(4, exact=True).project(jnp.asarray(x), importance=jnp.asarray(h))
         near = weighted(form, x, h) / weighted(exact, x, h)
         assert 1 - 1e-5 <= near <= (1.05 if n > N else 1.5)
         wide, h = x.astype(np.float64), h.astype(np.float64)
@@ -49,8 +49,8 @@ def test_weighted_lloyd_comes_near_the_weighted_optimum_and_ends_at_weighted_mea
 def test_a_weighted_cold_start_goes_where_the_weight_is():
     x = np.random.default_rng(0).laplace(size=40_000).astype(np.float32)
     h = np.where(x > 3, 1, 1e-9).astype(np.float32)
-    form = FOUR.project(jnp.asarray(x), weights=jnp.asarray(h))
-    exact = lcq.KMeans(4, exact=True).project(jnp.asarray(x), weights=jnp.asarray(h))
+    form = FOUR.project(jnp.asarray(x), importance=jnp.asarray(h))
+    exact = lcq.KMeans(4, exact=True).project(jnp.asarray(x), importance=jnp.asarray(h))
     assert weighted(form, x, h) <= 1.01 * weighted(exact, x, h)
 
 
@@ -93,7 +93,7 @@ def test_joint_and_weighted_codebooks_come_close_to_the_optimum(weighted):
     hs = tuple(jnp.asarray(rng.lognormal(size=x.shape), jnp.float32) for x in xs) if weighted else None
 
     def of(scheme):
-        forms = scheme.project(xs, weights=hs)
+        forms = scheme.project(xs, importance=hs)
         each = hs or (1.0, 1.0)
         return sum(float((h * (f.dense() - x) ** 2).sum()) for f, x, h in zip(forms, xs, each, strict=True))
 

@@ -35,10 +35,10 @@ def test_float32_sums_are_accurate_far_from_zero():
 
 def test_fixed_levels_stay_under_weights():
     x, h = np.random.default_rng(0).normal(size=N).astype(np.float32), weigh(0)
-    exact = lcq.KMeans(4, (0, 1.25), exact=True).project(jnp.asarray(x), weights=jnp.asarray(h))
+    exact = lcq.KMeans(4, (0, 1.25), exact=True).project(jnp.asarray(x), importance=jnp.asarray(h))
     before = PARTLY.project(jnp.asarray(x))
     for start, most in ((None, 1.3 * weighted(exact, x, h)), (before, weighted(before, x, h))):
-        form = PARTLY.project(jnp.asarray(x), start, weights=jnp.asarray(h))
+        form = PARTLY.project(jnp.asarray(x), start, importance=jnp.asarray(h))
         assert {0.0, 1.25} <= set(form.levels.ravel().tolist())
         assert weighted(exact, x, h) * (1 - 1e-6) <= weighted(form, x, h) <= most * (1 + 1e-6)
 

@@ -36,8 +36,8 @@ def test_a_warm_start_is_never_worse(x, other):
 @hypothesis.given(arrays, arrays, st.integers(0, 99))
 def test_a_weighted_warm_start_is_never_worse(x, other, seed):
     x, h = jnp.asarray(x), weigh(seed)
-    for before in (FOUR.project(jnp.asarray(other)), FOUR.project(x, weights=jnp.asarray(h))):
-        after = FOUR.project(x, before, weights=jnp.asarray(h))
+    for before in (FOUR.project(jnp.asarray(other)), FOUR.project(x, importance=jnp.asarray(h))):
+        after = FOUR.project(x, before, importance=jnp.asarray(h))
         levels = np.asarray(before.levels, np.float64).reshape(-1)
         bound = (h * ((np.asarray(x, np.float64)[:, None] - levels) ** 2).min(1)).sum()
         assert np.all(np.diff(np.asarray(after.levels)) >= 0)
@@ -48,7 +48,7 @@ def test_a_weighted_warm_start_is_never_worse(x, other, seed):
 def test_at_most_k_distinct_values_with_a_weight_are_returned(x, seed, random):
     h, values = weigh(seed), [random.choice([-2.5, 0.0, 1.0, 1e-3, 7.0]) for _ in range(4)]
     x = np.where(h > 0, [random.choice(values) for _ in range(N)], x).astype(np.float32)
-    form = FOUR.project(jnp.asarray(x), weights=jnp.asarray(h))
+    form = FOUR.project(jnp.asarray(x), importance=jnp.asarray(h))
     np.testing.assert_array_equal(np.asarray(form.dense())[h > 0], x[h > 0])
     assert np.isfinite(form.levels).all()
 
