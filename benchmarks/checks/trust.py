@@ -104,7 +104,7 @@ def forged(data: bytes, rng: random.Random) -> bytes:
     length = struct.unpack("<Q", data[:8])[0]
     header, streams = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
     metadata = header.pop("__metadata__")
-    coded = metadata["version"] == "2"
+    coded = "coded" in metadata
     start = header["data"]["data_offsets"][0] if coded else 0
     index = json.loads(zlib.decompress(bytes(streams[:start]), -15) if coded else metadata["index"])
     if rng.random() < 0.5:  # what lies in a stream
@@ -125,13 +125,13 @@ def forged(data: bytes, rng: random.Random) -> bytes:
 def _coded(index: Any, data: bytes) -> bytes:
     begin = 0
     for stream in index["streams"]:
-        stream[4] = digest(data[begin : begin + stream[3]], 8)
-        begin += stream[3]
+        stream[3] = digest(data[begin : begin + stream[2]], 8)
+        begin += stream[2]
     deflate = zlib.compressobj(9, wbits=-15)
     raw = deflate.compress(json.dumps(index).encode()) + deflate.flush()
     cuts = {"index": (0, len(raw)), "data": (len(raw), len(raw) + len(data))}
     header = {k: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for k, (a, b) in cuts.items()}
-    return _sealed({"format": "lcq", "version": "2", "index": digest(raw, 8)}, header, raw + data)
+    return _sealed({"format": "lcq", "version": "3", "coded": digest(raw, 8)}, header, raw + data)
 
 
 def _sealed(metadata: dict[str, Any], header: dict[str, Any], streams: bytes) -> bytes:

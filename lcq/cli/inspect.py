@@ -37,11 +37,11 @@ def inspect_file(path: Path, limit: float = LIMIT) -> None:
             entropies[name] = f"{count * rans.entropy(codes, levels) / 8:,.0f}"
     grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("stream", overflow="fold", style="bold")
-    for name in ("dtype", "shape", "bytes", "entropy", "in the file"):
+    for name in ("dtype", "shape", "bytes", "entropy", "codec", "in the file"):
         grid.add_column(name, justify="right", no_wrap=True)
     for name, struct in held.structs.items():
         words = (name, NAMES[struct.dtype], "x".join(map(str, struct.shape)), f"{bytes_of(struct):,}")
-        grid.add_row(*map(Text, (*words, entropies.get(name, ""), f"{held.sizes[name]:,}")))
+        grid.add_row(*map(Text, (*words, entropies.get(name, ""), held.codecs[name], f"{held.sizes[name]:,}")))
     size, streams, raw = path.stat().st_size, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
     print(f"{path}: format lcq {held.version}, {len(held.structs)} streams")
     print(f"{size:,} bytes: {streams:,} of streams ({raw:,} before coding), {size - streams:,} of header and index")

@@ -9,7 +9,7 @@ The header is that of safetensors,
 with strings of our own in its metadata, among them
 
     format    "lcq"
-    version   "1" or "2"
+    version   "3"; "1" and "2" are read too (see `former`)
     digest    of the header, with 32 zeros in the place of this digest
 
 Digests are BLAKE2b in hexadecimal. They find damage, not forgery: whoever writes a file can write its digests, so what
@@ -45,6 +45,12 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """And the other way round."""
 
+VERSION = "3"
+"""Of the files that are written."""
+
+VERSIONS = ("1", "2", VERSION)
+"""Of those that are read."""
+
 LONGEST_HEADER = 100_000_000  # as in other readers of safetensors
 _NO_DIGEST = "0" * 32
 
@@ -78,7 +84,7 @@ def header(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int])
     """The file up to its first tensor.
 
     Args:
-        metadata: strings by name.
+        metadata: strings by name, beside those of every file.
         tensors: in their order in the file; a number stands for so many bytes.
 
     Raises:
@@ -93,7 +99,7 @@ def header(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int])
             dtype, shape, end = NAMES[tensor.dtype], list(tensor.shape), begin + tensor.nbytes
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         begin = end
-    whole = {"format": "lcq", **metadata, "digest": _NO_DIGEST}
+    whole = {"format": "lcq", "version": VERSION, **metadata, "digest": _NO_DIGEST}
     raw = to_json({"__metadata__": whole} | entries).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > LONGEST_HEADER:
@@ -119,12 +125,13 @@ def open_container(file: BufferedReader, size: int) -> Container:
     raw = file.read(length)
     entries = parse(raw.decode("utf-8"))
     match entries:
-        case {"__metadata__": {"format": "lcq", "version": "1" | "2", "digest": str(stated)} as metadata}:
-            pass
-        case {"__metadata__": {"format": "lcq", "version": version}} if version not in ("1", "2"):
+        case {"__metadata__": {"format": "lcq", "version": version}} if version not in VERSIONS:
             raise ValueError(
-                f"expected format version 1 or 2, got {reprlib.repr(version)}; read it with the lcq that wrote it"
+                f"expected format version {', '.join(VERSIONS)}, got {reprlib.repr(version)}; "
+                "read it with the lcq that wrote it"
             )
+        case {"__metadata__": {"format": "lcq", "version": _, "digest": str(stated)} as metadata}:
+            pass
         case _:
             raise ValueError("not an lcq file: its header does not name the format")
     if raw.count(stated.encode()) != 1 or digest(raw.replace(stated.encode(), _NO_DIGEST.encode())) != stated:

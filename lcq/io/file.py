@@ -9,7 +9,7 @@ import os
 import reprlib
 import secrets
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ import numpy as np
 
 from lcq.forms.base import is_form
 from lcq.forms.restored import check_restored
+from lcq.io.codecs import CODECS, DEFAULT
 from lcq.io.container import NAMES, bytes_of, open_container
 from lcq.io.index import Contents, Said, check_metadata, check_plan, coded_layout, contents_of, plain_layout
 from lcq.io.records import Encoder, decode
@@ -40,6 +41,7 @@ def save(
     plan: Any = None,
     metadata: Mapping[str, str] | None = None,
     coded: bool = True,
+    codecs: Sequence[str] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
     """Writes a tree of forms and arrays to an `.lcq` file; working forms are packed.
@@ -56,6 +58,8 @@ def save(
             checkpoint again; `read_metadata` of this module gives them back.
         coded: whether codes and masks are entropy-coded, which is smaller; without, every stream is a tensor that any
             reader of safetensors opens.
+        codecs: names in `lcq.io.CODECS` of those that a coded file's streams are tried with; each stream is coded by
+            that which makes it shortest, the first of equals, and is as it is if none takes it. By default "rans".
         progress: called after each stream of a coded file with its number from 1, how many there are, and its name.
 
     Returns:
@@ -64,17 +68,21 @@ def save(
     Raises:
         ValueError: a leaf that is no number or not on this host, a NaN or an infinity in a form, or keys that a file
             cannot hold, or a dict that was a form; names the leaf. A plan that is no TOML, or longer than 4 MiB;
-            metadata that are no strings, or as long.
+            metadata that are no strings, or as long. Codecs that are not registered, or of a file that is not coded.
     """
     check_restored(tree)
     said: Said = {} if plan is None else {"plan": _plan_text(plan)}
     if metadata:
         check_metadata(kept := dict(metadata))
         said |= {"metadata": dict(sorted(kept.items()))}
+    names = _codec_names(codecs, coded)
     encoder = Encoder()
     leaves, _ = flatten(tree)
     records = [encoder.encode(_to_host(leaf)) for leaf in leaves]
-    pieces = (coded_layout if coded else plain_layout)(records, encoder, said, progress)
+    if coded:
+        pieces = coded_layout(records, encoder, said, names, progress)
+    else:
+        pieces = plain_layout(records, encoder, said)
     if jax.process_index() == 0:
         with replacing(path) as file:
             for piece in pieces:
@@ -234,6 +242,17 @@ def host_array(path: str, leaf: Any, look: bool = True) -> np.ndarray:
     if dtype.newbyteorder("=") not in NAMES:
         raise ValueError(f"{path}: expected one of {', '.join(map(str, NAMES))}, got {dtype}; convert it first")
     return np.asarray(leaf, dtype.newbyteorder("="), order="C") if look else np.empty(0)
+
+
+def _codec_names(codecs: Sequence[str] | None, coded: bool) -> Sequence[str]:
+    """The names of codecs to try, each of which is registered."""
+    if codecs is not None and not coded:
+        raise ValueError(f"expected no codecs= for a file that is not coded, got {codecs!r}; leave one of the two out")
+    if isinstance(codecs, str):
+        raise ValueError(f"expected codecs= a list of names, got {codecs!r}; write [{codecs!r}]")
+    for name in codecs or ():
+        CODECS[name]
+    return DEFAULT if codecs is None else codecs
 
 
 def _plan_text(plan: Any) -> str:

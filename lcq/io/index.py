@@ -1,30 +1,38 @@
 """How the streams of a tree lie in a file: a tensor each, or coded, all in one.
 
-Version 1, plain: every stream is a tensor of its own, for other readers of safetensors; in the metadata
+Plain: every stream is a tensor of its own, for other readers of safetensors; in the metadata
 
     index     JSON {"leaves": [record, ..], "digests": {name: digest}, "plan": TOML}
 
-Version 2, coded: two tensors of bytes, as a header entry costs more than many a stream,
+Coded: two tensors of bytes, as a header entry costs more than many a stream; in the metadata
 
-    index     JSON {"leaves": [record, ..], "streams": [[name, dtype, shape, bytes, digest, ..], ..], "plan": TOML},
-              deflated (RFC 1951); its digest is `index` in the metadata
-    data      what the streams take, in the order of the index
+    coded     the digest of `index`
 
-A stream's digest is that of its bytes in the file: 16 bytes in the plain layout, 8 in the coded one. A stream of packed
-codes has `[levels, count]` at its end: it is coded as in `rans`, and decodes alone. Any other one is as it is.
-Records are those of `codec`. The plan, if there is one, is only text here. So is "metadata", strings by name from the
+and the tensors are
+
+    index     JSON {"leaves": [record, ..], "streams": [stream, ..], "plan": TOML}, deflated (RFC 1951)
+    data      the bytes of the streams, in the order of the index
+
+where a stream names the codec that its bytes are of (see `codecs`), and is one of
+
+    [name, codec, bytes, digest, levels, count]     `count` packed codes (see `bitpack`), each below `levels`
+    [name, codec, bytes, digest, dtype, shape]      any other array
+
+A stream's digest is that of its bytes in the file: 16 bytes in the plain layout, 8 in the coded one.
+Records are those of `records`. The plan, if there is one, is only text here. So is "metadata", strings by name from the
 checkpoint that was compressed, if it had any: {.., "metadata": {name: string, ..}}.
 """
 
 import reprlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lcq.forms import bitpack
+from lcq.io.codecs.base import CODECS, Stream, decode, encode
 from lcq.io.container import (
     LONGEST_HEADER,
     NAMES,
@@ -38,16 +46,15 @@ from lcq.io.container import (
     to_json,
     view,
 )
-from lcq.io.entropy_coding import rans
+from lcq.io.former import current_metadata, current_stream
 from lcq.io.records import Encoder
 
 LONGEST_PLAN = 1 << 22
 """Bytes of the text of a plan, and of metadata."""
 
 _SAID = {"plan", "metadata"}
-_METADATA = {"format", "version", "digest", "index"}
+_METADATA = {"format", "version", "digest"}
 _SHORT = 8  # bytes of a digest where every byte counts
-_DECODING = 4  # bytes of memory for a code, and for a byte of its stream
 _EXPANSION = 32  # bytes of memory, roughly, for a byte of parsed JSON
 _SMALL_INDEX = 1 << 16  # bytes that any limit allows
 
@@ -56,13 +63,14 @@ class Contents(NamedTuple):
     """What a file says it holds; nothing of it is in memory yet but this.
 
     Attributes:
-        version: of the layout.
+        version: of the format.
         records: of the leaves.
         plan: its text, if there is one.
         metadata: strings by name.
         structs: shapes and dtypes of the streams, by name.
         sizes: bytes that each takes in the file.
-        decoding: bytes of memory that decoding a stream takes beside it, by name, of those that are coded.
+        codecs: names of those that the streams are coded by.
+        decoding: bytes of memory that decoding a stream takes beside it, by name.
         bytes: of memory for all streams, and for decoding the longest.
         read: gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
     """
@@ -73,6 +81,7 @@ class Contents(NamedTuple):
     metadata: dict[str, str]
     structs: dict[str, jax.ShapeDtypeStruct]
     sizes: dict[str, int]
+    codecs: dict[str, str]
     decoding: dict[str, int]
     bytes: int
     read: Callable[[str, bool], Any]
@@ -85,33 +94,31 @@ Progress = Callable[[int, int, str], None] | None
 """Called after each stream with its number from 1, how many there are, and its name."""
 
 
-def plain_layout(records: list[Any], encoder: Encoder, said: Said, progress: Progress = None) -> list[Any]:
-    """A file of version 1, in pieces."""
-    del progress  # nothing takes long
+def plain_layout(records: list[Any], encoder: Encoder, said: Said) -> list[Any]:
+    """A file with a tensor for each stream, in pieces."""
     streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
     digests = {name: digest(flat(array)) for name, array in streams.items()}
     index = to_json({"leaves": records, "digests": digests} | said)
-    return [header({"version": "1", "index": index}, streams), *(flat(array).data for array in streams.values())]
+    return [header({"index": index}, streams), *(flat(array).data for array in streams.values())]
 
 
-def coded_layout(records: list[Any], encoder: Encoder, said: Said, progress: Progress = None) -> list[Any]:
-    """A file of version 2, in pieces."""
+def coded_layout(
+    records: list[Any], encoder: Encoder, said: Said, codecs: Sequence[str], progress: Progress = None
+) -> list[Any]:
+    """A file with all streams in one block, each by the codec of these that makes it shortest; in pieces."""
     entries, pieces = [], []
     for number, (name, array) in enumerate(encoder.streams.items(), 1):
-        piece, codes = flat(array).data, encoder.codes.get(name)
-        if codes is not None:
-            levels, count = codes
-            symbols = bitpack.unpack_host(array, bitpack.width(levels), count)
-            piece = memoryview(rans.encode(symbols, levels))
-        entries.append([name, NAMES[array.dtype], [*array.shape], piece.nbytes, digest(piece, _SHORT)])
-        entries[-1] += [[*codes]] if codes is not None else []
+        codes = encoder.codes.get(name)
+        codec, piece = encode(array, codes, codecs)
+        what = codes or (NAMES[array.dtype], [*array.shape])
+        entries.append([name, codec, len(piece), digest(piece, _SHORT), *what])
         pieces.append(piece)
         if progress is not None:
             progress(number, len(encoder.streams), name)
     deflate = zlib.compressobj(9, wbits=-15)
     index = deflate.compress(to_json({"leaves": records, "streams": entries} | said).encode()) + deflate.flush()
-    tensors = {"index": len(index), "data": sum(piece.nbytes for piece in pieces)}
-    return [header({"version": "2", "index": digest(index, _SHORT)}, tensors), index, *pieces]
+    tensors = {"index": len(index), "data": sum(map(len, pieces))}
+    return [header({"coded": digest(index, _SHORT)}, tensors), index, *pieces]
 
 
 def contents_of(container: Container, limit: int) -> Contents:
@@ -120,13 +127,14 @@ def contents_of(container: Container, limit: int) -> Contents:
     Raises:
         ValueError: anything that is not as the module says.
     """
-    return (_plain if container.metadata["version"] == "1" else _coded)(container, limit)
+    container = container._replace(metadata=current_metadata(container.metadata))
+    return (_coded if "coded" in container.metadata else _plain)(container, limit)
 
 
 def _plain(container: Container, limit: int) -> Contents:
     del limit  # the index is in the header, and its bytes in the file
-    if container.metadata.keys() != _METADATA or not isinstance(container.metadata["index"], str):
-        raise ValueError(f"expected metadata of version 1, got {reprlib.repr(container.metadata)}")
+    if container.metadata.keys() != _METADATA | {"index"} or not isinstance(container.metadata["index"], str):
+        raise ValueError(f"expected the metadata of a plain or a coded file, got {reprlib.repr(container.metadata)}")
     index = parse(container.metadata["index"])
     match index:
         case {"leaves": [_, *_] as records, "digests": dict(digests), **rest} if rest.keys() <= _SAID:
@@ -144,17 +152,20 @@ def _plain(container: Container, limit: int) -> Contents:
 
     structs = {name: tensor.struct for name, tensor in tensors.items()}
     sizes = {name: tensor.size for name, tensor in tensors.items()}
-    return Contents("1", records, plan, metadata, structs, sizes, {}, sum(sizes.values()), read)
+    raw, nothing = dict.fromkeys(structs, "raw"), dict.fromkeys(structs, 0)
+    version = container.metadata["version"]
+    return Contents(version, records, plan, metadata, structs, sizes, raw, nothing, sum(sizes.values()), read)
 
 
 class _Entry(NamedTuple):
-    """A stream of a coded file."""
+    """A stream of a coded file; `begin` counts from the start of the file, `memory` is what decoding takes."""
 
-    struct: jax.ShapeDtypeStruct
+    stream: Stream
+    codec: str
     begin: int
     size: int
     digest: str
-    codes: tuple[int, int] | None
+    memory: int
 
 
 def _coded(container: Container, limit: int) -> Contents:
@@ -164,10 +175,10 @@ def _coded(container: Container, limit: int) -> Contents:
             plan, metadata = _plan(index), _kept(index)
         case _:
             raise ValueError("expected an index of leaves and streams, got another")
-    entries: dict[str, _Entry] = {}
+    entries, version = dict[str, _Entry](), container.metadata["version"]
     begin = container.tensors["data"].begin
     for stream in streams:
-        name, entry = _entry(stream, begin)
+        name, entry = _entry(current_stream(version, stream), begin)
         if name in entries:
             raise ValueError(f"{name[:200]}: two streams have this name")
         entries[name], begin = entry, begin + entry.size
@@ -180,22 +191,24 @@ def _coded(container: Container, limit: int) -> Contents:
         data = np.empty(entry.size, np.uint8)
         container.file.seek(entry.begin)
         container.file.readinto(data.data)
-        return _verified(name, data, entry.digest, _SHORT, lambda: _decoded(data, entry, on_device))
+        return _verified(name, data, entry.digest, _SHORT, lambda: decode(entry.codec, data, entry.stream, on_device))
 
-    structs = {name: entry.struct for name, entry in entries.items()}
+    structs = {name: entry.stream.struct for name, entry in entries.items()}
     sizes = {name: entry.size for name, entry in entries.items()}
-    decoding = {name: _DECODING * (entry.codes[1] + entry.size) for name, entry in entries.items() if entry.codes}
+    codecs = {name: entry.codec for name, entry in entries.items()}
+    decoding = {name: entry.memory for name, entry in entries.items()}
     memory = sum(map(bytes_of, structs.values())) + max(decoding.values(), default=0)
-    return Contents("2", records, plan, metadata, structs, sizes, decoding, memory, read)
+    return Contents(version, records, plan, metadata, structs, sizes, codecs, decoding, memory, read)
 
 
 def _inflated(container: Container, limit: int) -> Any:
     """The index of a coded file, within the memory that it may take."""
     structs = {name: tensor.struct.dtype for name, tensor in container.tensors.items()}
-    if container.metadata.keys() != _METADATA or structs != dict.fromkeys(("index", "data"), np.dtype(np.uint8)):
-        raise ValueError("expected the metadata and tensors of version 2, index and data, got others")
+    wanted = dict.fromkeys(("index", "data"), np.dtype(np.uint8))
+    if container.metadata.keys() != _METADATA | {"coded"} or structs != wanted:
+        raise ValueError("expected the metadata and tensors of a coded file, index and data, got others")
     raw = container.read("index")
-    if digest(raw, _SHORT) != container.metadata["index"]:
+    if digest(raw, _SHORT) != container.metadata["coded"]:
         raise ValueError("index: its data is damaged: the digest differs")
     most = min(LONGEST_HEADER, max(limit // _EXPANSION, _SMALL_INDEX))
     inflate = zlib.decompressobj(wbits=-15)
@@ -210,27 +223,29 @@ def _inflated(container: Container, limit: int) -> Any:
     return parse(text.decode("utf-8"))
 
 
-def _entry(stream: Any, begin: int) -> tuple[str, _Entry]:
-    match stream:
-        case [str(name), str(dtype), [*shape], int(size), str(stated), *codes] if size >= 0 and len(codes) <= 1:
-            struct = struct_of(dtype, shape)
-            match codes:
-                case [] if struct is not None and bytes_of(struct) == size:
-                    return name, _Entry(struct, begin, size, stated, None)
-                case [[int(levels), int(count)]] if 2 <= levels <= 65536 and 0 <= count < 1 << 48:
-                    words = bitpack.word_count(count, bitpack.width(levels))
-                    if struct == jax.ShapeDtypeStruct((words,), np.uint32):
-                        return name, _Entry(struct, begin, size, stated, (levels, count))
-    raise ValueError(f"expected a stream of the coded layout, got {reprlib.repr(stream)}")
+def _entry(written: Any, begin: int) -> tuple[str, _Entry]:
+    match written:
+        case [str(name), str(codec), size, str(stated), first, second] if type(size) is int and size >= 0:
+            stream = _stream(first, second)
+        case _:
+            stream = None
+    if stream is None:
+        raise ValueError(f"expected a stream of the coded layout, got {reprlib.repr(written)}")
+    try:
+        return name, _Entry(stream, codec, begin, size, stated, CODECS[codec]().memory(stream, size))
+    except ValueError as error:
+        raise ValueError(f"{name[:200]}: {error}") from error
 
 
-def _decoded(data: np.ndarray, entry: _Entry, on_device: bool) -> Any:
-    if entry.codes is None:
-        return view(data, entry.struct)
-    levels, count = entry.codes
-    if on_device:
-        return bitpack.pack_on_device(rans.decode_on_device(data, count, levels), bitpack.width(levels))
-    return bitpack.pack(rans.decode(data, count, levels), bitpack.width(levels))
+def _stream(first: Any, second: Any) -> Stream | None:
+    """What levels and count, or a dtype and a shape, of a file declare; None if they declare nothing."""
+    if type(first) is type(second) is int and 2 <= first <= 65536 and 0 <= second < 1 << 48:
+        words = bitpack.word_count(second, bitpack.width(first))
+        return Stream(jax.ShapeDtypeStruct((words,), np.uint32), (first, second))
+    if not isinstance(first, str) or not isinstance(second, list):
+        return None
+    struct = struct_of(first, second)
+    return None if struct is None else Stream(struct)
 
 
 def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callable[[], Any]) -> Any:

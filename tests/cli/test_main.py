@@ -52,14 +52,15 @@ def test_there_and_back(tmp_path, kind, capsys):
     assert "codes K=4" in out and "distortion" in out and f"{packed.stat().st_size:,}" in out
     assert run("inspect", packed) == 0
     out = capsys.readouterr().out
-    assert "format lcq 2" in out and "dense0/kernel.codes" in out and "BF16" in out and "I64" in out
+    assert "format lcq 3" in out and "dense0/kernel.codes" in out and "BF16" in out and "I64" in out
     lines = [line.split() for line in out.splitlines()]
-    assert ["dense0/kernel.levels", "F32", "1x1x4", "16", "16"] in lines and ["count", "I64", "3", "24", "24"] in lines
+    assert ["dense0/kernel.levels", "F32", "1x1x4", "16", "raw", "16"] in lines
+    assert ["count", "I64", "3", "24", "raw", "24"] in lines
     streams = [line for line in lines if len(line) > 4 and line[1] in ("F32", "U32", "BF16", "I64")]
     raw, held = (sum(int(line[i]) for line in streams) for i in (3, -1))
     share = np.bincount(expected["dense0"]["kernel"].codes.reshape(-1)) / expected["dense0"]["kernel"].codes.size
     least = -(share * np.log2(share)).sum() * expected["dense0"]["kernel"].codes.size / 8
-    assert [line[4] for line in streams if len(line) == 6 and line[0] == "dense0/kernel.codes"] == [f"{least:.0f}"]
+    assert [line[4] for line in streams if line[-2] == "rans" and line[0] == "dense0/kernel.codes"] == [f"{least:.0f}"]
     size = packed.stat().st_size
     parts = f"{held:,} of streams ({raw:,} before coding), {size - held:,} of header and index"
     assert f"{size:,} bytes: {parts}" in out

@@ -18,6 +18,7 @@ import safetensors.numpy
 import lcq
 from lcq.forms import Codes, Sparse
 from lcq.forms.base import is_form
+from lcq.io.container import bytes_of
 from lcq.io.entropy_coding import rans
 from lcq.io.file import ArtifactError, load, read_index, save
 
@@ -88,16 +89,16 @@ def forge(index, data, *, raw=None, metadata=(), tensors=()):
     if raw is None:
         begin = 0
         for stream in index.get("streams", []) if isinstance(index, dict) else []:
-            if isinstance(stream, list) and len(stream) > 4 and type(stream[3]) is int:
-                stream[4] = digest(data[begin : begin + max(stream[3], 0)], 8)
-                begin += max(stream[3], 0)
+            if isinstance(stream, list) and len(stream) > 3 and type(stream[2]) is int:
+                stream[3] = digest(data[begin : begin + max(stream[2], 0)], 8)
+                begin += max(stream[2], 0)
         deflate = zlib.compressobj(9, wbits=-15)
         raw = deflate.compress(json.dumps(index).encode()) + deflate.flush()
     cuts = {"index": (0, len(raw)), "data": (len(raw), len(raw) + len(data))}
     header = {k: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for k, (a, b) in cuts.items()} | dict(
         tensors
     )
-    said = {"format": "lcq", "version": "2", "index": digest(raw, 8)} | dict(metadata) | {"digest": "0" * 32}
+    said = {"format": "lcq", "version": "3", "coded": digest(raw, 8)} | dict(metadata) | {"digest": "0" * 32}
     text = json.dumps({"__metadata__": said} | header).encode()
     text += b" " * (-len(text) % 8)
     text = text.replace(b"0" * 32, digest(text, 16).encode())
@@ -136,9 +137,9 @@ def test_codes_that_no_level_has_are_refused(path, whole, on_device):
     for entry in index["streams"]:
         if entry[0] == "codes.codes":
             break
-        place += entry[3]
-    piece, length = rans.encode(np.full(24 * 16, 3, np.uint8), 4), entry[3]
-    entry[3], entry[5] = len(piece), [4, 24 * 16]
+        place += entry[2]
+    piece, length = rans.encode(np.full(24 * 16, 3, np.uint8), 4), entry[2]
+    entry[2], entry[4:] = len(piece), [4, 24 * 16]
     path.write_bytes(forge(index, data[:place] + piece + data[place + length :]))
     with pytest.raises(ArtifactError, match="codes: expected codes below 3, got a larger one"):
         load(path, on_device=on_device)
@@ -160,7 +161,7 @@ def test_a_coded_file_is_smaller(path):
 def test_sizes_of_streams_add_up(path, whole):
     path.write_bytes(whole)
     held = read_index(path)
-    assert held.version == "2" and held.sizes.keys() == held.structs.keys()
+    assert held.version == "3" and held.sizes.keys() == held.structs.keys()
     assert sum(held.sizes.values()) == len(parts_of(whole)[1])
     assert all(
         held.sizes[name] <= 4 * struct.size + 16 for name, struct in held.structs.items() if struct.dtype == np.uint32
@@ -206,7 +207,7 @@ def put(name, place, value):
 
 
 def longer(index, data):
-    stream(index, "codes.codes")[3] += 1
+    stream(index, "codes.codes")[2] += 1
     return data + b"\0"
 
 
@@ -216,7 +217,7 @@ def unnamed(index, data):
 
 def twice(index, data):
     index["streams"].append(copy.deepcopy(index["streams"][-1]))
-    return data + data[len(data) - index["streams"][-1][3] :]
+    return data + data[len(data) - index["streams"][-1][2] :]
 
 
 HOSTILE = {
@@ -224,25 +225,33 @@ HOSTILE = {
     "no leaves": (lambda index, data: index.update(leaves=[]), "expected an index of leaves and streams"),
     "more": (lambda index, data: index.update(more=1), "expected an index of leaves and streams"),
     "a plan that is no text": (lambda index, data: index.update(plan=3), "expected a plan that is text"),
-    "a dtype": (put("bias", 1, "F3"), "expected a stream of the coded layout"),
-    "a shape": (put("bias", 2, [6]), "expected a stream of the coded layout"),
-    "an axis": (put("bias", 2, [-5]), "at most 64 axes"),
-    "a size": (put("bias", 3, 19), "expected a stream of the coded layout"),
-    "a negative size": (put("codes.codes", 3, -1), "expected a stream of the coded layout"),
-    "one level": (put("codes.codes", 5, [1, 384]), "expected a stream of the coded layout"),
-    "levels": (put("codes.codes", 5, [2, 384]), "expected a stream of the coded layout"),
-    "many levels": (put("codes.codes", 5, [65537, 384]), "expected a stream of the coded layout"),
-    "a count": (put("codes.codes", 5, [3, 385]), "expected a stream of the coded layout"),
-    "a huge count": (put("codes.codes", 5, [3, 1 << 60]), "expected a stream of the coded layout"),
-    "a flag": (put("codes.codes", 5, [3, True]), "expected a stream of the coded layout"),
-    "codes that are none": (put("bias", 5, None), "list assignment|expected a stream"),
+    "a dtype": (put("bias", 4, "F3"), "expected a stream of the coded layout"),
+    "a shape": (put("bias", 5, [6]), "bias: expected 24 raw bytes, got 20"),
+    "an axis": (put("bias", 5, [-5]), "at most 64 axes"),
+    "a size": (put("bias", 2, 19), "bias: expected 20 raw bytes, got 19"),
+    "a negative size": (put("codes.codes", 2, -1), "expected a stream of the coded layout"),
+    "one level": (put("codes.codes", 4, 1), "expected a stream of the coded layout"),
+    "levels": (put("codes.codes", 4, 2), r"codes: expected uint32\[24\] for 384 codes of 2 bits, got uint32\[12\]"),
+    "many levels": (put("codes.codes", 4, 65537), "expected a stream of the coded layout"),
+    "a count": (put("codes.codes", 5, 385), r"codes: expected uint32\[24\] for 384 codes of 2 bits, got uint32\[25\]"),
+    "a huge count": (put("codes.codes", 5, 1 << 60), "expected a stream of the coded layout"),
+    "a flag": (put("codes.codes", 5, True), "expected a stream of the coded layout"),
+    "a flag for a size": (put("codes.codes", 2, True), "expected a stream of the coded layout"),
+    "a codec": (
+        put("codes.codes", 1, "x" * 99),
+        f"codes.codes: expected one of the codecs .*raw.*, got '{'x' * 80}'; imp",
+    ),
+    "a codec that is none": (put("codes.codes", 1, ["rans"]), "expected a stream of the coded layout"),
+    "a codec of codes for what is none": (put("bias", 1, "rans"), r"bias: expected packed codes for rans, got float32"),
+    "raw codes of other bytes": (put("codes.codes", 1, "raw"), r"codes.codes: expected 96 raw bytes, got \d+"),
+    "codes that are none": (put("codes.codes", 5, None), "expected a stream of the coded layout"),
     "a longer stream": (longer, "codes.codes"),
     "a stream of no leaf": (unnamed, "no leaf has this tensor"),
     "a name twice": (twice, "two streams have this name"),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name != "codes that are none"])
+@pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_index(path, whole, name):
     change, message = HOSTILE[name]
     refuse(path, edited(whole, change), message)
@@ -250,11 +259,11 @@ def test_a_hostile_index(path, whole, name):
 
 def test_a_hostile_container(path, whole):
     index, data = parts_of(whole)
-    refuse(path, forge(index, data, metadata={"index": "0" * 16}), "index: its data is damaged")
-    refuse(path, forge(index, data, metadata={"more": ""}), "expected the metadata and tensors of version 2")
-    refuse(path, forge(index, data, metadata={"version": "3"}), "expected format version 1 or 2, got '3'")
+    refuse(path, forge(index, data, metadata={"coded": "0" * 16}), "index: its data is damaged")
+    refuse(path, forge(index, data, metadata={"more": ""}), "expected the metadata and tensors of a coded file")
+    refuse(path, forge(index, data, metadata={"version": "4"}), "expected format version 1, 2, 3, got '4'")
     extra = {"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}
-    refuse(path, forge(index, data, tensors=extra), "expected the metadata and tensors of version 2")
+    refuse(path, forge(index, data, tensors=extra), "expected the metadata and tensors of a coded file")
     refuse(path, forge(index, b""), "bytes of data")
     refuse(path, forge(index, data, raw=b"\xff\xff"), "index: ")
     text = zlib.compressobj(wbits=-15)
@@ -269,7 +278,7 @@ def test_nothing_is_allocated_for_a_file_that_is_refused(path, whole):
     raw = bomb.compress(b"[" + b"0," * 50_000_000) + bomb.flush()
     index, data = parts_of(whole)
     big = copy.deepcopy(index)
-    stream(big, "codes.codes")[2:] = [[2 * 10**8], stream(index, "codes.codes")[3], "", [3, 32 * 10**8]]
+    stream(big, "codes.codes")[5] = 32 * 10**8
     hostile = {forge(index, data, raw=raw): "expected an index of at most", forge(big, data): "expected uint32"}
     for file, message in hostile.items():
         path.write_bytes(file)
@@ -321,11 +330,11 @@ def test_gap_codes_of_no_bytes_are_refused_before_they_are_decoded_for_the_leaf(
     for entry in changed["streams"]:
         if entry[0] == "few.mask":
             break
-        place += entry[3]
-    few = entry[3]
+        place += entry[2]
+    few = entry[2]
     bits = next(leaf["static"]["gap"] for leaf in changed["leaves"] if leaf["path"] == ["few"])
     piece, count = rans.encode(np.zeros(1000, np.uint8), 1 << bits), 32 * 10**6 // bits
-    entry[2:] = [[10**6], len(piece), digest(piece, 8), [1 << bits, count]]
+    entry[2:] = [len(piece), digest(piece, 8), 1 << bits, count]
     path.write_bytes(forge(changed, data[:place] + piece + data[place + few :]))
     tracemalloc.start()
     with pytest.raises(ArtifactError, match="expected gaps between"):
@@ -402,7 +411,7 @@ GOLDENS = {"plain": (tree, "dense", False), "coded": (tree, "dense", True), "wid
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_golden_files(path, name):
-    """`python tests/artifact/test_layouts.py` writes them; that is for a new layout, never for a changed one."""
+    """`python tests/io/test_index.py` writes them; that is for a new layout, never for a changed one."""
     golden, (_, arrays, coded) = GOLDEN / f"{name}.lcq", GOLDENS[name]
     expected = np.load(GOLDEN / f"{arrays}.npz")
     back = load(golden)
@@ -419,9 +428,9 @@ def test_golden_files(path, name):
 
 
 def test_the_wide_golden_file_has_codes_of_every_kind():
-    index, _ = parts_of((GOLDEN / "wide.lcq").read_bytes())
-    levels = {entry[0]: entry[5][0] for entry in index["streams"] if len(entry) > 5}
-    shorter = {entry[0]: entry[3] < 4 * entry[2][0] for entry in index["streams"] if len(entry) > 5}
+    index, held = parts_of((GOLDEN / "wide.lcq").read_bytes())[0], read_index(GOLDEN / "wide.lcq")
+    levels = {entry[0]: entry[4] for entry in index["streams"] if entry[1] == "rans"}
+    shorter = {name: held.sizes[name] < bytes_of(held.structs[name]) for name in levels}
     gap = next(leaf["static"]["gap"] for leaf in index["leaves"] if leaf["path"] == ["gaps"])
     assert levels == {"codes.codes": 300, "mask.mask": 2, "gaps.mask": 1 << gap} and all(shorter.values())
 
