@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -131,7 +132,8 @@ def main() -> int:
             absent.setdefault(script.__name__, []).append(row["artifact"])
     strays = {path.name for path in ARTIFACTS.glob("*.lcq")} - {row["artifact"] for _, row, _ in checks}
     for script, names in absent.items():
-        print(f"not in the tree, made again by {script}:", *names, sep="\n    ")
+        print(f"not in the tree, made again by {script}:")
+        print(textwrap.fill(", ".join(names), 120, initial_indent="    ", subsequent_indent="    "))
     found = [fault for row, measure in here for fault in faults(row, measure, data)]
     found += [f"{name}: in no table" for name in sorted(strays)]
     count = f"{len(here)} of {len(checks)} files are here"
