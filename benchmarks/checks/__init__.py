@@ -1,1 +1,1 @@
-"""Exact, trusted, verified: what holds or does not."""
+"""Whether something holds: exactness, trust in files, committed nets."""

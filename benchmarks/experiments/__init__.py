@@ -1,1 +1,1 @@
-"""How right: accuracy, error and bytes."""
+"""Accuracy: errors of compressed nets, and their bytes."""

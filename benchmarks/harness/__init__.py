@@ -1,1 +1,1 @@
-"""What every script uses: records, checkpoints, tables, files of nets."""
+"""What every script uses: records, checkpoints of trainings, files of nets, tables."""

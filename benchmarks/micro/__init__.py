@@ -1,1 +1,1 @@
-"""How fast: times and memory."""
+"""Speed: times and memory."""
