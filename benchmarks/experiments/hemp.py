@@ -106,14 +106,14 @@ def train_point(args: argparse.Namespace, point: Point, images: Images) -> None:
     )
 
     def each(now: Any) -> None:
-        variables = net.finished(lcq.training.compress_warm(now[2], now[0]), now[1], images)
+        variables = net.finished(lcq.extract(now[2], now[0]), now[1], images)
         loss, error = judge(net, variables, images.held_back)
         log["curve"].append({"entropy": float(now[2].entropy), "loss": loss, "error": error})
         print(name, log["curve"][-1], flush=True)
         keep(path, now, log)
 
     params, statistics, state = train(net, tx, now, images, log, epochs, point.seed, each)
-    forms = lcq.training.compress_warm(state, params)
+    forms = lcq.extract(state, params)
     if args.trial:
         size = -(-lcq.table(forms).total.coded // 8)
         return print(name, settings, f"{size:,} bytes, {log['seconds']:.0f} s", flush=True)

@@ -132,7 +132,7 @@ def deployed(recipe: Recipe, trained: Any) -> Any:
     """Forms in place of the binary kernels; the parameters themselves of a float net."""
     if recipe.binarization is None:
         return trained["params"]
-    return recipe.binary.compress(trained["params"], trained["alphas"] if recipe.learned else None)
+    return lcq.extract(recipe.binary, trained["params"], alphas=trained["alphas"] if recipe.learned else None)
 
 
 def optimizer_of(recipe: Recipe, steps: int) -> optax.GradientTransformation:

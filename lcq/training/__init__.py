@@ -3,10 +3,10 @@
 from lcq.training.baselines import IteratedState, StraightThroughState, iterated_direct, straight_through_training
 from lcq.training.batch_norm import recalibrate_batch_norm
 from lcq.training.block_entropy import block_entropy, entropy_centres
-from lcq.training.ending import compress_warm
+from lcq.training.extraction import extract
 from lcq.training.finetune import finetune
 from lcq.training.hemp import HempState, hemp
-from lcq.training.lc import LCState, c_step, extract, lc
+from lcq.training.lc import LCState, c_step, lc
 from lcq.training.penalty import Geometric, adam_step, geometric
 from lcq.training.progress import metrics
 from lcq.training.smooth_binary import AnnealedTanh, Binarization, GroupPower, SmoothBinary, StraightSign, smooth_binary
@@ -27,7 +27,6 @@ __all__ = [
     "adam_step",
     "block_entropy",
     "c_step",
-    "compress_warm",
     "entropy_centres",
     "extract",
     "finetune",

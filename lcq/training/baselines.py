@@ -1,7 +1,7 @@
 """What LC is compared with, on the same schemes: iterated direct compression and straight-through training.
 
-Direct compression itself, Theta = Pi(w) of a trained net, is `lcq.compress`. Both wrappers here leave parameters of
-which `lcq.compress(params, rules)` is the result.
+Direct compression itself, Theta = Pi(w) of a trained net, is `lcq.compress`. `lcq.extract(state, params)` ends a run of
+either wrapper.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from lcq.forms.base import Form, cast_masks, is_form
 from lcq.forms.dtypes import native_tree
@@ -141,13 +142,51 @@ def straight_through_training(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def baseline_states(opt_state: Any) -> list[IteratedState | StraightThroughState]:
+    """Every state of the two wrappers in an optimizer state, without nnx variables."""
+
+    def is_one(node: Any) -> bool:
+        return isinstance(node, IteratedState | StraightThroughState)
+
+    return [node for node in jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=is_one) if is_one(node)]
+
+
+def find_baseline(opt_state: Any) -> IteratedState | StraightThroughState:
+    """The one state of the two wrappers in an optimizer state, without nnx variables.
+
+    Raises:
+        ValueError: none, several, or one that lost its types.
+    """
+    found = baseline_states(opt_state)
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one state of iterated_direct or straight_through_training, got {len(found)}: pass the part that "
+            "holds one of them"
+        )
+    check_state(found[0], type(found[0]), type(found[0]).__name__, sound=_is_sound(found[0]))
+    return found[0]
+
+
+def baseline_forms(state: IteratedState | StraightThroughState, params: Any) -> tuple[Tasks, list[tuple[Form, ...]]]:
+    """The tasks of a run of either wrapper, and Pi(w) of the parameters, from the last Theta on."""
+    leaves, _ = flatten(params)
+    for path in (path for task in state.tasks for path in task.paths):
+        check_finite(path, weights_of(leaves, path, type(state).__name__))
+    warm = [tuple(cast_masks(form, bool) for form in of_task) for of_task in state.forms]
+    return state.tasks, [task.project(take(leaves, task), p) for task, p in zip(state.tasks, warm, strict=True)]
+
+
+def _is_sound(state: Any) -> bool:
+    """Whether a state's types are there, which a checkpoint may have lost at any depth."""
+    nodes = jax.tree.leaves(getattr(state, "forms", None), is_leaf=is_form)
+    return isinstance(getattr(state, "tasks", None), Tasks) and all(map(is_form, nodes))
+
+
 def _check(grads: Any, state: Any, params: Any, kind: type, method: str) -> None:
     """Refuses an update without parameters, or a gradient for each of them, or the types of the state."""
     if params is None:
         raise ValueError("the parameters are projected: call update(grads, state, params)")
-    tasks = getattr(state, "tasks", None)
-    nodes = jax.tree.leaves(getattr(state, "forms", None), is_leaf=is_form)
-    check_state(state, kind, method, sound=isinstance(tasks, Tasks) and all(map(is_form, nodes)))
+    check_state(state, kind, method, sound=_is_sound(state))
     leaves, slopes = flatten(params)[0], flatten(grads)[0]
     selected = [path for task in state.tasks for path in task.paths]
     for path in (*selected, *(path for path in leaves if path not in slopes)):

@@ -125,7 +125,7 @@ def hemp(
 
     Returns:
         A `GradientTransformationExtraArgs` whose `update` needs `params`. Its state holds codebooks and nothing of a
-        leaf's shape. `compress_warm(opt_state, params)` is the compressed net, `lcq.metrics(opt_state)` says how far
+        leaf's shape. `lcq.extract(opt_state, params)` is the compressed net, `lcq.metrics(opt_state)` says how far
         the run is, and whether leaves lost their weights to one level. Under `optax.inject_hyperparams` name
         static_args=("inner", "order", "every", "small", "pooled", "layout"); under vmap, as for `lcq.lc`, levels would
         be estimated at every update.

@@ -10,7 +10,6 @@ by an augmented Lagrangian whose penalty weight mu grows:
 Source: Carreira-Perpinan, arXiv 1707.01209; Carreira-Perpinan & Idelbayev, arXiv 1707.04319.
 """
 
-import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,15 +20,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from lcq.forms.base import is_form
+from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import native_tree
 from lcq.training.augmented_lagrangian import Info, Lagrangian, Problem, check_slopes, coupling_term, pull, solve, start
 from lcq.training.given import RESTORED, abstract, check_state, start_inner, weights_of
 from lcq.training.objective import add_term, keeps_value, refuse_used, take_term
 from lcq.training.penalty import Geometric, geometric, linear_step
-from lcq.tree.compress import check_finite, replace
+from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, checked, resolve
+from lcq.tree.rules import Rule, Task, checked, resolve
 
 _LARGE_GAP = 0.01
 
@@ -202,25 +201,16 @@ def c_step(opt_state: Any, params: Any) -> Any:
     )
 
 
-def extract(opt_state: Any, params: Any) -> Any:
-    """The compressed net: one more C step on a copy, packed. Right at any moment, with averaged parameters too.
-
-    Args:
-        opt_state: an optimizer state with one LC state anywhere inside.
-        params: the parameters, as given to `update`, or a running mean of them.
-
-    Returns:
-        `params` with stored forms, of the leaves' dtypes, at the selected leaves.
+def lc_forms(state: Lagrangian, params: Any) -> tuple[tuple[Task, ...], list[tuple[Form, ...]]]:
+    """The tasks of a run of `lc`, and their forms after one more C step on a copy.
 
     Raises:
-        ValueError: no LC state or several; weights that are not finite, now or at an earlier C step.
+        ValueError: weights that are not finite, now or at an earlier C step.
 
     Warns:
-        UserWarning: ||w - Delta(Theta)||^2 > 1 % of ||w||^2: the penalty schedule ended early, and the compressed
-            net is not the trained one.
+        UserWarning: ||w - Delta(Theta)||^2 > 1 % of ||w||^2.
     """
-    state = find_lagrangian(opt_state)
-    leaves, structure = flatten(params)
+    leaves, _ = flatten(params)
     for task in state.problem.tasks:
         for path in task.paths:
             check_finite(path, weights_of(leaves, path, "lc"))
@@ -232,16 +222,9 @@ def extract(opt_state: Any, params: Any) -> Any:
     forms, after = solve(state, params)
     if (gap := float(after.info.gap)) > _LARGE_GAP:
         warnings.warn(
-            f"the weights are {gap:.1%} (squared) away from the compressed ones: let mu grow further", stacklevel=2
+            f"the weights are {gap:.1%} (squared) away from the compressed ones: let mu grow further", stacklevel=4
         )
-    stored = [
-        tuple(
-            dataclasses.replace(form, dtype=str(leaves[path].dtype)).pack()
-            for path, form in zip(task.paths, of_task, strict=True)
-        )
-        for task, of_task in zip(state.problem.tasks, forms, strict=True)
-    ]
-    return replace(structure, leaves, state.problem.tasks, stored)
+    return state.problem.tasks, forms
 
 
 def _is_lagrangian(node: Any) -> bool:

@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lcq.training.ending import NEARLY_ALL, warn_of_lost
 from lcq.training.hemp import find_hemp, hemp_states
+from lcq.training.hemp_forms import NEARLY_ALL, warn_of_lost
 from lcq.training.lc import find_lagrangian, lagrangians
 
 

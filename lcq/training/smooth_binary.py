@@ -256,7 +256,8 @@ class SmoothBinary:
     def compress(self, params: Any, alphas: Mapping[str, Any] | None = None) -> Any:
         """What is deployed: the tree with forms of alpha_G sign(x), working layout, at the selected leaves.
 
-        With batch norm, `lcq.recalibrate_batch_norm` afterwards.
+        It may be traced; `lcq.extract(binary, params)` is the packed tree for a file. With batch norm,
+        `lcq.recalibrate_batch_norm` afterwards.
 
         Raises:
             ValueError: a NaN or an infinity; names the leaf.
@@ -343,8 +344,8 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
         binarization: the transformation, `GroupPower()` by default; `StraightSign` and `AnnealedTanh` are controls.
 
     Returns:
-        binary(params, t): the tree to call the net with; binary.compress(params): what is deployed, forms of 1 bit a
-        weight; binary.gap(params, t): how far W is from that; binary.alphas(params): scales, if they are to be learned.
+        binary(params, t): the tree to call the net with; lcq.extract(binary, params): what is deployed, forms of 1 bit
+        a weight; binary.gap(params, t): how far W is from that; binary.alphas(params): scales, if they are learned.
 
     Raises:
         ValueError: no rule, or one with another scheme, or a joint one; what is no binarization.
@@ -359,7 +360,7 @@ def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = Non
         >>> for step in range(40):
         ...     grads = gradient(params, step / 40)
         ...     params = jax.tree.map(lambda w, g: w - 0.05 * g, params, grads)
-        >>> forms = binary.compress(params)
+        >>> forms = lcq.extract(binary, params)
         >>> bool(jnp.allclose(forms["kernel"].dense(), goal)), float(binary.gap(params, 1.0)["kernel"].max()) < 0.01
         (True, True)
 

@@ -33,7 +33,7 @@ def largest_weight(
 
     For `hemp`'s lambda_H, whose right value differs between nets by orders of magnitude and has an edge, above which
     all weights of a leaf go to one level: there score is the error on held-back data of the net compressed by
-    `compress_warm` after a few epochs, which is enough to see the edge. The score should rise with the weight; where it
+    `lcq.extract` after a few epochs, which is enough to see the edge. The score should rise with the weight; where it
     is noisy, limit and `factor` say how much that matters.
 
     Args:

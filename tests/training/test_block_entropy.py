@@ -9,7 +9,6 @@ import pytest
 
 import lcq
 from lcq.training.block_entropy import block_entropy, entropy_centres
-from lcq.training.ending import compress_warm
 from lcq.training.hemp import hemp
 from tests.training.entropy_oracles import bits, closed_form, dense_entropy, differentiable_entropy
 
@@ -127,7 +126,7 @@ def test_levels_ascend_where_a_scale_is_negative():
     centres = entropy_centres(w, forms)["w"]
     np.testing.assert_allclose(centres[0, :, 1:-1], [[-2, -1, 0, 1], [-1, 0, 1, 2]], atol=1e-6)
     tx = hemp(optax.sgd(0.0), [lcq.Rule("w", lcq.Uniform(2, per="channel"))], small=0)
-    np.testing.assert_array_equal(compress_warm(tx.init(w), w)["w"].dense(), forms["w"].dense())
+    np.testing.assert_array_equal(lcq.extract(tx.init(w), w)["w"].dense(), forms["w"].dense())
 
 
 def test_centres_lie_around_all_weights():

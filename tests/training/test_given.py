@@ -143,7 +143,7 @@ def test_a_state_that_was_restored_without_a_target(name, restore, tmp_path):
         tx.update(PARAMS, plain, PARAMS)
     with pytest.raises(ValueError, match=remedy):
         lcq.metrics(plain)
-    for function in {"lc": (lcq.training.c_step, lcq.extract), "hemp": (lcq.training.compress_warm,)}.get(name, ()):
+    for function in (lcq.extract, *((lcq.training.c_step,) if name == "lc" else ())):
         with pytest.raises(ValueError, match=remedy):
             function(plain, PARAMS)
 

@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lcq
+from lcq.forms.base import is_form
 from lcq.training.block_entropy import block_entropy, entropy_centres
-from lcq.training.ending import compress_warm
 from lcq.training.hemp import HempState, hemp
 from tests.training.entropy_oracles import closed_form, dense_entropy
 
@@ -157,7 +157,7 @@ def test_it_trains_to_fewer_bits(problem, after):
     params, state = after
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)))
     bare, _ = problem.train(optax.sgd(0.1, momentum=0.9))
-    forms, cold = compress_warm(state, params), lcq.compress(bare, RULES)
+    forms, cold = lcq.extract(state, params), lcq.compress(bare, RULES)
 
     def entropy(forms):
         dense = lcq.decompress(forms)
@@ -174,7 +174,7 @@ def test_wrappers_and_donation_do_what_the_plain_loop_does(problem, ours, after)
     chex.assert_trees_all_close(problem.train(ours, params=fresh, donate=True), after, rtol=1e-5, atol=1e-6)
     params, state = problem.train(optax.MultiSteps(ours, 2), steps=20)
     chex.assert_trees_all_close((params, state.inner_opt_state), after, rtol=1e-5, atol=1e-6)
-    assert compress_warm(state, params)["dense0"]["kernel"].levels.shape == (1, 1, 3)
+    assert lcq.extract(state, params)["dense0"]["kernel"].levels.shape == (1, 1, 3)
     labels = jax.tree.map_with_path(lambda keys, _: keys[-1].key, problem.params)
     parts = optax.partition({"kernel": ours, "bias": optax.sgd(0.1, momentum=0.9)}, labels)
     chex.assert_trees_all_close(problem.train(optax.chain(parts, optax.identity()))[0], after[0], rtol=1e-5, atol=1e-6)
@@ -217,7 +217,7 @@ def test_bfloat16_joint_and_stacked_leaves():
         one = optax.apply_updates(one, updates)
     np.testing.assert_allclose(params["both"], np.stack([one["a"], one["b"]]), atol=1e-6)
     np.testing.assert_allclose(state.entropy, its.entropy, rtol=1e-6)
-    form = compress_warm(state, params)
+    form = lcq.extract(state, params)
     np.testing.assert_array_equal(form["j"].levels.ravel(), form["k"].levels.ravel())
 
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), stacked)
@@ -259,7 +259,9 @@ def test_any_codebook_is_estimated_again_from_the_last(problem):
     ]
     tx = hemp(optax.sgd(0.1), rules, order=2, every=1, entropy_weight=0.1)
     params, state = problem.train(tx, steps=3)
-    forms = compress_warm(state, params)
+    forms = jax.tree.map(
+        lambda leaf: leaf.unpack() if is_form(leaf) else leaf, lcq.extract(state, params), is_leaf=is_form
+    )
     levels = {"dense0": forms["dense0"]["kernel"].levels.ravel(), "dense1": None}
     levels["dense1"] = (jnp.arange(8.0) - forms["dense1"]["kernel"].zero.ravel()) * forms["dense1"][
         "kernel"
@@ -314,10 +316,10 @@ def test_parameters_and_states_are_checked():
     with pytest.raises(ValueError, match="w: expected the gradient of the loss"):
         tx.update({"w": None}, tx.init(params), params)
     with pytest.raises(ValueError, match="w: expected the parameters that hemp was given"):
-        compress_warm(tx.init(params), {"v": params["w"]})
-    with pytest.raises(ValueError, match=r"expected one HEMP state .* got 0: was the optimizer made by lcq.hemp"):
-        compress_warm(optax.sgd(0.1).init(params), params)
+        lcq.extract(tx.init(params), {"v": params["w"]})
+    with pytest.raises(ValueError, match=r"expected a state of lc, hemp, .* got none: was the optimizer made by one"):
+        lcq.extract(optax.sgd(0.1).init(params), params)
     with pytest.raises(ValueError, match="got 2: pass the part"):
-        compress_warm((tx.init(params), tx.init(params)), params)
+        lcq.extract((tx.init(params), tx.init(params)), params)
     with pytest.raises(ValueError, match="w: expected finite"):
-        compress_warm(tx.init(params), {"w": jnp.full(30, jnp.inf)})
+        lcq.extract(tx.init(params), {"w": jnp.full(30, jnp.inf)})

@@ -264,9 +264,12 @@ def test_the_state_is_found_anywhere_and_must_be_one():
     assert lcq.metrics(chained)["c_steps"] == 0
     assert lcq.metrics(lcq.training.c_step(chained, params))["c_steps"] == 1
     for state, count in ((optax.sgd(0.1).init(params), 0), ((tx.init(params), tx.init(params)), 2)):
-        for function in (lcq.metrics, lambda s: lcq.extract(s, params), lambda s: lcq.training.c_step(s, params)):
+        for function in (lcq.metrics, lambda s: lcq.training.c_step(s, params)):
             with pytest.raises(ValueError, match=f"expected one LC state in the optimizer state, got {count}"):
                 function(state)
+        words = "expected one LC state .* got 2" if count else "expected a state of lc, hemp, .* got none: was the"
+        with pytest.raises(ValueError, match=words):
+            lcq.extract(state, params)
 
 
 RULES = [lcq.Rule("w", lcq.Binary())]

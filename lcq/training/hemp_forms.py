@@ -1,4 +1,4 @@
-"""How a run of `hemp` ends: forms with the levels that it trained with, and a word where weights were lost."""
+"""What a run of `hemp` ends with: forms with the levels that it trained with, and a warning where weights were lost."""
 
 import dataclasses
 import functools
@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 
 from lcq.forms import Codes
 from lcq.forms.blocks import blocks, compute_dtype, cut_axes
+from lcq.training.baselines import Tasks
 from lcq.training.block_entropy import levels_of
 from lcq.training.given import weights_of
-from lcq.training.hemp import find_hemp, nearest_forms, share_of
-from lcq.tree.compress import check_finite, replace, take
+from lcq.training.hemp import HempState, nearest_forms, share_of
+from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
 
@@ -23,45 +24,27 @@ NEARLY_ALL = 0.99
 """A leaf with more of its weights on one level has lost them."""
 
 
-def compress_warm(opt_state: Any, params: Any, *, levels: str = "trained") -> Any:
-    """The compressed net of a run of `hemp`: every weight at the nearest of the levels that it was trained with.
+def hemp_forms(state: HempState, params: Any, levels: str) -> tuple[Tasks, list[tuple[Codes, ...]]]:
+    """The tasks of a run of `hemp`, and their forms: every weight at the nearest of the levels it was trained with.
 
     Training paid for few bits in these codes, and they stay. A codebook fitted anew to weights that have gathered on
     few levels would split them again: bytes come back that the loss was raised for, and what was judged while the net
     trained is not what is in the file. `lcq.compress(params, rules)` does that, where it is wanted.
 
     Args:
-        opt_state: an optimizer state with one HEMP state anywhere inside.
-        params: the parameters, as given to `update`, or a running mean of them.
-        levels: "trained", those of the training; or "fitted", moved to where they serve these codes best: a learned
-            level to the mean of its weights, a scale to that of least squares. Codes, and so bits, are the same; fixed
-            levels, zero points and levels without a weight stay.
-
-    Returns:
-        `params` with forms in the working layout, of the leaves' dtypes, at the selected leaves.
+        state: of `hemp`.
+        params: the parameters, or a running mean of them.
+        levels: "trained" or "fitted", see `lcq.extract`.
 
     Raises:
-        ValueError: no HEMP state, or several; weights that are not finite; another `levels`.
+        ValueError: weights that are not finite.
 
     Warns:
         UserWarning: more than 99 % of a leaf's weights are on one level; names it.
 
-    Example:
-        >>> import lcq, optax
-        >>> w = {"kernel": jnp.array([0.0, 0.0, 1.0, 1.0])}
-        >>> tx = lcq.hemp(optax.sgd(0.1), [lcq.Rule("kernel", lcq.KMeans(2))], order=1, small=0)
-        >>> state, moved = tx.init(w), {"kernel": jnp.array([0.0, 0.2, 0.7, 0.9])}
-        >>> compress_warm(state, moved)["kernel"].dense()
-        Array([0., 0., 1., 1.], dtype=float32)
-        >>> compress_warm(state, moved, levels="fitted")["kernel"].dense().round(3)
-        Array([0.1, 0.1, 0.8, 0.8], dtype=float32)
-
     Source: arXiv 2107.05298, section 3: the quantizer of the training is that of the file.
     """
-    if levels not in ("trained", "fitted"):
-        raise ValueError(f"expected levels='trained' or 'fitted', got {levels!r}")
-    state = find_hemp(opt_state)
-    leaves, structure = flatten(params)
+    leaves, _ = flatten(params)
     all_forms, shares = [], {}
     for task, tables in zip(state.tasks, state.tables, strict=True):
         for path in task.paths:
@@ -69,12 +52,9 @@ def compress_warm(opt_state: Any, params: Any, *, levels: str = "trained") -> An
         forms = nearest_forms(task, leaves, tables)
         for path, form in zip(task.paths, forms, strict=True):
             shares[path] = share_of(form.codes, levels_of(path, form))
-        if levels == "fitted":
-            forms = _fit(task, take(leaves, task), forms)
-        dtypes = (str(leaves[path].dtype) for path in task.paths)
-        all_forms.append(tuple(dataclasses.replace(f, dtype=d) for f, d in zip(forms, dtypes, strict=True)))
-    warn_of_lost(shares, stacklevel=3)
-    return replace(structure, leaves, state.tasks, all_forms)
+        all_forms.append(_fit(task, take(leaves, task), forms) if levels == "fitted" else forms)
+    warn_of_lost(shares, stacklevel=5)
+    return state.tasks, all_forms
 
 
 def warn_of_lost(shares: dict[str, Any], stacklevel: int) -> None:

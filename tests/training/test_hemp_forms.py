@@ -10,6 +10,7 @@ import pytest
 
 import lcq
 from lcq.forms import Codes
+from lcq.forms.base import is_form
 from lcq.training.block_entropy import codes_of, levels_of, nearest
 
 RNG = np.random.default_rng(0)
@@ -32,6 +33,12 @@ def ran(scheme, moved, **rule):
     return tx.init(params), params | {"w": jnp.asarray(moved, jnp.float32)}
 
 
+def extracted(state, params, **settings):
+    """The forms in the working layout."""
+    forms = lcq.extract(state, params, **settings)
+    return jax.tree.map(lambda leaf: leaf.unpack() if is_form(leaf) else leaf, forms, is_leaf=is_form)
+
+
 def levels_by_weight(form):
     """Every weight's codebook, [*leaf, K], by dense() of constant codes."""
     rows = []
@@ -45,7 +52,7 @@ def levels_by_weight(form):
 def test_the_levels_of_the_training_are_those_of_the_file(name):
     moved = 0.3 * W + RNG.normal(size=W.shape) / 50  # gathered: a codebook fitted anew would be another
     state, params = ran(SCHEMES[name], moved)
-    form = lcq.training.compress_warm(state, params)["w"]
+    form = extracted(state, params)["w"]
     trained = levels_by_weight(lcq.compress({"w": jnp.asarray(W)}, [lcq.Rule("w", SCHEMES[name])])["w"])
     np.testing.assert_allclose(levels_by_weight(form), trained, rtol=1e-6)
     best = np.abs(np.float32(moved)[..., None] - trained)
@@ -57,7 +64,7 @@ def test_the_levels_of_the_training_are_those_of_the_file(name):
 def test_a_fit_keeps_the_codes_and_is_the_least_squares_one(name):
     moved = 0.6 * W + RNG.normal(size=W.shape) / 20
     state, params = ran(SCHEMES[name], moved)
-    plain, fitted = (lcq.training.compress_warm(state, params, levels=kind)["w"] for kind in ("trained", "fitted"))
+    plain, fitted = (extracted(state, params, levels=kind)["w"] for kind in ("trained", "fitted"))
     np.testing.assert_array_equal(plain.codes, fitted.codes)
     codes, x = np.asarray(plain.codes), np.asarray(params["w"], np.float64)
     wanted = np.asarray(plain.dense(), np.float64)
@@ -87,7 +94,7 @@ def test_a_fit_of_leaves_that_share_their_levels():
     params = {"a": jnp.asarray(W), "b": jnp.asarray(W[:3] + 0.1)}
     tx = lcq.hemp(optax.sgd(0.1), [lcq.Rule("a|b", lcq.KMeans(2), joint=True)], order=1, small=0)
     moved = {"a": 0.5 * params["a"], "b": 0.4 * params["b"]}
-    forms = lcq.training.compress_warm(tx.init(params), moved, levels="fitted")
+    forms = extracted(tx.init(params), moved, levels="fitted")
     codes = np.concatenate([np.asarray(forms[name].codes).ravel() for name in "ab"])
     x = np.concatenate([np.asarray(moved[name]).ravel() for name in "ab"])
     means = [x[codes == k].mean() for k in (0, 1)]
@@ -99,7 +106,7 @@ def test_a_fit_of_leaves_that_share_their_levels():
 def test_a_fit_of_stacked_layers_in_bfloat16():
     params = {"w": jnp.asarray(np.stack([W, 2 * W]), jnp.bfloat16)}
     tx = lcq.hemp(optax.sgd(0.1), [lcq.Rule("w", lcq.KMeans(2), stacked=1)], order=1, small=0)
-    form = lcq.training.compress_warm(tx.init(params), params, levels="fitted")["w"]
+    form = extracted(tx.init(params), params, levels="fitted")["w"]
     assert form.dtype == "bfloat16" and form.dense().dtype == jnp.bfloat16
     for layer in (0, 1):
         codes, x = np.asarray(form.codes[layer]), np.asarray(params["w"][layer], np.float32)
@@ -116,13 +123,13 @@ def test_entropy_that_was_paid_for_stays():
 
     anew = lcq.compress(params, [lcq.Rule("w", lcq.KMeans(4))])["w"]
     for levels in ("trained", "fitted"):
-        assert most(lcq.training.compress_warm(state, params, levels=levels)["w"]) > most(anew) + 0.1
+        assert most(extracted(state, params, levels=levels)["w"]) > most(anew) + 0.1
 
 
 def test_a_leaf_that_lost_its_weights_is_named():
     state, params = ran(lcq.KMeans(4), 1e-3 * W)
     with pytest.warns(UserWarning, match=r"nearly all weights are on one level: w \(100.0%\).*lower entropy_weight="):
-        forms = lcq.training.compress_warm(state, params)
+        forms = extracted(state, params)
     assert len(np.unique(forms["w"].codes)) == 1
     tx = lcq.hemp(optax.sgd(0.1), [lcq.Rule("w", lcq.KMeans(4))], order=1, small=0)
     with warnings.catch_warnings():
@@ -130,7 +137,7 @@ def test_a_leaf_that_lost_its_weights_is_named():
         assert lcq.metrics(state)["collapsed"] == 0
         _, after = jax.jit(tx.update)(params, state, params | {"w": jnp.asarray(W)})
         sound = lcq.metrics(after)
-        lcq.training.compress_warm(after, params | {"w": jnp.asarray(W)})
+        extracted(after, params | {"w": jnp.asarray(W)})
     codes = np.abs(W[..., None] - np.asarray(after.tables[0][0].levels).ravel()).argmin(-1)
     np.testing.assert_allclose(sound["largest_share"], np.bincount(codes.ravel()).max() / W.size, rtol=1e-6)
     assert sound["collapsed"] == 0 and 0 < sound["entropy"] <= 2
@@ -146,7 +153,7 @@ def test_a_leaf_that_lost_its_weights_is_named():
 def test_channels_that_gathered_on_levels_of_their_own_are_lost_too():
     state, params = ran(lcq.KMeans(3, per="channel"), np.tile(W[:1], (8, 1)))
     with pytest.warns(UserWarning, match=r"w \(100.0%\)"):
-        lcq.training.compress_warm(state, params)
+        extracted(state, params)
 
 
 def test_metrics_of_both_methods_at_once():
@@ -171,9 +178,3 @@ def test_a_negative_scale_counts_levels_downwards():
     ranks, goal = nearest(form.dense(), jnp.asarray(levels))
     np.testing.assert_array_equal(codes_of(form, ranks), codes)
     np.testing.assert_allclose(goal, form.dense())
-
-
-def test_other_levels_are_refused():
-    state, params = ran(lcq.KMeans(2), W)
-    with pytest.raises(ValueError, match="expected levels='trained' or 'fitted', got 'new'"):
-        lcq.training.compress_warm(state, params, levels="new")
