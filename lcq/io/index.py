@@ -111,7 +111,7 @@ def coded_layout(
         codes = encoder.codes.get(name)
         codec, piece = encode(array, codes, codecs)
         what = codes or (NAMES[array.dtype], [*array.shape])
-        entries.append([name, codec, len(piece), digest(piece, _SHORT), *what])
+        entries.append([name, codec, piece.size, digest(piece, _SHORT), *what])
         pieces.append(piece)
         if progress is not None:
             progress(number, len(encoder.streams), name)

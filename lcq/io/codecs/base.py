@@ -36,7 +36,7 @@ class Codec(abc.ABC):
         >>> @CODECS.register("deflate")
         ... class Deflate(Codec):
         ...     def encode(self, array, codes):
-        ...         return zlib.compress(array.tobytes())
+        ...         return np.frombuffer(zlib.compress(array.tobytes()), np.uint8)
         ...     def memory(self, stream, size):
         ...         return size
         ...     def decode(self, data, stream, on_device):
@@ -57,11 +57,11 @@ class Codec(abc.ABC):
     """
 
     @abc.abstractmethod
-    def encode(self, array: np.ndarray, codes: tuple[int, int] | None) -> bytes | memoryview | None:
-        """The bytes of an array in this host's memory; None if this codec does not take such arrays.
+    def encode(self, array: np.ndarray, codes: tuple[int, int] | None) -> np.ndarray | None:
+        """The bytes of an array, a uint8 array; None if this codec does not take such arrays.
 
         Args:
-            array: of any shape, in C order.
+            array: in this host's memory, of any shape, in C order.
             codes: as in `Stream`.
         """
 
@@ -95,12 +95,12 @@ CODECS: Registry[type[Codec]] = Registry("codecs", "import the package that regi
 """Every codec by its name in files."""
 
 
-def encode(array: np.ndarray, codes: tuple[int, int] | None, names: Sequence[str]) -> tuple[str, bytes | memoryview]:
+def encode(array: np.ndarray, codes: tuple[int, int] | None, names: Sequence[str]) -> tuple[str, np.ndarray]:
     """Of the named codecs that take an array the one of fewest bytes, the first of equals, or raw; and its bytes."""
     for tried in (names, ("raw",)):
         found = [(name, data) for name in tried if (data := CODECS[name]().encode(array, codes)) is not None]
         if found:
-            return min(found, key=lambda pair: len(pair[1]))
+            return min(found, key=lambda pair: pair[1].size)
     raise AssertionError("raw takes every array")
 
 

@@ -14,11 +14,11 @@ _BYTES = 4  # of memory for a code, and for a byte of its stream
 class Rans(Codec):
     """Takes packed codes alone; decodes them on a device as well, where lanes run side by side."""
 
-    def encode(self, array: np.ndarray, codes: tuple[int, int] | None) -> bytes | None:
+    def encode(self, array: np.ndarray, codes: tuple[int, int] | None) -> np.ndarray | None:
         if codes is None:
             return None
         levels, count = codes
-        return rans.encode(bitpack.unpack_host(array, bitpack.width(levels), count), levels)
+        return np.frombuffer(rans.encode(bitpack.unpack_host(array, bitpack.width(levels), count), levels), np.uint8)
 
     def memory(self, stream: Stream, size: int) -> int:
         _, count = _codes(stream)

@@ -12,9 +12,9 @@ from lcq.io.container import bytes_of, flat, view
 class Raw(Codec):
     """Takes every array, and no time."""
 
-    def encode(self, array: np.ndarray, codes: tuple[int, int] | None) -> memoryview:
+    def encode(self, array: np.ndarray, codes: tuple[int, int] | None) -> np.ndarray:
         del codes  # packed codes stay packed
-        return flat(array).data
+        return flat(array)
 
     def memory(self, stream: Stream, size: int) -> int:
         if size != bytes_of(stream.struct):

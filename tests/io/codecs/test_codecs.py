@@ -20,7 +20,7 @@ class Deflate(Codec):
     level = 9
 
     def encode(self, array, codes):
-        return bytes([self.level]) + zlib.compress(array.tobytes(), self.level)
+        return np.frombuffer(bytes([self.level]) + zlib.compress(array.tobytes(), self.level), np.uint8)
 
     def memory(self, stream, size):
         if size < 9:
