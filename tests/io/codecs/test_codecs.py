@@ -101,7 +101,7 @@ def test_any_bytes_are_an_array_or_a_value_error(deflate, name):
         stream, whole = Stream(jax.ShapeDtypeStruct(array.shape, array.dtype), codes), codec.encode(array, codes)
         for size in (0, 1, 5, array.nbytes, array.nbytes + 1, 200):
             data = rng.integers(0, 256, size).astype(np.uint8)
-            if whole and size == 200:
+            if whole is not None and whole.size and size == 200:
                 data = np.frombuffer(bytes(whole), np.uint8).copy()
                 data[rng.integers(data.size) : rng.integers(data.size) + 1] ^= 1
             try:
