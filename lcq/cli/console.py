@@ -16,7 +16,7 @@ from lcq.reporting.summary import text
 
 
 def show(renderable: Any) -> None:
-    """In colour and as wide as the terminal; as plain text, never cut, where there is none."""
+    """In colour and as wide as the terminal; where there is none as plain text, tables of leaves as they print."""
     console = Console()
     if console.is_terminal:
         console.print(renderable)

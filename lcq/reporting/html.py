@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,16 +11,17 @@ import numpy as np
 
 from lcq.forms.base import is_form
 from lcq.io.file import replacing
-from lcq.reporting.summary import Row, Table, table
-from lcq.reporting.svg import LEVELS, Point, escape, histogram, scatter
+from lcq.reporting.groups import WHOLE, Group, by_pattern, grouped
+from lcq.reporting.row import Row
+from lcq.reporting.summary import Table, table
+from lcq.reporting.svg import LEVELS, Point, escape, histogram, notable, scatter
 from lcq.tree.paths import flatten
 
 _LAYERS = 24
 """How many layers have a bar of their own; the smaller ones share one."""
 _HISTOGRAMS = 60
-_LABELS = 40
-_OPEN = 40
-"""Up to this many leaves the table is unfolded."""
+_LABELS = 12
+"""How many points of the chart are named; of more, those that stand out."""
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--card:#f6f7f9;--ink:#1c2128;--soft:#5b6470;--line:#d9dde3;
@@ -27,23 +29,25 @@ _STYLE = """
 @media(prefers-color-scheme:dark){:root{--paper:#14171b;--card:#1d2126;--ink:#e6e9ed;--soft:#9aa4b0;--line:#363c44;
 --weights:#59626d;--form:#6aa8ff;--kept:#e0ab4b}}
 *{box-sizing:border-box}
-body{margin:0 auto;padding:20px 16px 48px;max-width:1060px;background:var(--paper);color:var(--ink);
+body{margin:0 auto;padding:20px 16px 48px;max-width:1120px;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.5rem;line-height:1.25;margin:0;overflow-wrap:anywhere}
+h1{font-size:1.5rem;line-height:1.25;margin:0;overflow-wrap:break-word}
 h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
-p{margin:.3rem 0 .8rem;color:var(--soft);max-width:46rem;overflow-wrap:anywhere}
+p{margin:.3rem 0 .8rem;color:var(--soft);max-width:46rem;overflow-wrap:break-word}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:1.2rem}
 .tile,figure{background:var(--card);border-radius:8px;padding:12px 14px;margin:0;min-width:0}
-.tile b{display:block;font-size:1.6rem;line-height:1.3}
+.tile b{display:block;font-size:1.6rem;line-height:1.3;overflow-wrap:anywhere}
 .tile span,figcaption,.size{color:var(--soft);font-size:.875rem}
-.row{display:grid;grid-template:"name bar size"/minmax(0,17rem) minmax(0,1fr) 14rem;gap:2px 12px;align-items:center;
-font-size:.875rem;overflow-wrap:anywhere;margin-bottom:4px}.row .size{grid-area:size}
+.row{display:grid;grid-template:"name bar size"/minmax(0,17rem) minmax(0,1fr) var(--size);gap:2px 12px;
+align-items:center;font-size:.875rem;overflow-wrap:break-word;margin-bottom:4px}.row .size{grid-area:size}
+.many>.row>:first-child::before{content:"\u25b8 "}.many[open]>.row>:first-child::before{content:"\u25be "}
+summary.row{color:inherit}.many>.row~.row>:first-child{padding-left:1.2em}.many>.row~.row>:first-child::before{content:""}
 .bar{grid-area:bar;display:flex;height:14px;background:var(--card);border-radius:3px;overflow:hidden}
 .bar i,.key{background:var(--form)}.bar i.kept,.key.kept{background:var(--kept)}.key.weights{background:var(--weights)}
 .key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 .8em}.key:first-child{margin-left:0}
 .size{white-space:nowrap;text-align:right}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(270px,1fr));gap:12px}
-figcaption b{color:var(--ink);overflow-wrap:anywhere}
+figcaption{overflow-wrap:break-word}figcaption b{color:var(--ink)}.more{margin-top:12px}.more .plots{margin-top:8px}
 svg{display:block;width:100%;height:auto}.narrow{display:none}
 svg text{font:12px system-ui,sans-serif;fill:var(--soft)}svg .axis{fill:var(--ink)}
 path{fill:none}.rule{stroke:var(--soft)}.grid{stroke:var(--line)}.leader{stroke:var(--weights);stroke-width:.7}
@@ -54,12 +58,13 @@ summary{cursor:pointer;color:var(--soft)}
 .wide-table{overflow-x:auto}
 table{border-collapse:collapse;font-size:.875rem;min-width:100%}
 th,td{padding:4px 12px 4px 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-th:first-child,td:first-child{position:sticky;left:0;background:var(--paper);min-width:8.5rem;max-width:42vw;
-overflow-wrap:anywhere}
-td:nth-child(n+2){white-space:nowrap}
+th:first-child,td:first-child{position:sticky;left:0;background:var(--paper);min-width:12rem;max-width:42vw;
+overflow-wrap:break-word}
+td:nth-child(2){white-space:nowrap}td:nth-child(n+3):not(.n){min-width:7rem}
 .n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}tfoot td{font-weight:600}
-@media(max-width:760px){.wide{display:none}.narrow{display:block;margin:auto;max-width:480px}
-.row{grid-template:"name size" "bar bar"/minmax(0,1fr) auto;margin-bottom:8px}}
+@media(max-width:760px){.tile b{font-size:1.25rem}td:nth-child(n+2){white-space:nowrap}
+th:first-child,td:first-child{min-width:8.5rem}.wide{display:none}.narrow{display:block;margin:auto;max-width:480px}
+.row{grid-template:"name" "bar" "size"/minmax(0,1fr);margin-bottom:10px}.row .size{text-align:left}}
 """
 
 
@@ -82,6 +87,15 @@ class _Size(NamedTuple):
     kept: int = 0
     fixed: int = 0
     dense: int = 0
+
+    @property
+    def stored(self) -> int:
+        return self.form + self.kept
+
+    @property
+    def words(self) -> str:
+        ratio = self.dense / self.stored if self.stored else 0
+        return f"{-(-self.stored // 8):,} of {-(-self.fixed // 8):,} bytes, {ratio:.1f}\u00d7"
 
     def plus(self, other: "_Size") -> "_Size":
         return _Size(*(a + b for a, b in zip(self, other, strict=True)))
@@ -128,13 +142,13 @@ def write_page(
     leaves = [_Leaf(row, values[row.path], originals.get(row.path)) for row in report.rows]
     compressed = sum(is_form(leaf.value) for leaf in leaves)
     parts = [
-        f"<h1>{escape(title)}</h1>",
+        f"<h1>{breakable(title)}</h1>",
         f"<p>{len(leaves):,} leaves, {compressed:,} of them compressed; {report.total.form}.</p>",
         _headline(report, leaves),
         _sizes(leaves),
         _distortions(leaves, reference is not None),
         _histograms([leaf for leaf in leaves if is_form(leaf.value)], reference is not None),
-        _grid(report),
+        _leaves(report),
     ]
     policy = "default-src 'none'; style-src 'unsafe-inline'"  # a browser fetches and runs nothing, whatever is in here
     head = (
@@ -179,25 +193,37 @@ def _sizes(leaves: Sequence[_Leaf]) -> str:
         kept = 0 if is_form(leaf.value) else coded
         name = row.path.rpartition("/")[0] or row.path
         layers[name] = layers.get(name, _Size()).plus(_Size(coded - kept, kept, row.bits, row.dense))
-    order = sorted(layers.items(), key=lambda item: -item[1].form - item[1].kept)
-    shown, others = order[:_LAYERS], order[_LAYERS:]
+    groups = by_pattern(layers) if len(layers) > WHOLE else {name: [name] for name in layers}
+    sums = {name: functools.reduce(_Size.plus, (layers[each] for each in alike)) for name, alike in groups.items()}
+    order = sorted(sums, key=lambda name: -sums[name].stored)
+    shown, others = order[:_LAYERS], [layer for name in order[_LAYERS:] for layer in groups[name]]
     if others:
-        shown.append(
-            (f"the {len(others):,} smaller layers together", functools.reduce(_Size.plus, dict(others).values()))
-        )
-    most = max((size.form + size.kept for _, size in shown), default=0) or 1
+        name = f"the {len(others):,} smaller layers together"
+        groups[name], sums[name] = others, functools.reduce(_Size.plus, map(layers.__getitem__, others))
+        shown.append(name)
+    most = max((sums[name].stored for name in shown), default=0) or 1
     bars = []
-    for name, (form, kept, fixed, dense) in shown:
-        bits = form + kept
-        size = f"{-(-bits // 8):,} of {-(-fixed // 8):,} bytes, {dense / bits if bits else 0:.1f}&times;"
-        parts = (
-            f'<i style="width:{100 * form / most:.2f}%"></i><i class="kept" style="width:{100 * kept / most:.2f}%"></i>'
-        )
-        bars.append(f'<div class="row"><span>{escape(name)}</span><span class="size">{size}</span>')
-        bars.append(f'<div class="bar">{parts}</div></div>')
+    for name in shown:
+        alike = groups[name]
+        if len(alike) == 1:
+            bars.append(f'<div class="row">{_bar(breakable(name), sums[name], most)}</div>')
+            continue
+        words = breakable(name) + ("" if name.endswith("together") else f" &times;&nbsp;{len(alike):,}")
+        each = "".join(f'<div class="row">{_bar(breakable(layer), layers[layer], most)}</div>' for layer in alike)
+        head = f'<summary class="row">{_bar(words, sums[name], most)}</summary>'
+        bars.append(f'<details class="many">{head}{each}</details>')
     keys = '<span class="key"></span>compressed <span class="key kept"></span>stored as arrays'
     words = "Entropy-coded, of what codes at a fixed width take; and how many times less than before."
-    return f"<h2>Size by layer</h2><p>{keys}<br>{words}</p>{''.join(bars)}"
+    room = max((len(sums[name].words) for name in shown), default=0)
+    return f'<h2>Size by layer</h2><p>{keys}<br>{words}</p><div style="--size:{room}ch">{"".join(bars)}</div>'
+
+
+def _bar(name: str, size: _Size, most: int) -> str:
+    """Name, bytes and bar of a layer, as parts of a row; `most` bits fill it."""
+    shares = (f"width:{100 * bits / most:.2f}%" for bits in (size.form, size.kept))
+    parts = '<i style="{}"></i><i class="kept" style="{}"></i>'.format(*shares)
+    words = size.words.replace("\u00d7", "&times;")
+    return f'<span>{name}</span><span class="size">{words}</span><span class="bar">{parts}</span>'
 
 
 def _distortions(leaves: Sequence[_Leaf], measured: bool) -> str:
@@ -216,9 +242,13 @@ def _distortions(leaves: Sequence[_Leaf], measured: bool) -> str:
             points.append(Point(leaf.row.path, (leaf.row.coded or 0) / leaf.weights, far, leaf.weights))
     notes = ["A point is a compressed leaf, its area the number of weights."]
     if len(points) > _LABELS:
-        notes.append(f"Named are the {_LABELS} of {len(points):,} with the largest distortion.")
+        named = len(notable(points, _LABELS))
+        notes.append(
+            f"Named are {named} of {len(points):,}: the farthest from the others, and some that no other leaf beats in "
+            "both rate and distortion. The table below has all."
+        )
     if lost:
-        notes.append(f"Not drawn, without a finite distortion: {escape(', '.join(lost))}.")
+        notes.append(f"Not drawn, without a finite distortion: {breakable(', '.join(lost))}.")
     arrays = [leaf.row for leaf in leaves if not is_form(leaf.value)]
     if changed := sum(row.error != 0 for row in arrays):
         notes.append(f"Not drawn: {changed:,} arrays that are not compressed, but differ from the reference.")
@@ -248,11 +278,28 @@ def _histograms(leaves: Sequence[_Leaf], measured: bool) -> str:
         if len(leaves) > len(largest)
         else "",
     ]
-    charts = "".join(_figure(leaf) for leaf in leaves if leaf.row.path in largest)
-    return f'{start}<p>{" ".join(notes)}</p><div class="plots">{charts}</div>'
+    drawn = {leaf.row.path: leaf for leaf in leaves if leaf.row.path in largest}
+    groups = grouped([leaf.row for leaf in leaves]) if len(drawn) > WHOLE else ()
+    shown = ([row for row in group.rows if row.path in drawn] for group in groups)
+    first = {
+        max(rows, key=lambda row: row.distortion or 0).path: group
+        for rows, group in zip(shown, groups, strict=True)
+        if rows
+    }
+    if more := len(drawn) - len(first) if groups else 0:
+        notes.append(
+            "Of leaves alike in all but a number, the one with the largest distortion comes first."
+            if measured
+            else "Of leaves alike in all but a number, the first."
+        )
+    charts = "".join(_figure(leaf, first.get(path)) for path, leaf in drawn.items() if path in first or not groups)
+    others = "".join(_figure(leaf) for path, leaf in drawn.items() if groups and path not in first)
+    folded = f'<details class="more"><summary>{more:,} more charts</summary><div class="plots">{others}</div></details>'
+    return f'{start}<p>{" ".join(notes)}</p><div class="plots">{charts}</div>{folded if more else ""}'
 
 
-def _figure(leaf: _Leaf) -> str:
+def _figure(leaf: _Leaf, group: Group | None = None) -> str:
+    """Histograms of a leaf, which may stand for its group."""
     delta, w = (
         np.asarray(array, np.float64).reshape(-1)
         for array in (leaf.value.dense(), [] if leaf.original is None else leaf.original)
@@ -264,25 +311,46 @@ def _figure(leaf: _Leaf) -> str:
     if odd := int(np.sum(~np.isfinite(w)) + np.sum(~np.isfinite(delta))):
         words.append(f"{odd:,} not finite and left out")
     chart = histogram(levels, counts, w[np.isfinite(w)]) if levels.size else ""
-    caption = f"<b>{escape(leaf.row.path)}</b><br>{escape('; '.join(words)).replace(' %', '&nbsp;%')}"
+    if group is not None and len(group.rows) > 1:
+        words.append(f"one of {len(group.rows):,}, {group.row.path}")
+    caption = f"<b>{breakable(leaf.row.path)}</b><br>{breakable('; '.join(words)).replace(' %', '&nbsp;%')}"
     return f"<figure>{chart}<figcaption>{caption}</figcaption></figure>"
 
 
-def _grid(report: Table) -> str:
-    """The table as it is printed, in HTML."""
-    columns = report.grid().columns
-    classes = [' class="n"' if column.justify == "right" else "" for column in columns]
+def _leaves(report: Table) -> str:
+    """The table as it is printed; of many leaves in groups, and one by one below."""
+    many, groups = len(report.rows), grouped(report.rows)
+    notes = [escape(report.note)]
+    if short := WHOLE < many > len(groups):
+        notes.append(f"{len(groups):,} groups of leaves alike in all but a number; sizes are sums")
+    start = f'<h2>Leaves</h2><p>{"; ".join(notes)}<span class="narrow">It scrolls sideways.</span></p>'
+    if many <= WHOLE:
+        return f"{start}{_grid(report)}"
+    one_by_one = f"<details><summary>{many:,} leaves and their sum</summary>{_grid(report)}</details>"
+    return f"{start}{_grid(report, groups) if short else ''}{one_by_one}"
 
-    def line(tag: str, words: Sequence[Any]) -> str:
-        cells = (f"<{tag}{kind}>{escape(str(word))}</{tag}>" for kind, word in zip(classes, words, strict=True))
-        return f"<tr>{''.join(cells)}</tr>"
+
+def _grid(report: Table, groups: Sequence[Group] | None = None) -> str:
+    columns, footer = report.columns(groups)
+    classes = [' class="n"' if column.number else "" for column in columns]
+
+    def line(tag: str, words: Sequence[str]) -> str:
+        shown = [breakable(words[0]), *map(escape, words[1:])]
+        return f"<tr>{''.join(f'<{tag}{kind}>{word}</{tag}>' for kind, word in zip(classes, shown, strict=True))}</tr>"
 
     lines = [line("td", words) for words in zip(*(column.cells for column in columns), strict=True)]
-    head, many = line("th", [column.header for column in columns]), len(report.rows)
-    body = f"<thead>{head}</thead><tbody>{''.join(lines[:many])}</tbody><tfoot>{''.join(lines[many:])}</tfoot>"
-    unfolded = " open" if many <= _OPEN else ""
+    body, foot = "".join(lines[:-footer]), "".join(lines[-footer:])
+    head = line("th", [column.header for column in columns])
     return (
-        f"<h2>Leaves</h2><details{unfolded}><summary>{many:,} leaves and their sum</summary>"
-        f"<p>{escape(report.note)}</p>"
-        f'<p class="narrow">It scrolls sideways.</p><div class="wide-table"><table>{body}</table></div></details>'
+        f'<div class="wide-table"><table><thead>{head}</thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table></div>'
     )
+
+
+def breakable(words: str) -> str:
+    """Words as HTML that a browser may break after "/" and "_", and not within a name.
+
+    Example:
+        >>> breakable("layer_0/<w>")
+        'layer_<wbr>0/<wbr>&lt;w&gt;'
+    """
+    return re.sub(r"(?<=[/_])(?=[^/_])", "<wbr>", escape(words))

@@ -3,82 +3,36 @@
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.table
-from rich import box
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from lcq import forms
 from lcq.forms.axes import shares
 from lcq.forms.base import FORMS, Form, share
 from lcq.io.entropy_coding.rates import rate
+from lcq.reporting.columns import Column, fit, grid, terminal_width
+from lcq.reporting.groups import WHOLE, Group, grouped, sum_or_none
+from lcq.reporting.row import Row
 from lcq.tree.compress import sizes
 from lcq.tree.paths import flatten
 
-
-class Row(NamedTuple):
-    """One leaf, or a sum of leaves.
-
-    Attributes:
-        path: of the leaf.
-        shape: of the leaf; () in sums.
-        form: what is stored, in words.
-        dense: bits of the leaf as it was, in its own dtype: what every ratio compares with.
-        bits: bits of what is stored, codes at a fixed width; what joint leaves share counts at the first of them.
-        error: ||w - Delta(Theta)||^2, if there was a reference.
-        energy: ||w||^2 likewise.
-        rule: the pattern that decides, in a dry run.
-        scheme: what it asks for.
-        entropy: `bits` with codes at their entropy, None where there are no concrete arrays.
-        coded: bits that an entropy-coded file takes for it, names and digests aside; None likewise.
-        blocks: along which axes it has scales, codebooks or groups of their own, such as "axis 3", or "32 of axis 0,
-            axis 1" for one for each 32; "" for one in all.
-        dtype: of the leaf as it was; of several leaves, all there are.
-        compressed: whether a form is stored; in a sum, of any leaf.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    form: str
-    dense: int
-    bits: int
-    error: float | None = None
-    energy: float | None = None
-    rule: str | None = None
-    scheme: str | None = None
-    entropy: float | None = None
-    coded: int | None = None
-    blocks: str = ""
-    dtype: str = "float32"
-    compressed: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """`bits` in whole bytes."""
-        return -(-self.bits // 8)
-
-    @property
-    def ratio(self) -> float:
-        """`dense` / `bits`."""
-        return self.dense / self.bits if self.bits else math.inf if self.dense else 1.0
-
-    @property
-    def distortion(self) -> float | None:
-        """||w - Delta(Theta)||^2 / ||w||^2, None without a reference."""
-        if self.error is None or self.energy is None:
-            return None
-        return self.error / self.energy if self.energy else math.inf if self.error else 0.0
+_SPARE = ("entropy", "bits", "one per", "form", "shape")
+"""Columns that are left out where there is no room, the first of them first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The leaves of a tree and their sum; prints as text, and in colour through rich.
+
+    What is printed fits the terminal (100 columns where there is none, or as many as the environment's COLUMNS says):
+    of more than 24 leaves, those that differ only in a number are one line, with their count before the shape and
+    their sums; columns for which there is no room are left out, and named below. `rows` has all of it.
 
     Attributes:
         rows: one for each leaf, in the order of the tree.
@@ -103,8 +57,8 @@ class Table:
             form=f"{sum(math.prod(row.shape) for row in self.rows):,} numbers",
             dense=sum(row.dense for row in self.rows),
             bits=sum(row.bits for row in self.rows),
-            entropy=_sum(row.entropy for row in self.rows),
-            coded=_sum(row.coded for row in self.rows),
+            entropy=sum_or_none(row.entropy for row in self.rows),
+            coded=sum_or_none(row.coded for row in self.rows),
             error=math.fsum(row.error or 0 for row in measured) if measured else None,
             energy=math.fsum(row.energy or 0 for row in measured) if measured else None,
             dtype=", ".join(sorted({row.dtype for row in self.rows})),
@@ -118,52 +72,58 @@ class Table:
         far = f"; total distortion: of {whose} leaves" if self.total.error is not None else ""
         return f"ratio: to the leaves as they were, in {self.total.dtype}{far}"
 
-    def __rich__(self) -> Group:
-        return Group(self.grid(), *([Text(self.note)] if self.rows else []))
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        shown, footer = self.columns(grouped(self.rows) if len(self.rows) > WHOLE else None)
+        fitting, out, gap = fit(shown, options.max_width - 2, _SPARE)  # 2: the edges
+        yield grid(fitting, gap, footer)
+        if self.rows:
+            yield Text(self.note)
+        if out:
+            yield Text(f"no room in {options.max_width} columns for: {', '.join(out)}")
 
-    def grid(self) -> rich.table.Table:
-        """The lines and columns, without the note."""
-        dry = any(row.rule is not None for row in self.rows)
-        measured = any(row.error is not None for row in self.rows)
-        priced = self.total.coded is not None
-        grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        grid.add_column("leaf", overflow="fold", style="bold")
-        grid.add_column("shape", overflow="fold")
-        for name in ["rule", "scheme"] if dry else []:
-            grid.add_column(name, overflow="fold")
-        grid.add_column("form", overflow="fold")
-        cut = any(row.blocks for row in self.rows)
-        if cut:
-            grid.add_column("one per", overflow="fold")
-        prices = ["entropy", "coded bytes"] if priced else []
-        for name in ["bits", "bytes", "ratio", *prices, *(["distortion"] if measured else [])]:
-            grid.add_column(name, justify="right", no_wrap=True)
+    def columns(self, groups: Sequence[Group] | None = None) -> tuple[list[Column], int]:
+        """The table as text: a line for each leaf, or each group of leaves, and lines for their sum.
 
-        def add(row: Row, **style: Any) -> None:
-            shape = "x".join(map(str, row.shape)) if row is not total else ""
-            words = [row.path, shape, *([row.rule or "", row.scheme or ""] if dry else []), row.form]
-            words += [row.blocks] if cut else []
-            far = "" if row.distortion is None else f"{row.distortion:.2e}"
-            numbers = [f"{row.bits:,}", f"{row.bytes:,}", f"{row.ratio:.2f}"]
-            if row.entropy is not None and row.coded is not None:
-                numbers += [f"{row.entropy:,.0f}", f"{-(-row.coded // 8):,}"]
-            grid.add_row(*map(Text, words + numbers + ([far] if measured else [])), **style)
+        Args:
+            groups: of the leaves; None for each on its own.
 
+        Returns:
+            The columns, and how many of their last lines are sums.
+        """
         total = self.total
-        for row in self.rows:
-            add(row, end_section=row is self.rows[-1])
-        add(total, style="bold")
-        if self.on_disk is not None:
-            ratio = total.dense / 8 / self.on_disk if self.on_disk else math.inf
-            words = [
-                "on disk",
-                *[""] * ((4 if dry else 2) + cut),
-                f"{8 * self.on_disk:,}",
-                f"{self.on_disk:,}",
-                f"{ratio:.2f}",
-            ]
-            grid.add_row(*words, *[""] * (len(prices) + measured), style="bold")
-        return grid
+        lines = [
+            (group.row, len(group.rows))
+            for group in ([Group((row,)) for row in self.rows] if groups is None else groups)
+        ]
+        rows = [row for row, _ in lines] + [total]
+        disk = [] if self.on_disk is None else [self.on_disk]
+
+        def column(name: str, words: Callable[[Row], str], *more: str, number: bool = True) -> Column:
+            return Column(name, (*map(words, rows), *(more or [""] * len(disk))), number)
+
+        made = [column("leaf", lambda row: row.path, *["on disk" for _ in disk], number=False)]
+        shapes = ["x".join(map(str, row.shape)) for row in rows[:-1]]
+        shapes = [
+            f"{many} \u00d7 {shape or 'scalar'}" if many > 1 else shape
+            for shape, (_, many) in zip(shapes, lines, strict=True)
+        ]
+        made.append(Column("shape", (*shapes, "", *[""] * len(disk))))
+        if any(row.rule is not None for row in self.rows):
+            made.append(column("rule", lambda row: row.rule or "", number=False))
+            made.append(column("scheme", lambda row: row.scheme or "", number=False))
+        made.append(column("form", lambda row: row.form, number=False))
+        if any(row.blocks for row in self.rows):
+            made.append(column("one per", lambda row: row.blocks, number=False))
+        made.append(column("bits", lambda row: f"{row.bits:,}", *[f"{8 * size:,}" for size in disk]))
+        made.append(column("bytes", lambda row: f"{row.bytes:,}", *[f"{size:,}" for size in disk]))
+        ratios = [f"{total.dense / 8 / size if size else math.inf:.2f}" for size in disk]
+        made.append(column("ratio", lambda row: f"{row.ratio:.2f}", *ratios))
+        if total.coded is not None:
+            made.append(column("entropy", lambda row: f"{row.entropy or 0:,.0f}"))
+            made.append(column("coded bytes", lambda row: f"{-(-(row.coded or 0) // 8):,}"))
+        if any(row.error is not None for row in self.rows):
+            made.append(column("distortion", lambda row: "" if row.distortion is None else f"{row.distortion:.2e}"))
+        return made, 1 + len(disk)
 
     def __str__(self) -> str:
         return text(self)
@@ -306,8 +266,9 @@ def apart(leaf: Any) -> str:
 
 
 def text(renderable: Any) -> str:
-    """A rich renderable as plain text, as wide as it needs to be."""
-    console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False, force_jupyter=False)
+    """A rich renderable as plain text: a `Table` as wide as the terminal, other things as wide as they need to be."""
+    width = terminal_width() if isinstance(renderable, Table) else 10_000
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, force_jupyter=False)
     with console.capture() as captured:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
@@ -320,12 +281,6 @@ def _priced(row: Row, leaf: Any, seen: set[str]) -> Row:
     if shared is not None:
         seen.add(shared)
     return row._replace(entropy=price.entropy - again, coded=price.coded - again)
-
-
-def _sum(numbers: Iterable[Any]) -> Any:
-    """The sum, or None if one is."""
-    numbers = list(numbers)
-    return None if None in numbers else sum(numbers)
 
 
 def _measured(row: Row, leaf: Any, original: Any) -> Row:

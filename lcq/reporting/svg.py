@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ LEVELS = 32
 """Up to this many values of Delta(Theta) are drawn as stems. Of more, only those that hold a tenth of the weights, such
 as the zeros of a pruned leaf; the rest is a second histogram."""
 _BINS = 48
+_FAR, _NEAR, _SAME = 3.0, 0.1, 1e-6
 _ROW = 15
 """Height of a line of labels."""
 
@@ -89,8 +91,7 @@ def histogram(
 def scatter(points: Sequence[Point], x: str, y: str, *, width: int = 1000, labelled: int = 32) -> str:
     """Points on two log axes, their names in a column beside them, each joined to its point by a line.
 
-    Zeros have places of their own below the axes' low ends. Only the points with the largest y are named if there are
-    more than `labelled`.
+    Zeros have places of their own below the axes' low ends. Of more than `labelled` points the `notable` are named.
 
     Args:
         points: at least one; finite.
@@ -99,7 +100,7 @@ def scatter(points: Sequence[Point], x: str, y: str, *, width: int = 1000, label
         width: in pixels.
         labelled: how many points are named at most.
     """
-    named = sorted(sorted(points, key=lambda p: -p.y)[:labelled], key=lambda p: -p.y)
+    named = notable(points, labelled)
     height = max(250, _ROW * (len(named) + 1) + 70)
     left, right, top, bottom = 50.0, width * (0.74 if width > 500 else 0.5), 30.0, height - 42.0
     across = _log_axis([p.x for p in points], 2, left, right, 6 if width > 500 else 4)
@@ -123,6 +124,38 @@ def scatter(points: Sequence[Point], x: str, y: str, *, width: int = 1000, label
         radius = _number(2.5 + 5.5 * math.sqrt(point.weight / most))
         parts.append(f'<circle class="point" {at} r="{radius}">{title}</circle>')
     return _svg(width, height, parts)
+
+
+def notable(points: Sequence[Point], most: int) -> list[Point]:
+    """Points worth a name, the largest y first: all, if there are at most `most`; else those that stand out.
+
+    These are outliers, more than 3 standard deviations from the median in log x or log y, as estimated by the median
+    absolute deviation, at most `most` of them, the farthest first; and points of the Pareto front, such that no other
+    has both a smaller x and a smaller y, the largest y first, where none is named within a tenth of the chart.
+
+    Example:
+        >>> points = [Point(f"l{i}", 4 + i / 100, 0.01 + i / 1000) for i in range(20)] + [Point("far", 4.1, 1.0)]
+        >>> [point.label for point in notable(points, 12)]
+        ['far', 'l0']
+    """
+    if len(points) <= most:
+        return sorted(points, key=lambda p: -p.y)
+    places = np.log(np.maximum([(p.x, p.y) for p in points], np.finfo(float).tiny))
+    off = np.abs(places - np.median(places, axis=0))
+    far = np.max(off / np.maximum(1.4826 * np.median(off, axis=0), _SAME), axis=1)
+    at = places / np.maximum(np.ptp(places, axis=0), _SAME)
+    ranked = sorted(range(len(points)), key=lambda i: -far[i])
+    named = [i for i in ranked if far[i] > _FAR][:most]
+    for i in sorted(ranked, key=lambda i: -points[i].y):
+        crowded = any(np.max(np.abs(at[i] - at[j])) < _NEAR for j in named)
+        if len(named) < most and not crowded and not any(_beats(other, points[i]) for other in points):
+            named.append(i)
+    return sorted((points[i] for i in named), key=lambda p: -p.y)
+
+
+def _beats(other: Point, point: Point) -> bool:
+    """Whether a point is at most as large in x and y, and smaller in one."""
+    return (other.x, other.y) != (point.x, point.y) and other.x <= point.x and other.y <= point.y
 
 
 class _Axis(NamedTuple):
@@ -176,7 +209,7 @@ def _shorten(paths: Sequence[str], room: int) -> tuple[str, list[str]]:
 
     Example:
         >>> _shorten(["net/conv1/kernel", "net/a_long_name_for_a_layer/kernel"], 12)
-        ('net/…/kernel', ['conv1', 'a_lon…_layer'])
+        ('net/…/kernel', ['conv1', 'a_…a_layer'])
     """
     split = [path.split("/") for path in paths]
     most = min(map(len, split)) - 1 if len(split) > 1 else 0
@@ -191,8 +224,20 @@ def _shorten(paths: Sequence[str], room: int) -> tuple[str, list[str]]:
 
 
 def _cut(words: str, room: int) -> str:
+    """Words without their middle where they are too long: cut at "/" or "_", within a name only if it is too long."""
+    if len(words) <= room:
+        return words
+    pieces = re.findall(r"[^/_]+[/_]*|[/_]+", words)
+    start, end, middle = "", "", pieces
+    while True:
+        if middle and len(start + middle[-1] + end) < room:
+            end, middle = middle[-1] + end, middle[:-1]
+        elif not end or not middle or len(start + middle[0] + end) >= room:
+            break
+        if middle and len(start + middle[0] + end) < room:
+            start, middle = start + middle[0], middle[1:]
     keep = room - 1
-    return words if len(words) <= room else f"{words[: keep // 2]}…{words[len(words) - (keep + 1) // 2 :]}"
+    return f"{start}…{end}" if end else f"{words[: keep // 2]}…{words[len(words) - (keep + 1) // 2 :]}"
 
 
 def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

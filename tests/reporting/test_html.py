@@ -1,8 +1,10 @@
 """The page: it stands alone, holds every leaf, and says what it leaves out."""
 
 import dataclasses
+import html as html_module
 import html.parser
 import itertools
+import math
 import re
 
 import jax.numpy as jnp
@@ -13,16 +15,18 @@ import lcq
 from lcq.reporting import html as page
 from lcq.reporting.html import write_page
 from lcq.reporting.summary import table
-from lcq.reporting.svg import LEVELS, Point, escape, histogram, scatter
+from lcq.reporting.svg import LEVELS, Point, escape, histogram, notable, scatter
 
 
 class Reader(html.parser.HTMLParser):
     """Words, tags and attributes of a page, whose tags must close in order."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "wbr")
 
     def __init__(self, text):
         super().__init__()
+        self.breaks = []
+        self.joined = False
         self.words, self.tags, self.attributes, self.rows, self.open = [], [], [], [], []
         self.feed(text)
         self.close()
@@ -31,6 +35,9 @@ class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += attributes
+        if tag == "wbr":  # a word goes on
+            self.joined = True
+            self.breaks.append(self.words[-1][-1])
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -46,7 +53,11 @@ class Reader(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        if self.joined:
+            self.words[-1] += data
+            self.joined = False
+        else:
+            self.words.append(data)
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
 
@@ -140,7 +151,7 @@ def test_paths_and_titles_are_text(make, tmp_path):
     read = make(tree, w, title=f"</title>{evil}")
     shown = evil.replace("\u202e", "\\u202e").replace("\x07", "\\x07")
     assert "script" not in read.tags and read.count("title") == 5  # of the page, and two points on each of two charts
-    assert f"{shown}/{shown}".replace("\\x07", "") in [row[0] for row in read.rows]  # a rich text has none
+    assert f"{shown}/{shown}" in [row[0] for row in read.rows]
     assert f"{shown}/{shown}" in read.words
     assert f"</title>{shown}" in read.words
     raw = (tmp_path / "page.html").read_text("utf-8")
@@ -163,13 +174,81 @@ def test_many_leaves(make):
     w = weights(150)
     w["dense7"]["kernel"] = jnp.linspace(-1, 1, 300).reshape(20, 15)
     read = make(compressed(w), w)
-    assert len(read.rows) == 302 and read.count("figure") == page._HISTOGRAMS
+    assert len(read.rows) == 302 + 5 and read.count("figure") == page._HISTOGRAMS
+    assert [row[:2] for row in read.rows[:5]] == [
+        ["leaf", "shape"],
+        ["dense0..149/bias", "150 \u00d7 5"],
+        ["dense0..6,8..149/kernel", "149 \u00d7 6x5"],
+        ["dense7/kernel", "20x15"],
+        ["total", ""],
+    ]
+    assert {row.path for row in table(compressed(w)).rows} <= {row[0] for row in read.rows[5:]}
     assert "The 90 smallest of 150 compressed leaves have no chart here." in read.text
-    assert f"Named are the {page._LABELS} of 150 with the largest distortion." in read.text
-    assert "the 126 smaller layers together" in read.text and "dense7/kernel" in read.text
+    named = len(notable(points_of(compressed(w), w), page._LABELS))
+    assert 1 <= named <= page._LABELS and f"Named are {named} of 150" in read.text
+    assert "dense0..149 \u00d7\xa0150" in read.text and "dense7/kernel" in read.text and "58 more charts" in read.text
     assert ("open", None) not in read.attributes
     bars = [float(re.search(r"[\d.]+", v)[0]) for name, v in read.attributes if name == "style" and v.startswith("wid")]
-    assert len(bars) == 2 * (page._LAYERS + 1) and max(bars) <= 100
+    assert len(bars) == 2 * (1 + 150) and max(bars) <= 100
+    assert sum(bars[2:]) == pytest.approx(sum(bars[:2]), abs=2)  # the layers of a group add up to its bar
+
+
+def points_of(tree, reference):
+    rows = [row for row in table(tree, reference).rows if row.compressed]
+    return [Point(row.path, row.coded / math.prod(row.shape), row.distortion, math.prod(row.shape)) for row in rows]
+
+
+def test_many_layers_that_no_number_tells_apart(make):
+    letters = [f"{a}{b}" for a in "abcdef" for b in "abcde"]
+    w = {name: {"kernel": jnp.linspace(-1, 1, 30 + i)} for i, name in enumerate(letters)}
+    read = make(compressed(w), w)
+    assert "the 6 smaller layers together" in read.text and len(read.rows) == 32
+    assert all(name in read.words for name in letters)
+
+
+def transformer(layers=6):
+    """101 leaves, named and shaped in proportion as a sentence encoder's are."""
+    rng = np.random.default_rng(0)
+
+    def dense(n, m):
+        return {"kernel": rng.normal(size=(n, m)).astype(np.float32), "bias": np.ones(m, np.float32)}
+
+    def norm():
+        return {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}
+
+    tables = {
+        name: rng.normal(size=(n, 8)).astype(np.float32) for name, n in (("word", 96), ("position", 16), ("type", 2))
+    }
+    tree = {"embeddings": {**tables, "norm": norm()}}
+    for i in range(layers):
+        square = {name: dense(8, 8) for name in ("query", "key", "value", "output")}
+        tree[f"layer{i}"] = {
+            **square,
+            "attention_norm": norm(),
+            "up": dense(8, 32),
+            "down": dense(32, 8),
+            "norm": norm(),
+        }
+    rules = [lcq.Rule("layer.*/kernel", lcq.Uniform(4, per=4)), lcq.Rule("embeddings/(word|position)", lcq.Uniform(3))]
+    return lcq.compress(tree, rules), tree
+
+
+def test_a_hundred_leaves_are_a_screen_of_groups_and_none_is_lost(make, tmp_path):
+    tree, w = transformer()
+    read, expected = make(tree, w), table(tree, w)
+    assert len(expected.rows) == 101
+    short, long = read.rows[: 21 + 2], read.rows[21 + 2 :]
+    counts = [int(row[1].split(" \u00d7 ")[0]) if "\u00d7" in row[1] else 1 for row in short[1:-1]]
+    assert sum(counts) == 101 and counts.count(6) == 16
+    at = short[0].index("bytes")
+    assert [row[0] for row in long[1:-1]] == [row.path for row in expected.rows] and short[-1] == long[-1]
+    assert sum(int(row[at].replace(",", "")) for row in short[1:-1]) == expected.total.bytes
+    assert set(read.breaks) <= set("/_") and "anywhere" not in re.sub(
+        r"\.tile b\{[^}]*\}", "", (tmp_path / "page.html").read_text()
+    )
+    labels = re.findall(r"^ *--size:(\d+)ch", "\n".join(v for k, v in read.attributes if k == "style"), re.M)
+    sizes = [words for words in read.words if re.fullmatch(r"[\d,]+ of [\d,]+ bytes, [\d.]+\u00d7", words)]
+    assert len(sizes) == 8 * 7 + 2 and max(map(len, sizes)) <= int(labels[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +364,55 @@ def test_scatter_stays_inside_and_its_names_apart(points, width):
     assert inside(svg) and len(circles(svg, "point")) == len(points)
     names = [float(y) for y in re.findall(r'y="([\d.]+)" text-anchor="start">layer', svg)]
     assert len(names) == len(points) and all(b - a >= 12 for a, b in itertools.pairwise(names))
+
+
+def boxes(svg):
+    """Left, right, top and bottom of each text, as wide as sans-serif of 12 pixels is on average."""
+    found = re.findall(r'<text class="\w+" x="([\d.-]+)" y="([\d.-]+)" text-anchor="(\w+)">([^<]*)<', svg)
+    for x, y, anchor, words in found:
+        wide = 6.2 * len(html_module.unescape(words))
+        left = float(x) - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
+        yield left, left + wide, float(y) - 9, float(y) + 3
+
+
+@pytest.mark.parametrize("width", [1000, 350])
+@pytest.mark.parametrize("case", ["transformer", "few", "long names", "one far", "equal"])
+def test_labels_of_a_chart_lie_inside_and_apart(case, width):
+    rng = np.random.default_rng(1)
+    points = {
+        "transformer": lambda: points_of(*transformer()),
+        "few": lambda: [Point(f"dense{i}/kernel", 2 + i / 9, 0.1) for i in range(4)],
+        "long names": lambda: [
+            Point(f"encoder/block_{i}/multi_head_attention/query_projection/kernel", x, y)
+            for i, (x, y) in enumerate(rng.uniform(1, 2, (60, 2)).tolist())
+        ],
+        "one far": lambda: [Point("far", 8.0, 1e-12), *(Point(f"l{i}", 2.0, 0.1 + i / 1e4) for i in range(200))],
+        "equal": lambda: [Point(f"l{i}", 2.0, 0.1) for i in range(200)],
+    }[case]()
+    svg = scatter(points, "coded bits a weight", "distortion", width=width, labelled=page._LABELS)
+    wide, high = map(float, re.search(r'viewBox="0 0 (\d+) (\d+)"', svg).groups())
+    found = list(boxes(svg))
+    assert all(0 <= x0 and x1 <= wide and 0 <= y0 and y1 <= high for x0, x1, y0, y1 in found)
+    for (l0, r0, t0, b0), (l1, r1, t1, b1) in itertools.combinations(found, 2):
+        assert r0 <= l1 or r1 <= l0 or b0 <= t1 or b1 <= t0
+    assert len(circles(svg, "point")) == len(points)
+
+
+def test_named_points_stand_out():
+    cloud = [Point(f"l{i}", 4 + i / 1000, 0.01 + i / 10_000) for i in range(50)]
+    far = [Point("bits", 16.0, 0.01), Point("worst", 4.0, 3.0), Point("lost", 0.0, 0.01)]
+    named = [point.label for point in notable([*cloud, *far], 12)]
+    assert named[0] == "worst" and {"bits", "lost"} <= set(named) and len(named) <= 5
+    assert len(notable([*cloud, *far], 2)) == 2
+    assert notable(cloud, 50) == cloud[::-1]
+
+
+def test_long_names_are_cut_between_words():
+    points = [Point(f"adapter_{i}/down_projection_kernel", 1.0, 10.0**-i) for i in range(3)] + [Point("z", 1.0, 1.0)]
+    svg = scatter(points, "x", "y", width=350)
+    assert re.findall(r">(adapter_[^<]*\u2026[^<]*)</text>", svg) == [
+        f"adapter_{i}/down_\u2026kernel" for i in range(3)
+    ]
 
 
 def test_scatter_names_the_worst_in_order():

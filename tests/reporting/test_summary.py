@@ -1,6 +1,7 @@
 """Tables of what a tree costs."""
 
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import lcq
+from lcq.reporting.groups import grouped
 from lcq.reporting.summary import Row, Table, describe, table
 
 
@@ -73,7 +75,8 @@ def test_ratios_are_to_the_dtype_that_the_net_had(dtype, bits):
     assert lcq.ratio(w) == 1
 
 
-def test_it_prints_whole_and_takes_no_markup():
+def test_it_prints_whole_and_takes_no_markup(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     text = str(table(lcq.compress(params(), RULES), params(), on_disk=1234))
     for words in (
         "[a]/kernel",
@@ -105,6 +108,53 @@ def test_it_prints_whole_and_takes_no_markup():
 def test_forms_in_words(scheme, words):
     form = scheme.project(jnp.linspace(-1, 1, 24).reshape(4, 6))
     assert describe(form) == describe(form.pack()) == words
+
+
+def transformer():
+    """Rows of 101 leaves, as a sentence encoder has."""
+    names = ("query", "key", "value", "output", "up", "down", "attention_norm", "norm")
+    paths = [f"layer{i}/{name}/{part}" for i in range(6) for name in names for part in ("kernel", "bias")]
+    paths += [f"embeddings/{name}" for name in ("word", "position", "type", "norm/scale", "norm/bias")]
+    one = Row("", (384, 1536), "codes K=16, fixed, 18432 scales", 10**7, 2_654_208, error=1.0, energy=100.0)
+    one = one._replace(entropy=2e6, coded=2_485_538, blocks="32 of axis 0, axis 1", compressed=True)
+    return tuple(one._replace(path=path) for path in paths)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_what_is_printed_of_many_leaves_fits_and_adds_up(width, monkeypatch):
+    rows = transformer()
+    report = Table(rows, on_disk=31_400_000)
+    assert len(rows) == 101
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= width
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(report)
+    assert [line.rstrip() for line in captured.get().splitlines()] == lines
+    names = re.compile("[/_ ]").split("leaf total on disk " + " ".join(group.row.path for group in grouped(rows)))
+    table_end = next(i for i, line in enumerate(lines) if line.startswith("ratio:"))
+    printed = [line.split("  ")[0].strip() for line in lines[:table_end] if "─" not in line]
+    assert {word for name in printed if not re.search("coded|bytes", name) for word in re.split("[/_ ]", name)} <= {
+        *names,
+        "",
+    }
+    (short, footer), (long, _) = report.columns(grouped(rows)), report.columns()
+    for few, many in zip(short, long, strict=True):
+        assert few.header == many.header and few.cells[-footer:] == many.cells[-footer:]
+        if few.header in ("bits", "bytes", "entropy"):
+            first, second = (sum(int(c.replace(",", "")) for c in x.cells[:-footer]) for x in (few, many))
+            assert first == second == int(few.cells[-footer].replace(",", ""))
+    assert sum(int(c.split(" \u00d7 ")[0]) if "\u00d7" in c else 1 for c in short[1].cells[:-footer]) == 101
+    assert any(line.startswith("no room") for line in lines) == (width < 180)
+    if width == 100:
+        assert lines[-1] == "no room in 100 columns for: one per, bits, entropy" and "6 \u00d7 384x1536" in str(report)
+
+
+def test_a_screen_of_leaves_is_printed_one_by_one():
+    rows = tuple(Row(f"l{i}", (3,), "array float32", 96, 96) for i in range(24))
+    assert all(f"l{i} " in str(Table(rows)) for i in range(24))
+    assert " l0..24 " in str(Table((*rows, rows[0]._replace(path="l24"))))
 
 
 def test_nothing_to_divide_by():
@@ -142,8 +192,9 @@ def test_a_reference_must_fit():
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:w. per=:UserWarning")
-def test_tables_say_along_which_axes_there_are_scales(scheme, settings, words):
+def test_tables_say_along_which_axes_there_are_scales(scheme, settings, words, monkeypatch):
     """Of forms in either layout, and before there are any."""
+    monkeypatch.setenv("COLUMNS", "200")
     tree, rules = {"w": jnp.arange(192.0).reshape(4, 6, 8), "b": jnp.ones(3)}, [lcq.Rule("w", scheme, **settings)]
     forms = lcq.compress(tree, rules)
     stored = {"w": forms["w"].pack(), "b": forms["b"]}
