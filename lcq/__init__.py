@@ -26,7 +26,17 @@ from lcq.ptq import GPFQ, GPTQ, Descent, Qronos, quantize
 from lcq.reporting import table
 from lcq.runtime import packed
 from lcq.schemes import Additive, Binary, Cast, KMeans, Levels, LowRank, PowersOfTwo, Prune, Ternary, Uniform
-from lcq.training import extract, finetune, geometric, hemp, lc, metrics, recalibrate_batch_norm, smooth_binary
+from lcq.training import (
+    extract,
+    finetune,
+    geometric,
+    hemp,
+    lc,
+    metrics,
+    penalty_schedule,
+    recalibrate_batch_norm,
+    smooth_binary,
+)
 from lcq.tree import Rule, compress, decompress, ratio, sizes
 
 __version__ = "0.1.0"
@@ -68,6 +78,7 @@ __all__ = [
     "metrics",
     "packed",
     "pareto",
+    "penalty_schedule",
     "plans",
     "ptq",
     "quantize",

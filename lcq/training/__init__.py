@@ -7,8 +7,9 @@ from lcq.training.extraction import extract
 from lcq.training.finetune import finetune
 from lcq.training.hemp import HempState, hemp
 from lcq.training.lc import LCState, c_step, lc
-from lcq.training.penalty import Geometric, adam_step, geometric
+from lcq.training.penalty import adam_step
 from lcq.training.progress import metrics
+from lcq.training.schedules import Geometric, PenaltySchedule, geometric, penalty_schedule
 from lcq.training.smooth_binary import AnnealedTanh, Binarization, GroupPower, SmoothBinary, StraightSign, smooth_binary
 from lcq.training.straight_through import straight_through
 from lcq.training.weighing import largest_weight
@@ -21,6 +22,7 @@ __all__ = [
     "HempState",
     "IteratedState",
     "LCState",
+    "PenaltySchedule",
     "SmoothBinary",
     "StraightSign",
     "StraightThroughState",
@@ -36,6 +38,7 @@ __all__ = [
     "largest_weight",
     "lc",
     "metrics",
+    "penalty_schedule",
     "recalibrate_batch_norm",
     "smooth_binary",
     "straight_through",

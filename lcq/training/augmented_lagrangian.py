@@ -25,7 +25,8 @@ from lcq.forms.dtypes import nearest_number, own_promotion
 from lcq.forms.serialization import register_empty
 from lcq.training.given import slope_of, weights_of
 from lcq.training.objective import Term
-from lcq.training.penalty import Geometric, gradient, penalty, proximal
+from lcq.training.penalty import gradient, penalty, proximal
+from lcq.training.schedules import Geometric, Scheduled
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
@@ -43,7 +44,7 @@ class Problem:
     """What is fixed when the state is initialised: the C steps and the penalty weights. A pytree without leaves."""
 
     tasks: tuple[Task, ...] = dataclasses.field(metadata={"static": True})
-    mu: Geometric = dataclasses.field(metadata={"static": True})
+    mu: Geometric | Scheduled = dataclasses.field(metadata={"static": True})
 
 
 class Info(NamedTuple):

@@ -25,7 +25,8 @@ from lcq.forms.dtypes import native_tree
 from lcq.training.augmented_lagrangian import Info, Lagrangian, Problem, check_slopes, coupling_term, pull, solve, start
 from lcq.training.given import RESTORED, abstract, check_state, start_inner, weights_of
 from lcq.training.objective import add_term, keeps_value, refuse_used, take_term
-from lcq.training.penalty import Geometric, geometric, linear_step
+from lcq.training.penalty import linear_step
+from lcq.training.schedules import Geometric, as_schedule
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Task, checked, resolve
@@ -61,7 +62,7 @@ def lc(
     inner: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
     rules: Sequence[Rule],
     *,
-    mu: Geometric | float,
+    mu: Geometric | optax.ScalarOrSchedule,
     every: int | tuple[int, int] | None,
     learning_rate: optax.ScalarOrSchedule | None = None,
     coupling: str | Callable[[Any, Any], Any] = "gradient",
@@ -77,7 +78,8 @@ def lc(
     Args:
         inner: an optax optimizer; or, with `learning_rate`, a function from a learning rate to one.
         rules: which leaves are compressed, and how.
-        mu: penalty weights, `lcq.geometric(...)`; a number is constant.
+        mu: penalty weights: `lcq.geometric(...)`, a constant number, or a function of the number of C steps made, as
+            optax's schedules are. `lcq.penalty_schedule(updates)` gives this and `every` for a run of that length.
         every: updates per L step, or (first, rest); None leaves C steps to `lcq.training.c_step`, as an ensemble under
             vmap wants: there a C step would be computed at every update. With s the step per unit of gradient (for SGD
             with momentum beta the learning rate over 1 - beta), s mu `every` should stay above 3: in fewer updates
@@ -124,7 +126,7 @@ def lc(
     Source: arXiv 1707.01209, fig. 3 (augmented Lagrangian); clipped learning rate: arXiv 1707.04319, section 3.3.
     """
     rules = checked(rules)
-    schedule, (first, rest) = _schedule(mu), _periods(every)
+    schedule, (first, rest) = as_schedule(mu), _periods(every)
     _check_settings(inner, rules, every, learning_rate, coupling)
     step_size: Any = linear_step(inner) if coupling == "proximal" else coupling
 
@@ -258,17 +260,6 @@ def _is_sound(lagrangian: Any) -> bool:
         return False
     forms = jax.tree.leaves(lagrangian.tables, is_leaf=is_form)
     return isinstance(lagrangian.info, Info) and isinstance(lagrangian.codes, tuple) and all(map(is_form, forms))
-
-
-def _schedule(mu: Any) -> Geometric:
-    if isinstance(mu, Geometric):
-        return mu
-    if not isinstance(mu, int | float):
-        raise ValueError(
-            f"expected mu= a number or lcq.geometric(start, factor, steps=...), got {mu!r}; "
-            "under optax.inject_hyperparams name it in static_args"
-        )
-    return geometric(mu, 1.0, steps=0)
 
 
 def _periods(every: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How the L step ties w to Delta(Theta): penalty weights, the coupling's gradient, the proximal pull.
+"""How the L step ties w to Delta(Theta): the coupling, its gradient, the proximal pull.
 
     L step   w <- argmin L(w) + mu/2 ||w - t||^2,   t = Delta(Theta) + lambda/mu
 
@@ -6,8 +6,6 @@ Functions on arrays; `lc` applies them to the selected leaves of a tree.
 """
 
 import contextlib
-import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,53 +18,6 @@ from lcq.forms.dtypes import own_promotion
 
 _SETTLE = 1 << 13
 """Updates in which an optimizer under a constant gradient settles to 1e-3; enough for momentum .999."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometric:
-    """The penalty weights mu_k = start * factor^min(max(k - wait, 0), steps). See `geometric`."""
-
-    start: float
-    factor: float
-    steps: int
-    wait: int = 0
-
-    def at(self, k: Any) -> Array:
-        """mu_k as float32; k counts the C steps made."""
-        k = jnp.clip(k - self.wait, 0, self.steps).astype(jnp.float32)
-        return jnp.float32(self.start) * jnp.exp(k * jnp.float32(math.log(self.factor)))
-
-
-def geometric(start: float, factor: float, *, steps: int, wait: int = 0) -> Geometric:
-    """A penalty schedule mu_k = start * factor^min(max(k - wait, 0), steps), k counting C steps.
-
-    A value, not a function, so that wrappers which trace callables (`optax.inject_hyperparams`) leave it
-    alone; constant after `steps`, because a factor above 1 overflows float32 in the end.
-
-    Args:
-        start: mu of the first L step, > 0; 1e-4 to 1e-3 is usual. Too large and w sticks at direct compression.
-        factor: > 0; 1.1 to 1.4 is usual.
-        steps: C steps in which mu grows; then it stays as it is.
-        wait: C steps before it begins to.
-
-    Raises:
-        ValueError: not positive and finite, or a mu outside of 1e-30 .. 1e30.
-
-    Example:
-        >>> float(geometric(0.5, 2.0, steps=3).at(10))
-        4.0
-    """
-    if not (0 < start < math.inf and 0 < factor < math.inf and steps >= 0 and wait >= 0):
-        raise ValueError(
-            f"expected start > 0, factor > 0, steps >= 0, wait >= 0, got {start}, {factor}, {steps}, {wait}"
-        )
-    for exponent in (math.log10(start), math.log10(start) + steps * math.log10(factor)):
-        if abs(exponent) > 30:
-            raise ValueError(
-                f"mu = {start} * {factor}^{steps} leaves 1e-30 .. 1e30, where float32 is safe; "
-                "take fewer steps or a factor nearer to 1"
-            )
-    return Geometric(float(start), float(factor), int(steps), int(wait))
 
 
 def gradient(

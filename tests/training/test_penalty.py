@@ -10,28 +10,6 @@ import lcq
 from lcq.training.penalty import gradient, linear_step, proximal
 
 
-def test_geometric_is_the_formula_and_stops():
-    mu = lcq.geometric(9e-5, 1.35, steps=24)
-    for k in (0, 1, 10, 24):
-        np.testing.assert_allclose(mu.at(jnp.int32(k)), 9e-5 * 1.35**k, rtol=2e-6)
-    assert mu.at(jnp.int32(1000)) == mu.at(jnp.int32(24)) == mu.at(24)
-    assert hash(mu) == hash(lcq.geometric(9e-5, 1.35, steps=24)) and not callable(mu)
-    waiting = lcq.geometric(0.5, 2.0, steps=2, wait=3)
-    assert [float(waiting.at(k)) for k in range(7)] == [0.5, 0.5, 0.5, 0.5, 1.0, 2.0, 2.0]
-
-
-@pytest.mark.parametrize("start, factor, steps", [(0.0, 1.1, 3), (1.0, -1.0, 3), (1.0, np.inf, 3), (1.0, 1.1, -1)])
-def test_geometric_refuses_what_is_no_weight(start, factor, steps):
-    with pytest.raises(ValueError, match="expected start > 0"):
-        lcq.geometric(start, factor, steps=steps)
-
-
-@pytest.mark.parametrize("factor", [2.0, 0.5])
-def test_geometric_refuses_what_overflows_float32(factor):
-    with pytest.raises(ValueError, match="fewer steps"):
-        lcq.geometric(1.0, factor, steps=200)
-
-
 def test_gradient_is_that_of_the_penalty():
     w, delta, multiplier = (jnp.asarray(a, jnp.float32) for a in np.random.default_rng(0).normal(size=(3, 5)))
     mu = 0.3
