@@ -169,7 +169,7 @@ def batches(
 
 def _find(file: str, folder: str | Path | None, source: str | None = None) -> Path:
     """The path of a data file, or an error that says what to set and where the file comes from."""
-    chosen = os.environ.get("LCQ_DATA") if folder is None else folder
+    chosen = os.getenv("LCQ_DATA") if folder is None else folder
     if chosen and (path := Path(chosen) / file).is_file():
         return path
     if chosen:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes  # noqa: TID251
+from matplotlib.figure import Figure  # noqa: TID251
 
 from lcq.forms.base import is_form
 from lcq.tree.paths import flatten

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
-from jax.extend import core, source_info_util
+from jax.extend import core, source_info_util  # noqa: TID251
 from jax.interpreters import ad, batching, mlir
 
 CALLS = {

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend import core  # noqa: TID251
 
 from lcq.tracing import joined, positions, shards
 from lcq.tracing.contraction import Placed, Product, Shift, Step, Unit, per_neuron, uses_of_each
