@@ -18,6 +18,7 @@ from lcq.plans.plan import Plan
 from lcq.plans.text import right_side
 from lcq.reporting.summary import dense_of, text
 from lcq.schemes.base import Scheme
+from lcq.tree.aliases import Params
 from lcq.tree.compress import check_finite, sizes
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Task, resolve
@@ -27,11 +28,11 @@ class Choice(NamedTuple):
     """What became of a leaf.
 
     Attributes:
-        path: of the leaf.
-        shape: of the leaf.
-        scheme: the candidate that was chosen; None leaves the leaf as it is.
-        bits: of its form, in a coded file or packed.
-        distortion: sum h (w - Delta(Theta))^2.
+        path: Path of the leaf in the tree.
+        shape: Shape of the leaf.
+        scheme: The chosen candidate; None leaves the leaf as it is.
+        bits: Bits of its form, in a coded file or packed.
+        distortion: Distortion sum h (w - Delta(Theta))^2.
     """
 
     path: str
@@ -51,12 +52,13 @@ class Allocation:
     """The best choices within a budget; prints as a table, and in colour through rich.
 
     Attributes:
-        choices: one for each leaf that has candidates, in the order of the tree.
-        other: bits of everything else, stored as it is.
-        budget: bits that there were.
+        choices: One choice for each leaf that has candidates, in the order of the tree.
+        other: Bits of everything else, stored as it is.
+        budget: Bits of the budget.
         curve: (bytes, distortion) of the whole tree at every stop along the convex hulls, from the smallest size to
             where no candidate has less distortion.
-        bound: what no choice within the budget goes below; `distortion` itself if this is known to be the best.
+        bound: Lower bound of the distortion within the budget; `distortion` itself if this choice is known to be the
+            best.
     """
 
     choices: tuple[Choice, ...]
@@ -117,7 +119,7 @@ class Allocation:
 
 
 def pareto(
-    params: Any,
+    params: Params,
     candidates: Mapping[str, Sequence[Scheme | None]],
     *,
     bytes: int | None = None,

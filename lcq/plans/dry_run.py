@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,18 +14,19 @@ from lcq.plans.text import make, right_side, settings_of
 from lcq.ptq.preview import preview
 from lcq.reporting.summary import Row, Table, rows
 from lcq.schemes.base import Quantizer, Scheme
+from lcq.tree.aliases import Batch, Function, Params
 from lcq.tree.compress import replace, take
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, Task, checked, resolve
+from lcq.tree.rules import Rule, Rules, Task, checked, resolve
 
 
 def dry_run(
-    params: Any,
-    rules: Sequence[Rule],
-    fn: Callable[[Any, Any], Any] | None = None,
-    batch: Any = None,
+    params: Params,
+    rules: Rules,
+    fn: Function | None = None,
+    batch: Batch = None,
     *,
-    rtn: Sequence[Rule] = (),
+    rtn: Rules = (),
 ) -> Table:
     """Which leaf goes where under `rules`, along which axes it gets scales, and what it will cost. Nothing is computed.
 

@@ -27,7 +27,7 @@ class Plan(Sequence[Rule]):
     it beside the forms.
 
     Attributes:
-        rules: the first one that matches a leaf decides.
+        rules: The rules; the first one that matches a leaf decides.
 
     Raises:
         ValueError: something that is no rule; in `str`, a scheme that has no text.

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import TypeAliasType
 
 from lcq.forms.dtypes import native
 from lcq.tracing.param_flow import Program, trace
 from lcq.tree.paths import flatten
 
-Mask = Callable[[Any], Any] | str | None
+Mask = TypeAliasType("Mask", Callable[[Any], Any] | str | None)
 """Which positions of a batch count, see `lcq.quantize`."""
 
 

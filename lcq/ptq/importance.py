@@ -1,6 +1,6 @@
 """diag(H) of every product: how much the error of each weight changes the results."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,15 +12,16 @@ from lcq.ptq.batches import Mask, checked_batches, traced
 from lcq.ptq.gathering import squares
 from lcq.ptq.two_stream import walk
 from lcq.tracing.param_flow import Program
+from lcq.tree.aliases import Batch, Function, Params
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, resolve
+from lcq.tree.rules import Rules, resolve
 
 
 def curvature(
-    fn: Callable[[Any, Any], Any],
-    params: Any,
-    calibration: Iterable[Any],
-    rules: Sequence[Rule],
+    fn: Function,
+    params: Params,
+    calibration: Iterable[Batch],
+    rules: Rules,
     *,
     mask: Mask = None,
     host: bool = True,

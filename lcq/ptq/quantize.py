@@ -28,9 +28,10 @@ from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.schemes.base import Quantizer
 from lcq.tracing.contraction import Shift, region
 from lcq.tracing.param_flow import Program
+from lcq.tree.aliases import Batch, Function, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import check_numbers, flatten
-from lcq.tree.rules import Rule, Task, checked, resolve
+from lcq.tree.rules import Rule, Rules, Task, checked, resolve
 
 METHODS: dict[str, Rounding] = {
     "rtn": RTN(),
@@ -47,30 +48,35 @@ class Record(NamedTuple):
     """What was done at one product.
 
     Attributes:
-        path: of the leaf; with indices where a leaf holds several layers or kernels, such as w[2] or qkv[:, 0:64].
-        shape: (G, M, N, n) of one batch: groups, rows, inputs and neurons, see `lcq.tracing.im2col`.
-        levels: of the codebook.
-        method: such as GPFQ(order='natural').
+        path: Path of the leaf in the tree; with indices where a leaf holds several layers or kernels, such as w[2] or
+            qkv[:, 0:64].
+        shape: Shape (G, M, N, n) of the product for one batch: groups, rows, inputs and neurons, see
+            `lcq.tracing.im2col`.
+        levels: Number of levels of the codebook.
+        method: The rounding method with its settings, such as GPFQ(act_order=False).
         recursion: "blocked" on statistics, or "follow" on the inputs themselves.
-        bias_correction: whether a bias or a batch-norm mean took up the change of the mean.
-        factor: median over neurons of the size of the factor that the exact residual chose for the scale.
-        scale: median of the sizes of the scales, 1 for tables without one.
-        dead: inputs that are always zero.
-        error: ||Y - Y'||^2 / ||Y||^2 of the product's result in the original and in the quantized net, all before it
-            quantized too.
-        seconds: spent on it.
-        uses: products of these weights whose inputs were summed: steps of a recurrent cell, branches, tied layers.
-        others: products that have them in another layout (a transpose): they see the codes, and have no say.
-        rows: of the inputs that counted, over all batches and uses; of the expert with the most.
-        lost: the equation behind which it was not known which positions count, so that all did; "" if it was.
-        silent: groups without data, whose scales are the scheme's own: experts that saw no token, channels that are
+        bias_correction: Whether a bias or a batch-norm mean took up the change of the mean.
+        factor: Median over neurons of the size of the factor that the exact residual chose for the scale.
+        scale: Median of the sizes of the scales; 1 for codebooks without one.
+        dead: Number of inputs that are always zero.
+        error: Relative error ||Y - Y'||^2 / ||Y||^2 of the product's result, Y in the original net and Y' in the
+            quantized one, all before it quantized too.
+        seconds: Seconds spent on the product.
+        uses: Number of products of these weights whose inputs were summed: steps of a recurrent cell, branches, tied
+            layers.
+        others: Number of products that use the weights in another layout (a transpose): they see the codes, and have no
+            influence on them.
+        rows: Number of rows of the inputs that counted, over all batches and uses; of the expert with the most.
+        lost: The equation behind which it was not known which positions count, so that all did; "" if it was known.
+        silent: Groups without data, whose scales are the scheme's own: experts that saw no token, channels that are
             always zero, or do not vary where a bias takes their mean.
-        shrink: by which part the products of two different inputs were made smaller for what so few rows can carry, the
-            median over groups; see `lcq.ptq.shrinkage`.
-        damping: The method's largest damping of H, in units of the mean of its diagonal; more than its setting where
+        shrink: Share by which the products of two different inputs were shrunk, given how few rows there were; the
+            median over groups, see `lcq.ptq.shrinkage`.
+        damping: Largest damping of H by the method, in units of the mean of its diagonal; more than its setting where
             that left no root; 0 for methods without one.
-        held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose: of codes from three quarters of the rows,
-            with the scheme's scales, on the last, in turns. None if `shrink` was given, or there was one row alone.
+        held_out: Relative error ||X w - Y q||^2 / ||X w||^2 on held-out rows: of codes from three quarters of the rows,
+            with the scheme's scales, on the last quarter, in turns. None if `shrink` was given, or there was one row
+            alone.
     """
 
     path: str
@@ -98,8 +104,8 @@ class Quantized(NamedTuple):
     """A quantized net.
 
     Attributes:
-        forms: the parameters' tree, forms at the quantized leaves, biases and batch-norm means updated.
-        records: one for each product that chose codes, in the order of the net.
+        forms: The parameters' tree with forms at the quantized leaves, biases and batch-norm means updated.
+        records: One record for each product that chose codes, in the order of the net.
     """
 
     forms: Any
@@ -107,13 +113,13 @@ class Quantized(NamedTuple):
 
 
 def quantize(
-    fn: Callable[[Any, Any], Any],
-    params: Any,
-    calibration: Iterable[Any],
-    rules: Sequence[Rule],
+    fn: Function,
+    params: Params,
+    calibration: Iterable[Batch],
+    rules: Rules,
     method: str | Rounding = "descent",
     *,
-    rtn: Sequence[Rule] = (),
+    rtn: Rules = (),
     mask: Mask = None,
     bias_correction: bool = True,
     search: bool = True,

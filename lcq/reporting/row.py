@@ -8,21 +8,21 @@ class Row(NamedTuple):
     """One leaf, or a sum of leaves.
 
     Attributes:
-        path: of the leaf.
-        shape: of the leaf; () in sums.
-        form: what is stored, in words.
-        dense: bits of the leaf as it was, in its own dtype: what every ratio compares with.
-        bits: bits of what is stored, codes at a fixed width; what joint leaves share counts at the first of them.
-        error: ||w - Delta(Theta)||^2, if there was a reference.
-        energy: ||w||^2 likewise.
-        rule: the pattern that decides, in a dry run.
-        scheme: what it asks for.
-        entropy: `bits` with codes at their entropy, None where there are no concrete arrays.
-        coded: bits that an entropy-coded file takes for it, names and digests aside; None likewise.
-        blocks: along which axes it has scales, codebooks or groups of their own, such as "axis 3", or "32 of axis 0,
+        path: Path of the leaf in the tree.
+        shape: Shape of the leaf; () in sums.
+        form: What is stored, in words.
+        dense: Bits of the leaf as it was, in its own dtype: what every ratio compares with.
+        bits: Bits of what is stored, codes at a fixed width; what joint leaves share counts at the first of them.
+        error: Squared error ||w - Delta(Theta)||^2; None without a reference.
+        energy: Squared norm ||w||^2 of the reference; None without one.
+        rule: The pattern that decides, in a dry run.
+        scheme: The scheme that the rule asks for, in a dry run.
+        entropy: Bits with codes at their entropy; None where there are no concrete arrays.
+        coded: Bits in an entropy-coded file, names and digests aside; None where there are no concrete arrays.
+        blocks: Axes along which it has scales, codebooks or groups of their own, such as "axis 3", or "32 of axis 0,
             axis 1" for one for each 32; "" for one in all.
-        dtype: of the leaf as it was; of several leaves, all there are.
-        compressed: whether a form is stored; in a sum, of any leaf.
+        dtype: Dtype of the leaf as it was; of several leaves, all there are.
+        compressed: Whether a form is stored; in a sum, for any leaf.
     """
 
     path: str

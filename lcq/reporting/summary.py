@@ -35,8 +35,8 @@ class Table:
     their sums; columns for which there is no room are left out, and named below. `rows` has all of it.
 
     Attributes:
-        rows: one for each leaf, in the order of the tree.
-        on_disk: bytes of the file it is in, if there is one.
+        rows: One row for each leaf, in the order of the tree.
+        on_disk: Bytes of the file it is in; None if there is none.
     """
 
     rows: tuple[Row, ...]

@@ -21,10 +21,10 @@ class Point(NamedTuple):
     """A point of a scatter chart.
 
     Attributes:
-        label: its name.
-        x: at least 0.
-        y: likewise.
-        weight: sets its area.
+        label: Name of the point.
+        x: Horizontal position, at least 0.
+        y: Vertical position, at least 0.
+        weight: Weight that sets its area.
     """
 
     label: str

@@ -37,7 +37,7 @@ class Additive(Scheme):
     scheme lets them share.
 
     Attributes:
-        parts: the schemes, at least two.
+        parts: The schemes whose forms are summed, at least two.
 
     Raises:
         ValueError: fewer than two schemes.

@@ -23,9 +23,9 @@ class Scheme(abc.ABC):
     scheme can be static under jit.
 
     Attributes:
-        leafwise: at most how many leaf-shaped arrays (`leafwise()` fields) its working forms hold.
-        host: whether `solve` needs concrete arrays (an exact solver in float64 outside of any trace).
-        costly: whether C(Theta) is not zero; then `mu` is required, and there is no direct compression.
+        leafwise: Largest number of leaf-shaped arrays (`leafwise()` fields) in its working forms.
+        host: Whether `solve` needs concrete arrays (an exact solver in float64 outside of any trace).
+        costly: Whether C(Theta) is not zero; then `mu` is required, and there is no direct compression.
     """
 
     @property
@@ -144,7 +144,7 @@ class Quantizer(Scheme):
     """A scheme whose forms are `Codes`: every element is an index into a codebook, one for each block of the leaf.
 
     Attributes:
-        per: what shares one codebook or scale, see `lcq.forms.blocks.block_counts`.
+        per: What shares one codebook or scale, see `lcq.forms.blocks.block_counts`.
     """
 
     per: Per

@@ -16,7 +16,7 @@ class Cast(Scheme):
     """Delta = x rounded to the nearest finite number of a shorter floating-point format, to the even one on ties.
 
     Attributes:
-        format: name of the stored dtype: "bfloat16", "float16", "float8_e4m3fn" or another of
+        format: Name of the stored dtype: "bfloat16", "float16", "float8_e4m3fn" or another of
             `lcq.forms.dtypes.FORMATS`.
 
     Raises:

@@ -43,17 +43,19 @@ class Levels(Quantizer):
     so sign(0) = +1, and |x| = 1/2 is not zero in {-1, 0, 1}.
 
     Attributes:
-        values: the codebook c, at most 65,536 distinct finite numbers.
-        scale: False for a = 1; True for the scale a that minimises the error, by a search over 64 scales of either sign
-            (on at most 32,768 of a block's elements, on all if they are weighted) and twice 16 around the best of them,
-            each judged after its codes have got their best scale: sort-free, jit-able, and global up to the resolution
-            of the search. Negative only if that is better, and never where the values are symmetric around 0.
-        per: what shares one scale, see `lcq.forms.blocks.block_counts`.
-        scale_dtype: the format of scales, in which they are chosen: "float32", "bfloat16" or "float16". None for
-            bfloat16 in groups (per=32), as 32 bits for each group are a bit a weight, and float32 elsewhere. bfloat16
-            has the range of float32, and the codes make up for its 8 bits. float16 holds 6.1e-5 to 65,504 in full:
-            leaves that need other scales are refused, and smaller scales of single blocks lose bits.
-        exact: the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)), on the host.
+        values: The codebook c, at most 65,536 distinct finite numbers.
+        scale: Whether codes are scaled: False for a = 1; True for the scale a that minimises the error, by a search
+            over 64 scales of either sign (on at most 32,768 of a block's elements, on all if they have an importance)
+            and twice 16 around the best of them, each judged after its codes have got their best scale: sort-free,
+            jit-able, and global up to the resolution of the search. Negative only if that is better, and never where
+            the values are symmetric around 0.
+        per: What shares one scale, see `lcq.forms.blocks.block_counts`.
+        scale_dtype: Format of scales, in which they are chosen: "float32", "bfloat16" or "float16". None for bfloat16
+            in groups (per=32), as 32 bits for each group are a bit a weight, and float32 elsewhere. bfloat16 has the
+            range of float32, and the codes make up for its 8 bits. float16 holds 6.1e-5 to 65,504 in full: leaves that
+            need other scales are refused, and smaller scales of single blocks lose bits.
+        exact: Whether to find the globally optimal scale by a sweep over all breakpoints in float64, O(N K log(N K)),
+            on the host.
 
     Raises:
         ValueError: no values, too many, or values that are not finite; `per` or `exact` without `scale`.

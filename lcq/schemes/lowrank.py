@@ -38,11 +38,12 @@ class LowRank(Scheme):
     Weights h may differ from row to row, as those of a layer's inputs do, and no more: others have no closed form.
 
     Attributes:
-        rank: of the result, at most that of the matrix.
-        penalty: alpha, instead of a rank; then `mu` is needed, and of equally good ranks the smallest is taken.
-        unit: what one stored number costs in C(r): 32 bits; or, for the cost in floating-point operations, those of the
+        rank: Rank of the result, at most that of the matrix.
+        penalty: Price alpha of the rank, instead of a rank; then `mu` is needed, and of equally good ranks the smallest
+            is taken.
+        unit: Cost of one stored number in C(r): 32 bits; or, for the cost in floating-point operations, those of the
             layer (see `lcq.tracing.flops`) over its number of weights, in a rule for each layer.
-        separable: the other matrix of a convolution's kernel.
+        separable: Whether to factor the other matrix of a convolution's kernel, whose factors are separable filters.
 
     Raises:
         ValueError: neither or both of rank and penalty, or one out of range.

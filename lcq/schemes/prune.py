@@ -40,17 +40,17 @@ class Prune(Scheme):
     Several leaves of a joint task compete for one budget.
 
     Attributes:
-        kept: at most so many groups: a part of all (a float up to 1), a number (an int), or "n:m", n of every m
-            consecutive weights along the input axis. The largest, ties by position.
-        radius: bound of the l1 norm, of the sum of norms if there are groups: what is beyond is shrunk towards zero.
-        penalty: alpha; then `mu` is needed. Keeps groups with ||x_g||^2 > 2 alpha/mu (l0), or shrinks norms by alpha/mu
-            (l1); alpha counts groups.
-        norm: of a penalty: "l0", the number of groups, or "l1", the sum of their norms.
-        group: what is kept or dropped together: None for single weights; "channel" for all weights of an index of the
+        kept: Largest number of groups that are kept: a part of all (a float up to 1), a number (an int), or "n:m", n of
+            every m consecutive weights along the input axis. The largest are kept, ties by position.
+        radius: Bound of the l1 norm, of the sum of norms if there are groups: what is beyond is shrunk towards zero.
+        penalty: Price alpha of a group; then `mu` is needed. Keeps groups with ||x_g||^2 > 2 alpha/mu (l0), or shrinks
+            norms by alpha/mu (l1).
+        norm: Norm of a penalty: "l0", the number of groups, or "l1", the sum of their norms.
+        group: What is kept or dropped together: None for single weights; "channel" for all weights of an index of the
             last axis, an output unit or filter; an int or a tuple for blocks, see `lcq.forms.blocks.block_counts`.
-        values: how kept values are stored: None as they are, the name of a shorter dtype such as "bfloat16", or
-            KMeans(16) and the like for a codebook, fitted to the weights that are kept; one for each task.
-        axis: of inputs, for "n:m", counted from the end.
+        values: Format of kept values: None as they are, the name of a shorter dtype such as "bfloat16", or KMeans(16)
+            and the like for a codebook, fitted to the weights that are kept; one for each task.
+        axis: Axis of inputs, for "n:m", counted from the end.
 
     Raises:
         ValueError: none or several of kept, radius and penalty, or one out of range.

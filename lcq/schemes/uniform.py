@@ -30,11 +30,11 @@ class Uniform(Quantizer):
     a = <x, q - z>/<q - z, q - z>, products weighted by h, alternates with the codes.
 
     Attributes:
-        bits: 2 to 16; with a zero point 1 to 16.
-        per: what shares one scale, see `lcq.forms.blocks.block_counts`.
-        zero_point: whether the grid may be shifted.
-        symmetric: without -2^(b-1), so that the scale is positive; for runtimes that want it.
-        scale_dtype: the format of scales, see `Levels`: None for bfloat16 in groups and float32 elsewhere. Zeros take b
+        bits: Bits of a code, 2 to 16; with a zero point 1 to 16.
+        per: What shares one scale, see `lcq.forms.blocks.block_counts`.
+        zero_point: Whether the grid may be shifted.
+        symmetric: Whether the grid is without -2^(b-1), so that the scale is positive; for runtimes that want it.
+        scale_dtype: Format of scales, see `Levels`: None for bfloat16 in groups and float32 elsewhere. Zeros take b
             bits each: 4 bits in groups of 32 are 4.5 bits a weight, and 4.63 with zero points.
 
     Raises:

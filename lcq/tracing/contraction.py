@@ -33,9 +33,9 @@ class Placed:
     """A parameter on its way to a product: leaf[index], then steps.
 
     Attributes:
-        path: of the leaf.
-        index: leading indices, taken by scans over stacked layers.
-        steps: changes of layout since.
+        path: Path of the leaf in the tree.
+        index: Leading indices, taken by scans over stacked layers.
+        steps: Changes of layout since the leaf entered the function.
     """
 
     path: str
@@ -83,9 +83,9 @@ class Operand(NamedTuple):
     """What a product multiplies with its weight, in one net and one batch.
 
     Attributes:
-        x: the data.
-        sizes: rows of each expert, for a ragged product only.
-        counts: boolean, broadcasts against the result: which of its rows count; None for all.
+        x: The data.
+        sizes: Rows of each expert, for a ragged product only.
+        counts: Which rows of the result count, boolean, broadcasts against it; None for all.
     """
 
     x: Any
@@ -100,16 +100,17 @@ class Product:
     A ragged one has a group for each expert, all of which share the rows of X; sizes say how many rows each has.
 
     Attributes:
-        number: its place among the products of a trace.
-        weight: the parameter, and how it gets here.
-        primitive: dot_general, conv_general_dilated or ragged_dot_general.
-        params: of the primitive.
-        side: which operand the weight is.
-        x: shape and dtype of the other one.
-        w: shape and dtype of the weight as it gets here.
-        y: shape and dtype of the result.
-        source: file and line.
-        lost: the equation behind which it is not known which positions count, so that all of them do; "" if known.
+        number: Position among the products of a trace.
+        weight: The parameter, and the changes of layout on its way to the product.
+        primitive: Name of the primitive: dot_general, conv_general_dilated or ragged_dot_general.
+        params: Parameters of the primitive.
+        side: Which operand the weight is.
+        x: Shape and dtype of the other operand.
+        w: Shape and dtype of the weight as the product has it.
+        y: Shape and dtype of the result.
+        source: File and line of the equation.
+        lost: The equation behind which it is not known which positions count, so that all of them do; "" if it is
+            known.
     """
 
     number: int
@@ -271,11 +272,12 @@ class Unit(NamedTuple):
     """Weights that are rounded together, and the products that use them.
 
     Attributes:
-        path: of the leaf.
-        places: flat places in the leaf of the weights of the first use, [G, N, n].
-        uses: numbers of the products that have these weights for the same inputs of the same groups: those whose
-            inputs can be summed. The first is the first use.
-        others: products that have them in another layout (a transpose), or together with other weights.
+        path: Path of the leaf in the tree.
+        places: Flat places in the leaf of the weights of the first use, [G, N, n].
+        uses: Numbers of the products that have these weights for the same inputs of the same groups: those whose inputs
+            can be summed. The first is the first use.
+        others: Numbers of the products that have the weights in another layout (a transpose), or together with other
+            weights.
     """
 
     path: str
@@ -293,9 +295,9 @@ class Shift(NamedTuple):
     """A parameter that is added to the result of a product, one number for each neuron, and used nowhere else.
 
     Attributes:
-        path: of the leaf.
-        sign: +1, or -1 where it is subtracted, like the mean of a batch norm.
-        elements: flat places in the leaf, [G, n].
+        path: Path of the leaf in the tree.
+        sign: Sign with which the leaf is added: +1, or -1 where it is subtracted, like the mean of a batch norm.
+        elements: Flat places in the leaf, [G, n].
     """
 
     path: str

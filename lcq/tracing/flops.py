@@ -11,10 +11,10 @@ class Flops(NamedTuple):
     """What one product costs.
 
     Attributes:
-        path: of the parameter.
-        kind: dot or conv.
-        shape: (G, M, N, n), see `lcq.tracing.im2col`.
-        flops: 2 G M N n.
+        path: Path of the parameter in the tree.
+        kind: Kind of the product, "dot" or "conv".
+        shape: Shape (G, M, N, n) of the product, see `lcq.tracing.im2col`.
+        flops: Floating-point operations, 2 G M N n.
     """
 
     path: str

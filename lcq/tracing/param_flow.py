@@ -46,12 +46,12 @@ class Program:
     """A traced function: flat equations over numbered variables.
 
     Attributes:
-        jaxpr: one list of equations; inputs are the parameters' leaves, then the leaves of the batch.
-        consts: values of its constants.
-        paths: of the parameters, in order.
-        products: those with a followed parameter, in order of their equations.
-        units: the weights that are rounded together, in the order of their first products.
-        shifts: by product, the bias or mean that can take a constant added to its result.
+        jaxpr: The function as one list of equations; inputs are the parameters' leaves, then the leaves of the batch.
+        consts: Values of its constants.
+        paths: Paths of the parameters, in order.
+        products: Products with a followed parameter, in order of their equations.
+        units: Weights that are rounded together, in the order of their first products.
+        shifts: By product, the bias or mean that can take a constant added to its result.
     """
 
     jaxpr: Any

@@ -61,13 +61,13 @@ class Lagrangian(NamedTuple):
     """Theta, lambda and mu.
 
     Attributes:
-        problem: tasks and penalty weights, static.
+        problem: Tasks and penalty weights, static.
         c_steps: C steps made, int32; mu = problem.mu.at(c_steps).
-        multipliers: lambda, shaped like the parameters; `optax.MaskedNode()` at leaves under no rule.
-        codes: leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise; those
+        multipliers: The multipliers lambda, shaped like the parameters; `optax.MaskedNode()` at leaves under no rule.
+        codes: The leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise; those
             that are bool in a form are uint8 here, see `lcq.forms.base.cast_masks`.
-        tables: what else the forms hold (codebooks, scales), per task and leaf.
-        info: scalars of the last C step.
+        tables: What else the forms hold, such as codebooks and scales, by task and leaf.
+        info: Scalars of the last C step.
     """
 
     problem: Any

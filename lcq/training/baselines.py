@@ -5,7 +5,7 @@ either wrapper.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +17,12 @@ from lcq.forms.base import Form, cast_masks, is_form
 from lcq.forms.dtypes import native_tree
 from lcq.forms.serialization import register_empty
 from lcq.training.augmented_lagrangian import first_forms
-from lcq.training.given import abstract, check_arrays, check_state, slope_of, start_inner, weights_of
+from lcq.training.given import Optimizer, abstract, check_arrays, check_state, slope_of, start_inner, weights_of
 from lcq.training.objective import at, forget
 from lcq.training.straight_through import straight_through
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, Task, checked, resolve
+from lcq.tree.rules import Rules, Task, checked, resolve
 
 
 @register_empty
@@ -40,9 +40,7 @@ class IteratedState(NamedTuple):
     forms: tuple[tuple[Form, ...], ...]
 
 
-def iterated_direct(
-    inner: optax.GradientTransformation, rules: Sequence[Rule], *, every: int
-) -> optax.GradientTransformationExtraArgs:
+def iterated_direct(inner: Optimizer, rules: Rules, *, every: int) -> optax.GradientTransformationExtraArgs:
     """Iterated direct compression: w <- Delta(Pi(w)) after every `every` updates, and plain training in between.
 
     Nothing couples the two, so that training moves away what the projection did: it sticks near direct compression.
@@ -95,9 +93,7 @@ class StraightThroughState(NamedTuple):
     forms: tuple[tuple[Form, ...], ...]
 
 
-def straight_through_training(
-    inner: optax.GradientTransformation, rules: Sequence[Rule]
-) -> optax.GradientTransformationExtraArgs:
+def straight_through_training(inner: Optimizer, rules: Rules) -> optax.GradientTransformationExtraArgs:
     """Straight-through training: v <- v - eta dL/dw at w = Delta(Pi(v)), with latent weights v in the state.
 
     The parameters of the loop are the compressed ones from the first update on (pass them through `lcq.decompress(

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lcq.forms.dtypes import native_tree
+from lcq.tree.aliases import Batch
 
 
-def recalibrate_batch_norm(step: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Any]) -> Any:
+def recalibrate_batch_norm(step: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Batch]) -> Any:
     """Batch-norm statistics of the compressed net: the mean of the statistics of single batches.
 
     Statistics belong to the weights they were gathered with; with Delta(Theta) in place of w they are wrong, and a deep

@@ -13,17 +13,18 @@ from lcq.training.hemp import find_hemp, hemp_states
 from lcq.training.hemp_forms import hemp_forms
 from lcq.training.lc import find_lagrangian, lagrangians, lc_forms
 from lcq.training.smooth_binary import SmoothBinary
+from lcq.tree.aliases import Forms, OptState, Params
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
 
 
 def extract(
-    state: Any,
-    params: Any,
+    state: OptState,
+    params: Params,
     *,
     levels: str = "trained",
     alphas: Any = None,
-) -> Any:
+) -> Forms:
     """The compressed net that a run ends with, packed: what `lcq.save` writes. Right at any moment of a run.
 
         lc                          Theta = Pi(w - lambda/mu), one more C step on a copy

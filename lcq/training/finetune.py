@@ -15,21 +15,23 @@ from jaxtyping import Array
 from lcq.forms import Codes
 from lcq.forms.base import is_form
 from lcq.forms.dtypes import native_tree, nearest_number, own_promotion
+from lcq.training.given import Optimizer
 from lcq.training.straight_through import straight_through
+from lcq.tree.aliases import Batch, Forms, Function
 from lcq.tree.paths import flatten
 
 
 def finetune(
-    loss: Callable[[Any, Any], Any],
-    forms: Any,
-    tx: optax.GradientTransformation,
-    batches: Iterable[Any],
+    loss: Function,
+    forms: Forms,
+    tx: Optimizer,
+    batches: Iterable[Batch],
     *,
     steps: int | None = None,
     arrays: bool = True,
     fixed: Sequence[float] = (0.0,),
     on_step: Callable[[int, Array], None] | None = None,
-) -> Any:
+) -> Forms:
     """Trains the numbers that forms hold; which weights share a number, are zero or of what rank stays as it is.
 
         minimise L(Delta(c; z), b)  over c and b

@@ -1,12 +1,25 @@
 """What a training wrapper is given, looked at once at its door: parameters, gradients, states."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from typing_extensions import TypeAliasType
 
 from lcq.tree.paths import flatten, leave_out
+
+Optimizer = TypeAliasType("Optimizer", optax.GradientTransformation)
+"""An optax optimizer."""
+
+OptimizerOrFactory = TypeAliasType(
+    "OptimizerOrFactory", optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+)
+"""An optax optimizer, or a function from a learning rate to one."""
+
+Schedule = TypeAliasType("Schedule", optax.ScalarOrSchedule)
+"""A number, or a function of the number of updates."""
 
 
 def abstract(params: Any) -> bool:

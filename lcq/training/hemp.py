@@ -9,7 +9,6 @@ Source: Tartaglione, Lathuiliere, Fiandrotti, Cagnazzo & Grangetto, arXiv 2107.0
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +35,12 @@ from lcq.training.block_entropy import (
     levels_of,
     nearest,
 )
-from lcq.training.given import RESTORED, abstract, check_state, slope_of, start_inner, weights_of
+from lcq.training.given import RESTORED, Optimizer, Schedule, abstract, check_state, slope_of, start_inner, weights_of
 from lcq.training.lc import Placeholder
 from lcq.training.objective import refuse_used
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, Task, checked, resolve
+from lcq.tree.rules import Rule, Rules, Task, checked, resolve
 
 _NO_FUNCTION = (
     "hemp adds terms to its step that depend on the loss's own slopes and are the gradient of no function, so none can "
@@ -54,14 +53,14 @@ class HempState(NamedTuple):
     """State of `hemp`.
 
     Attributes:
-        inner: state of the wrapped optimizer.
-        steps: updates made, int32.
-        tasks: what the rules select, static.
-        tables: the codebook of every task and leaf, forms without codes.
-        entropy: H_n of the parameters that the last update was given, in bits per weight; before the first its bound,
-            log2 of the largest codebook.
-        shares: by task and leaf, the share of these weights that are nearest to the most common level of their
-            codebook, the mean over codebooks; 0 before the first update.
+        inner: State of the wrapped optimizer.
+        steps: Updates made, int32.
+        tasks: What the rules select, static.
+        tables: The codebook of every task and leaf: forms without codes.
+        entropy: H_n of the parameters that the last update was given, in bits per weight; before the first update its
+            bound, log2 of the largest codebook.
+        shares: By task and leaf, the share of the weights that are nearest to the most common level of their codebook,
+            the mean over codebooks; 0 before the first update.
     """
 
     inner: Any
@@ -73,13 +72,13 @@ class HempState(NamedTuple):
 
 
 def hemp(
-    inner: optax.GradientTransformation,
-    rules: Sequence[Rule],
+    inner: Optimizer,
+    rules: Rules,
     *,
     order: int = 3,
-    entropy_weight: optax.ScalarOrSchedule = 1.0,
-    error_weight: optax.ScalarOrSchedule = 0.1,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
+    entropy_weight: Schedule = 1.0,
+    error_weight: Schedule = 0.1,
+    learning_rate: Schedule = 1.0,
     every: int | None = None,
     small: float = 10,
     pooled: bool = True,

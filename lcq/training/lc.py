@@ -12,7 +12,7 @@ Source: Carreira-Perpinan, arXiv 1707.01209; Carreira-Perpinan & Idelbayev, arXi
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +23,14 @@ from flax import nnx
 from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import native_tree
 from lcq.training.augmented_lagrangian import Info, Lagrangian, Problem, check_slopes, coupling_term, pull, solve, start
-from lcq.training.given import RESTORED, abstract, check_state, start_inner, weights_of
+from lcq.training.given import RESTORED, OptimizerOrFactory, Schedule, abstract, check_state, start_inner, weights_of
 from lcq.training.objective import add_term, keeps_value, refuse_used, take_term
 from lcq.training.penalty import linear_step
-from lcq.training.schedules import Geometric, as_schedule
+from lcq.training.schedules import Penalty, as_schedule
+from lcq.tree.aliases import OptState, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, Task, checked, resolve
+from lcq.tree.rules import Rule, Rules, Task, checked, resolve
 
 _LARGE_GAP = 0.01
 
@@ -48,9 +49,9 @@ class LCState(NamedTuple):
     """State of `lc`.
 
     Attributes:
-        inner: state of the wrapped optimizer.
-        steps: updates made, int32.
-        lagrangian: Theta, lambda and mu.
+        inner: State of the wrapped optimizer.
+        steps: Updates made, int32.
+        lagrangian: Theta, lambda and mu, and what a C step needs.
     """
 
     inner: Any
@@ -59,13 +60,13 @@ class LCState(NamedTuple):
 
 
 def lc(
-    inner: optax.GradientTransformation | Callable[..., optax.GradientTransformation],
-    rules: Sequence[Rule],
+    inner: OptimizerOrFactory,
+    rules: Rules,
     *,
-    mu: Geometric | optax.ScalarOrSchedule,
+    mu: Penalty,
     every: int | tuple[int, int] | None,
-    learning_rate: optax.ScalarOrSchedule | None = None,
-    coupling: str | Callable[[Any, Any], Any] = "gradient",
+    learning_rate: Schedule | None = None,
+    coupling: str | Callable[..., Any] = "gradient",
     multipliers: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that the parameters converge to compressed ones.
@@ -179,7 +180,7 @@ def lc(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def c_step(opt_state: Any, params: Any) -> Any:
+def c_step(opt_state: OptState, params: Params) -> OptState:
     """Makes a C step by hand: Theta <- Pi(w - lambda/mu), lambda <- lambda - mu (w - Delta(Theta)), the next mu.
 
     For `lc(every=None)`: own schedules, exact solvers on the host (called outside jit), ensembles under vmap.

@@ -27,9 +27,9 @@ class Term(NamedTuple):
     """A function of the parameters that a wrapper adds to the loss.
 
     Attributes:
-        value: parameters -> a scalar.
-        slope: parameters -> its gradient, an array for each leaf that it depends on, by path.
-        add: (gradients, parameters) -> gradients of the sum.
+        value: The term as a function of the parameters, a scalar.
+        slope: Its gradient as a function of the parameters: by path, an array for each leaf that it depends on.
+        add: Maps (gradients, parameters) to the gradients of the sum.
     """
 
     value: Callable[[Any], Any]

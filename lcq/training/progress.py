@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from lcq.training.hemp import find_hemp, hemp_states
 from lcq.training.hemp_forms import NEARLY_ALL, warn_of_lost
 from lcq.training.lc import find_lagrangian, lagrangians
+from lcq.tree.aliases import OptState
 
 
-def metrics(opt_state: Any) -> dict[str, Any]:
+def metrics(opt_state: OptState) -> dict[str, Any]:
     """Scalars for a logger, of the last C step of `lc` (of direct compression before the first) or update of `hemp`.
 
     Args:

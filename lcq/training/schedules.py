@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
+from typing_extensions import TypeAliasType
 
 _L_STEPS = 40
 """How many L steps a long run has."""
@@ -135,6 +136,10 @@ def penalty_schedule(updates: int, *, start: float = 1e-3, end: float = 10.0) ->
     every = max(updates // _L_STEPS, min(_FULL, updates // _FEW))
     steps = max(1, round(_GROWING * (updates // every - 1)))
     return PenaltySchedule(geometric(start, (end / start) ** (1 / steps), steps=steps), every)
+
+
+Penalty = TypeAliasType("Penalty", Geometric | optax.ScalarOrSchedule)
+"""Penalty weights: `geometric(...)`, a number, or a function of the number of C steps made."""
 
 
 def as_schedule(mu: Any) -> Geometric | Scheduled:

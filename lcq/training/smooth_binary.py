@@ -10,7 +10,7 @@ these properties. The other transformations are controls, with the same signatur
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from lcq.training.given import abstract
 from lcq.training.straight_through import straight_through
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, checked, named, resolve
+from lcq.tree.rules import Rule, Rules, checked, named, resolve
 
 Axes = tuple[int, ...]
 
@@ -122,13 +122,13 @@ class GroupPower(Binarization):
     a group of nearly equal weights as large as its spread is small: start from weights that differ.
 
     Attributes:
-        least: p at `settled`.
-        settled: a progress. At this one normally distributed weights have a gap of .023, by far most of it from weights
-            within the width.
-        width: e at first: within it of 0, in standard deviations of the group, phi is linear. Weights that stay there
+        least: Exponent p at progress `settled`.
+        settled: Progress at which p reaches `least`. At this one normally distributed weights have a gap of .023, by
+            far most of it from weights within the width.
+        width: Initial e: within it of 0, in standard deviations of the group, phi is linear. Weights that stay there
             are neither -1 nor 1, and nets make use of that.
-        last: what p and e are multiplied by in the end, which leaves no room for it.
-        guard: what keeps equal weights from 0/0; groups of a variance far above it do not see it.
+        last: Factor of p and e at the end, which leaves no room within the width.
+        guard: Constant that keeps equal weights from 0/0; groups of a variance far above it do not see it.
 
     Example:
         >>> w = jnp.array([-3.0, -1.0, 1.0, 3.0])
@@ -171,7 +171,7 @@ class StraightSign(Binarization):
     have its groups centred. t does not matter.
 
     Attributes:
-        centres: whether x is w less its group's mean.
+        centres: Whether x is w less its group's mean.
 
     Example:
         >>> w = jnp.array([-3.0, 1.0, 5.0])
@@ -206,9 +206,9 @@ class AnnealedTanh(Binarization):
     Its gradients vanish where it saturates, unlike those of `GroupPower`.
 
     Attributes:
-        steepest: beta in the end; it starts at 1.
-        settled: the progress from which on beta is `steepest`.
-        guard: what keeps equal weights from 0/0.
+        steepest: beta at the end; it starts at 1.
+        settled: Progress from which on beta is `steepest`.
+        guard: Constant that keeps equal weights from 0/0.
 
     Example:
         >>> AnnealedTanh()(jnp.array([-3.0, -1.0, 1.0, 3.0]), 1.0)
@@ -327,7 +327,7 @@ def _stacked(f: Callable[[Array, Per, Any], Any], group: Per, stacked: int) -> C
     return jax.vmap(_stacked(f, group, stacked - 1))
 
 
-def smooth_binary(rules: Sequence[Rule], binarization: Binarization | None = None) -> SmoothBinary:
+def smooth_binary(rules: Rules, binarization: Binarization | None = None) -> SmoothBinary:
     """Trains binary weights as smooth functions of real ones, and gives the forms that are left of them.
 
         minimise over w:  L(alpha_G b(w; t)),    t from 0 to 1;    deploy  alpha_G sign(w - mean_G w)

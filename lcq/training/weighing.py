@@ -16,8 +16,8 @@ class Weighed(NamedTuple):
     """What `largest_weight` found.
 
     Attributes:
-        weight: the largest weight of a run whose score was not above the limit.
-        trials: every run, in order.
+        weight: The largest weight of a run whose score was not above the limit.
+        trials: Every run, in order.
     """
 
     weight: float

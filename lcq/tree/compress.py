@@ -10,11 +10,12 @@ import numpy as np
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.restored import check_restored
+from lcq.tree.aliases import Forms, Params
 from lcq.tree.paths import check_numbers, flatten
-from lcq.tree.rules import Rule, Task, resolve
+from lcq.tree.rules import Rules, Task, resolve
 
 
-def compress(params: Any, rules: Sequence[Rule], *, importance: Mapping[str, Any] | None = None) -> Any:
+def compress(params: Params, rules: Rules, *, importance: Mapping[str, Any] | None = None) -> Forms:
     """Direct compression: every selected leaf becomes its nearest form, Theta = Pi(w).
 
     Args:
@@ -63,7 +64,7 @@ def _project(task: Task, leaves: dict[str, Any], importance: Mapping[str, Any]) 
     )
 
 
-def decompress(tree: Any) -> Any:
+def decompress(tree: Forms) -> Params:
     """Replaces every form by its dense array Delta(Theta).
 
     Raises:
@@ -101,9 +102,9 @@ class Size(NamedTuple):
     """Bits of one leaf before and after.
 
     Attributes:
-        dense: bits of the leaf as it was, in its own dtype: what every ratio compares with.
-        bits: bits of what is stored, without what another leaf already counted.
-        form: name of the form, "-" for a plain array.
+        dense: Bits of the leaf as it was, in its own dtype: what every ratio compares with.
+        bits: Bits of what is stored, without what another leaf already counted.
+        form: Name of the form, "-" for a plain array.
     """
 
     dense: int
@@ -111,7 +112,7 @@ class Size(NamedTuple):
     form: str
 
 
-def sizes(tree: Any) -> dict[str, Size]:
+def sizes(tree: Forms) -> dict[str, Size]:
     """Bits of every leaf of a compressed tree; nothing is left out, what a joint task shares counts at its first leaf.
 
     Exact for stored forms; in the working layout an estimate where the cost depends on the values.
@@ -145,7 +146,7 @@ def sizes(tree: Any) -> dict[str, Size]:
     return result
 
 
-def ratio(tree: Any) -> float:
+def ratio(tree: Forms) -> float:
     """Bits of the tree as it was over bits as stored: b (P1 + P0) / (bits(Theta) + b P0), every leaf in its own dtype.
 
     Of P1 numbers that are compressed and P0 that are not; b is 32 in float32 and 16 in bfloat16.

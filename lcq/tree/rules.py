@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import TypeAliasType
 
 from lcq.forms.axes import check_layout, mixes_layers, warning
 from lcq.forms.base import Form, is_form, share
@@ -25,15 +26,16 @@ class Rule:
     """Says how the leaves whose path matches are compressed. The first rule that matches a leaf decides.
 
     Attributes:
-        pattern: a regular expression that must match the whole path; paths are keys joined by "/", as in
+        pattern: A regular expression that must match the whole path; paths are keys joined by "/", as in
             "dense0/kernel". "(.*/)?kernel" matches at any depth.
-        scheme: how; None leaves the leaves alone.
-        joint: all matching leaves share one Theta (one codebook, one budget), stored and counted once.
-        stacked: the first `stacked` axes of a leaf count independent layers or experts, each with a Theta of its own.
-        layout: what the axes behind those are, a letter for each: "o" outputs, "i" inputs, any other a window; None for
-            "io" and "hwio", kernels of JAX. per="channel" tells apart the outputs, and per=g runs along the inputs:
-            "oi" for weights of PyTorch, filters too, "ioo" for [inputs, heads, units]. Not for `per` as a tuple, which
-            says lengths itself. In `quantize` products say what is what.
+        scheme: The scheme that projects the matching leaves; None leaves them alone.
+        joint: Whether all matching leaves share one Theta (one codebook, one budget), stored and counted once.
+        stacked: Number of leading axes of a leaf that count independent layers or experts, each with a Theta of its
+            own.
+        layout: The axes behind those, a letter for each: "o" outputs, "i" inputs, any other a window; None for "io" and
+            "hwio", kernels of JAX. per="channel" tells apart the outputs, and per=g runs along the inputs: "oi" for
+            weights of PyTorch, filters too, "ioo" for [inputs, heads, units]. Not for `per` as a tuple, which gives
+            lengths itself. In `quantize` the products decide.
 
     Example:
         >>> import lcq
@@ -77,6 +79,10 @@ class Rule:
                 f"rule {self.pattern!r}: expected layout= or lengths as a tuple, got {self.scheme} and layout="
                 f"{self.layout!r}, which both say what the axes are; drop one"
             )
+
+
+Rules = TypeAliasType("Rules", Sequence[Rule])
+"""Which leaves become what; the first rule that matches a leaf decides."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,9 +39,9 @@ class Descent(Rounding):
     same signs and better.
 
     Attributes:
-        before: gives the first codes.
-        sweeps: over all inputs.
-        refit: whether to re-fit the scales.
+        before: The method that gives the first codes.
+        sweeps: Number of sweeps over all inputs.
+        refit: Whether to re-fit the scales after each sweep but the last.
 
     Raises:
         ValueError: no sweep.

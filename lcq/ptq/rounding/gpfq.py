@@ -22,7 +22,7 @@ class GPFQ(Rounding):
     """Greedy path following: q_t = Q of what makes ||X w_{<=t} - Y q_{<=t}|| least, w as it was.
 
     Attributes:
-        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
 
     Source: Lybrand & Saab, arXiv 2010.15979, equation 6; here in terms of H and D.
     """
@@ -45,9 +45,10 @@ class SparseGPFQ(Rounding):
         hard    0 if |z| <= lambda, else sign(z) (lambda + scale * round((|z| - lambda) / scale))
 
     Attributes:
-        threshold: in units of the form's scale, of 1 where it has none.
-        kind: hard needs an integer grid around 0; its table becomes 0, +-(threshold + k), of the same length.
-        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        threshold: Threshold lambda in units of the form's scale, of 1 where it has none.
+        kind: "soft" or "hard"; hard needs an integer grid around 0, and its codebook becomes 0, +-(threshold + k), of
+            the same length.
+        act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
 
     Raises:
         ValueError: a threshold below 0, or of 0 and hard.

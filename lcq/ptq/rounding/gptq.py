@@ -28,10 +28,10 @@ class GPTQ(Rounding):
         q_t = Q(w_t),    w_{>t} <- argmin ||Y (w - q)||^2 + delta ||w - q||^2    for the weights not yet rounded
 
     Attributes:
-        damping: Delta in units of the mean of diag(H); above 0, for H may be singular.
-        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
-        max_damping: how far damping may grow, tenfold each time, where H + delta I has no root in the precision at
-            hand; `damping` itself, or less, allows none.
+        damping: Damping delta in units of the mean of diag(H); above 0, for H may be singular.
+        act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        max_damping: Bound up to which damping may grow, tenfold each time, where H + delta I has no root in the
+            precision at hand; `damping` itself, or less, allows no growth.
 
     Raises:
         ValueError: damping not above 0; no root up to `max_damping`.

@@ -21,10 +21,10 @@ class Qronos(Rounding):
         q_1 = Q(argmin ||X w - Y_1 q_1 - Y_2 w_2||),    w_2 <- argmin ||X w - Y_1 q_1 - Y_2 v||^2 + delta ||v - w_2||^2
 
     Attributes:
-        damping: Delta in units of the mean of diag(H); above 0, for H may be singular.
-        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
-        max_damping: how far damping may grow, tenfold each time, where H + delta I has no root in the precision at
-            hand; `damping` itself, or less, allows none.
+        damping: Damping delta in units of the mean of diag(H); above 0, for H may be singular.
+        act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        max_damping: Bound up to which damping may grow, tenfold each time, where H + delta I has no root in the
+            precision at hand; `damping` itself, or less, allows no growth.
 
     Raises:
         ValueError: damping not above 0; no root up to `max_damping`.

@@ -19,7 +19,7 @@ class SPFQ(Rounding):
     """GPFQ with stochastic rounding: q_t one of the two levels around z_t, with mean z_t inside the alphabet.
 
     Attributes:
-        act_order: whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
 
     Source: Zhang & Saab, arXiv 2309.10975.
     """

@@ -61,12 +61,13 @@ class KMeans(Quantizer):
     as many levels of which neighbours are merged.
 
     Attributes:
-        k: how many levels, 1 to 65,536.
-        fixed: levels among the k that are given and do not move: (0.0,) prunes and quantizes at once.
-        exact: the global minimum in float64 by dynamic programming, on the host; any warm start is ignored.
-        per: what shares one codebook, see `lcq.forms.blocks.block_counts`.
-        rate: the squared distance that one bit is worth, times a weight where there are some, so not only their ratios
-            matter. One rate for several leaves shares out the bits between them at the least distance.
+        k: Number of levels, 1 to 65,536.
+        fixed: Levels among the k that are given and do not move: (0.0,) prunes and quantizes at once.
+        exact: Whether to find the global minimum in float64 by dynamic programming, on the host; any warm start is
+            ignored.
+        per: What shares one codebook, see `lcq.forms.blocks.block_counts`.
+        rate: Squared distance that one bit is worth, times the importance where there is one, so that not only ratios
+            matter. One rate for several leaves allocates the bits between them at the least distance.
 
     Raises:
         ValueError: k out of range; fixed levels that are not finite and distinct, or more than k; a rate that is
