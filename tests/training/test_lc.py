@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 
 import lcq
 from lcq.training.augmented_lagrangian import theta
-from lcq.training.lc import _periods, _schedule
+from lcq.training.lc import _periods
+from lcq.training.schedules import as_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights are")
 
@@ -311,7 +312,7 @@ def test_init_and_update_say_what_is_wrong():
 
 
 def test_hyperparameters_that_were_traced_say_the_remedy():
-    for check, value in ((_schedule, jnp.float32(0.1)), (_periods, jnp.int32(3))):
+    for check, value in ((as_schedule, jnp.float32(0.1)), (_periods, jnp.int32(3))):
         with pytest.raises(ValueError, match=r"under optax\.inject_hyperparams name it in static_args"):
             check(value)
 
