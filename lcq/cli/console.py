@@ -1,10 +1,12 @@
-"""What a command says: tables on stdout, a bar of progress on stderr."""
+"""What a command says: tables on stdout, progress on stderr."""
 
 import ast
 import contextlib
 import os
 import re
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lcq.reporting.summary import text
+
+_SECONDS = 30.0
+"""Between two lines of progress where there is no terminal."""
 
 
 def show(renderable: Any) -> None:
@@ -25,20 +30,41 @@ def show(renderable: Any) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A bar on stderr while the block runs, if that is a terminal.
+def progress(total: int | None = None, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[..., None]]:
+    """How far the block is, on stderr: a bar, or where that is no terminal, a line every half minute.
 
     Call what it gives with a label ("" keeps the last), the steps made, and the total if it was not known before.
     """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(total, clock).advance
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
 
         def advance(label: str, steps: int, total: int | None = None) -> None:
             bar.update(task, advance=steps, description=label or None, total=total)
 
         yield advance
+
+
+class _Lines:
+    """Progress in lines for a log; nothing of what takes less than half a minute."""
+
+    def __init__(self, total: int | None, clock: Callable[[], float]) -> None:
+        self._total, self._clock = total, clock
+        self._label, self._steps = "", 0
+        self._start = self._last = clock()
+
+    def advance(self, label: str, steps: int, total: int | None = None) -> None:
+        self._label, self._steps = label or self._label, self._steps + steps
+        self._total = total or self._total
+        now = self._clock()
+        if now - self._last >= _SECONDS:
+            self._last = now
+            done = f"{self._steps:,}" if self._total is None else f"{self._steps:,} of {self._total:,}"
+            print(f"{self._label}: {done}, {now - self._start:.0f} s", file=sys.stderr, flush=True)
 
 
 def refuse(force: bool, *paths: Path) -> None:

@@ -31,10 +31,12 @@ def inspect_file(path: Path, limit: float = LIMIT) -> None:
         ArtifactError: not an lcq file, or a damaged one.
     """
     held, entropies = read_index(path), dict[str, str]()
-    for record, leaf in each_leaf(path, limit):
-        for name, (stream, levels, count) in code_streams(record, leaf.value).items():
-            codes = bitpack.unpack_host(stream, bitpack.width(levels), count)
-            entropies[name] = f"{count * rans.entropy(codes, levels) / 8:,.0f}"
+    with progress(len(held.records)) as advance:
+        for record, leaf in each_leaf(path, limit):
+            advance(leaf.path, 1)
+            for name, (stream, levels, count) in code_streams(record, leaf.value).items():
+                codes = bitpack.unpack_host(stream, bitpack.width(levels), count)
+                entropies[name] = f"{count * rans.entropy(codes, levels) / 8:,.0f}"
     grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("stream", overflow="fold", style="bold")
     for name in ("dtype", "shape", "bytes", "entropy", "codec", "in the file"):
@@ -79,13 +81,15 @@ def table_of_file(
         weights = checkpoint.read(reference)
     title = path.name if reference is None else f"{path.name} beside {reference.name}"
     try:
-        if page is None:
-            with progress() as advance:
-                report = table(
-                    tree, weights, on_disk=size, progress=lambda number, total, name: advance(name, 1, total)
-                )
-        else:
-            report = write_page(page, tree, weights, title=title, on_disk=size)
+        with progress() as advance:
+
+            def step(number: int, total: int, name: str) -> None:
+                advance(name, 1, total)
+
+            if page is None:
+                report = table(tree, weights, on_disk=size, progress=step)
+            else:
+                report = write_page(page, tree, weights, title=title, on_disk=size, progress=step)
     except ValueError as error:
         raise ValueError(f"{reference or path}: {error}") from error
     show(report)

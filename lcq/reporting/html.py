@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +108,7 @@ def write_page(
     *,
     title: str = "Compressed parameters",
     on_disk: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> Table:
     """Writes what a compressed tree costs, and how far it is from the weights, as one HTML file.
 
@@ -120,6 +121,7 @@ def write_page(
         reference: the weights it came from; adds distortions and the weights' histograms.
         title: of the page.
         on_disk: bytes of the file that the tree is in.
+        progress: as of `table`.
 
     Returns:
         The table that is on the page.
@@ -136,7 +138,7 @@ def write_page(
         ...     "<title>A net</title>" in page.read_text("utf-8")
         True
     """
-    report = table(tree, reference, on_disk=on_disk)
+    report = table(tree, reference, on_disk=on_disk, progress=progress)
     values = flatten(tree)[0]
     originals: Mapping[str, Any] = {} if reference is None else flatten(reference)[0]
     leaves = [_Leaf(row, values[row.path], originals.get(row.path)) for row in report.rows]
