@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-import rich.table
-from rich import box
-from rich.text import Text
-
 import lcq
 from lcq.cli.console import check_output, progress, refuse, show
 from lcq.forms import bitpack
@@ -14,6 +10,7 @@ from lcq.io.container import NAMES, bytes_of
 from lcq.io.entropy_coding import rans
 from lcq.io.file import LIMIT, each_leaf, read_index
 from lcq.io.records import code_streams
+from lcq.reporting.columns import Column, Columns
 from lcq.reporting.html import write_page
 from lcq.reporting.summary import table
 
@@ -37,17 +34,19 @@ def inspect_file(path: Path, limit: float = LIMIT) -> None:
             for name, (stream, levels, count) in code_streams(record, leaf.value).items():
                 codes = bitpack.unpack_host(stream, bitpack.width(levels), count)
                 entropies[name] = f"{count * rans.entropy(codes, levels) / 8:,.0f}"
-    grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    grid.add_column("stream", overflow="fold", style="bold")
-    for name in ("dtype", "shape", "bytes", "entropy", "codec", "in the file"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    for name, struct in held.structs.items():
-        words = (name, NAMES[struct.dtype], "x".join(map(str, struct.shape)), f"{bytes_of(struct):,}")
-        grid.add_row(*map(Text, (*words, entropies.get(name, ""), held.codecs[name], f"{held.sizes[name]:,}")))
+    columns = [
+        Column("stream", tuple(held.structs)),
+        Column("dtype", tuple(NAMES[struct.dtype] for struct in held.structs.values()), number=True),
+        Column("shape", tuple("x".join(map(str, struct.shape)) for struct in held.structs.values()), number=True),
+        Column("bytes", tuple(f"{bytes_of(struct):,}" for struct in held.structs.values()), number=True),
+        Column("entropy", tuple(entropies.get(name, "") for name in held.structs), number=True),
+        Column("codec", tuple(held.codecs[name] for name in held.structs), number=True),
+        Column("in the file", tuple(f"{held.sizes[name]:,}" for name in held.structs), number=True),
+    ]
     size, streams, raw = path.stat().st_size, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
     print(f"{path}: format lcq {held.version}, {len(held.structs)} streams")
     print(f"{size:,} bytes: {streams:,} of streams ({raw:,} before coding), {size - streams:,} of header and index")
-    show(grid)
+    show(Columns(columns))
     if held.metadata:
         print(f"metadata: {', '.join(f'{key!r}: {value!r:.200}' for key, value in held.metadata.items())}")
     if held.plan is not None:

@@ -1,13 +1,15 @@
 """Text in columns that fits a width: names are broken at "/", "_" and spaces only."""
 
+import dataclasses
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import rich.table
 from rich import box
 from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 _FLOORS = {"leaf": 20}
@@ -84,6 +86,21 @@ def grid(columns: Sequence[Column], gap: int, footer: int) -> rich.table.Table:
         bold = "bold" if number > len(lines) - footer else ""
         made.add_row(Text(first, "bold"), *map(Text, others), style=bold, end_section=number == len(lines) - footer)
     return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Columns that rich prints as wide as its console.
+
+    Attributes:
+        columns: All of the same length.
+    """
+
+    columns: Sequence[Column]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        fitting, _, gap = fit(self.columns, options.max_width - 2)  # 2: the edges
+        yield grid(fitting, gap, 0)
 
 
 def _pieces(words: str) -> list[str]:

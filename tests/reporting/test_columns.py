@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from rich.console import Console
 
-from lcq.reporting.columns import Column, fit, fold, terminal_width
+from lcq.reporting.columns import Column, Columns, fit, fold, terminal_width
 
 PATHS = ("encoder/layers_0..11/self_attention/query/kernel", "encoder/layers_0..11/mlp/wi/kernel", "token_embedder")
 COLUMNS = [
@@ -38,6 +39,17 @@ def test_columns_fit(width):
         ] or (column.header == "form")
     if width >= 110:
         assert fitting == COLUMNS and out == []
+
+
+@pytest.mark.parametrize("width", [44, 60, 150])
+def test_a_console_prints_them_as_wide_as_it_is(width):
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(Columns(COLUMNS))
+    lines = captured.get().splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= width
+    assert re.sub(r"\s", "", "".join(line[1:27] for line in lines[2:] if "\u2500" not in line)).count("encoder/") == 2
+    assert sum("1,234,567" in line for line in lines) == 1
 
 
 def test_the_width_is_the_terminal_s(monkeypatch):
