@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 # LAPACK's threads wait for each other in busy loops: on busy cores a small SVD takes ten times its time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Tables are as wide as the terminal; in tests as where there is none.
+os.environ["COLUMNS"] = "100"
 
 import beartype
 import jaxtyping
