@@ -20,6 +20,7 @@ What a first hour needs is here; the rest is in namespaces, whose `__all__` is w
 import importlib
 from typing import Any
 
+from lcq import interrupt as interrupt  # first, as importing the rest takes a while
 from lcq.io import ArtifactError, load, save
 from lcq.plans import Plan, dry_run, pareto, read_plan
 from lcq.ptq import GPFQ, GPTQ, Descent, Qronos, quantize

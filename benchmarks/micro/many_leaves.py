@@ -46,21 +46,26 @@ def timed(row: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
     return result
 
 
+def measured(name: str, tree: dict[str, np.ndarray], scheme: Any) -> dict[str, Any]:
+    """The row of a scheme."""
+    row: dict[str, Any] = {"scheme": name, "leaves": len(tree), "codes": int(np.prod(SHAPE))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/net.lcq"
+        forms = timed(row, "compress", lambda: lcq.compress(tree, [lcq.Rule(".*", scheme)]))
+        row["bytes"] = timed(row, "save", lambda: lcq.save(path, forms))
+        back = timed(row, "load", lambda: lcq.load(path))
+        timed(row, "decompress", lambda: lcq.decompress(back))
+        timed(row, "table", lambda: lcq.table(back))
+        timed(row, "table_with_reference", lambda: lcq.table(back, tree))
+    return row
+
+
 def main() -> None:
     leaves = int(sys.argv[1]) if sys.argv[1:] else LEAVES
     rows = []
     for name, (kind, scheme) in SCHEMES.items():
-        tree, row = trees(leaves)[kind], {"scheme": name, "leaves": leaves, "codes": int(np.prod(SHAPE))}
-        with tempfile.TemporaryDirectory() as folder:
-            path = f"{folder}/net.lcq"
-            forms = timed(row, "compress", lambda: lcq.compress(tree, [lcq.Rule(".*", scheme)]))  # noqa: B023
-            row["bytes"] = timed(row, "save", lambda: lcq.save(path, forms))  # noqa: B023
-            back = timed(row, "load", lambda: lcq.load(path))  # noqa: B023
-            timed(row, "decompress", lambda: lcq.decompress(back))  # noqa: B023
-            timed(row, "table", lambda: lcq.table(back))  # noqa: B023
-            timed(row, "table_with_reference", lambda: lcq.table(back, tree))  # noqa: B023
-        rows.append(row)
-        print(row, flush=True)
+        rows.append(measured(name, trees(leaves)[kind], scheme))
+        print(rows[-1], flush=True)
     record("many_leaves", rows, seeds=[SEED])
 
 

@@ -23,6 +23,7 @@ from lcq.cli.calibration import batches_of, function_of, products_of
 from lcq.cli.console import check_output, in_words_of_the_command, progress, refuse, show
 from lcq.cli.demo import QUICK, RECIPE, demo
 from lcq.cli.inspect import inspect_file, table_of_file
+from lcq.interrupt import raise_interrupts
 from lcq.io.checkpoints import checkpoint
 from lcq.io.file import LIMIT, read_metadata
 from lcq.plans.dry_run import dry_run
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit status."""
     name = "lcq"
     try:
+        raise_interrupts()
         arguments = _parser().parse_args(argv)
         name = f"lcq {arguments.command}"
         with _warnings_in_a_line(name):

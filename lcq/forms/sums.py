@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from lcq.forms.base import Form, register_form
 from lcq.forms.dtypes import nearest_number
-from lcq.forms.validate import check_float
+from lcq.forms.validate import check_float, named
 
 
 @register_form
@@ -56,9 +56,7 @@ class Sum(Form):
         if not self.parts:
             raise ValueError("parts: expected at least one form, got none")
         for i, part in enumerate(self.parts):
-            try:
+            with named(f"parts: {i}"):
                 part.check_stored()
                 if part.shape != self.shape:
                     raise ValueError(f"expected the shape {list(self.shape)} of the first, got {list(part.shape)}")
-            except ValueError as error:
-                raise ValueError(f"parts: {i}: {error}") from error

@@ -1,6 +1,9 @@
-"""What a stored form must be, whoever wrote the file."""
+"""What a stored form must be, whoever wrote the file, and whose fault it is if something is not so."""
 
+import contextlib
+import dis
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,6 +11,32 @@ import numpy as np
 
 from lcq.forms import bitpack
 from lcq.forms.dtypes import FORMATS
+
+_BELOW = {"chex", "flax", "jax", "jaxlib", "numpy", "optax"}
+
+
+@contextlib.contextmanager
+def named(place: str, remedy: str = "") -> Iterator[None]:
+    """Puts `place` before the words of ValueErrors that `finds_fault`, and a remedy behind; others keep their own."""
+    try:
+        yield
+    except ValueError as error:
+        if not finds_fault(error):
+            raise
+        raise ValueError(f"{place}: {error}{remedy}") from error
+
+
+def finds_fault(error: ValueError) -> bool:
+    """Whether a check raised it: of lcq, or of a form, scheme or codec. Errors of JAX may be about anything.
+
+    JAX may cut its own frames out of a traceback: the last one is a check only if it stands at a `raise`.
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _BELOW:
+        return False
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def check_shape(shape: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from lcq.forms.base import is_form
 from lcq.forms.restored import check_restored
+from lcq.forms.validate import named
 from lcq.io.codecs import CODECS, DEFAULT
 from lcq.io.container import NAMES, bytes_of, open_container
 from lcq.io.index import Contents, Said, check_metadata, check_plan, coded_layout, contents_of, plain_layout
@@ -168,10 +169,7 @@ def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tu
         try:
             held, declared = _declared(file, int(min(limit, 1 << 62)))
             for record, leaf in zip(held.records, declared, strict=True):
-                used: dict[str, Any] = {}
-                decode(record, lambda name: used.setdefault(name, held.structs[name]))  # noqa: B023
-                size = sum(bytes_of(struct) + held.decoding.get(name, 0) for name, struct in used.items())
-                if size > limit:
+                if (size := _memory(record, held)) > limit:
                     raise ValueError(
                         f"{leaf.path[:200]}: expected at most {limit:.0f} bytes for a leaf; the file declares {size}; "
                         "raise limit= if you trust it"
@@ -211,10 +209,8 @@ def _to_host(leaf: Leaf) -> Leaf:
         return leaf._replace(value=host_array(leaf.path, leaf.value))
     for array in jax.tree.leaves(leaf.value):
         host_array(leaf.path, array, look=False)
-    try:
+    with named(leaf.path):
         form = leaf.value.pack()
-    except ValueError as error:
-        raise ValueError(f"{leaf.path}: {error}") from error
     return leaf._replace(value=jax.tree.map(lambda array: host_array(leaf.path, array), form))
 
 
@@ -303,6 +299,18 @@ def _declared(file: BufferedReader, limit: int) -> tuple[Contents, list[Leaf]]:
         raise ValueError(f"{min(unused)}: no leaf has this tensor")
     nest(leaves)
     return held, leaves
+
+
+def _memory(record: Any, held: Contents) -> int:
+    """Bytes that the streams of one leaf and their decoding take."""
+    used: set[str] = set()
+
+    def declared(name: str) -> jax.ShapeDtypeStruct:
+        used.add(name)
+        return held.structs[name]
+
+    decode(record, declared)
+    return sum(bytes_of(held.structs[name]) + held.decoding[name] for name in used)
 
 
 def _restore(leaves: list[Leaf], like: Any) -> Any:

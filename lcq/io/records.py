@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcq.forms.base import FORMS, Form, is_form
+from lcq.forms.validate import named
 from lcq.io.tree_paths import DEPTH, Leaf, is_empty
 
 _NESTED = 8  # forms inside each other
@@ -59,10 +60,8 @@ class Encoder:
         """
         where: dict[str, Any] = {"path": list(leaf.keys), "kinds": leaf.kinds}
         if is_form(leaf.value):
-            try:
+            with named(leaf.path):
                 check_form(leaf.value)
-            except ValueError as error:
-                raise ValueError(f"{leaf.path}: {error}") from error
             return where | self._form(leaf.path, "", leaf.value)
         if is_empty(leaf):
             empty: Any = None if leaf.value is None else [] if isinstance(leaf.value, list | tuple) else {}
@@ -163,7 +162,7 @@ def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
         case _:
             raise ValueError(f"expected a leaf with its path and kinds, got {reprlib.repr(record)}")
     leaf = Leaf(tuple(keys), kinds, None)
-    try:
+    with named(leaf.path[:200]):
         if not all(type(key) in _KEYS.get(kind, ()) for key, kind in zip(keys, kinds, strict=True)):
             raise ValueError(f"expected keys of the kinds {kinds!r}, got {keys}")
         match body:
@@ -173,8 +172,6 @@ def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
                 return leaf._replace(value=value)
         form = _decode_form(body, stream, _NESTED)
         check_form(form)
-    except ValueError as error:
-        raise ValueError(f"{leaf.path[:200]}: {error}") from error
     return leaf._replace(value=form)
 
 

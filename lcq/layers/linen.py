@@ -11,6 +11,7 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Shaped
 
+from lcq.forms.validate import named
 from lcq.layers import binary, frozen
 from lcq.layers.binary import Padding, Window
 from lcq.layers.frozen import Bits
@@ -204,10 +205,8 @@ def freeze(net: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: A
 def _checked(packed: Mapping[str, Any], *path: str) -> dict[str, Any]:
     """Packed layers, those whose kernels were taken as they are being binary."""
     if _SPREAD in packed and isinstance(packed.get(_NAME), frozen.Frozen):
-        try:
+        with named("/".join((*path, "kernel"))):
             binary.check_binary(packed[_SPREAD])
-        except ValueError as error:
-            raise ValueError(f"{'/'.join((*path, 'kernel'))}: {error}") from error
         return {_NAME: packed[_NAME]}
     return {key: _checked(a, *path, key) if isinstance(a, Mapping) else a for key, a in packed.items()}
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
+from lcq.forms.validate import named
 from lcq.layers import binary, frozen
 from lcq.layers.binary import Padding, Window
 from lcq.layers.frozen import Bits
@@ -234,8 +235,6 @@ def freeze(net: _Net) -> _Net:
     if not layers:
         raise ValueError(f"expected a net with BinaryDense or BinaryConv in it, got {type(net).__name__} without")
     for path, layer in layers.items():
-        try:
+        with named("/".join(map(str, (*path, "kernel")))):
             layer.freeze()
-        except ValueError as error:
-            raise ValueError(f"{'/'.join(map(str, (*path, 'kernel')))}: {error}") from error
     return copy

@@ -10,6 +10,7 @@ import jax
 
 from lcq.forms import Codes
 from lcq.forms.base import Form, is_form
+from lcq.forms.validate import finds_fault
 from lcq.plans.text import make, right_side, settings_of
 from lcq.ptq.preview import preview
 from lcq.reporting.summary import Row, Table, rows
@@ -93,6 +94,8 @@ def _only_for_products(decided: dict[str, Rule], leaves: dict[str, Any]) -> dict
         try:
             rule.scheme.check(leaf.shape[rule.stacked :])
         except ValueError as error:
+            if not finds_fault(error):
+                raise
             found[path] = rule
             warnings.warn(
                 f"{path}: compress cannot take this rule: {error}; counted as for quantize, whose groups run along the "

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from lcq.forms.validate import named
 from lcq.schemes.additive import Additive
 from lcq.schemes.base import Scheme
 from lcq.schemes.cast import Cast
@@ -214,13 +215,13 @@ def _made(node: ast.expr, text: str) -> Scheme:
     name, call = _names_scheme(node), node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     assert name is not None
     given = [_setting(argument, text) for argument in call.args]
-    named = {str(k.arg): _setting(k.value, text) for k in call.keywords if k.arg}
-    if len(named) < len(call.keywords):
+    by_name = {str(k.arg): _setting(k.value, text) for k in call.keywords if k.arg}
+    if len(by_name) < len(call.keywords):
         raise ValueError(f"{text}: {_PLAIN}; {_known()}")
     scheme = SCHEMES[name]
     signature, hints = inspect.signature(scheme), typing.get_type_hints(scheme)
     try:
-        settings = signature.bind(*given, **named).arguments
+        settings = signature.bind(*given, **by_name).arguments
     except TypeError as error:
         raise ValueError(f"{text}: {error}; expected {_usage(name)}") from error
     for setting, value in settings.items():
@@ -228,10 +229,8 @@ def _made(node: ast.expr, text: str) -> Scheme:
         if not (_fits(value, hint) or (several and all(_fits(each, hint) for each in value))):
             wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
             raise ValueError(f"{text}: expected {setting}: {wanted}, got {value!r}; {_usage(name)}")
-    try:
+    with named(text):
         return make(scheme, settings)
-    except ValueError as error:
-        raise ValueError(f"{text}: {error}") from error
 
 
 def _setting(node: ast.expr, text: str) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from lcq.forms import Codes
 from lcq.forms.base import is_form
 from lcq.forms.blocks import block_counts
+from lcq.forms.validate import named
 from lcq.ptq.leaf_assembly import period
 from lcq.ptq.quantize import decide
 from lcq.tracing.contraction import Product
@@ -59,10 +60,8 @@ def _numbers(product: Product, rule: Rule) -> np.ndarray:
     """The number of its block for each weight [G, N, n] of a product."""
     groups, _, many, neurons = product.shape
     per: Any = getattr(rule.scheme, "per", None)
-    try:
+    with named(product.path, ", the inputs of its product; choose a length that does"):
         inputs, columns = block_counts(per, (many, groups * neurons))
-    except ValueError as error:
-        raise ValueError(f"{product.path}: {error}, the inputs of its product; choose a length that does") from error
     counts = (groups if rule.stacked or columns > 1 else 1, inputs, neurons if columns > 1 else 1)
     numbers = np.arange(math.prod(counts)).reshape(counts).repeat(many // inputs, 1)
     return np.broadcast_to(numbers, (groups, many, neurons))

@@ -19,12 +19,13 @@ from jaxtyping import Array, Float
 
 from lcq.forms import Codes
 from lcq.forms.blocks import Per, block_counts, blocks, compute_dtype
+from lcq.forms.validate import named
 from lcq.schemes.levels import Binary
 from lcq.training.given import abstract
 from lcq.training.straight_through import straight_through
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, Rules, checked, named, resolve
+from lcq.tree.rules import Rule, Rules, checked, resolve
 
 Axes = tuple[int, ...]
 

@@ -1,13 +1,11 @@
 """Where to compress: rules on leaf paths, resolved once into tasks."""
 
-import contextlib
 import dataclasses
 import difflib
-import dis
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +15,7 @@ from typing_extensions import TypeAliasType
 from lcq.forms.axes import check_layout, mixes_layers, warning
 from lcq.forms.base import Form, is_form, share
 from lcq.forms.blocks import block_counts
+from lcq.forms.validate import named
 from lcq.schemes.base import Scheme, check_importance
 from lcq.tree.paths import flatten, leave_out, places_of_none
 
@@ -70,10 +69,8 @@ class Rule:
             )
         if self.layout is None:
             return
-        try:
+        with named(f"rule {self.pattern!r}"):
             check_layout(self.layout)
-        except ValueError as error:
-            raise ValueError(f"rule {self.pattern!r}: {error}") from error
         if self.scheme is not None and any(isinstance(per, tuple) for per in self.scheme.cuts):
             raise ValueError(
                 f"rule {self.pattern!r}: expected layout= or lengths as a tuple, got {self.scheme} and layout="
@@ -127,26 +124,6 @@ class Task:
         if len(self.paths) > 1:
             forms = tuple(share(form, self.name) for form in forms)
         return forms
-
-
-@contextlib.contextmanager
-def named(path: str) -> Iterator[None]:
-    """Puts `path` before the words of ValueErrors that lcq itself raises inside; those of JAX, which may be about
-    anything, keep their own.
-
-    JAX may cut its own frames out of a traceback: the last one is lcq's own fault only if it stands at a `raise`.
-    """
-    try:
-        yield
-    except ValueError as error:
-        last = error.__traceback__
-        while last is not None and last.tb_next is not None:
-            last = last.tb_next
-        if last is None or last.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "lcq":
-            raise
-        if dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] != "RAISE_VARARGS":
-            raise
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, importance: Any, stacked: int) -> tuple[Form, ...]:
@@ -283,11 +260,9 @@ def _fitted(path: str, leaf: Any, rule: Rule) -> Scheme:
             f"lower stacked=, or {remedy}"
         )
     shape = leaf.shape[rule.stacked :]
-    try:
+    with named(name, f"; change rule {rule.pattern!r}, or {remedy}"):
         scheme = rule.scheme if rule.layout is None else rule.scheme.oriented(rule.layout, len(shape))
         scheme.check(shape)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; change rule {rule.pattern!r}, or {remedy}") from error
     return scheme
 
 
