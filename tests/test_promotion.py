@@ -60,7 +60,7 @@ def test_schemes_and_forms(strict, scheme):
 def test_packed_functions(strict, scheme):
     forms, run = lcq.compress(W, [lcq.Rule("kernel", scheme)]), lcq.packed(net)
     wanted = X @ forms["kernel"].dense()
-    for tree in (forms, run.lay_out(forms, X)):
+    for tree in (forms, run.prepack(forms, X)):
         np.testing.assert_allclose(run(tree, X), wanted, atol=1e-4)
 
 

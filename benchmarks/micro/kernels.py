@@ -78,8 +78,8 @@ def signs_rows() -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
+    from lcq.forms.column_words import pack_signs
     from lcq.kernels.api import binary_matmul
-    from lcq.kernels.columns import pack_signs
     from lcq.kernels.signs import signs
 
     rows = []
@@ -115,13 +115,12 @@ def convolution_rows() -> list[dict[str, Any]]:
 
 
 def weight_rows() -> list[dict[str, Any]]:
-    """Float32 activations and codes of 4096 x 4096, laid out once."""
+    """Float32 activations and codes of 4096 x 4096, prepacked once."""
     import jax
     import jax.numpy as jnp
 
     import lcq
     from lcq.kernels.api import matmul
-    from lcq.kernels.columns import columns
 
     w = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
     schemes = {
@@ -130,7 +129,7 @@ def weight_rows() -> list[dict[str, Any]]:
         "uniform 4 bits": lcq.Uniform(4, per="channel"),
         "codebook of 16": lcq.KMeans(16),
     }
-    forms = {name: columns(scheme.project(w)) for name, scheme in schemes.items()}
+    forms = {name: scheme.project(w).prepack() for name, scheme in schemes.items()}
     dot, door = jax.jit(jnp.dot), jax.jit(matmul)
     dense = jax.jit(lambda x, form: jnp.dot(x, form.dense()))
     rows = []
@@ -153,18 +152,17 @@ def kept_rows() -> list[dict[str, Any]]:
 
     import lcq
     from lcq.kernels.api import matmul
-    from lcq.kernels.ell import lists
 
     w = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
-    laid = {kept: lists(lcq.Prune(kept=kept).project(w)) for kept in (0.02, 0.05, 0.1)}
+    ready = {kept: lcq.Prune(kept=kept).project(w).prepack() for kept in (0.02, 0.05, 0.1)}
     dot, door, rows = jax.jit(jnp.dot), jax.jit(matmul), []
     for m in ROWS:
         x = jax.random.normal(jax.random.key(1), (m, SIZE))
         contestants = {"float32": lambda x=x: dot(x, w)}
-        contestants |= {f"{kept:.0%} kept": lambda x=x, form=form: door(x, form) for kept, form in laid.items()}
+        contestants |= {f"{kept:.0%} kept": lambda x=x, form=form: door(x, form) for kept, form in ready.items()}
         bytes_of = {
             f"{kept:.0%} kept": {"arguments": form.bits // 8, "temporary": temporary(matmul, x, form)}
-            for kept, form in laid.items()
+            for kept, form in ready.items()
         }
         found = times(contestants, 15 if m > 16 else 41, m == 1)
         rows.append(row("kept weights", (m, SIZE, SIZE), found, cold=m == 1, bytes=bytes_of))
@@ -201,7 +199,7 @@ def net_rows() -> list[dict[str, Any]]:
         net, dense = lcq.packed(fn), jax.tree.map(jnp.asarray, lcq.decompress(forms))
         for m in batches:
             x = jax.random.normal(jax.random.key(1), (m, *shape))
-            ready = net.lay_out(forms, x)
+            ready = net.prepack(forms, x)
             calls = {"float32": (jax.jit(fn), dense), "packed": (jax.jit(net), ready)}
             contestants = {key: lambda f=f, w=w, x=x: f(w, x) for key, (f, w) in calls.items()}
             found = times(contestants, 15, m == 1)

@@ -29,7 +29,7 @@ def row(cell: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
     contestants = {
         "dense": (jax.jit(net.apply), lcq.decompress(forms)),
         "packed": (jax.jit(lcq.packed(net.apply)), forms),
-        "on codes": (jax.jit(lcq.packed(net.apply, held=0)), lcq.packed(net.apply, held=0).lay_out(forms, x)),
+        "on codes": (jax.jit(lcq.packed(net.apply, held=0)), lcq.packed(net.apply, held=0).prepack(forms, x)),
     }
     memory = {
         name: fn.lower(p, x).compile().memory_analysis().temp_size_in_bytes for name, (fn, p) in contestants.items()

@@ -3,14 +3,20 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar, dataclass_transform
+from typing import Any, Literal, Self, TypeVar, dataclass_transform
 
 import jax
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from lcq.forms.dtypes import own_promotion
+from lcq.forms.meshes import spec_of
 from lcq.forms.registry import Registry
+from lcq.forms.relayout import MatrixView, Relayout
 from lcq.forms.serialization import register_node
+
+Decoding = Literal["never", "many rows", "always"]
+"""For products of how many rows a form is decoded."""
 
 
 def static(**kwargs: Any) -> Any:
@@ -34,7 +40,10 @@ class Form(abc.ABC):
 
     A form has two layouts with equal `dense()`. The *working* layout, made by a scheme, holds arrays of fixed
     shape and is legal under jit, cond, vmap and scan. The *stored* layout, made by `pack()` on the host, holds packed
-    bits and is what a file contains.
+    bits and is what a file contains. For products on the weights of a loaded net, `prepack` may make a third.
+
+    What has to be written is abstract here. With that alone a form works everywhere; the other methods keep it from
+    being made dense where it is moved, taken apart or multiplied, and say in tables what it is.
 
     Subclasses are final, frozen dataclasses registered by `register_form`. Fields made by `static()` are part of the
     tree's structure; fields made by `leafwise()` have the shape of the compressed leaf in the working layout, so an
@@ -92,6 +101,73 @@ class Form(abc.ABC):
         Arrays may be shape structs, so that a file is checked before anything is allocated.
         """
 
+    def describe(self) -> str:
+        """What is stored, in a few words for tables, such as "codes K=4, 8 scales"."""
+        return type(self).__name__.lower()
+
+    def one_per(self) -> str:
+        """Along which axes scales, codebooks or groups are told apart, such as "axis 1"; "" for one in all."""
+        return ""
+
+    def relayout(self, change: Relayout) -> "Form | None":
+        """The form of change.function(dense()), in either layout; None if it cannot be said without the dense array.
+
+        As it is, for a change that is idle, and for forms whose arrays all have the leaf's shape in the working layout.
+        """
+        return self if change.idle else self._each_leafwise(change.function)
+
+    def take_rows(self, rows: Int[Array, " R"]) -> "Form | None":
+        """The form of dense()[rows], for rows that exist, in either layout; None likewise."""
+        return self._each_leafwise(lambda a: a[rows])
+
+    def unstack(self) -> "Form | None":
+        """The forms of all rows of a leaf, their arrays stacked, as scan and vmap take them apart; None likewise."""
+        return self._each_leafwise(lambda a: a)
+
+    def prepack(self, view: MatrixView | None = None, *, traced: bool = False) -> "Form":
+        """The form of a leaf of the same shape as products read it best; itself if that is so already.
+
+        Args:
+            view: the matrices that a leaf is multiplied as; None for a leaf [K, n], or stacked ones [.., K, n].
+            traced: whether only what can be traced may be done, cheap beside one product; else it is done once, when
+                a net is loaded, and may look at values on the host.
+        """
+        del view, traced
+        return self
+
+    def product(self, x: Array, matmul: Callable[[Array, Any], Array]) -> Array | None:
+        """x dense(), of a leaf [K, n] or [G, K, n], in a better way than by the dense array; None if there is none.
+
+        Args:
+            x: activations [.., K], or [G, .., K].
+            matmul: the product of activations with a form, as `lcq.kernels.matmul`.
+        """
+        del x, matmul
+        return None
+
+    @property
+    def decoding(self) -> Decoding:
+        """For products of how many rows kernels make the dense array, or parts of it."""
+        return "always"
+
+    def spec(self, mesh: Any) -> tuple[Any, ...]:
+        """Along which axes of a mesh with explicit axes those of `dense()` lie; None for those that are on all devices.
+
+        As its leafwise arrays do in the working layout.
+        """
+        del mesh
+        arrays = [getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("leafwise")]
+        whole = [a for a in arrays if a is not None and a.shape == self.shape]
+        return spec_of(whole[0]) if whole else (None,) * len(self.shape)
+
+    def _each_leafwise(self, change: Callable[[Any], Any]) -> "Form | None":
+        form = self.unpack()
+        given = [(f, getattr(form, f.name)) for f in dataclasses.fields(form) if not f.metadata.get("static")]
+        given = [(field, array) for field, array in given if array is not None]
+        if not all(field.metadata.get("leafwise") and array.shape == form.shape for field, array in given):
+            return None
+        return dataclasses.replace(form, **{field.name: change(jnp.asarray(array)) for field, array in given})
+
 
 _F = TypeVar("_F", bound=Form)
 
@@ -100,11 +176,25 @@ FORMS: Registry[type[Form]] = Registry("forms", "import the package that registe
 """Every form by its name in files."""
 
 
+_NUMERIC = (
+    "dense",
+    "pack",
+    "unpack",
+    "prepack",
+    "relayout",
+    "take_rows",
+    "unstack",
+    "product",
+    "matrix",
+    "take_columns",
+)
+
+
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, leafwise, own))
 def tree_form(cls: type[_F]) -> type[_F]:
     """Makes a class a frozen dataclass and a pytree, which jax.export and flax.serialization can write; its
     arithmetic is under `own_promotion`."""
-    for name in ("dense", "pack", "unpack", "matrix", "take"):
+    for name in _NUMERIC:
         if name in vars(cls):
             setattr(cls, name, own_promotion()(vars(cls)[name]))
     cls = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))

@@ -38,6 +38,9 @@ class Cast(Form):
     def dense(self) -> Array:
         return nearest_number(self.values, self.dtype)
 
+    def describe(self) -> str:
+        return f"values {self.values.dtype}"
+
     def check_stored(self) -> None:
         check_shape(self.values.shape)
         check_float("values", str(self.values.dtype))

@@ -7,12 +7,15 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from lcq.forms import bitpack
-from lcq.forms.base import Form, leafwise, register_form, static
+from lcq.forms.axes import shares
+from lcq.forms.base import Decoding, Form, leafwise, register_form, static
 from lcq.forms.blocks import blocks, compute_dtype, explicit_sharding
+from lcq.forms.columns import columns, equal_steps
 from lcq.forms.dtypes import nearest_number, wider
+from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
 _SELECT = 8
@@ -118,6 +121,93 @@ class Codes(Form):
             wide = wider(value.dtype, form.scale.dtype)
             value = value.astype(wide) * jnp.asarray(form.scale, wide).reshape(cut.stat)
         return nearest_number(value.reshape(codes.shape), self.dtype)
+
+    def describe(self) -> str:
+        words = [f"codes K={self.size_of_table}"]
+        if self.values is not None:
+            words.append("fixed")
+        elif (many := self.levels.size // self.levels.shape[-1]) > 1:
+            words.append(f"{many} tables")
+        if self.scale is not None:
+            words.append(f"{self.scale.size} scales" if self.scale.size > 1 else "scaled")
+        if self.zero is not None:
+            words.append("shifted")
+        return ", ".join(words)
+
+    def one_per(self) -> str:
+        counts = [a.shape[: len(self.shape)] for a in (self.scale, self.levels, self.zero) if a is not None]
+        return shares(self.shape, counts[0]) if counts else ""
+
+    def relayout(self, change: Relayout) -> Form | None:
+        if change.idle:
+            return self
+        tables = change.tables(self._tables())
+        if tables is None:
+            return None
+        if self.packed is not None and change.in_order:
+            return self._replaced(packed=change.result, **tables)
+        form = self.unpack()
+        return form._replaced(codes=change.function(form.codes), **tables)
+
+    def take_rows(self, rows: Int[Array, " R"]) -> Form:
+        """Of packed codes whole words are taken, if no word holds codes of two rows."""
+        tables, count = take_from_tables(self._tables(), rows, self.shape[0]), rows.shape[0]
+        if (words := self._words()) is None:
+            form = self.unpack()
+            return form._replaced(codes=form.codes[rows], **tables)
+        rest = self.shape[1:]
+        if jax.export.is_symbolic_dim(count):  # words of a number of rows that is not known are nobody's to unpack
+            width = bitpack.width(self.size_of_table)
+            codes = jax.vmap(lambda row: bitpack.unpack(row, width, rest))(words[rows])
+            return self._replaced(codes=codes, packed=None, **tables)
+        return self._replaced(codes=words[rows].reshape(-1), packed=(count, *rest), **tables)
+
+    def unstack(self) -> Form:
+        tables = unstack_tables(self._tables(), self.shape[0])
+        if (words := self._words()) is not None:
+            return self._replaced(codes=words, packed=self.shape[1:], **tables)
+        form = self.unpack()
+        return form._replaced(codes=form.codes, **tables)
+
+    def prepack(self, view: MatrixView | None = None, *, traced: bool = False) -> Form:
+        """As `Columns`.
+
+        Raises:
+            ValueError: codes of a vector.
+
+        Example:
+            >>> import lcq
+            >>> lcq.KMeans(2).project(jnp.array([[-1.0, -3.0], [1.0, 3.0]])).prepack().words.tolist()
+            [[[2, 2]]]
+        """
+        del traced
+        matrix: Any = self if view is None else self.relayout(view.of(self.shape))
+        if matrix is None:
+            return self
+        form = matrix.unpack()
+        if form.codes.ndim < 2:
+            raise ValueError(f"expected codes of a matrix [K, n], or stacked ones, got {list(form.shape)}")
+        made = columns(form.codes, form.levels, form.values, form.scale, form.zero)
+        return dataclasses.replace(made, dtype=form.dtype, shared=form.shared).seen_as(self.shape, view)
+
+    @property
+    def decoding(self) -> Decoding:
+        return "many rows" if equal_steps(self.values, self.size_of_table) else "always"
+
+    def _tables(self) -> dict[str, Array]:
+        form = self.with_zeros()
+        given = {"levels": form.levels, "scale": form.scale, "zero": form.zero}
+        return {name: jnp.asarray(a) for name, a in given.items() if a is not None}
+
+    def _words(self) -> Array | None:
+        """Packed codes, the words of each row of the leaf apart, if no word holds codes of two rows."""
+        if self.packed is None:
+            return None
+        bits = bitpack.width(self.size_of_table) * math.prod(self.packed[1:])
+        return jnp.asarray(self.codes).reshape(self.packed[0], -1) if bits and bits % 32 == 0 else None
+
+    def _replaced(self, **changes: Any) -> "Codes":
+        return dataclasses.replace(self, **changes)
 
     def check_stored(self) -> None:
         if self.packed is None:

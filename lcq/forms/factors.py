@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from lcq.forms.base import Form, own, register_form, static
-from lcq.forms.dtypes import nearest_number
+from lcq.forms.base import Decoding, Form, own, register_form, static
+from lcq.forms.cast import Cast
+from lcq.forms.dtypes import nearest_number, wider
+from lcq.forms.meshes import divides, spec_of
+from lcq.forms.relayout import Relayout
 from lcq.forms.validate import check_float, check_shape
 
 
@@ -83,6 +87,84 @@ class Factors(Form):
     def dense(self) -> Array:
         return nearest_number(from_matrix(self._matrix(), self.tail, self.separable), self.dtype)
 
+    def describe(self) -> str:
+        rank = "room for rank" if self.rank is not None else "rank"
+        return "matrix" if self.right is None else f"{rank} {self.left.shape[-1]}"
+
+    def relayout(self, change: Relayout) -> Form | None:
+        """Each matrix of the result is rows r, r+1, .. and columns c, c+1, .. of one of its own, or that transposed."""
+        if change.idle:
+            return self
+        if self.right is None:
+            return Cast(self.dense(), dtype=self.dtype).relayout(change)
+        if len(change.result) not in (2, 3):
+            return None
+        rows, columns = matrix_shape(self.tail, self.separable)
+        places = change.places
+        if self.separable:
+            kh, kw, cin, cout = self.tail
+            order = np.arange(math.prod(self.shape)).reshape(-1, kh, kw, cin, cout).swapaxes(2, 3)
+            places = np.argsort(order.reshape(-1))[places]
+        for turned in (False, True):
+            cut = places.swapaxes(-1, -2) if turned else places
+            lead, (k, n) = cut.shape[:-2], cut.shape[-2:]
+            first = cut.reshape(-1, k, n)[:, :1, :1]
+            matrix, rest = np.divmod(first.reshape(-1), rows * columns)
+            row, column = np.divmod(rest, columns)
+            grid = first + np.arange(k)[:, None] * columns + np.arange(n)
+            if (row + k > rows).any() or (column + n > columns).any() or (grid.reshape(cut.shape) != cut).any():
+                continue
+            left = _cut_out(self.left, matrix, row, k, -2).reshape(*lead, k, -1)
+            right = _cut_out(self.right, matrix, column, n, -1).reshape(*lead, -1, n)
+            if turned:
+                left, right = jnp.swapaxes(right, -1, -2), jnp.swapaxes(left, -1, -2)
+            return self._replaced(left=left, right=right, rank=None, tail=change.result[-2:], separable=False)
+        return None
+
+    def take_rows(self, rows: Int[Array, " R"]) -> Form | None:
+        left, length = jnp.asarray(self.left), self.shape[0]
+        if left.ndim > 2:
+            rank = None if self.rank is None else self.rank[rows]
+            right = None if self.right is None else jnp.asarray(self.right)[rows]
+            return self._replaced(left=left[rows], right=right, rank=rank)
+        if self.separable:
+            return None
+        some = left.reshape(length, -1, left.shape[-1])[rows].reshape(-1, left.shape[-1])
+        return self._replaced(left=some, rank=None, tail=(rows.shape[0], *self.tail[1:]))
+
+    def unstack(self) -> Form | None:
+        left, length = jnp.asarray(self.left), self.shape[0]
+        if left.ndim > 2:
+            return self
+        if self.separable or len(self.tail) < 3:
+            return None
+        right = None if self.right is None else jnp.asarray(self.right)
+        if right is not None:
+            right = jnp.broadcast_to(right, (length, *right.shape))
+        return self._replaced(left=left.reshape(length, -1, left.shape[-1]), right=right, rank=None, tail=self.tail[1:])
+
+    def product(self, x: Array, matmul: Callable[[Array, Any], Array]) -> Array | None:
+        """(x left) right."""
+        del matmul
+        if self.right is None or self.separable:
+            return None
+        return jnp.matmul(jnp.matmul(x.astype(wider(x.dtype, self.left.dtype)), self.left), self.right)
+
+    @property
+    def decoding(self) -> Decoding:
+        return "always" if self.right is None else "never"
+
+    def spec(self, mesh: Any) -> tuple[Any, ...]:
+        if self.separable:
+            return (None,) * len(self.shape)
+        *stacked, rows = spec_of(self.left)[:-1]
+        columns = spec_of(self.left if self.right is None else self.right)[-1]
+        rows = rows if divides(rows, self.tail[0], mesh) else None
+        return (*stacked, rows, *[None] * (len(self.tail) - 2), columns)
+
+    def _replaced(self, **changes: Any) -> "Factors":
+        return dataclasses.replace(self, **changes)
+
     def layers(self) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Kernels of the two layers that do what the one did, for fine-tuning: no activation between, the bias second.
 
@@ -132,6 +214,18 @@ class Factors(Form):
         got = (tuple(self.left.shape), None if self.right is None else tuple(self.right.shape))
         if got != wanted:
             raise ValueError(f"expected factors of a matrix {[rows, columns]}, {wanted}, got {got}")
+
+
+def _cut_out(a: Any, matrix: np.ndarray, start: np.ndarray, length: int, axis: int) -> Array:
+    """[G, ...]: of matrix[g] the `length` rows or columns from start[g]."""
+    a = jnp.asarray(a)
+    a = a.reshape(-1, *a.shape[-2:])
+    if len(a) != len(matrix) or (matrix != np.arange(len(a))).any():
+        a = a[matrix]
+    if length == a.shape[axis]:
+        return a
+    index = start[:, None] + np.arange(length)
+    return jnp.take_along_axis(a, jnp.asarray(index[:, :, None] if axis == -2 else index[:, None]), axis)
 
 
 def check_matrix_shape(shape: tuple[int, ...], separable: bool) -> None:

@@ -13,7 +13,7 @@ from lcq.forms.serialization import MARK, name_of
 def check_restored(tree: Any) -> None:
     """Refuses a tree with dicts in place of forms. Their shapes and kinds are in no checkpoint but flax's.
 
-    A dict of nothing but `values`, as orbax makes of a `Cast`, may be anyone's and passes.
+    A dict with a single entry, as orbax makes of a `Cast`, may be anyone's and passes.
 
     Raises:
         ValueError: a dict with the fields of a form.
@@ -47,7 +47,7 @@ def _kind(node: Any) -> str | None:
     if set(node) == {"parts"} and isinstance(parts := node["parts"], list | tuple | Mapping):
         some = list(parts.values() if isinstance(parts, Mapping) else parts)
         return "Sum" if some and all(_kind(part) or set(part) == _fields("Cast") for part in some) else None
-    return next((name for name in FORMS if name not in ("Cast", "Sum") and set(node) == _fields(name)), None)
+    return next((name for name in FORMS if len(_fields(name)) > 1 and set(node) == _fields(name)), None)
 
 
 def _fields(name: str) -> set[str]:

@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from lcq.forms import bitpack
+from lcq.forms.axes import shares
 from lcq.forms.base import Form, leafwise, register_form, static
 from lcq.forms.codes import Codes
 from lcq.forms.dtypes import nearest_number
+from lcq.forms.ell import lists
+from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
 
@@ -122,6 +126,65 @@ class Sparse(Form):
             values = Codes(values, levels=form.levels, dtype=str(form.levels.dtype)).dense()
         values = nearest_number(values, self.dtype)
         return jnp.where(form.mask, values, jnp.zeros_like(values))
+
+    def describe(self) -> str:
+        words = [f"sparse {self.values.dtype if self.levels is None else f'K={self.levels.shape[-1]}'}"]
+        if self.packed is not None:
+            words += [f"{self.kept:,} kept", "bit mask" if self.gap is None else f"gaps of {self.gap} bits"]
+        return ", ".join(words)
+
+    def one_per(self) -> str:
+        if not self.group:
+            return ""
+        return shares(self.shape, [n // g for n, g in zip(self.shape, self._lengths(self.shape), strict=True)])
+
+    def relayout(self, change: Relayout) -> Form | None:
+        if change.idle:
+            return self
+        tables = change.tables(self._tables())
+        if tables is None:
+            return None
+        if self.packed is not None and change.in_order and not self.group:
+            return self._replaced(packed=change.result, **tables)
+        return self._changed(change.function, tables)
+
+    def take_rows(self, rows: Int[Array, " R"]) -> Form:
+        return self._changed(lambda a: a[rows], take_from_tables(self._tables(), rows, self.shape[0]))
+
+    def unstack(self) -> Form:
+        return self._changed(lambda a: a, unstack_tables(self._tables(), self.shape[0]))
+
+    def prepack(self, view: MatrixView | None = None, *, traced: bool = False) -> Form:
+        """As `Ell`, where few weights are few in each column; on the host, as the length of lists depends on the mask.
+
+        Example:
+            >>> import lcq
+            >>> w = jnp.array([[0.1, 5.0], [0.2, 0.3], [4.0, 0.1], [0.0, 0.3]])
+            >>> ready = lcq.Prune(kept=2).project(w).prepack()
+            >>> ready.places.tolist(), ready.values.tolist()
+            ([[2, 0]], [[4.0, 5.0]])
+        """
+        if traced or any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(self)):
+            return self
+        here = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), self)  # a copy that is on no mesh
+        matrix: Any = here if view is None else here.relayout(view.of(self.shape))
+        if matrix is None:
+            return self
+        form = matrix.unpack()
+        made = lists(np.asarray(form.mask), np.asarray(form.dense()))
+        if made is None:
+            return self
+        return dataclasses.replace(made, dtype=self.dtype, shared=self.shared).seen_as(self.shape, view)
+
+    def _tables(self) -> dict[str, Array]:
+        return {} if self.levels is None else {"levels": jnp.asarray(self.levels)}
+
+    def _changed(self, change: Callable[[Any], Any], tables: dict[str, Array]) -> "Sparse":
+        form = self.unpack()
+        return form._replaced(mask=change(form.mask), values=change(form.values), group=(), **tables)
+
+    def _replaced(self, **changes: Any) -> "Sparse":
+        return dataclasses.replace(self, **changes)
 
     def check_stored(self) -> None:
         if self.packed is None:

@@ -1,14 +1,17 @@
 """Sum: several forms added together."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, Self
 
-from jaxtyping import Array
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from lcq.forms.base import Form, register_form
-from lcq.forms.dtypes import nearest_number
+from lcq.forms.dtypes import nearest_number, wider
+from lcq.forms.relayout import MatrixView, Relayout
 from lcq.forms.validate import check_float, named
 
 
@@ -50,6 +53,36 @@ class Sum(Form):
         for part in self.parts[1:]:
             total = total + part.dense()
         return nearest_number(total, self.dtype)
+
+    def describe(self) -> str:
+        return " + ".join(part.describe() for part in self.parts)
+
+    def one_per(self) -> str:
+        return "; ".join(dict.fromkeys(filter(None, (part.one_per() for part in self.parts))))
+
+    def relayout(self, change: Relayout) -> Form | None:
+        return self._all(lambda part: part.relayout(change))
+
+    def take_rows(self, rows: Int[Array, " R"]) -> Form | None:
+        return self._all(lambda part: part.take_rows(rows))
+
+    def unstack(self) -> Form | None:
+        return self._all(lambda part: part.unstack())
+
+    def prepack(self, view: MatrixView | None = None, *, traced: bool = False) -> Form:
+        return self._each(lambda part: part.prepack(view, traced=traced))
+
+    def product(self, x: Array, matmul: Callable[[Array, Any], Array]) -> Array:
+        wide = wider(x.dtype, self.dtype, jnp.float32)
+        return functools.reduce(jnp.add, (matmul(x, part).astype(wide) for part in self.parts))
+
+    def spec(self, mesh: Any) -> tuple[Any, ...]:
+        return self.parts[0].spec(mesh)
+
+    def _all(self, change: Callable[[Form], Form | None]) -> Form | None:
+        """Each part changed; None if one of them is."""
+        parts = [part for part in map(change, self.parts) if part is not None]
+        return dataclasses.replace(self, parts=tuple(parts)) if len(parts) == len(self.parts) else None
 
     def check_stored(self) -> None:
         check_float("dtype", self.dtype)

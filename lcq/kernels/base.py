@@ -1,72 +1,61 @@
-"""Laid: a leaf as the matrix that kernels read."""
+"""`Kernel`: one way to multiply activations with a form; and the registry of all."""
 
 import abc
-import dataclasses
-import math
-from typing import Never, Self
 
-import jax
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Num
 
-from lcq.forms.base import Form, static
+from lcq.forms.base import Form
+from lcq.forms.registry import Registry
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Laid(Form):
-    """A leaf laid out for products: in memory only, not for files.
+class Kernel(abc.ABC):
+    """One way to compute y = x Delta(form), x [M, K], of forms [K, n].
 
-    Attributes:
-        tail: shape of the leaf, without stacked axes.
-        axes: the order of the leaf's axes in which it is the matrix [K, n], reshaped.
+    A subclass is one file. It is registered by a name, under which `matmul(x, form, kernel=name)` takes it; and taken
+    without one for the forms that it `suits`.
+
+    Example:
+        >>> import jax.numpy as jnp, lcq
+        >>> @KERNELS.register("in bfloat16")
+        ... class Rounded(Kernel):
+        ...     def check(self, form):
+        ...         if not isinstance(form, lcq.forms.Factors):
+        ...             raise ValueError(f"expected factors, got {type(form).__name__}; leave kernel= out")
+        ...     def product(self, x, form):
+        ...         return x.astype("bfloat16") @ form.dense().astype("bfloat16")
+        >>> lcq.kernels.matmul(jnp.ones(3), lcq.LowRank(1).project(jnp.ones((3, 2))), kernel="in bfloat16")
+        Array([3., 3.], dtype=float32)
+        >>> KERNELS.unregister("in bfloat16")
     """
 
-    tail: tuple[int, ...] = static(default=())
-    axes: tuple[int, ...] = static(default=())
-
-    @property
-    @abc.abstractmethod
-    def stacked(self) -> tuple[int, ...]:
-        """Lengths of the axes before those of one matrix."""
-
-    @property
-    @abc.abstractmethod
-    def columns(self) -> int:
-        """n."""
+    def suits(self, form: Form) -> bool:
+        """Whether `matmul` takes it for a form, prepacked if it can be; the newest kernel that says so is taken."""
+        del form
+        return False
 
     @abc.abstractmethod
-    def matrix(self) -> Float[Array, "*stacked k n"]:
-        """Delta as the matrix [K, n], in float32 or wider."""
+    def check(self, form: Form) -> None:
+        """Raises ValueError, with a remedy, unless it can multiply this form."""
 
     @abc.abstractmethod
-    def take(self, numbers: Int[Array, " m"]) -> Self:
-        """The matrix [K, m] of some columns, of one that is not stacked."""
+    def product(self, x: Num[Array, "m k"], form: Form) -> Num[Array, "m n"]:
+        """x Delta(form), of real x and at least one row, in any dtype; for stacked forms it is mapped."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.stacked, *self.tail)
 
-    @property
-    def bits(self) -> int:
-        """As it lies in memory."""
-        return sum(8 * a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+KERNELS: Registry[type[Kernel]] = Registry("kernels", "leave kernel= out to have one chosen")
+"""How forms are multiplied, and when a product takes which:
 
-    @property
-    def rows(self) -> int:
-        """K."""
-        return math.prod(self.tail) // self.columns
+codes        all codes: the best of these for the rows and the platform
+words        at most 2 rows and equal steps: to read the weights is most of the work, and packed ones are fewer bytes
+tiles        all else: dense for one tile of columns after another, which costs little beside a product of many rows
+pallas_tpu   one bit, on TPU: bits are unpacked beside the matrix unit, which waits for fewer bytes
+pallas_gpu   one bit, on GPU: likewise
+ell          few weights, prepacked
+dense        any form that has no better way; and, by name, as a measure of the others
+"""
 
-    def dense(self) -> Array:
-        lead = len(self.stacked)
-        moved = self.matrix().reshape(*self.stacked, *(self.tail[axis] for axis in self.axes))
-        back = [*range(lead), *(lead + int(i) for i in np.argsort(self.axes))]
-        return moved.transpose(back).astype(self.dtype)
 
-    def pack(self) -> Never:
-        raise ValueError("expected forms, got a leaf laid out for products; save the forms that it was made of")
-
-    def unpack(self) -> Self:
-        return self
-
-    def check_stored(self) -> Never:
-        self.pack()
+def chosen(form: Form) -> Kernel | None:
+    """The newest kernel that suits a form."""
+    kernels = (KERNELS[name]() for name in reversed(list(KERNELS)))
+    return next((kernel for kernel in kernels if kernel.suits(form)), None)

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from lcq.kernels.columns import Columns
-from lcq.kernels.reference import fields
+from lcq.forms.base import Form
+from lcq.forms.column_words import fields
+from lcq.forms.columns import Columns
+from lcq.kernels.base import KERNELS, Kernel
 
 FEW = 2
 """Rows up to which codes are summed word by word."""
@@ -31,6 +33,23 @@ it: with 1 word two cores are slower than one. With 8 one core is slower."""
 
 _CHAINS = 4
 """Sums of a word that do not wait for each other."""
+
+
+class OfCodes(Kernel):
+    """A kernel that multiplies codes."""
+
+    def check(self, form: Form) -> None:
+        if not isinstance(form, Columns):
+            name = KERNELS.name_of(type(self))
+            raise ValueError(f"the kernel {name!r} multiplies codes, got {type(form).__name__}; leave kernel= out")
+
+
+@KERNELS.register("tiles")
+class Tiles(OfCodes):
+    """One tile of columns after another, made dense."""
+
+    def product(self, x: Array, form: Any) -> Array:
+        return matrix_product(x, form)
 
 
 def word_by_word(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int) -> Float[Array, "m n"]:

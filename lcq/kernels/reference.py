@@ -5,15 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
-
-def fields(words: UInt32[Array, "*g w n"], bits: int) -> UInt32[Array, "*g k n"]:
-    """Codes of `bits` bits that run down the columns: code k is in word k // (32/bits), the first in the lowest bits.
-
-    `bits` is 1, 2, 4, 8 or 16, so that no code lies across two words; k = w 32/bits.
-    """
-    shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32)[:, None]
-    codes = (words[..., None, :] >> shifts) & jnp.uint32((1 << bits) - 1)
-    return codes.reshape(*words.shape[:-2], -1, words.shape[-1])
+from lcq.forms.column_words import fields
 
 
 def code_product(x: Float[Array, "m k"], words: UInt32[Array, "w n"], bits: int) -> Float[Array, "m n"]:

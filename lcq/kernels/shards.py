@@ -1,19 +1,13 @@
 """How forms lie on meshes with explicit axes: that of a form says that of its dense array, and the reverse."""
 
-import math
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
-from lcq.forms import Cast, Codes, Factors, Sparse, Sum
-from lcq.forms.base import Form
-from lcq.kernels.columns import Columns
-from lcq.kernels.ell import Lists
-from lcq.kernels.meshes import explicit_mesh, laid_on, spec_of
-
-_FIELDS = {"words": -1, "first": -1, "step": -1, "levels": -2, "zero": -1}
-"""The axis of columns in each array of `Columns`."""
+from lcq.forms.base import Form, is_form
+from lcq.forms.meshes import explicit_mesh, placed_on, spec_of
+from lcq.forms.prepacked import Prepacked, column_axes
 
 
 def sharding_of(form: Form) -> NamedSharding | None:
@@ -23,7 +17,7 @@ def sharding_of(form: Form) -> NamedSharding | None:
     on all devices alike.
     """
     mesh = explicit_mesh(form)
-    return None if mesh is None else laid_on(mesh, _spec(form, mesh))
+    return None if mesh is None else placed_on(mesh, form.spec(mesh))
 
 
 def struct_of(form: Form) -> jax.ShapeDtypeStruct:
@@ -31,69 +25,38 @@ def struct_of(form: Form) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(form.shape), form.dtype, sharding=sharding_of(form))
 
 
-def shardings_of_columns(laid: Columns | Lists, form: Codes | Sparse, axes: tuple[int, ...]) -> Any:
-    """How a form lies once it is laid out: on the devices that have their columns; for each array of `laid`; or None.
+def shardings_of(ready: Form, form: Form, axes: tuple[int, ...]) -> list[NamedSharding]:
+    """How each array of a form lies once it is prepacked: on the devices that have its columns; others as they do.
 
     Args:
-        laid: shapes of the result.
-        form: what it is made of.
+        ready: shapes of the result.
+        form: what it is made of, on a mesh with explicit axes.
         axes: the order of the leaf's axes, behind stacked ones, in which it is the matrix.
     """
     mesh = explicit_mesh(form)
-    if mesh is None:
-        return None
-    spec, lead = _spec(form, mesh), len(laid.stacked)
-    across = _columns_axes(tuple(form.shape[lead:]), axes, laid.columns)
+    if isinstance(ready, Prepacked) and not isinstance(form, Prepacked):
+        return _columns_on(mesh, ready, form, axes)
+    parts: list[Any]
+    structure: Any
+    parts, structure = jax.tree.flatten(form, is_leaf=lambda node: node is not form and is_form(node))
+    found = zip(parts, structure.flatten_up_to(ready), strict=True)
+    each = [
+        shardings_of(made, part, axes) if is_form(part) else [placed_on(mesh, spec_of(part))] for part, made in found
+    ]
+    return [sharding for part in each for sharding in part]
+
+
+def _columns_on(mesh: Any, ready: Prepacked, form: Form, axes: tuple[int, ...]) -> list[NamedSharding]:
+    spec, lead = form.spec(mesh), len(ready.stacked)
+    across = column_axes(tuple(form.shape[lead:]), axes, ready.columns)
     named = [spec[lead + axis] for axis in across]
     name = named[0] if named and not any(named[1:]) else None
 
     def each(a: Any, field_axis: int) -> NamedSharding:
         own = [None] * len(a.shape)
         own[:lead] = spec[:lead]
-        if a.shape[field_axis] == laid.columns:
+        if a.shape[field_axis] == ready.columns:
             own[field_axis] = name
-        return laid_on(mesh, own)
+        return placed_on(mesh, own)
 
-    fields = {"places": -1, "values": -1} if isinstance(laid, Lists) else _FIELDS
-    return [each(a, axis) for key, axis in fields.items() if (a := getattr(laid, key)) is not None]
-
-
-def _spec(form: Form, mesh: Any) -> tuple[Any, ...]:
-    whole = (None,) * len(form.shape)
-    match form:
-        case Sum():
-            return _spec(form.parts[0], mesh)
-        case Codes(packed=None):
-            return spec_of(form.codes)
-        case Sparse(packed=None):
-            return spec_of(form.mask)
-        case Cast():
-            return spec_of(form.values)
-        case Factors(separable=False):
-            *stacked, rows = spec_of(form.left)[:-1]
-            columns = spec_of(form.left if form.right is None else form.right)[-1]
-            inside = [None] * (len(form.tail) - 2)
-            rows = rows if _divides(rows, form.tail[0], mesh) else None
-            return (*stacked, rows, *inside, columns)
-        case Columns() | Lists():
-            array = form.words if isinstance(form, Columns) else form.places
-            spec, lead = spec_of(array), len(form.stacked)
-            tail: list[Any] = [None] * len(form.tail)
-            across = _columns_axes(form.tail, form.axes, form.columns)
-            if across and _divides(spec[-1], form.tail[across[0]], mesh):
-                tail[across[0]] = spec[-1]
-            return (*spec[:lead], *tail)
-    return whole
-
-
-def _columns_axes(tail: tuple[int, ...], axes: tuple[int, ...], columns: int) -> tuple[int, ...]:
-    """The axes of a leaf that are the columns of its matrix, in the matrix's order."""
-    for count in range(1, len(axes) + 1):
-        if math.prod(tail[axis] for axis in axes[-count:]) == columns:
-            return axes[-count:]
-    return ()
-
-
-def _divides(name: Any, length: int, mesh: Any) -> bool:
-    names = name if isinstance(name, tuple) else (name,)
-    return length % math.prod(mesh.shape[n] for n in names if n is not None) == 0
+    return [each(a, axis) for key, axis in ready.column_axes.items() if (a := getattr(ready, key)) is not None]

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
+from lcq.forms.column_words import fields, pack_columns, pack_signs
 from lcq.forms.dtypes import own_promotion
+from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on, spec_of
 from lcq.forms.serialization import register_node
 from lcq.kernels.api import binary_matmul
-from lcq.kernels.columns import pack_columns, pack_signs
-from lcq.kernels.meshes import by_compiler, explicit_mesh, laid_on, spec_of
-from lcq.kernels.reference import fields
-from lcq.kernels.signs import Layout, Signs, signs
+from lcq.kernels.signs import Platform, Signs, signs
 from lcq.layers.binary import Window, affine, binarize, check_window
 from lcq.tracing.im2col import patches
 
@@ -101,7 +100,7 @@ def freeze(
     window: Window | None = None,
     scale: bool = True,
     norm: Mapping[str, Any] | None = None,
-    layout: Layout | None = None,
+    platform: Platform | None = None,
 ) -> Frozen:
     """Packs the signs of a layer's weights, once.
 
@@ -112,7 +111,7 @@ def freeze(
         scale: whether there is an alpha.
         norm: numbers of a batch norm behind the layer, as `fold_threshold` names them; then the layer gives `Bits`, the
             signs of what batch norm would give, to the next one.
-        layout: the platform the signs are for; None is the one that JAX runs on.
+        platform: that the signs are for; None is the one that JAX runs on.
 
     Raises:
         ValueError: a kernel that is not of the window's size; a batch norm of another number of channels.
@@ -134,7 +133,7 @@ def freeze(
         filled = jnp.pad(rows.reshape(-1, c, n), ((0, 0), (0, -c % 32), (0, 0)), constant_values=-1)
         taps = rows.sum(-2).astype(jnp.int32) if window.pads else None
         rows = filled.reshape(-1, n)
-    layer = Frozen(signs(rows, layout), taps, weights.alpha, bias, c, window)
+    layer = Frozen(signs(rows, platform), taps, weights.alpha, bias, c, window)
     if norm is None:
         return layer
     return dataclasses.replace(layer, threshold=fold_threshold(layer, **norm), alpha=None, bias=None)
@@ -168,7 +167,9 @@ def apply(layer: Frozen, x: Shaped[Array, "..."] | Bits) -> Float[Array, "..."] 
             f"expected floating-point x [.., {layer.inputs}], got {x.dtype}{list(x.shape)}; channels are last"
         )
     if (mesh := explicit_mesh(x)) is not None:
-        return by_compiler(apply, laid_on(mesh, (*spec_of(x.words if isinstance(x, Bits) else x)[:-1], None)), layer, x)
+        return by_compiler(
+            apply, placed_on(mesh, (*spec_of(x.words if isinstance(x, Bits) else x)[:-1], None)), layer, x
+        )
     words, dtype = (x.words, "float32") if isinstance(x, Bits) else (pack_signs(x), x.dtype)
     y = product(layer, words)
     if layer.threshold is not None:

@@ -12,9 +12,7 @@ import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
-from lcq import forms
-from lcq.forms.axes import shares
-from lcq.forms.base import FORMS, Form, share
+from lcq.forms.base import FORMS, Form
 from lcq.io.entropy_coding.rates import rate
 from lcq.reporting.columns import Column, fit, grid, terminal_width
 from lcq.reporting.groups import WHOLE, Group, grouped, sum_or_none
@@ -182,7 +180,7 @@ def rows(tree: Any) -> tuple[Row, ...]:
             describe(leaves[path]),
             size.dense,
             size.bits,
-            blocks=apart(leaves[path]),
+            blocks=leaves[path].one_per() if isinstance(leaves[path], Form) else "",
             dtype=_dtype(leaves[path]).name,
             compressed=isinstance(leaves[path], Form),
         )
@@ -204,36 +202,9 @@ def describe(leaf: Any) -> str:
         >>> describe(lcq.Binary(per="channel").project(jnp.ones((3, 5))))
         'codes K=2, fixed, 5 scales'
     """
-    match leaf:
-        case forms.Codes():
-            words = [f"codes K={leaf.size_of_table}"]
-            if leaf.values is not None:
-                words.append("fixed")
-            elif leaf.levels is not None and (many := leaf.levels.size // leaf.levels.shape[-1]) > 1:
-                words.append(f"{many} tables")
-            if leaf.scale is not None:
-                words.append(f"{leaf.scale.size} scales" if leaf.scale.size > 1 else "scaled")
-            if leaf.zero is not None:
-                words.append("shifted")
-        case forms.Cast():
-            words = [f"values {leaf.values.dtype}"]
-        case forms.Sparse():
-            words = [f"sparse {leaf.values.dtype if leaf.levels is None else f'K={leaf.levels.shape[-1]}'}"]
-            if leaf.packed is not None:
-                words.append(f"{leaf.kept:,} kept")
-                words.append("bit mask" if leaf.gap is None else f"gaps of {leaf.gap} bits")
-        case forms.Factors():
-            rank = "room for rank" if leaf.rank is not None else "rank"
-            words = ["matrix"] if leaf.right is None else [f"{rank} {leaf.left.shape[-1]}"]
-        case forms.Sum():
-            words = [" + ".join(describe(share(part, None)) for part in leaf.parts)]
-        case Form():
-            words = [type(leaf).__name__.lower()]
-        case _:
-            words = [f"array {_dtype(leaf)}"]
-    if isinstance(leaf, Form) and leaf.shared is not None:
-        words.append(f"shared with {leaf.shared}")
-    return ", ".join(words)
+    if not isinstance(leaf, Form):
+        return f"array {_dtype(leaf)}"
+    return leaf.describe() if leaf.shared is None else f"{leaf.describe()}, shared with {leaf.shared}"
 
 
 def dense_of(form: Form) -> Any:
@@ -244,25 +215,6 @@ def dense_of(form: Form) -> Any:
 @jax.jit
 def _dense(form: Form) -> jax.Array:
     return form.dense()
-
-
-def apart(leaf: Any) -> str:
-    """Along which axes of a leaf scales, codebooks or groups are told apart, in words; "" for one in all.
-
-    Example:
-        >>> import jax.numpy as jnp, lcq
-        >>> apart(lcq.Uniform(4, per=3).project(jnp.ones((6, 5)))), apart(lcq.Uniform(4).project(jnp.ones((6, 5))))
-        ('3 of axis 0, axis 1', '')
-    """
-    if isinstance(leaf, forms.Sum):
-        return "; ".join(dict.fromkeys(filter(None, map(apart, leaf.parts))))
-    if isinstance(leaf, forms.Sparse) and leaf.group:
-        lengths = (1,) * (len(leaf.shape) - len(leaf.group)) + leaf.group
-        return shares(leaf.shape, [n // g for n, g in zip(leaf.shape, lengths, strict=True)])
-    if not isinstance(leaf, forms.Codes):
-        return ""
-    numbers = [a.shape[: len(leaf.shape)] for a in (leaf.scale, leaf.levels, leaf.zero) if a is not None]
-    return shares(leaf.shape, numbers[0]) if numbers else ""
 
 
 def text(renderable: Any) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lcq.runtime.laying import View
+from lcq.forms.relayout import MatrixView
 from lcq.runtime.loops import CONTROL
-from lcq.runtime.traced_form import Leaf, Pieces, laid_out, pieces_laid_out
+from lcq.runtime.traced_form import Pieces, TracedForm, pieces_relaid, relaid
 from lcq.runtime.uses import USES, Use
 from lcq.tracing import jaxpr, joined
-from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, REMAT
+from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, DATA_MOVEMENT, PRODUCTS, REMAT
 
 
 def value_of(leaf: Any) -> Any:
@@ -31,7 +31,7 @@ class Runner:
     def __init__(self, held: int) -> None:
         self.held = held
         self.uses: dict[Any, Use] = {}
-        self.views: dict[Any, View | None] = {}
+        self.views: dict[Any, MatrixView | None] = {}
         self.latest: Any = None
         self.room = held
         self.looping = False
@@ -58,7 +58,7 @@ class Runner:
         return [made[id(value)] for value in values]
 
     def dense(self, value: Any, frame: tuple[Any, ...]) -> Any:
-        if not isinstance(value, Leaf | Pieces):
+        if not isinstance(value, TracedForm | Pieces):
             return value
         if frame in self.decoded:
             return self.decoded[frame]
@@ -77,17 +77,17 @@ class Runner:
     def note(self, frame: tuple[Any, ...], leaf: Any, how: str, shape: tuple[int, ...], kind: str = "") -> None:
         if isinstance(leaf, Pieces):
             for i, part in enumerate(leaf.parts):
-                if isinstance(part, Leaf):
+                if isinstance(part, TracedForm):
                     self.note((*frame, i), part, how, part.shape)
             return
         lines = [jaxpr.where(part) for part in frame[::-1] if hasattr(part, "primitive")]
-        self.uses[frame] = Use(leaf.way.path, how, tuple(shape), next(filter(None, lines), "output"), kind)
+        self.uses[frame] = Use(leaf.provenance.path, how, tuple(shape), next(filter(None, lines), "output"), kind)
 
     def equation(self, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> list[Any]:
         name, frame = eqn.primitive.name, (*frame, eqn)
         if frame in self.done:
             return self.done[frame]
-        outs = self.on_forms(eqn, ins, frame) if any(isinstance(value, Leaf | Pieces) for value in ins) else None
+        outs = self.on_forms(eqn, ins, frame) if any(isinstance(value, TracedForm | Pieces) for value in ins) else None
         outs = jaxpr.bind(eqn, self.dense_all(ins, frame)) if outs is None else outs
         if name in PRODUCTS:
             self.latest = outs[0]
@@ -102,8 +102,8 @@ class Runner:
             return CONTROL[name](self, eqn, ins, frame)
         if name in joined.JOINS:
             return [Pieces.of(eqn, ins)] if all(not isinstance(value, Pieces) for value in ins) else None
-        if name in LAYOUT and len(ins) == 1:
-            return (laid_out if isinstance(ins[0], Leaf) else pieces_laid_out)(eqn, ins[0])
+        if name in DATA_MOVEMENT and len(ins) == 1:
+            return (relaid if isinstance(ins[0], TracedForm) else pieces_relaid)(eqn, ins[0])
         return USES[name](self, eqn, ins, frame) if name in USES else None
 
     def _call(self, eqn: Any, closed: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:

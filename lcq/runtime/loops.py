@@ -13,12 +13,10 @@ from typing import Any
 
 import jax
 
-from lcq.forms import Codes, Factors
 from lcq.kernels.codes_xla import FEW
-from lcq.kernels.columns import Columns
-from lcq.runtime.traced_form import Leaf, Pieces
+from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr
-from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, LAYOUT, PRODUCTS, RAGGED
+from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, DATA_MOVEMENT, PRODUCTS, RAGGED
 
 LARGE = 1 << 22
 """Weights from which few rows are multiplied faster with codes than with a dense array."""
@@ -58,7 +56,7 @@ def before(runner: Any, closed: Any, values: list[Any], frame: tuple[Any, ...]) 
 def _equation(runner: Any, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> list[Any]:
     name, here = eqn.primitive.name, (*frame, eqn)
     varying = [_VARIES] * len(eqn.outvars)
-    forms = any(isinstance(value, Leaf | Pieces) for value in ins)
+    forms = any(isinstance(value, TracedForm | Pieces) for value in ins)
     fixed = not any(value is _VARIES for value in ins) and not eqn.effects
     closed = jaxpr.inner(eqn) if name in CALLS - CUSTOM_GRADIENT else None
     if closed is not None:
@@ -73,9 +71,9 @@ def _equation(runner: Any, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> 
         return varying
     if fixed:
         return _once(runner, eqn, ins, frame)
-    if name not in LAYOUT and name != "gather":
+    if name not in DATA_MOVEMENT and name != "gather":
         for i, value in enumerate(ins):
-            if isinstance(value, Leaf | Pieces) and (name not in PRODUCTS or not _stays(eqn, i, value)):
+            if isinstance(value, TracedForm | Pieces) and (name not in PRODUCTS or not _stays(eqn, i, value)):
                 runner.decode(value, (*here, i), "decoded" if name in (*PRODUCTS, RAGGED) else "dense")
     return varying
 
@@ -84,7 +82,7 @@ def _once(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list
     """The equation before the loop, unless its arrays take more room than there is."""
     size = sum(var.aval.size * var.aval.dtype.itemsize for var in eqn.outvars)
     outs = None
-    if eqn.primitive.name in (*LAYOUT, "concatenate", "stack"):
+    if eqn.primitive.name in (*DATA_MOVEMENT, "concatenate", "stack"):
         outs = runner.on_forms(eqn, [_now(value) for value in ins], (*frame, eqn))
     if outs is None:
         if size > runner.room:
@@ -99,17 +97,12 @@ def _now(value: Any) -> Any:
     return value.value if isinstance(value, _Later) else value
 
 
-def _stays(eqn: Any, side: int, value: Leaf | Pieces) -> bool:
+def _stays(eqn: Any, side: int, value: TracedForm | Pieces) -> bool:
     """Whether a product in a loop reads codes in each round because that is faster than a dense array."""
     parts = value.parts if isinstance(value, Pieces) else (value,)
-    forms = [part.form for part in parts if isinstance(part, Leaf)]
-    if all(isinstance(form, Factors) and form.right is not None for form in forms):
+    decoding = {part.form.decoding for part in parts if isinstance(part, TracedForm)}
+    if decoding == {"never"}:
         return True
-    equal = all(
-        form.size_of_table <= 2 or form.values is not None if isinstance(form, Codes) else form.first is not None
-        for form in forms
-        if isinstance(form, Codes | Columns)
-    ) and all(isinstance(form, Codes | Columns) for form in forms)
     x = eqn.invars[1 - side].aval.shape
     if not jaxpr.is_known(x) or eqn.primitive.name != "dot_general":
         return False
@@ -117,7 +110,7 @@ def _stays(eqn: Any, side: int, value: Leaf | Pieces) -> bool:
     for axis in eqn.params["dimension_numbers"][0][1 - side]:
         inputs *= x[axis]
     rows = eqn.invars[1 - side].aval.size // inputs
-    return equal and rows <= FEW and eqn.invars[side].aval.size >= LARGE
+    return decoding == {"many rows"} and rows <= FEW and eqn.invars[side].aval.size >= LARGE
 
 
 def _inner_loop(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> None:
@@ -152,7 +145,7 @@ def _scan(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list
 
 def _apart(runner: Any, value: Any, frame: tuple[Any, ...]) -> Any:
     """What a scan takes apart: an array, or the stacked forms of a form's slices."""
-    slices = value.stacked() if isinstance(value, Leaf) else None
+    slices = value.stacked() if isinstance(value, TracedForm) else None
     return runner.dense(value, frame) if slices is None else slices
 
 

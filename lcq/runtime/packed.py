@@ -11,8 +11,8 @@ from lcq.forms.dtypes import native_tree
 from lcq.forms.restored import check_restored
 from lcq.kernels.shards import struct_of
 from lcq.runtime.interpreter import Runner, value_of
-from lcq.runtime.laying import laid_out_as
-from lcq.runtime.traced_form import Leaf, Way
+from lcq.runtime.prepacking import prepacked_as
+from lcq.runtime.traced_form import Provenance, TracedForm
 from lcq.runtime.uses import Use
 from lcq.tree.paths import flatten, is_number
 
@@ -37,8 +37,8 @@ class Packed:
         jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
         return list(runner.uses.values())
 
-    def lay_out(self, forms: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """The tree with its forms laid out for the products they are used in; once, when a net is loaded.
+    def prepack(self, forms: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """The tree with its forms prepacked for the products they are used in; once, when a net is loaded.
 
         Without, every call has to bring codes into that layout first, which takes as long as reading the dense weights,
         and makes the dense array of a form of few weights. Forms that are used in several ways, or not in a product,
@@ -51,7 +51,7 @@ class Packed:
             >>> import lcq, jax.numpy as jnp
             >>> forms = {"w": lcq.Binary().project(jnp.ones((64, 8)))}
             >>> net = packed(lambda params, x: x @ params["w"])
-            >>> ready = net.lay_out(forms, jnp.ones((2, 64)))
+            >>> ready = net.prepack(forms, jnp.ones((2, 64)))
             >>> type(ready["w"]).__name__, ready["w"].words.shape
             ('Columns', (1, 2, 8))
         """
@@ -63,7 +63,7 @@ class Packed:
             views = {view for use, view in runner.views.items() if runner.uses[use].path == path}
             others = {use.how for use in runner.uses.values() if use.path == path} - {"product"}
             if is_form(leaf) and len(views) == 1 and (view := views.pop()) is not None and others <= view.allows:
-                leaves[path] = laid_out_as(leaf, view)
+                leaves[path] = prepacked_as(leaf, view)
         return jax.tree.unflatten(structure, leaves.values())
 
     def _run(self, runner: "Runner", forms: Any, args: Any, kwargs: Any) -> Any:
@@ -72,7 +72,9 @@ class Packed:
         shapes = [struct_of(leaf) if is_form(leaf) else leaf for leaf in leaves.values()]
         whole = jax.make_jaxpr(self.fn, return_shape=True)
         closed, out = whole(jax.tree.unflatten(structure, shapes), *args, **kwargs)
-        values = [Leaf(leaf, Way(path)) if is_form(leaf) else value_of(leaf) for path, leaf in leaves.items()]
+        values = [
+            TracedForm(leaf, Provenance(path)) if is_form(leaf) else value_of(leaf) for path, leaf in leaves.items()
+        ]
         results = runner.run(closed, [*values, *map(value_of, jax.tree.leaves((args, kwargs)))])
         return jax.tree.unflatten(jax.tree.structure(out), results)
 

@@ -1,4 +1,4 @@
-"""Leaf: a form on its way through the equations of a function, until something uses it.
+"""TracedForm: a form on its way through the equations of a function, until something uses it.
 
 What can be None is what the form cannot say; then the leaf is made dense where it is used.
 """
@@ -15,21 +15,21 @@ from jaxtyping import Array, Int
 
 from lcq.forms.base import Form
 from lcq.forms.dtypes import wider
-from lcq.kernels.meshes import by_compiler
+from lcq.forms.meshes import by_compiler
 from lcq.kernels.shards import sharding_of
-from lcq.runtime.form_views import move, pick, stack
+from lcq.runtime.form_views import relayout, take_rows, unstack
 from lcq.tracing.contraction import Step
-from lcq.tracing.jaxpr import IN_PLACE, LAYOUT, bind
+from lcq.tracing.jaxpr import DATA_MOVEMENT, IN_PLACE, bind
 from lcq.tracing.joined import JOINS, Joint, moved
 
 _STILL = {"name", "copy", "copy_p", "sharding_constraint", "convert_element_type", "stop_gradient"}
 """Changes of layout that are nothing to a form, but for its dtype or its gradient."""
 
-_MOVES = LAYOUT - _STILL - {"reduce_precision", "optimization_barrier", "dynamic_slice"}
+_MOVES = DATA_MOVEMENT - _STILL - {"reduce_precision", "optimization_barrier", "dynamic_slice"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Way:
+class Provenance:
     """How a form got where it is: its path, and changes of layout since that it has not made."""
 
     path: str
@@ -41,23 +41,23 @@ class Way:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Leaf:
+class TracedForm:
     """A value that is a form, moved.
 
     Attributes:
-        form: as it was before the steps of `way`.
-        way: how it got here.
+        form: as it was before the steps of `provenance`.
+        provenance: how it got here.
         wide: the value's dtype if it is not the form's own; never narrower than that, so nothing is rounded twice.
     """
 
     form: Form
-    way: Way = dataclasses.field(metadata={"static": True})
+    provenance: Provenance = dataclasses.field(metadata={"static": True})
     wide: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @functools.cached_property
     def shape(self) -> tuple[int, ...]:
         start = jax.ShapeDtypeStruct(tuple(self.form.shape), jnp.int32)
-        return tuple(jax.eval_shape(self.way, start).shape) if self.way.steps else tuple(self.form.shape)
+        return tuple(jax.eval_shape(self.provenance, start).shape) if self.provenance.steps else tuple(self.form.shape)
 
     @property
     def dtype(self) -> Any:
@@ -69,25 +69,25 @@ class Leaf:
         if after is not None:
             form, _ = jax.lax.optimization_barrier((form, jax.lax.stop_gradient(after)))
         made = by_compiler(lambda form: form.dense(), sharding_of(form), form)
-        return self.way(made).astype(self.dtype)
+        return self.provenance(made).astype(self.dtype)
 
     def settled(self) -> Form | None:
         """The form of this value's own shape, if there is one."""
-        return move(self.form, self.way) if self.way.steps else self.form
+        return relayout(self.form, self.provenance) if self.provenance.steps else self.form
 
-    def stacked(self) -> "Leaf | None":
+    def stacked(self) -> "TracedForm | None":
         """What a scan takes apart into slices."""
         form = self.settled()
-        slices = None if form is None else stack(form)
-        return None if slices is None else Leaf(slices, Way(self.way.path), self.wide)
+        slices = None if form is None else unstack(form)
+        return None if slices is None else TracedForm(slices, Provenance(self.provenance.path), self.wide)
 
-    def rows(self, numbers: Int[Array, " R"]) -> "Leaf | None":
+    def rows(self, numbers: Int[Array, " R"]) -> "TracedForm | None":
         """Rows that exist."""
         form = self.settled()
-        picked = None if form is None else pick(form, numbers)
-        return None if picked is None else Leaf(picked, Way(self.way.path), self.wide)
+        taken = None if form is None else take_rows(form, numbers)
+        return None if taken is None else TracedForm(taken, Provenance(self.provenance.path), self.wide)
 
-    def cast(self, dtype: Any) -> "Leaf | None":
+    def cast(self, dtype: Any) -> "TracedForm | None":
         """In another floating-point format: narrower than all before, or at least as wide as the narrowest."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
@@ -95,7 +95,7 @@ class Leaf:
         if wider(dtype, narrowest) == dtype:
             return dataclasses.replace(self, wide=str(dtype))
         if wider(dtype, narrowest) == narrowest:
-            return Leaf(dataclasses.replace(self.form, dtype=str(dtype)), self.way)
+            return TracedForm(dataclasses.replace(self.form, dtype=str(dtype)), self.provenance)
         return None
 
 
@@ -131,20 +131,20 @@ class Pieces:
         return self.parts[0].dtype
 
     def dense(self, after: Any = None) -> Array:
-        made = [part.dense(after) if isinstance(part, Leaf) else part for part in self.parts]
+        made = [part.dense(after) if isinstance(part, TracedForm) else part for part in self.parts]
         return jnp.concatenate(made, self.joint.axis)
 
 
-def _stepped(value: Any, step: Callable[[Any], Any]) -> Any:
-    if not isinstance(value, Leaf):
+def _stepped(value: Any, step: Step | Callable[[Any], Any]) -> Any:
+    if not isinstance(value, TracedForm):
         return step(value)
-    return dataclasses.replace(value, way=Way(value.way.path, (*value.way.steps, step)))
+    return dataclasses.replace(value, provenance=Provenance(value.provenance.path, (*value.provenance.steps, step)))
 
 
-def pieces_laid_out(eqn: Any, whole: Pieces) -> list[Any] | None:
+def pieces_relaid(eqn: Any, whole: Pieces) -> list[Any] | None:
     """A concatenation after a change of layout; None if it is none of its pieces."""
     if eqn.primitive.name in IN_PLACE:
-        moves = [laid_out(eqn, part) if isinstance(part, Leaf) else bind(eqn, [part]) for part in whole.parts]
+        moves = [relaid(eqn, part) if isinstance(part, TracedForm) else bind(eqn, [part]) for part in whole.parts]
         return None if None in moves else [Pieces(tuple(move[0] for move in moves if move), whole.joint)]
     found = moved(eqn, whole.joint, whole.shape)
     if found is None:
@@ -157,7 +157,7 @@ def pieces_laid_out(eqn: Any, whole: Pieces) -> list[Any] | None:
     return outs
 
 
-def laid_out(eqn: Any, leaf: Leaf) -> list[Any] | None:
+def relaid(eqn: Any, leaf: TracedForm) -> list[Any] | None:
     """A form after a change of layout; None if it copies or rounds."""
     name = eqn.primitive.name
     if name == "convert_element_type":
@@ -172,4 +172,4 @@ def laid_out(eqn: Any, leaf: Leaf) -> list[Any] | None:
         return None
     params = eqn.primitive.get_bind_params(eqn.params)
     steps = [Step(eqn.primitive, params, (), i) for i in range(len(eqn.outvars))]
-    return [dataclasses.replace(leaf, way=Way(leaf.way.path, (*leaf.way.steps, step))) for step in steps]
+    return [_stepped(leaf, step) for step in steps]

@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec
 
 from lcq.forms.base import Form
 from lcq.forms.dtypes import wider
+from lcq.forms.meshes import bare, by_compiler, explicit_mesh, placed_on, spec_of
+from lcq.forms.prepacked import Prepacked
+from lcq.forms.relayout import MatrixView
 from lcq.kernels.api import matmul
-from lcq.kernels.base import Laid
-from lcq.kernels.meshes import bare, by_compiler, explicit_mesh, laid_on, spec_of
 from lcq.kernels.ragged import ragged_product
-from lcq.runtime.form_views import move, order_of
-from lcq.runtime.laying import View
-from lcq.runtime.traced_form import Leaf, Pieces
+from lcq.runtime.form_views import order_of, relayout
+from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr, joined
 from lcq.tracing.contraction import Placed, Product
 from lcq.tracing.jaxpr import PRODUCTS, RAGGED
@@ -55,13 +55,13 @@ def _product(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> l
     """Y[g] = X[g] W[g], by the door of the kernels."""
     if any(isinstance(value, Pieces) for value in ins):
         return _product_of_pieces(runner, eqn, ins, frame)
-    sides = [side for side in (1, 0) if isinstance(ins[side], Leaf) and jaxpr.weighs(eqn, side)]
+    sides = [side for side in (1, 0) if isinstance(ins[side], TracedForm) and jaxpr.weighs(eqn, side)]
     if not sides or isinstance(eqn.params["precision"], jax.lax.DotAlgorithm):
         return None  # of an algorithm that is spelled out nothing is known here
     side, leaf, dtype = sides[0], ins[sides[0]], eqn.outvars[0].aval.dtype
     if (*frame, side) in runner.decoded:
         return None
-    product = _product_of(eqn, side, leaf.way.path)
+    product = _product_of(eqn, side, leaf.provenance.path)
     g, m, k, n = product.shape
     lead = (g,) if g > 1 else ()
     if product.window > 1 and not jaxpr.at_most(m, _PLACES):
@@ -69,10 +69,10 @@ def _product(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> l
         return jaxpr.bind(eqn, [runner.dense(ins[0], (*frame, 0)), leaf.dense(runner.latest)])
 
     def matrix(w: Any) -> Any:
-        return product.weights(leaf.way(w)).reshape(*lead, k, n)
+        return product.weights(leaf.provenance(w)).reshape(*lead, k, n)
 
     def multiply(x: Any, form: Form) -> list[Any] | None:
-        moved, x = move(form, matrix), product.inputs(x)
+        moved, x = relayout(form, matrix), product.inputs(x)
         if moved is None:
             return None
         if wider(x.dtype, moved.dtype) != dtype:
@@ -88,8 +88,8 @@ def _product(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> l
     if y is None:
         del runner.uses[here]
         return None
-    axes = None if isinstance(leaf.form, Laid) else order_of(matrix, leaf.form.shape, len(lead))
-    runner.views[here] = None if axes is None else View(axes, n)
+    axes = None if isinstance(leaf.form, Prepacked) else order_of(matrix, leaf.form.shape, len(lead))
+    runner.views[here] = None if axes is None else MatrixView(axes, n)
     return y
 
 
@@ -112,7 +112,7 @@ def _ragged(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
     """A product for each expert, of its rows with its codes."""
     x, leaf, sizes = ins
     here, precision, dtype = (*frame, 1), eqn.params["precision"], eqn.outvars[0].aval.dtype
-    if not isinstance(leaf, Leaf) or not jaxpr.is_experts(eqn) or isinstance(precision, jax.lax.DotAlgorithm):
+    if not isinstance(leaf, TracedForm) or not jaxpr.is_experts(eqn) or isinstance(precision, jax.lax.DotAlgorithm):
         return None
     if here in runner.decoded:
         return None
@@ -123,7 +123,7 @@ def _ragged(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
         with _precision(precision):
             return matmul(x, form).astype(dtype)
 
-    def product(x: Any, leaf: Leaf, sizes: Any) -> list[Any] | None:
+    def product(x: Any, leaf: TracedForm, sizes: Any) -> list[Any] | None:
         experts = leaf.stacked()
         return None if experts is None else [ragged_product(x, experts.form, sizes, multiply)]
 
@@ -134,15 +134,15 @@ def _ragged(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
     if y is None:
         del runner.uses[here]
         return None
-    axes = None if isinstance(leaf.form, Laid) else order_of(leaf.way, leaf.form.shape, 1)
-    runner.views[here] = None if axes is None else View(axes, n)
+    axes = None if isinstance(leaf.form, Prepacked) else order_of(leaf.provenance, leaf.form.shape, 1)
+    runner.views[here] = None if axes is None else MatrixView(axes, n)
     return y
 
 
 def _gather(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
     """A lookup of whole rows decodes these; rows that do not exist are filled as the lookup would."""
     table, indices = ins
-    if not isinstance(table, Leaf):
+    if not isinstance(table, TracedForm):
         return None
     numbers, aval = eqn.params["dimension_numbers"], eqn.outvars[0].aval
     length, *rest = eqn.invars[0].aval.shape
@@ -151,7 +151,7 @@ def _gather(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
     if not whole or tuple(eqn.params["slice_sizes"]) != (1, *rest) or tuple(numbers.offset_dims) != last:
         return None
 
-    def look_up(table: Leaf, places: Any) -> list[Any] | None:
+    def look_up(table: TracedForm, places: Any) -> list[Any] | None:
         found = table.rows(jnp.clip(places, 0, length - 1).reshape(-1))
         if found is None:
             return None
@@ -172,14 +172,14 @@ def _gather(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
 def _slice(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
     """Rows from one that is computed, such as the layer of a round: the form of these rows."""
     table, start, *_ = ins
-    if not isinstance(table, Leaf):
+    if not isinstance(table, TracedForm):
         return None
     length, *rest = eqn.invars[0].aval.shape
     size, *sizes = eqn.params["slice_sizes"]
     if sizes != rest:
         return None
 
-    def some(table: Leaf, start: Any) -> Leaf | None:
+    def some(table: TracedForm, start: Any) -> TracedForm | None:
         return table.rows(jnp.clip(start, 0, length - size) + jnp.arange(size))
 
     rows = by_compiler(some, _rows_onto(some, table, start), table, start)
@@ -189,7 +189,7 @@ def _slice(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> lis
 def _lies(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
     """To other devices, or to a mesh whose axes are the compiler's: what is stored goes, not the dense array."""
     (leaf,), into = ins, eqn.outvars[0].aval.sharding
-    if not isinstance(leaf, Leaf):
+    if not isinstance(leaf, TracedForm):
         return None
     if not any(into.spec):
         return [jax.tree.map(lambda a: jax.sharding.reshard(a, into.update(spec=PartitionSpec())), leaf)]
@@ -208,10 +208,10 @@ def _product_of(eqn: Any, side: int, path: str) -> Product:
 def _onto(eqn: Any, *trees: Any) -> Any:
     """How the one output of an equation lies, where a mesh has explicit axes."""
     mesh = explicit_mesh(*trees)
-    return None if mesh is None else laid_on(mesh, eqn.outvars[0].aval.sharding.spec)
+    return None if mesh is None else placed_on(mesh, eqn.outvars[0].aval.sharding.spec)
 
 
-def _rows_onto(some: Callable[..., Any], table: Leaf, start: Any) -> Any:
+def _rows_onto(some: Callable[..., Any], table: TracedForm, start: Any) -> Any:
     """How rows of a form lie: each array as before, where it has the same axes but for the first."""
     mesh = explicit_mesh(table, start)
     shapes = None if mesh is None else jax.eval_shape(some, *bare((table, start)))
@@ -222,7 +222,7 @@ def _rows_onto(some: Callable[..., Any], table: Leaf, start: Any) -> Any:
         (None, *spec_of(a)[1:]) if a.shape[1:] == b.shape[1:] else (None,) * len(b.shape)
         for a, b in zip(old, new, strict=True)
     ]
-    return jax.tree.unflatten(structure, [laid_on(mesh, spec) for spec in specs])
+    return jax.tree.unflatten(structure, [placed_on(mesh, spec) for spec in specs])
 
 
 def _precision(chosen: Any) -> contextlib.AbstractContextManager[Any]:

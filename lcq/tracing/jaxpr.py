@@ -24,7 +24,7 @@ REMAT = {"remat", "remat2", "checkpoint"}
 CUSTOM_GRADIENT = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 """Calls with a gradient rule of their own."""
 
-LAYOUT = {
+DATA_MOVEMENT = {
     *("convert_element_type", "transpose", "reshape", "rev", "slice", "squeeze", "split", "unstack", "expand_dims"),
     *("stop_gradient", "name", "sharding_constraint", "copy", "copy_p", "optimization_barrier", "dynamic_slice"),
     *("broadcast_in_dim", "reduce_precision"),

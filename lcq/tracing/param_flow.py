@@ -22,7 +22,7 @@ from lcq.tracing import joined, positions, shards
 from lcq.tracing.contraction import Placed, Product, Shift, Step, Unit, per_neuron, uses_of_each
 from lcq.tracing.jaxpr import (
     CALLS,
-    LAYOUT,
+    DATA_MOVEMENT,
     OPAQUE,
     PRODUCTS,
     RAGGED,
@@ -172,7 +172,7 @@ class _Follower:
             return apart
         if (name in PRODUCTS or name == RAGGED) and (side := self._side(eqn, ins)) is not None:
             return [self._product(eqn, ins, side)]
-        if name in LAYOUT and all(not isinstance(value.array, jax.core.Tracer) for value in ins[1:]):
+        if name in DATA_MOVEMENT and all(not isinstance(value.array, jax.core.Tracer) for value in ins[1:]):
             if (moved := self._move(eqn, ins)) is not None:
                 return moved
         return self._plain(eqn, ins)

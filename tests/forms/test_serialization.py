@@ -1,4 +1,4 @@
-"""Forms, what is laid out of them, and optimizer states, through flax.serialization and jax.export."""
+"""Forms, what is prepacked of them, and optimizer states, through flax.serialization and jax.export."""
 
 import flax.serialization as fs
 import jax
@@ -9,10 +9,7 @@ import optax
 import pytest
 
 import lcq
-from lcq.forms import Sparse
 from lcq.forms.base import FORMS, is_form
-from lcq.kernels.columns import columns
-from lcq.kernels.ell import lists
 from lcq.kernels.signs import signs
 from lcq.layers import frozen
 from lcq.layers.binary import window
@@ -70,11 +67,13 @@ def test_forms_of_both_layouts(scheme):
 
 
 @pytest.mark.parametrize("scheme", [lcq.Uniform(4, per=4), lcq.KMeans(2), lcq.Prune(kept=3)], ids=repr)
-def test_what_is_laid_out(scheme):
+def test_what_is_prepacked(scheme):
     form = scheme.project(W)
-    laid = lists(form) if isinstance(form, Sparse) else columns(form)
-    same(fs.from_bytes(laid, fs.to_bytes(laid)), laid)
-    np.testing.assert_allclose(exported(lambda a, x: x @ a.dense(), laid, X).call(laid, X), X @ form.dense(), atol=1e-5)
+    ready = form.prepack()
+    same(fs.from_bytes(ready, fs.to_bytes(ready)), ready)
+    np.testing.assert_allclose(
+        exported(lambda a, x: x @ a.dense(), ready, X).call(ready, X), X @ form.dense(), atol=1e-5
+    )
 
 
 def test_binary_layers():

@@ -9,10 +9,10 @@ import pytest
 
 import lcq
 from lcq.forms import Codes, Sparse
+from lcq.forms.column_words import pack_columns
 from lcq.kernels import codes_xla, reference
-from lcq.kernels.api import code_product, matmul
-from lcq.kernels.columns import columns, pack_columns
-from lcq.kernels.ell import lists
+from lcq.kernels.api import matmul
+from lcq.kernels.code_product import code_product
 
 RNG = np.random.default_rng(0)
 MANTISSA = str(0x3F800000)
@@ -75,12 +75,12 @@ def test_a_vector_times_a_form_is_a_vector():
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if type(form_of(s)) is Codes], ids=repr)
 def test_columns_hold_the_same_matrix(scheme):
     form = form_of(scheme)
-    laid = columns(form)
-    assert laid.shape == form.shape and laid.dtype == form.dtype
+    ready = form.prepack()
+    assert ready.shape == form.shape and ready.dtype == form.dtype
     scale = float(jnp.abs(form.dense()).max())
-    np.testing.assert_allclose(laid.dense(), form.dense(), rtol=3e-7, atol=3e-7 * scale)
+    np.testing.assert_allclose(ready.dense(), form.dense(), rtol=3e-7, atol=3e-7 * scale)
     with pytest.raises(ValueError, match="save the forms that it was made of"):
-        laid.pack()
+        ready.pack()
 
 
 @pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.KMeans(4, per="channel"), lcq.LowRank(2)], ids=repr)
@@ -109,16 +109,16 @@ FEW = [lcq.Prune(kept=0.1), lcq.Prune(kept=0.15, values=lcq.KMeans(4)), lcq.Prun
 @pytest.mark.parametrize("scheme", FEW, ids=repr)
 @pytest.mark.parametrize("lead", [(), (3,)])
 def test_lists_of_few_weights(scheme, lead):
-    """Laid out from either layout they are the same matrix, and so are their products, of few rows and of many."""
+    """Prepacked from either layout they are the same matrix, and so are their products, of few rows and of many."""
     form = form_of(scheme, (*lead, 70, 131 - len(lead) - (scheme.group == 2)))
     dense = np.asarray(form.dense())
     for each in (form, jax.tree.map(jnp.asarray, form.pack()) if not lead else form):
-        laid = lists(each)
-        assert laid.shape == dense.shape and laid.places.shape[-2] == (dense != 0).sum(-2).max()
-        np.testing.assert_array_equal(laid.dense(), dense)
+        ready = each.prepack()
+        assert ready.shape == dense.shape and ready.places.shape[-2] == (dense != 0).sum(-2).max()
+        np.testing.assert_array_equal(ready.dense(), dense)
     for rows in (1, 2, 40):
         x, g = (jnp.asarray(RNG.normal(size=(*lead, rows, n)), jnp.float32) for n in (70, dense.shape[-1]))
-        y, pull = jax.vjp(lambda x: product(x, laid), x)
+        y, pull = jax.vjp(lambda x: product(x, ready), x)
         near(y, x, dense)
         near(pull(g)[0], g, np.swapaxes(dense, -1, -2))
 
@@ -127,31 +127,32 @@ def test_lists_of_few_weights(scheme, lead):
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
 def test_a_list_hides_no_activation_that_is_not_finite(rows, odd):
     """Row 5 is in no list; the dense product meets it in a zero."""
-    laid = lists(Sparse(jnp.arange(18).reshape(9, 2) < 2, jnp.ones((9, 2))))
-    y = np.asarray(jax.jit(matmul)(jnp.ones((rows, 9)).at[0, 5].set(odd), laid))
+    ready = Sparse(jnp.arange(18).reshape(9, 2) < 2, jnp.ones((9, 2))).prepack()
+    y = np.asarray(jax.jit(matmul)(jnp.ones((rows, 9)).at[0, 5].set(odd), ready))
     assert np.isnan(y[0]).all() and (y[1:] == 1).all()
 
 
 def test_lists_of_bfloat16():
     form = lcq.Prune(kept=0.1).project(jnp.asarray(RNG.normal(size=(70, 131)), jnp.bfloat16))
-    laid = lists(form)
-    assert laid.dtype == laid.values.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(laid.dense(), form.dense())
+    ready = form.prepack()
+    assert ready.dtype == ready.values.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ready.dense(), form.dense())
     x = jnp.asarray(RNG.normal(size=(3, 70)), jnp.bfloat16)
-    y = matmul(x, laid)
+    y = matmul(x, ready)
     assert y.dtype == jnp.bfloat16
     wide = np.asarray(x, np.float64) @ np.asarray(form.dense(), np.float64)
     np.testing.assert_allclose(np.asarray(y, np.float64), wide, rtol=2**-8, atol=1e-5)
 
 
-def test_long_lists_and_traced_forms_are_not_laid_out():
+def test_long_lists_and_traced_forms_are_not_prepacked():
     form = form_of(lcq.Prune(kept=0.1))
-    assert lists(form_of(lcq.Prune(kept=0.6))) is None
-    assert jax.jit(lambda form: lists(form) is None)(form)
-    with pytest.raises(ValueError, match="multiplies codes, got Lists"):
-        matmul(jnp.ones((1, 70)), lists(form), kernel="words")
-    with pytest.raises(ValueError, match="a leaf laid out for products; save the forms"):
-        lists(form).pack()
+    long = form_of(lcq.Prune(kept=0.6))
+    assert long.prepack() is long
+    assert jax.jit(lambda form: form.prepack() is form)(form)
+    with pytest.raises(ValueError, match="multiplies codes, got Ell"):
+        matmul(jnp.ones((1, 70)), form.prepack(), kernel="words")
+    with pytest.raises(ValueError, match="a leaf prepacked for products; save the forms"):
+        form.prepack().pack()
 
 
 def test_words_run_down_the_columns_from_the_lowest_bits():
@@ -216,7 +217,7 @@ def test_complex_activations(rows):
 
 @pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2)], ids=repr)
 def test_gradients_with_respect_to_the_numbers_of_a_form(scheme):
-    form = columns(form_of(scheme))
+    form = form_of(scheme).prepack()
     x, g = (jnp.asarray(RNG.normal(size=(2, n)), jnp.float32) for n in (70, 130))
 
     def gradient(multiply):
@@ -253,7 +254,7 @@ def test_short_activations_give_the_dtype_of_a_dense_product():
 
 def test_a_tile_and_no_dense_array_is_in_memory():
     codes = jnp.asarray(RNG.integers(0, 4, (1024, 1024)), jnp.uint8)
-    form = columns(Codes(codes, levels=jnp.arange(4.0).reshape(1, 1, 4)))
+    form = Codes(codes, levels=jnp.arange(4.0).reshape(1, 1, 4)).prepack()
     for rows in (1, 64):
         x = jnp.zeros((rows, 1024))
         memory = jax.jit(matmul).lower(x, form).compile().memory_analysis()
@@ -261,7 +262,7 @@ def test_a_tile_and_no_dense_array_is_in_memory():
 
 
 def test_it_is_compiled_once():
-    form = columns(form_of(lcq.KMeans(2)))
+    form = form_of(lcq.KMeans(2)).prepack()
     once = jax.jit(chex.assert_max_traces(matmul, 1))
     for i in range(3):
         once(jnp.full((2, 70), i, jnp.float32), form)
@@ -294,16 +295,16 @@ def test_what_does_not_fit_is_refused():
     form = form_of(lcq.KMeans(4))
     with pytest.raises(ValueError, match=r"expected x \[.., k\] and a form \(k, n\).*got \[2, 71\] and \[70, 130\]"):
         matmul(jnp.zeros((2, 71)), form)
-    with pytest.raises(ValueError, match=r"expected a kernel of words, tiles, .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"expected one of the kernels tiles, .*words, .*, got 'fast'"):
         matmul(jnp.zeros((2, 70)), form, kernel="fast")
-    with pytest.raises(ValueError, match=r"expected a form laid out as the matrix it is, got axes \(1, 0\)"):
-        matmul(jnp.zeros((2, 70)), dataclasses.replace(columns(form), axes=(1, 0)))
+    with pytest.raises(ValueError, match=r"expected a form prepacked as the matrix it is, got axes \(1, 0\)"):
+        matmul(jnp.zeros((2, 70)), dataclasses.replace(form.prepack(), axes=(1, 0)))
     with pytest.raises(ValueError, match="'words' wants levels with equal steps, got a codebook of 4"):
         matmul(jnp.zeros((2, 70)), form, kernel="words")
     with pytest.raises(ValueError, match="'pallas_tpu' wants codes of 1 bit, got 4 bits"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.Uniform(3, per=(35, 1), zero_point=True)), kernel="pallas_tpu")
     with pytest.raises(ValueError, match=r"expected codes of a matrix \[K, n\], or stacked ones, got \[6\]"):
-        columns(lcq.KMeans(2).project(jnp.arange(6.0)))
+        lcq.KMeans(2).project(jnp.arange(6.0)).prepack()
     with pytest.raises(ValueError, match="'tiles' multiplies codes, got Factors"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.LowRank(3)), kernel="tiles")
 
@@ -329,16 +330,18 @@ def test_a_kernel_that_this_platform_has_not_raises(kernel):
 def test_numbers_of_groups_are_short_in_memory(scheme):
     w = np.random.default_rng(8).normal(size=(96, 10)).astype(np.float32)
     form = scheme.project(jnp.asarray(w))
-    laid = columns(form)
-    np.testing.assert_allclose(laid.dense(), form.dense(), rtol=1e-6, atol=1e-7)
+    ready = form.prepack()
+    np.testing.assert_allclose(ready.dense(), form.dense(), rtol=1e-6, atol=1e-7)
     for rows in (1, 9):
         x = np.random.default_rng(rows).normal(size=(rows, 96)).astype(np.float32)
         wanted = x.astype(np.float64) @ np.asarray(form.dense(), np.float64)
-        np.testing.assert_allclose(matmul(jnp.asarray(x), laid), wanted, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(matmul(jnp.asarray(x), laid.take(jnp.array([3, 1]))), wanted[:, [3, 1]], atol=1e-4)
+        np.testing.assert_allclose(matmul(jnp.asarray(x), ready), wanted, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            matmul(jnp.asarray(x), ready.take_columns(jnp.array([3, 1]))), wanted[:, [3, 1]], atol=1e-4
+        )
     if isinstance(scheme, lcq.Uniform) or (scheme.scale_dtype is None and len(scheme.values) == 2):
         short = 16 + 8 * (form.zero is not None)
-        assert laid.bits == 8 * laid.words.nbytes + 30 * short
+        assert ready.bits == 8 * ready.words.nbytes + 30 * short
 
 
 def test_levels_that_go_down_multiply_as_they_are():

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcq.forms.column_words import pack_signs
 from lcq.kernels import reference, xnor_xla
 from lcq.kernels.api import binary_matmul
-from lcq.kernels.columns import pack_signs
 from lcq.kernels.signs import signs
 
 SHAPES = [

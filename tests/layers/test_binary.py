@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.kernels.columns import pack_signs
+from lcq.forms.column_words import pack_signs
 from lcq.layers import binary, frozen
 
 RNG = np.random.default_rng(0)
@@ -160,12 +160,12 @@ def test_shorter_floats_are_summed_exactly_and_rounded_once(dtype, last):
         np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=0.51 * last, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["xla", "gpu", "tpu"])
-def test_every_layout_holds_the_same_bits(layout):
+@pytest.mark.parametrize("platform", ["xla", "gpu", "tpu"])
+def test_every_platform_holds_the_same_bits(platform):
     w = numbers((2, 2, 5, 3))
-    layer = frozen.freeze(w, window=binary.window((2, 2)), layout=layout)
+    layer = frozen.freeze(w, window=binary.window((2, 2)), platform=platform)
     words = np.asarray(layer.weights.words)
-    columns = words[0].T if layout == "xla" else words.T  # [n, words], a word for each pixel
+    columns = words[0].T if platform == "xla" else words.T  # [n, words], a word for each pixel
     bits = (columns[:3, :4, None] >> np.arange(32, dtype=np.uint32)) & 1
     np.testing.assert_array_equal(bits[..., :5], np.moveaxis(signs_of(w), -1, 0).reshape(3, 4, 5) > 0)
     assert not bits[..., 5:].any()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from lcq.kernels.columns import pack_signs
+from lcq.forms.column_words import pack_signs
 from lcq.layers import binary, frozen
 
 RNG = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Forms moved, picked and taken apart: the dense array of the result is that of the form, moved by numpy."""
+"""Forms moved, taken in part and apart: the dense array of the result is that of the form, moved by numpy."""
 
 import dataclasses
 
@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from lcq.forms import Cast, Codes, Factors, Sparse, Sum
-from lcq.kernels.columns import columns
-from lcq.kernels.ell import lists
-from lcq.runtime.form_views import move, pick, stack
+from lcq.runtime.form_views import relayout, take_rows, unstack
 
 RNG = np.random.default_rng(0)
 
@@ -39,8 +37,8 @@ FORMS = {  # shape (4, 8, 6), which is a leaf of four layers or a kernel of a co
     "factors as large": Factors(normal(32, 6), tail=STACK),
     "cast": Cast(normal(*STACK).astype(jnp.bfloat16)),
     "sum": Sum((codes(STACK, (1, 1, 1)), Factors(normal(32, 3), right=normal(3, 6), tail=STACK))),
-    "laid out": columns(codes(STACK, (4, 1, 1))),
-    "lists": lists(Sparse(jnp.asarray(np.arange(192).reshape(STACK) % 5 == 0), normal(*STACK))),
+    "prepacked": codes(STACK, (4, 1, 1)).prepack(),
+    "lists": Sparse(jnp.asarray(np.arange(192).reshape(STACK) % 5 == 0), normal(*STACK)).prepack(),
 }
 MOVES = {  # of arrays of numpy and of jax alike
     "flat": lambda a: a.reshape(32, 6),
@@ -58,20 +56,20 @@ NEVER = {  # what a form cannot say: more entries of tables than half the elemen
     "factors": {"outer axes swapped", "reversed", "inner axes joined", "a row"},
     "factors of layers": {"flat", "flat and turned", "rows", "outer axes swapped", "reversed"}
     | {"inner axes joined", "a row"},
-    "laid out": set(MOVES),
+    "prepacked": set(MOVES),
     "codes in groups": {"inner axes joined"},
 }
 NEVER["sum"] = NEVER["factors"]
-NEVER["lists"] = NEVER["laid out"]
+NEVER["lists"] = NEVER["prepacked"]
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_move(kind):
-    form = FORMS[kind] if kind in ("laid out", "lists", "factors") else FORMS[kind].pack()
+def test_relayout(kind):
+    form = FORMS[kind] if kind in ("prepacked", "lists", "factors") else FORMS[kind].pack()
 
     @jax.jit
     def moved(form):
-        made = {name: move(form, function) for name, function in MOVES.items()}
+        made = {name: relayout(form, function) for name, function in MOVES.items()}
         return {name: None if form is None else form.dense() for name, form in made.items()}
 
     dense = np.asarray(form.dense())
@@ -82,9 +80,11 @@ def test_move(kind):
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_pick_and_stack(kind):
+def test_take_rows_and_unstack(kind):
     form, rows = FORMS[kind], jnp.array([3, 1, 2])
-    got = jax.jit(lambda form: (pick(form, rows).dense(), jax.vmap(lambda each: each.dense())(stack(form))))(form)
+    got = jax.jit(lambda form: (take_rows(form, rows).dense(), jax.vmap(lambda each: each.dense())(unstack(form))))(
+        form
+    )
     dense = np.asarray(form.dense())
     for one, wanted in zip(got, (dense[rows], dense), strict=True):
         np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-6)
@@ -94,43 +94,49 @@ def test_what_stays_packed():
     """Whole words of rows do, and what keeps its order; words that hold codes of two rows are unpacked."""
     form, odd = FORMS["codes of layers"].pack(), codes((5, 7), (1, 1)).pack()
     rows = jnp.array([1, 2])
-    assert move(form, lambda a: a.reshape(32, 6)).packed == (32, 6)
-    assert move(form, jnp.transpose).packed is None
-    assert (pick(form, rows).packed, stack(form).packed, stack(form).codes.shape) == ((2, 8, 6), (8, 6), (4, 3))
-    assert pick(odd, rows).packed is None and stack(odd).packed is None
-    np.testing.assert_array_equal(pick(odd, rows).dense(), odd.dense()[1:3])
+    assert relayout(form, lambda a: a.reshape(32, 6)).packed == (32, 6)
+    assert relayout(form, jnp.transpose).packed is None
+    assert (take_rows(form, rows).packed, unstack(form).packed, unstack(form).codes.shape) == (
+        (2, 8, 6),
+        (8, 6),
+        (4, 3),
+    )
+    assert take_rows(odd, rows).packed is None and unstack(odd).packed is None
+    np.testing.assert_array_equal(take_rows(odd, rows).dense(), odd.dense()[1:3])
 
 
-def test_what_is_laid_out():
-    """As the matrix that it was laid out as, of another shape; columns of it are rows of a leaf that was turned."""
-    whole = columns(codes((8, 6), (1, 6), 3))
+def test_what_is_prepacked():
+    """As the matrix that it was prepacked as, of another shape; columns of it are rows of a leaf that was turned."""
+    whole = codes((8, 6), (1, 6), 3).prepack()
     leaf = dataclasses.replace(whole, tail=(2, 4, 6), axes=(0, 1, 2))
-    np.testing.assert_array_equal(move(leaf, lambda a: a.reshape(8, 6)).matrix(), whole.matrix())
-    assert move(leaf, lambda a: a.reshape(8, 6)[::-1]) is None
+    np.testing.assert_array_equal(relayout(leaf, lambda a: a.reshape(8, 6)).matrix(), whole.matrix())
+    assert relayout(leaf, lambda a: a.reshape(8, 6)[::-1]) is None
     turned = dataclasses.replace(whole, tail=(6, 8), axes=(1, 0))
-    assert move(turned, lambda a: a) is None and stack(turned) is None and pick(whole, jnp.array([1])) is None
-    np.testing.assert_array_equal(move(turned, jnp.transpose).matrix(), whole.matrix())
-    np.testing.assert_array_equal(pick(turned, jnp.array([5, 0])).dense(), turned.dense()[np.array([5, 0])])
-    few = lists(Sparse(jnp.asarray(np.arange(48).reshape(8, 6) % 5 == 0), normal(8, 6)))
+    assert (
+        relayout(turned, lambda a: a) is None and unstack(turned) is None and take_rows(whole, jnp.array([1])) is None
+    )
+    np.testing.assert_array_equal(relayout(turned, jnp.transpose).matrix(), whole.matrix())
+    np.testing.assert_array_equal(take_rows(turned, jnp.array([5, 0])).dense(), turned.dense()[np.array([5, 0])])
+    few = Sparse(jnp.asarray(np.arange(48).reshape(8, 6) % 5 == 0), normal(8, 6)).prepack()
     turned = dataclasses.replace(few, tail=(6, 2, 4), axes=(1, 2, 0))
     np.testing.assert_array_equal(turned.dense(), np.asarray(few.dense()).reshape(2, 4, 6).transpose(2, 0, 1))
-    np.testing.assert_array_equal(pick(turned, jnp.array([5, 0])).dense(), turned.dense()[np.array([5, 0])])
-    np.testing.assert_array_equal(move(turned, lambda a: a.transpose(1, 2, 0).reshape(8, 6)).dense(), few.dense())
-    assert move(turned, lambda a: a.reshape(8, 6)) is None
+    np.testing.assert_array_equal(take_rows(turned, jnp.array([5, 0])).dense(), turned.dense()[np.array([5, 0])])
+    np.testing.assert_array_equal(relayout(turned, lambda a: a.transpose(1, 2, 0).reshape(8, 6)).dense(), few.dense())
+    assert relayout(turned, lambda a: a.reshape(8, 6)) is None
 
 
 def test_a_separable_kernel():
     """It is no matrix of the convolution, and is the matrix that it was made as."""
     form = Factors(normal(6, 2), right=normal(2, 20), tail=(3, 4, 2, 5), separable=True)
     dense = np.asarray(form.dense())
-    assert move(form, lambda a: a.reshape(24, 5)) is None
-    got = move(form, lambda a: a.transpose(0, 2, 1, 3).reshape(6, 20))
+    assert relayout(form, lambda a: a.reshape(24, 5)) is None
+    got = relayout(form, lambda a: a.transpose(0, 2, 1, 3).reshape(6, 20))
     np.testing.assert_allclose(got.dense(), dense.transpose(0, 2, 1, 3).reshape(6, 20), rtol=1e-5)
-    assert pick(form, jnp.array([0])) is None and stack(form) is None
+    assert take_rows(form, jnp.array([0])) is None and unstack(form) is None
 
 
 def test_groups_of_a_convolution_share_the_left_factor():
     form = Factors(normal(8, 2), right=normal(2, 6), tail=(8, 6))
-    got = move(form, lambda a: a.reshape(8, 3, 2).transpose(1, 0, 2))
+    got = relayout(form, lambda a: a.reshape(8, 3, 2).transpose(1, 0, 2))
     assert got.left.shape == (3, 8, 2) and got.right.shape == (3, 2, 2)
     np.testing.assert_allclose(got.dense(), np.asarray(form.dense()).reshape(8, 3, 2).transpose(1, 0, 2), rtol=1e-5)

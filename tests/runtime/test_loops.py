@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import lax
 
 import lcq
-from lcq.kernels.columns import Columns
+from lcq.forms.columns import Columns
 from lcq.runtime.packed import packed
 
 RNG = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def test_without_room_loops_run_on_codes():
         ("c", "dense"),
     }
     close(jax.jit(net)(forms, x), step(lcq.decompress(forms), x), 1e-3)
-    ready = net.lay_out(forms, x)
+    ready = net.prepack(forms, x)
     assert [isinstance(ready[name], Columns) for name in "abcd"] == [True, True, False, True]
     close(jax.jit(net)(ready, x), step(lcq.decompress(forms), x), 1e-3)  # rounding, through seven rounds
     some = packed(step, held=4 * 12).report(forms, x)  # room for a alone
@@ -187,7 +187,7 @@ def test_experts_by_ragged_dot(scheme):
             start += size
         (use,) = net.report(forms, x, sizes)
         assert use[:3] == ("w", "product", (4, rows, 8, 6)) and use.kind == "ragged dot"
-        ready = net.lay_out(forms, x, sizes)
+        ready = net.prepack(forms, x, sizes)
         assert isinstance(ready["w"], Columns) == (type(forms["w"]).__name__ == "Codes")
         for each in (forms, ready):
             close(run(each, x, sizes), wanted)

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lcq
 from lcq.forms.base import is_form
+from lcq.forms.prepacked import Prepacked
 from lcq.kernels.api import matmul
-from lcq.kernels.base import Laid
 from lcq.layers import frozen
 from lcq.layers.binary import window
 from lcq.runtime.packed import packed
@@ -112,10 +112,10 @@ def test_results_lie_as_those_of_the_dense_function(kind, case):
     form = jax.tree.map(lambda a: put(a, *where) if a.shape == w.shape else put(a), form)
     net = packed(fn)
     with jax.set_mesh(MESH) if case != "data" else contextlib.nullcontext():
-        for each in (form, net.lay_out(form, xs)):
+        for each in (form, net.prepack(form, xs)):
             got = jax.jit(net)(each, xs)
             np.testing.assert_allclose(np.asarray(got), wanted, atol=1e-4)
-            assert jax.typeof(got).sharding.spec == lies or (isinstance(each, Laid) and case == "inputs")
+            assert jax.typeof(got).sharding.spec == lies or (isinstance(each, Prepacked) and case == "inputs")
 
 
 def test_one_bit_on_a_mesh_with_explicit_axes():
@@ -123,7 +123,7 @@ def test_one_bit_on_a_mesh_with_explicit_axes():
         x = put(jnp.ones((6, 8)), "d", None)
         forms = lcq.compress({"k": jnp.eye(8)[:, :4]}, [lcq.Rule("k", lcq.KMeans(2))])
         net = packed(lambda p, x: x @ p["k"])
-        for tree in (forms, net.lay_out(forms, x), jax.tree.map(lambda f: f.pack(), forms, is_leaf=is_form)):
+        for tree in (forms, net.prepack(forms, x), jax.tree.map(lambda f: f.pack(), forms, is_leaf=is_form)):
             y = jax.jit(net)(tree, x)
             assert jax.typeof(y).sharding.spec[0] == "d"
             np.testing.assert_allclose(np.asarray(y), np.ones((6, 8)) @ lcq.decompress(forms)["k"], atol=1e-5)

@@ -24,9 +24,9 @@ import lcq
 import lcq.runtime.uses
 from lcq.forms import Codes, Factors, Sparse, Sum
 from lcq.forms.base import is_form
-from lcq.kernels.base import Laid
-from lcq.kernels.columns import Columns, columns
-from lcq.kernels.ell import Lists, lists
+from lcq.forms.columns import Columns
+from lcq.forms.ell import Ell
+from lcq.forms.prepacked import Prepacked
 from lcq.runtime.packed import packed
 from lcq.tree.paths import flatten
 
@@ -481,28 +481,28 @@ KINDS = {
     "codes in groups": Codes(MANY, scale=normal(4, 6), zero=normal(4, 6), values=tuple(range(16))),
     "factors": Factors(normal(8, 2), right=normal(2, 6), tail=(8, 6)),
     "sum": Sum((code(W), Sparse(MANY < 6, normal(8, 6)))),
-    "laid out": columns(code(W)),
-    "lists": lists(Sparse(jnp.asarray(np.arange(48).reshape(8, 6) % 5 == 0), W)),
+    "prepacked": code(W).prepack(),
+    "lists": Sparse(jnp.asarray(np.arange(48).reshape(8, 6) % 5 == 0), W).prepack(),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_form(kind):
-    """As left operand, in rows, in columns of its transpose, looked up; only what is laid out cannot be cut."""
+    """As left operand, in rows, in columns of its transpose, looked up; only what is prepacked cannot be cut."""
 
     def fn(w, x, ids):
         parts = [w.T @ jnp.tile(x, 2).T, x @ w[:4], x @ w[:, 2:].T[:, 4:].T]
         return parts, jnp.take(w, ids, axis=0), (x[:, :2] @ jnp.tanh(w)[6:])
 
     form, args = KINDS[kind], (X, jnp.array([0, 7, 9]))
-    laid = isinstance(form, Laid)
-    forms = (form, form if laid else form.pack())
+    ready = isinstance(form, Prepacked)
+    forms = (form, form if ready else form.pack())
     got, wanted = jax.jit(lambda forms, *args: ([packed(fn)(f, *args) for f in forms], fn(form.dense(), *args)))(
         forms, *args
     )
     for each, report in zip(got, [packed(fn).report(f, *args) for f in forms], strict=True):
         close(each, wanted)
-        assert [use.how for use in report].count("dense") == (4 if laid else 1), report
+        assert [use.how for use in report].count("dense") == (4 if ready else 1), report
 
 
 @pytest.mark.parametrize("case", ["net", "scan", "tied", "slices", "convolution", "grouped"])
@@ -555,7 +555,7 @@ def test_heads_of_attention_run_on_codes(rule, product):
     )
     forms, x, net = {"w": w, "o": o.pack()}, normal(2, 3, 8), packed(fn)
     assert [use[:3] for use in net.report(forms, x)] == products(w=(1, 6, 8, 8), o=(1, 6, 8, 8))
-    ready = net.lay_out(forms, x)
+    ready = net.prepack(forms, x)
     assert all(isinstance(form, Columns) for form in ready.values())
     both = jax.jit(lambda f, r, x: (net(f, x), net(r, x), fn(lcq.decompress(f), x)))(forms, ready, x)
     close(both[0], both[2])
@@ -594,10 +594,10 @@ LAID_OUT = {  # how many leaves: slices of one are products of their own, and gr
 
 
 @pytest.mark.parametrize("case", LAID_OUT)
-def test_codes_are_laid_out_once(case):
+def test_codes_are_prepacked_once(case):
     fn, params, args, stacked, _ = CASES[case]
     forms, net = coded(params, stacked), packed(fn)
-    ready = net.lay_out(stored(forms), *args)
+    ready = net.prepack(stored(forms), *args)
     assert net.report(ready, *args) == net.report(forms, *args)
     assert sum(isinstance(f, Columns) for f in jax.tree.leaves(ready, is_leaf=is_form)) == LAID_OUT[case]
     got, wanted = jax.jit(lambda *args: (net(*args), fn(lcq.decompress(forms), *args[1:])))(ready, *args)
@@ -605,25 +605,25 @@ def test_codes_are_laid_out_once(case):
     close(lcq.decompress(ready), lcq.decompress(forms))
 
 
-def test_codes_of_a_sum_are_laid_out_and_those_of_another_use_are_not():
+def test_codes_of_a_sum_are_prepacked_and_those_of_another_use_are_not():
     forms, x = {"w": KINDS["sum"], "v": code(W)}, jnp.tile(X, 2)
-    ready = packed(lambda p, x: x @ p["w"] + jnp.tanh(p["v"])[0] + x @ p["v"]).lay_out(forms, x)
+    ready = packed(lambda p, x: x @ p["w"] + jnp.tanh(p["v"])[0] + x @ p["v"]).prepack(forms, x)
     assert [type(part).__name__ for part in ready["w"].parts] == ["Columns", "Sparse"]  # its columns are not short
     assert ready["v"] is forms["v"]
 
 
-def test_few_weights_are_laid_out_and_no_dense_array_of_them_is_made():
+def test_few_weights_are_prepacked_and_no_dense_array_of_them_is_made():
     w, x = normal(512, 384), normal(2, 512)
     forms = {"w": lcq.Prune(kept=0.05, values=lcq.KMeans(4)).project(w).pack()}
     net = packed(lambda p, x: x @ p["w"])
-    ready = net.lay_out(forms, x)
-    assert isinstance(ready["w"], Lists) and ready["w"].places.dtype == jnp.uint16
+    ready = net.prepack(forms, x)
+    assert isinstance(ready["w"], Ell) and ready["w"].places.dtype == jnp.uint16
     assert ready["w"].bits < 8 * w.nbytes / 4
     for rows in (x, jnp.tile(x, (32, 1))):
         close(jax.jit(net)(ready, rows), rows @ lcq.decompress(forms)["w"])
         memory = jax.jit(net).lower(ready, rows).compile().memory_analysis()
         assert memory.temp_size_in_bytes < w.nbytes / 2 + 2 * len(rows) * 384 * 4
-    traced = jax.jit(lambda forms: net.lay_out(forms, x)["w"])(forms)
+    traced = jax.jit(lambda forms: net.prepack(forms, x)["w"])(forms)
     assert type(traced).__name__ == "Sparse"
 
 
@@ -776,7 +776,7 @@ def test_no_images(shape):
 
     forms = {"w": lcq.Binary().project(jnp.ones(shape))}
     run, none = lcq.packed(net), jnp.zeros((0, 5, 5, 4))
-    assert run(run.lay_out(forms, none), none).shape == (0, 5, 5, 6)
+    assert run(run.prepack(forms, none), none).shape == (0, 5, 5, 6)
 
 
 def test_what_is_no_array():
@@ -800,12 +800,12 @@ def test_report_of_shapes():
 # Exported
 
 
-@pytest.mark.parametrize("laid", [False, True], ids=["forms", "laid out"])
+@pytest.mark.parametrize("ready", [False, True], ids=["forms", "prepacked"])
 @pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2), lcq.Prune(kept=9)], ids=repr)
-def test_exported_with_forms_as_arguments(scheme, laid):
+def test_exported_with_forms_as_arguments(scheme, ready):
     net, x = packed(lambda p, x: x @ p["kernel"]), normal(3, 8)
     forms = {"kernel": scheme.project(W)}
-    tree = net.lay_out(forms, x) if laid else forms
+    tree = net.prepack(forms, x) if ready else forms
     exported = jax.export.deserialize(jax.export.export(jax.jit(net))(tree, x).serialize())
     close(exported.call(tree, x), net(tree, x))
 
@@ -840,7 +840,7 @@ def test_exported_with_a_symbolic_batch(scheme, case, unchecked):
     net, forms = packed(fn), stored(lcq.compress({"w": w}, [lcq.Rule("w", scheme, stacked=stacked)]))
     (batch,) = jax.export.symbolic_shape("b")
     shape = jax.ShapeDtypeStruct((batch, *rest), jnp.float32)
-    for tree in (forms, net.lay_out(forms, shape)):
+    for tree in (forms, net.prepack(forms, shape)):
         exported = jax.export.export(jax.jit(lambda x, tree=tree: net(tree, x)))(shape)
         for count in (1, 5):
             x = abs(normal(count, *rest))
@@ -860,7 +860,7 @@ assert "lcq" not in sys.modules
 def test_an_exported_net_runs_in_a_process_without_lcq(tmp_path):
     fn, params, (x, *_), stacked, _ = CASES["net"]
     net, forms = packed(fn), coded(params, stacked)
-    ready = net.lay_out(forms, x)
+    ready = net.prepack(forms, x)
     exported = jax.export.export(jax.jit(lambda x: net(ready, x)))(x)
     (tmp_path / "net").write_bytes(exported.serialize())
     np.save(tmp_path / "x.npy", x)
@@ -871,7 +871,7 @@ def test_an_exported_net_runs_in_a_process_without_lcq(tmp_path):
 
 def test_a_product_of_one_bit_is_exported_with_the_kernel_of_the_platform():
     product, x = packed(lambda p, x: x @ p["w"]), jnp.ones((2, 64))
-    ready = product.lay_out({"w": lcq.KMeans(2).project(normal(64, 128))}, x)
+    ready = product.prepack({"w": lcq.KMeans(2).project(normal(64, 128))}, x)
     net = jax.jit(lambda x: product(ready, x))
     triton = "__gpu$xla.gpu.triton"
     allowed = [jax.export.DisabledSafetyCheck.custom_call(triton)]

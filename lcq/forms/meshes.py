@@ -4,6 +4,7 @@ A kernel moves, pads and cuts arrays in ways that JAX names no sharding for. So 
 compiler, and its results lie as those of the dense function do.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,13 @@ def spec_of(array: Any) -> tuple[Any, ...]:
     return tuple(jax.typeof(array).sharding.spec)
 
 
-def laid_on(mesh: Any, spec: Any) -> NamedSharding:
+def divides(name: Any, length: int, mesh: Any) -> bool:
+    """Whether an axis of a length can be cut along one of the mesh's, or several."""
+    names = name if isinstance(name, tuple) else (name,)
+    return length % math.prod(mesh.shape[n] for n in names if n is not None) == 0
+
+
+def placed_on(mesh: Any, spec: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -51,7 +58,7 @@ def by_compiler(function: Callable[..., Any], onto: Any, *args: Any) -> Any:
     mesh = jax.tree.leaves(onto)[0].mesh
     axes = mesh.explicit_axes
     inside = mesh.abstract_mesh.update_axis_types(dict.fromkeys(axes, AxisType.Auto))
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=laid_on(inside, ())), args)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed_on(inside, ())), args)
     with jax.sharding.use_abstract_mesh(inside):
         made = jax.eval_shape(function, *shapes)
     if made is None:

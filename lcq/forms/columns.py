@@ -2,25 +2,25 @@
 
 import dataclasses
 import math
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped, UInt, UInt32
+from jaxtyping import Array, Float, Int, UInt, UInt32
 
-from lcq.forms import Codes, bitpack
-from lcq.forms.base import own, static, tree_form
-from lcq.forms.dtypes import own_promotion
-from lcq.kernels.base import Laid
-from lcq.kernels.reference import fields
+from lcq.forms import bitpack
+from lcq.forms.base import Decoding, own, static, tree_form
+from lcq.forms.column_words import fields, pack_columns
+from lcq.forms.prepacked import Prepacked
 
 _SELECT = 16
 """Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
 
 
 @tree_form
-class Columns(Laid):
-    """Codes laid out for products, packed down the columns of the matrix. Made by `columns`.
+class Columns(Prepacked):
+    """Codes prepacked for products, packed down the columns of the matrix.
 
         Delta[k, n] = first[n] + step[n] code[k, n]  if levels are equally far apart,  else levels[n, code[k, n]]
 
@@ -28,7 +28,7 @@ class Columns(Laid):
     first = (lowest - zero) step is not kept: step has the scale's dtype and zero that of codes, 16 and 8 bits a block.
 
     Attributes:
-        words: uint32 [*stacked, b, w, n], see `reference.fields`; a block's last word is filled with zeros.
+        words: uint32 [*stacked, b, w, n], see `column_words.fields`; a block's last word is filled with zeros.
         first: [*stacked, b, 1 or n]; None if there are `levels`, or a `lowest`.
         step: [*stacked, b, 1 or n]; None if there are `levels`.
         levels: [*stacked, b, 1 or n, K]; None if they are equally far apart.
@@ -44,6 +44,7 @@ class Columns(Laid):
     zero: Any = own(default=None)
     lowest: float | None = static(default=None)
     width: int = static(default=1)
+    column_axes = MappingProxyType({"words": -1, "first": -1, "step": -1, "levels": -2, "zero": -1})
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -57,6 +58,10 @@ class Columns(Laid):
     def block(self) -> int:
         """Rows of a block, K / b."""
         return self.rows // self.words.shape[-3]
+
+    @property
+    def decoding(self) -> Decoding:
+        return "many rows" if self.levels is None else "always"
 
     def lines(self) -> tuple[Array, Array]:
         """(first, step) in float32, of levels that are equally far apart."""
@@ -74,7 +79,7 @@ class Columns(Laid):
             values = _lookup(codes, self.levels[..., None, :, :])
         return values.reshape(*self.words.shape[:-3], -1, self.words.shape[-1])
 
-    def take(self, numbers: Int[Array, " m"]) -> "Columns":
+    def take_columns(self, numbers: Int[Array, " m"]) -> "Columns":
         def some(a: Any, axis: int) -> Any:
             return a if a is None or a.shape[axis] == 1 else jnp.take(a, numbers, axis)
 
@@ -90,94 +95,58 @@ class Columns(Laid):
         )
 
 
-@own_promotion()
-def columns(form: Codes) -> Columns:
-    """Lays out codes [K, n], or stacked ones [G, K, n], for products. Works under jit; once, when a net is loaded, is
-    enough.
-
-    Raises:
-        ValueError: codes of a vector.
-
-    Example:
-        >>> import lcq
-        >>> w = jnp.array([[-1.0, -3.0], [1.0, 3.0]])
-        >>> columns(lcq.KMeans(2).project(w)).words.tolist()
-        [[[2, 2]]]
-    """
-    form = form.unpack()
-    if form.codes.ndim < 2:
-        raise ValueError(f"expected codes of a matrix [K, n], or stacked ones, got {list(form.shape)}")
-    *stacked, rows, n = form.codes.shape
-    tables = [a for a in (form.levels, form.scale, form.zero) if a is not None]
-    *_, b, across = tables[0].shape[: form.codes.ndim] if tables else (1, 1)
+def columns(
+    codes: UInt[Array, "*g k n"],
+    levels: Float[Array, "*blocks levels"] | None,
+    values: tuple[float, ...] | None,
+    scale: Any,
+    zero: Any,
+) -> Columns:
+    """Prepacks codes of a matrix [K, n], or of stacked ones, with the tables of `Codes`. Works under jit."""
+    *stacked, rows, n = codes.shape
+    tables = [a for a in (levels, scale, zero) if a is not None]
+    *_, b, across = tables[0].shape[: codes.ndim] if tables else (1, 1)
 
     def each(numbers: Any, dtype: Any = jnp.float32) -> Any:
         """Numbers for each block of the matrix, and for each column if columns differ."""
         numbers = jnp.broadcast_to(numbers.astype(dtype), (*stacked, b, across, numbers.shape[-1]))
         return numbers if across in (1, n) else jnp.repeat(numbers, n // across, axis=-2)
 
-    table = jnp.asarray(form.values) if form.levels is None else form.levels
-    zero, scale = (
-        jnp.asarray(n if a is None else a).astype(jnp.float32)[..., None]
-        for n, a in ((0.0, form.zero), (1.0, form.scale))
+    table = jnp.asarray(values) if levels is None else levels
+    zeros, scales = (
+        jnp.asarray(n if a is None else a).astype(jnp.float32)[..., None] for n, a in ((0.0, zero), (1.0, scale))
     )
     width = next(bits for bits in (1, 2, 4, 8, 16) if bits >= bitpack.width(table.shape[-1]))
-    words = pack_columns(form.codes.reshape(*stacked, b, rows // b, n), width)
-    laid = Columns(words=words, width=width, tail=(rows, n), axes=(0, 1), dtype=form.dtype, shared=form.shared)
-    if not _equal_step(form):
-        return dataclasses.replace(laid, levels=each((table - zero) * scale))
-    if (grid := _short_gap(form)) is not None:
+    words = pack_columns(codes.reshape(*stacked, b, rows // b, n), width)
+    made = Columns(words=words, width=width, tail=(rows, n), axes=(0, 1))
+    if not equal_steps(values, table.shape[-1]):
+        return dataclasses.replace(made, levels=each((table - zeros) * scales))
+    if (grid := _short_gap(values, scale, zero)) is not None:
         gap, lowest = grid
-        zeros = None if form.zero is None else each(jnp.asarray(form.zero)[..., None], form.zero.dtype)[..., 0]
-        step = each(gap * jnp.asarray(form.scale)[..., None], form.scale.dtype)[..., 0]
-        return dataclasses.replace(laid, step=step, zero=zeros, lowest=lowest)
+        kept = None if zero is None else each(jnp.asarray(zero)[..., None], zero.dtype)[..., 0]
+        step = each(gap * jnp.asarray(scale)[..., None], scale.dtype)[..., 0]
+        return dataclasses.replace(made, step=step, zero=kept, lowest=lowest)
     second = table[..., 1:2] if table.shape[-1] > 1 else table
-    first, step = (table[..., :1] - zero) * scale, (second - table[..., :1]) * scale
-    return dataclasses.replace(laid, first=each(first)[..., 0], step=each(step)[..., 0])
+    first, step = (table[..., :1] - zeros) * scales, (second - table[..., :1]) * scales
+    return dataclasses.replace(made, first=each(first)[..., 0], step=each(step)[..., 0])
 
 
-def _equal_step(form: Codes) -> bool:
-    """Whether the levels are known to be equally far apart, from nothing but the form's structure."""
-    if form.values is None:
-        return form.size_of_table <= 2
-    gaps = np.diff(form.values)
+def equal_steps(values: tuple[float, ...] | None, count: int) -> bool:
+    """Whether `count` levels, learned ones if there are no values, are known to be equally far apart."""
+    if values is None:
+        return count <= 2
+    gaps = np.diff(values)
     return bool((gaps == gaps[:1]).all())
 
 
-def _short_gap(form: Codes) -> tuple[float, float] | None:
+def _short_gap(values: tuple[float, ...] | None, scale: Any, zero: Any) -> tuple[float, float] | None:
     """The gap of a fixed grid, and its lowest level in gaps, if gap times scale needs no more bits than the scale: a
     power of two, of what has none of float16's overflow, and 1 where zeros count gaps. None for all else."""
-    if form.values is None or form.scale is None or len(form.values) < 2:
+    if values is None or scale is None or len(values) < 2:
         return None
-    gap = form.values[1] - form.values[0]
-    short = math.frexp(gap)[0] == 0.5 and form.scale.dtype != jnp.float16 and form.zero is None
-    return (gap, form.values[0] / gap) if gap == 1 or short else None
-
-
-@own_promotion()
-def pack_columns(codes: UInt[Array, "*g k n"], width: int) -> UInt32[Array, "*g w n"]:
-    """Words of codes that run down the columns, see `reference.fields`; zeros fill the last.
-
-    Example:
-        >>> pack_columns(jnp.array([[1, 0], [1, 1], [0, 1]], jnp.uint8), 1)
-        Array([[3, 6]], dtype=uint32)
-    """
-    each = 32 // width
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 2) + [(0, -codes.shape[-2] % each), (0, 0)])
-    *lead, rows, n = codes.shape
-    codes = codes.reshape(*lead, rows // each, each, n).astype(jnp.uint32)
-    return (codes << jnp.arange(0, 32, width, dtype=jnp.uint32)[:, None]).sum(-2, dtype=jnp.uint32)
-
-
-@own_promotion()
-def pack_signs(x: Shaped[Array, "*g k"]) -> UInt32[Array, "*g w"]:
-    """Signs packed along the last axis: bit j of word i is set if x[32 i + j] >= 0, for +1; zeros fill the last word.
-
-    Example:
-        >>> pack_signs(jnp.array([0.5, -2.0, 0.0, 3.0]))
-        Array([13], dtype=uint32)
-    """
-    return pack_columns((x >= 0)[..., None].astype(jnp.uint8), 1)[..., 0]
+    gap = values[1] - values[0]
+    short = math.frexp(gap)[0] == 0.5 and scale.dtype != jnp.float16 and zero is None
+    return (gap, values[0] / gap) if gap == 1 or short else None
 
 
 def _lookup(codes: UInt32[Array, "*g k n"], levels: Float[Array, "*g 1 across levels"]) -> Float[Array, "*g k n"]:
