@@ -27,9 +27,10 @@ from lcq.interrupt import raise_interrupts
 from lcq.io.checkpoints import checkpoint
 from lcq.io.file import LIMIT, read_metadata
 from lcq.plans.dry_run import dry_run
-from lcq.plans.text import SCHEMES, parse_rule
-from lcq.ptq.quantize import METHODS
+from lcq.plans.text import parse_rule
+from lcq.ptq.rounding import ROUNDING_METHODS
 from lcq.reporting.summary import table
+from lcq.schemes import SCHEMES
 from lcq.tree.compress import check_finite, replace, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, resolve
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN=SCHEME",
         help="for leaves that are used in other ways too, such as embeddings: rounded without data, before the others",
     )
-    sub.add_argument("--method", choices=METHODS, default="descent", help="default: %(default)s")
+    sub.add_argument("--method", choices=ROUNDING_METHODS, default="descent", help="default: %(default)s")
     sub.add_argument(
         "--batch",
         type=_positive,

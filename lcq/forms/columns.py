@@ -97,7 +97,7 @@ class Columns(Prepacked):
 
 def columns(
     codes: UInt[Array, "*g k n"],
-    levels: Float[Array, "*blocks levels"] | None,
+    levels: Any,
     values: tuple[float, ...] | None,
     scale: Any,
     zero: Any,

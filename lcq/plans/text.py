@@ -10,44 +10,24 @@ from collections.abc import Callable
 from typing import Any
 
 from lcq.forms.validate import named
-from lcq.schemes.additive import Additive
+from lcq.schemes import SCHEMES
 from lcq.schemes.base import Scheme
-from lcq.schemes.cast import Cast
-from lcq.schemes.kmeans.kmeans import KMeans
-from lcq.schemes.levels import Binary, Levels, PowersOfTwo, Ternary
-from lcq.schemes.lowrank import LowRank
-from lcq.schemes.prune import Prune
-from lcq.schemes.uniform import Uniform
 from lcq.tree.rules import Rule
-
-SCHEMES: dict[str, Callable[..., Scheme]] = {
-    "KMeans": KMeans,
-    "Levels": Levels,
-    "Binary": Binary,
-    "Ternary": Ternary,
-    "PowersOfTwo": PowersOfTwo,
-    "Uniform": Uniform,
-    "Cast": Cast,
-    "Prune": Prune,
-    "LowRank": LowRank,
-    "Additive": Additive,
-}
-"""What a scheme's text may name: classes, and functions that give one of them."""
 
 
 def parse_scheme(text: str) -> Scheme:
     """The scheme that a text such as "KMeans(4, per='channel')" or "kmeans(k=4)" names.
 
-    Only the schemes of `SCHEMES` and literals are understood, nothing is run; a setting may be a scheme itself. Names
-    may be written in any case, with or without underscores and a leading "lcq."; lists count as tuples; a scheme
-    without arguments needs no parentheses.
+    Only the schemes that `lcq.schemes.SCHEMES` knows and literals are understood, nothing is run; a setting may be a
+    scheme itself. Names may be written in any case, with or without underscores and a leading "lcq."; lists count as
+    tuples; a scheme without arguments needs no parentheses.
 
     Raises:
         ValueError: anything else, or settings that the scheme refuses; lists the schemes and their settings.
 
     Example:
-        >>> parse_scheme("powers_of_two(3)") == PowersOfTwo(3)
-        True
+        >>> parse_scheme("powers_of_two(3)")
+        PowersOfTwo(scale=False, per=None, scale_dtype=None, c=3)
     """
     try:
         node = ast.parse(text.strip(), mode="eval").body
@@ -68,15 +48,14 @@ def format_scheme(scheme: Scheme) -> str:
         ValueError: a scheme that is not in `SCHEMES`, or with one inside that is not.
 
     Example:
-        >>> format_scheme(Levels((-1, 0, 1), scale=True, per="channel"))
+        >>> import lcq
+        >>> format_scheme(lcq.Ternary(scale=True, per="channel"))
         "Ternary(per='channel')"
     """
-    name = type(scheme).__name__
-    if not has_text(scheme):
+    name = SCHEMES.name_of(type(scheme))
+    if name is None or not has_text(scheme):
         raise ValueError(f"expected a scheme that has a text, got {scheme!r}; {_known()}")
     settings = settings_of(scheme)
-    if isinstance(scheme, Levels):
-        name, settings = _family(scheme, settings)
     words: list[str] = []
     for parameter in inspect.signature(SCHEMES[name]).parameters.values():
         value = settings[parameter.name]
@@ -91,7 +70,7 @@ def format_scheme(scheme: Scheme) -> str:
 
 def has_text(scheme: Scheme) -> bool:
     """Whether the class of a scheme is one of `SCHEMES`."""
-    return dataclasses.is_dataclass(scheme) and SCHEMES.get(type(scheme).__name__) is type(scheme)
+    return dataclasses.is_dataclass(scheme) and SCHEMES.name_of(type(scheme)) is not None
 
 
 def settings_of(scheme: Scheme) -> dict[str, Any]:
@@ -146,7 +125,8 @@ def format_rule(rule: Rule) -> str:
     """The text that `parse_rule` reads back as an equal rule.
 
     Example:
-        >>> format_rule(Rule("a|b", KMeans(4), joint=True))
+        >>> import lcq
+        >>> format_rule(Rule("a|b", lcq.KMeans(4), joint=True))
         'a|b=KMeans(4); joint'
     """
     if rule.scheme is not None:
@@ -269,17 +249,3 @@ def _literal(value: Any) -> str:
         whole = [int(v) if isinstance(v, float) and v.is_integer() and abs(v) < 1e6 else v for v in value]
         return f"({', '.join(map(_literal, whole))}{',' * (len(value) == 1)})"
     return repr(value.item() if hasattr(value, "item") else value)  # numpy's numbers have a repr of their own
-
-
-def _family(scheme: Levels, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name and settings by which a user would ask for these levels."""
-    if not scheme.exact:
-        shared: dict[str, Any] = {"scale": scheme.scale, "per": scheme.per, "scale_dtype": scheme.scale_dtype}
-        c = len(scheme.values) // 2 - 1
-        if scheme == Binary(**shared):
-            return "Binary", shared
-        if scheme == Ternary(**shared):
-            return "Ternary", shared
-        if 0 <= c <= 126 and scheme == PowersOfTwo(c, **shared):
-            return "PowersOfTwo", {"c": c, **shared}
-    return "Levels", settings

@@ -2,11 +2,12 @@
 
 from lcq.ptq.importance import curvature
 from lcq.ptq.quantize import Quantized, Record, quantize
-from lcq.ptq.rounding import GPFQ, GPTQ, RTN, SPFQ, Descent, Qronos, Rounding, SparseGPFQ
+from lcq.ptq.rounding import GPFQ, GPTQ, ROUNDING_METHODS, RTN, SPFQ, Descent, Qronos, Rounding, SparseGPFQ
 
 __all__ = [
     "GPFQ",
     "GPTQ",
+    "ROUNDING_METHODS",
     "RTN",
     "SPFQ",
     "Descent",

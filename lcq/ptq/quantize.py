@@ -17,13 +17,7 @@ from lcq.ptq.batches import Mask, checked_batches, traced
 from lcq.ptq.gathering import everywhere
 from lcq.ptq.layer import Recursion, Rounded, round_product
 from lcq.ptq.leaf_assembly import Assembly
-from lcq.ptq.rounding.base import Rounding
-from lcq.ptq.rounding.coordinate_descent import Descent
-from lcq.ptq.rounding.gpfq import GPFQ
-from lcq.ptq.rounding.gptq import GPTQ
-from lcq.ptq.rounding.qronos import Qronos
-from lcq.ptq.rounding.rtn import RTN
-from lcq.ptq.rounding.spfq import SPFQ
+from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.schemes.base import Quantizer
 from lcq.tracing.contraction import Shift, region
@@ -32,16 +26,6 @@ from lcq.tree.aliases import Batch, Function, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import check_numbers, flatten
 from lcq.tree.rules import Rule, Rules, Task, checked, resolve
-
-METHODS: dict[str, Rounding] = {
-    "rtn": RTN(),
-    "gpfq": GPFQ(),
-    "spfq": SPFQ(),
-    "gptq": GPTQ(),
-    "qronos": Qronos(),
-    "descent": Descent(),
-}
-"""By name, with their usual settings; `SparseGPFQ` has none."""
 
 
 class Record(NamedTuple):
@@ -274,11 +258,7 @@ def quantize(
 
 
 def _method(method: str | Rounding) -> Rounding:
-    if isinstance(method, str) and method in METHODS:
-        return METHODS[method]
-    if isinstance(method, Rounding):
-        return method
-    raise ValueError(f"expected method one of {', '.join(METHODS)}, or a rounding such as lcq.GPFQ(), got {method!r}")
+    return method if isinstance(method, Rounding) else ROUNDING_METHODS[method]()
 
 
 def decide(

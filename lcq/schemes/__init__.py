@@ -1,7 +1,7 @@
 """How an array becomes a form: one family of C steps a file. A scheme sees arrays, never trees."""
 
 from lcq.schemes.additive import Additive
-from lcq.schemes.base import Quantizer, Scheme
+from lcq.schemes.base import SCHEMES, Quantizer, Scheme
 from lcq.schemes.cast import Cast
 from lcq.schemes.kmeans import KMeans
 from lcq.schemes.levels import Binary, Levels, PowersOfTwo, Ternary
@@ -10,6 +10,7 @@ from lcq.schemes.prune import Prune
 from lcq.schemes.uniform import Uniform
 
 __all__ = [
+    "SCHEMES",
     "Additive",
     "Binary",
     "Cast",

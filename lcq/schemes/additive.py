@@ -20,7 +20,7 @@ from jaxtyping import Array
 from lcq.forms import Sum
 from lcq.forms.base import Form, share
 from lcq.forms.blocks import Per, compute_dtype
-from lcq.schemes.base import Scheme
+from lcq.schemes.base import SCHEMES, Scheme
 
 _COLD, _WARM = 30, 4
 """Sweeps at most, over all schemes; a C step has a warm start."""
@@ -28,6 +28,7 @@ _ENOUGH = 1e-3
 """A sweep that lowers the objective by less than this part of it is the last."""
 
 
+@SCHEMES.register("Additive")
 @dataclasses.dataclass(frozen=True, init=False)
 class Additive(Scheme):
     """Projection on sums: Delta = sum_j Delta_j, a form of each scheme added together.

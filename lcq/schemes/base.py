@@ -14,6 +14,7 @@ from lcq.forms.axes import block_lengths
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per, block_counts, compute_dtype
 from lcq.forms.dtypes import native, own_promotion
+from lcq.forms.registry import Registry
 
 
 class Scheme(abc.ABC):
@@ -138,6 +139,10 @@ class Scheme(abc.ABC):
                 raise ValueError(f"{self} is solved on the host: expected a concrete importance, got a traced one")
         forms = (self.solve if self.host else self._compiled)(xs, previous, mu, *given)
         return forms[0] if single else forms
+
+
+SCHEMES: Registry[type[Scheme]] = Registry("schemes")
+"""Schemes by the name of their class, as texts and plans have them; any other scheme works, but has no text."""
 
 
 class Quantizer(Scheme):

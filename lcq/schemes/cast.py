@@ -8,9 +8,10 @@ from jaxtyping import Array
 from lcq import forms
 from lcq.forms.base import Form
 from lcq.forms.dtypes import format_name, nearest_number
-from lcq.schemes.base import Scheme
+from lcq.schemes.base import SCHEMES, Scheme
 
 
+@SCHEMES.register("Cast")
 @dataclasses.dataclass(frozen=True)
 class Cast(Scheme):
     """Delta = x rounded to the nearest finite number of a shorter floating-point format, to the even one on ties.

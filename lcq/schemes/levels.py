@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from lcq.forms import Codes
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per
-from lcq.schemes.base import Quantizer
+from lcq.schemes.base import SCHEMES, Quantizer
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, rounded_scale, scale_format
 
@@ -35,6 +35,7 @@ _SAMPLE = 1 << 15
 """Weights of a block, evenly spaced, that the first search looks at."""
 
 
+@SCHEMES.register("Levels")
 @dataclasses.dataclass(frozen=True)
 class Levels(Quantizer):
     """Projection on a fixed codebook, Delta = a c_k with c in `values`.
@@ -108,8 +109,15 @@ class Levels(Quantizer):
         return Codes(codes.reshape(x.shape), scale=scale, values=self.values, dtype=str(x.dtype))
 
 
-def Binary(scale: bool = True, per: Per = None, scale_dtype: str | None = None) -> Levels:
+@SCHEMES.register("Binary")
+@dataclasses.dataclass(frozen=True)
+class Binary(Levels):
     """{-a, a} with a = mean |x|, or {-1, 1}: Delta = a sign(x), sign(0) = +1.
+
+    Attributes:
+        values: -1 and 1.
+        scale: whether a is free; else it is 1.
+        per: what shares one scale, as in `Levels`; likewise `scale_dtype`.
 
     Source: Rastegari et al., arXiv 1603.05279; arXiv 1707.04319, section 4.2.
 
@@ -117,32 +125,65 @@ def Binary(scale: bool = True, per: Per = None, scale_dtype: str | None = None) 
         >>> Binary().project(jnp.array([-1.0, 2.0, 3.0])).dense()
         Array([-2.,  2.,  2.], dtype=float32)
     """
-    return Levels((-1.0, 1.0), scale=scale, per=per, scale_dtype=scale_dtype)
+
+    values: tuple[float, ...] = dataclasses.field(default=(-1.0, 1.0), init=False, repr=False)
+    scale: bool = True
+    exact: bool = dataclasses.field(default=False, init=False, repr=False)
 
 
-def Ternary(scale: bool = True, per: Per = None, scale_dtype: str | None = None) -> Levels:
+@SCHEMES.register("Ternary")
+@dataclasses.dataclass(frozen=True)
+class Ternary(Levels):
     """{-a, 0, a} with the best a: the mean of the j largest |x|, j = argmax (their sum)/sqrt(j); or {-1, 0, 1}.
 
+    Attributes:
+        values: -1, 0 and 1.
+        scale: whether a is free; else it is 1.
+        per: what shares one scale, as in `Levels`; likewise `scale_dtype`.
+
     Source: arXiv 1707.04319, section 4.2 and theorem A.3.
+
+    Example:
+        >>> Ternary().project(jnp.array([0.1, -2.0, 4.0])).dense()
+        Array([ 0., -3.,  3.], dtype=float32)
     """
-    return Levels((-1.0, 0.0, 1.0), scale=scale, per=per, scale_dtype=scale_dtype)
+
+    values: tuple[float, ...] = dataclasses.field(default=(-1.0, 0.0, 1.0), init=False, repr=False)
+    scale: bool = True
+    exact: bool = dataclasses.field(default=False, init=False, repr=False)
 
 
-def PowersOfTwo(c: int, scale: bool = False, per: Per = None, scale_dtype: str | None = None) -> Levels:
+@SCHEMES.register("PowersOfTwo")
+@dataclasses.dataclass(frozen=True, init=False)
+class PowersOfTwo(Levels):
     """{0, +-1, +-1/2, .., +-2^-c}: products become shifts.
 
-    Args:
+    Attributes:
         c: the smallest power, 0 to 126.
         scale: whether a common factor is free.
         per: what shares the factor.
         scale_dtype: its format, see `Levels`.
 
+    Raises:
+        ValueError: another smallest power.
+
     Source: arXiv 1707.04319, section 4.2 and theorem A.1.
+
+    Example:
+        >>> PowersOfTwo(1).project(jnp.array([0.1, -0.6, 4.0])).dense()
+        Array([ 0. , -0.5,  1. ], dtype=float32)
     """
-    if not 0 <= c <= 126:
-        raise ValueError(f"expected 0 <= c <= 126, got {c}")
-    powers = [2.0**-i for i in range(c + 1)]
-    return Levels((*(-p for p in powers), 0.0, *powers), scale=scale, per=per, scale_dtype=scale_dtype)
+
+    values: tuple[float, ...] = dataclasses.field(init=False, repr=False)
+    exact: bool = dataclasses.field(default=False, init=False, repr=False)
+    c: int = dataclasses.field(kw_only=True)
+
+    def __init__(self, c: int, scale: bool = False, per: Per = None, scale_dtype: str | None = None) -> None:
+        if not 0 <= c <= 126:
+            raise ValueError(f"expected 0 <= c <= 126, got {c}")
+        object.__setattr__(self, "c", c)
+        powers = [2.0**-i for i in range(c + 1)]
+        super().__init__((*(-p for p in powers), 0.0, *powers), scale=scale, per=per, scale_dtype=scale_dtype)
 
 
 def thresholds(values: tuple[float, ...]) -> np.ndarray:

@@ -24,9 +24,10 @@ from lcq.forms.axes import outputs_last
 from lcq.forms.base import Form
 from lcq.forms.blocks import compute_dtype, explicit_sharding
 from lcq.forms.factors import as_matrix, check_matrix_shape, matrix_shape
-from lcq.schemes.base import Scheme
+from lcq.schemes.base import SCHEMES, Scheme
 
 
+@SCHEMES.register("LowRank")
 @dataclasses.dataclass(frozen=True)
 class LowRank(Scheme):
     """Projection on matrices of low rank, by the singular value decomposition.

@@ -25,7 +25,7 @@ from lcq.forms.axes import block_lengths, inputs_axis
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per, block_counts, blocks, compute_dtype, cut_axes, explicit_sharding, join_axes
 from lcq.forms.dtypes import format_name, nearest_number
-from lcq.schemes.base import Scheme
+from lcq.schemes.base import SCHEMES, Scheme
 from lcq.schemes.grouped import cut
 from lcq.schemes.kmeans.kmeans import KMeans
 from lcq.schemes.topk import largest, largest_in_runs, shrinkage
@@ -33,6 +33,7 @@ from lcq.schemes.topk import largest, largest_in_runs, shrinkage
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
+@SCHEMES.register("Prune")
 @dataclasses.dataclass(frozen=True)
 class Prune(Scheme):
     """Projection on arrays with few weights that are not zero. One of `kept`, `radius` and `penalty` says how few.

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from lcq.forms import Codes
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per
-from lcq.schemes.base import Quantizer
+from lcq.schemes.base import SCHEMES, Quantizer
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.levels import Levels, code_dtype, keep_better, of_size_one
 from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, scale_format
@@ -19,6 +19,7 @@ _SHRINKS = 64
 _POLISH = 8
 
 
+@SCHEMES.register("Uniform")
 @dataclasses.dataclass(frozen=True)
 class Uniform(Quantizer):
     """Pi(x) = argmin_{q, a, z} sum_i h_i (x_i - a (q_i - z))^2 over integers q of b bits: Delta = a (q - z).

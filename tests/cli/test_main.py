@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys
         (("explode",), "invalid choice"),
         (("compress", "in.npz", "-o", "x.lcq"), "--rule"),
         (("compress", "in.npz", "--rule", RULE), "expected -o OUT.lcq, or --dry-run"),
-        (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: KMeans(k"),
+        (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: Additive(*parts), "),
         (
             ("compress", "in.npz", "--rule", RULE, "--plan", "plan.toml", "-o", "x.lcq"),
             "not allowed with argument --rule",

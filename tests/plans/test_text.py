@@ -1,8 +1,8 @@
 """Schemes and rules as text."""
 
+import contextlib
 import dataclasses
 from typing import Literal
-from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 
 import lcq
-from lcq.plans.text import SCHEMES, format_rule, format_scheme, parse_rule, parse_scheme
+from lcq.plans.text import format_rule, format_scheme, parse_rule, parse_scheme
+from lcq.schemes import SCHEMES
 from lcq.schemes.base import Scheme
 
 # Schemes built inside strategies are checked by beartype, which draws at random what it looks at.
@@ -104,7 +105,8 @@ def test_spellings(text, scheme):
         (lcq.KMeans(4), "KMeans(4)"),
         (lcq.KMeans(4, rate=0), "KMeans(4)"),
         (lcq.KMeans(16, rate=1), "KMeans(16, rate=1.0)"),
-        (lcq.Levels((-1, 1), scale=True), "Binary()"),
+        (lcq.Binary(scale=True), "Binary()"),
+        (lcq.Levels((-1, 1), scale=True), "Levels((-1, 1), scale=True)"),
         (lcq.Levels((-1, 1), scale=True, exact=True), "Levels((-1, 1), scale=True, exact=True)"),
         (lcq.Ternary(scale=False), "Ternary(scale=False)"),
         (lcq.PowersOfTwo(1), "PowersOfTwo(1)"),
@@ -120,7 +122,7 @@ def test_text_is_what_one_would_write(scheme, text):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("Kmeens(4)", "known schemes: KMeans(k"),
+        ("Kmeens(4)", "known schemes: Additive(*parts), "),
         ("", "known schemes"),
         ("KMeans(", "does not parse"),
         ("KMeans(4); import os", "does not parse"),
@@ -234,11 +236,22 @@ class Total(Own):
             object.__setattr__(self, name, value)
 
 
-@pytest.fixture
-def more(monkeypatch):
+@contextlib.contextmanager
+def two_more():
     """The schemes, with two more that take schemes."""
-    monkeypatch.setitem(SCHEMES, "Thinned", Thinned)
-    monkeypatch.setitem(SCHEMES, "Total", Total)
+    SCHEMES.register("Thinned")(Thinned)
+    SCHEMES.register("Total")(Total)
+    try:
+        yield
+    finally:
+        SCHEMES.unregister("Thinned")
+        SCHEMES.unregister("Total")
+
+
+@pytest.fixture
+def more():
+    with two_more():
+        yield
 
 
 nested = st.recursive(
@@ -258,7 +271,7 @@ nested = st.recursive(
 
 @given(nested)
 def test_text_of_nested_schemes_reads_back(scheme):
-    with mock.patch.dict(SCHEMES, {"Thinned": Thinned, "Total": Total}):
+    with two_more():
         assert parse_scheme(format_scheme(scheme)) == scheme
         rule = lcq.Rule("a=(b)?", scheme, stacked=1)
         assert parse_rule(format_rule(rule)) == rule
@@ -296,7 +309,7 @@ def test_nested_schemes(more, text, scheme, again):
         ("Total(KMeans(2))", "'rounds'; expected Total(*parts, rounds, first=())"),
         ("Total(*[KMeans(2)], rounds=1)", "plain numbers"),
         ("Total(os.system('true'), rounds=1)", "plain numbers"),
-        ("KMeans(Binary)", "expected k: int, got Levels"),
+        ("KMeans(Binary)", "expected k: int, got Binary"),
         ("Total(" * 300 + ")" * 300, "expected"),
     ],
 )

@@ -16,7 +16,7 @@ import lcq
 from lcq.ptq import gathering
 from lcq.ptq.batches import checked_batches
 from lcq.ptq.leaf_assembly import Assembly
-from lcq.ptq.quantize import METHODS
+from lcq.ptq.rounding import ROUNDING_METHODS
 from lcq.tracing.param_flow import trace
 from lcq.tree.paths import flatten
 from tests.ptq.small_net import RULES, SIZE, UNIFORM, dense, draw, net, problem, quantize, standard, statistics
@@ -32,7 +32,7 @@ def test_codes_are_those_of_the_method_on_plain_statistics(method, centred):
     for name in ("w1", "w2"):
         takes = centred and name == "w1"
         form = UNIFORM.project(jnp.asarray(params[name]))
-        wanted = METHODS[method].codes(jnp.asarray(params[name]), statistics(x, y, takes), form)
+        wanted = ROUNDING_METHODS[method]().codes(jnp.asarray(params[name]), statistics(x, y, takes), form)
         got = done.forms[name]
         np.testing.assert_array_equal(got.codes, wanted.codes)
         np.testing.assert_array_equal(got.dense(), wanted.dense())

@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import lcq
-from lcq.ptq.quantize import METHODS
+from lcq.ptq.rounding import ROUNDING_METHODS
 from tests.ptq.small_net import RULES, SIZE, UNIFORM, dense, draw, net, problem, quantize, statistics
 
 
@@ -24,7 +24,9 @@ def test_all_uses_choose_the_codes():
     assert (record.path, record.uses, record.others, record.rows) == ("w1", 2, 0, 120)
     x, w = np.concatenate(batches), params["w1"]
     rows = np.concatenate([x, np.tanh(x @ w)])
-    wanted = METHODS["gpfq"].codes(jnp.asarray(w), statistics(rows, rows, False), UNIFORM.project(jnp.asarray(w)))
+    wanted = ROUNDING_METHODS["gpfq"]().codes(
+        jnp.asarray(w), statistics(rows, rows, False), UNIFORM.project(jnp.asarray(w))
+    )
     np.testing.assert_array_equal(done.forms["w1"].codes, wanted.codes)
     q = np.asarray(wanted.dense(), np.float64)
     results = [x @ w, np.tanh(x @ w) @ w], [x @ q, np.tanh(x @ q) @ q]
@@ -80,12 +82,12 @@ def test_recurrence_by_its_definition():
     done = quantize(fn, {name: params[name] for name in ("w1", "w2")}, [xs], RULES)
     w1, w2 = (params[name].astype(np.float64) for name in ("w1", "w2"))
     inputs = xs.swapaxes(0, 1).reshape(-1, SIZE)
-    q1 = METHODS["gpfq"].codes(
+    q1 = ROUNDING_METHODS["gpfq"]().codes(
         jnp.asarray(params["w1"]), statistics(inputs, inputs, False), UNIFORM.project(jnp.asarray(params["w1"]))
     )
     np.testing.assert_array_equal(done.forms["w1"].codes, q1.codes)
     x, y = states(w1, w2), states(np.asarray(q1.dense(), np.float64), w2)
-    q2 = METHODS["gpfq"].codes(
+    q2 = ROUNDING_METHODS["gpfq"]().codes(
         jnp.asarray(params["w2"]), statistics(x, y, False), UNIFORM.project(jnp.asarray(params["w2"]))
     )
     np.testing.assert_array_equal(done.forms["w2"].codes, q2.codes)
@@ -161,7 +163,7 @@ def test_sequences_of_unequal_length():
     done = quantize(fn, plain, batches, RULES)
     assert [record.rows for record in done.records] == [20 + 80 + 21] * 2
     inputs = np.concatenate([batch.swapaxes(0, 1).reshape(-1, SIZE) for batch in batches])
-    wanted = METHODS["gpfq"].codes(
+    wanted = ROUNDING_METHODS["gpfq"]().codes(
         jnp.asarray(params["w1"]), statistics(inputs, inputs, False), UNIFORM.project(jnp.asarray(params["w1"]))
     )
     np.testing.assert_array_equal(done.forms["w1"].codes, wanted.codes)

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float
 from lcq.forms import Codes
 from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import wider
+from lcq.forms.registry import Registry
 from lcq.ptq.rounding.codebook import scaled
 from lcq.ptq.rounding.sequential import alive, by_norm, dot
 from lcq.ptq.statistics import Statistics
@@ -89,6 +90,12 @@ class Rounding(abc.ABC):
         """The damping of H, in units of the mean of its diagonal, infinite if that failed; None without damping."""
         del prepared
         return None
+
+
+ROUNDING_METHODS: Registry[Callable[[], Rounding]] = Registry(
+    "rounding methods", "or pass one with settings of your own, such as lcq.GPFQ(act_order=True)"
+)
+"""Classes of rounding methods by name; called without settings they have their usual ones."""
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.forms import Codes
-from lcq.ptq.rounding.base import Rounding, wide
+from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding, wide
 from lcq.ptq.rounding.codebook import choose
 from lcq.ptq.rounding.qronos import Qronos
 from lcq.ptq.rounding.sequential import Recursion, alive, dot, recurse
@@ -26,6 +26,7 @@ class _Prepared(NamedTuple):
     pull: Array
 
 
+@ROUNDING_METHODS.register("descent")
 @dataclasses.dataclass(frozen=True)
 class Descent(Rounding):
     """Goes over the inputs again and again: ||X w - Y q||^2 never rises, in its codes and in its scales.

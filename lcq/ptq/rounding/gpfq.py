@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from lcq.forms import Codes
 from lcq.forms.blocks import compute_dtype
-from lcq.ptq.rounding.base import Rounding, ordered
+from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding, ordered
 from lcq.ptq.rounding.codebook import choose, spaced
 from lcq.ptq.rounding.sequential import Recursion, dot, recurse
 from lcq.ptq.statistics import Statistics
@@ -17,6 +17,7 @@ from lcq.ptq.statistics import Statistics
 _PANELS = 8
 
 
+@ROUNDING_METHODS.register("gpfq")
 @dataclasses.dataclass(frozen=True)
 class GPFQ(Rounding):
     """Greedy path following: q_t = Q of what makes ||X w_{<=t} - Y q_{<=t}|| least, w as it was.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.forms import Codes
-from lcq.ptq.rounding.base import Rounding, ordered
+from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding, ordered
 from lcq.ptq.rounding.codebook import choose
 from lcq.ptq.rounding.sequential import Recursion, recurse
 from lcq.ptq.statistics import Statistics
@@ -21,6 +21,7 @@ from lcq.ptq.statistics import Statistics
 triangular = jax.scipy.linalg.solve_triangular
 
 
+@ROUNDING_METHODS.register("gptq")
 @dataclasses.dataclass(frozen=True)
 class GPTQ(Rounding):
     """Rounds each weight as it stands, and lets those that follow make up for it; X is taken to be Y.

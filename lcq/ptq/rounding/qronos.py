@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.forms import Codes
-from lcq.ptq.rounding.base import Rounding, ordered
+from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding, ordered
 from lcq.ptq.rounding.codebook import choose
 from lcq.ptq.rounding.gptq import check_damping, damped_root, triangular
 from lcq.ptq.rounding.sequential import Recursion, dot, recurse
 from lcq.ptq.statistics import Statistics
 
 
+@ROUNDING_METHODS.register("qronos")
 @dataclasses.dataclass(frozen=True)
 class Qronos(Rounding):
     """Corrects for X - Y at once: rounds the first weight, re-solves the others by least squares, goes on as GPTQ.

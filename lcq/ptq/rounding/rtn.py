@@ -7,11 +7,12 @@ from jaxtyping import Array, Float
 
 from lcq.forms import Codes
 from lcq.forms.blocks import compute_dtype
-from lcq.ptq.rounding.base import Rounding
+from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding
 from lcq.ptq.rounding.codebook import choose_all
 from lcq.ptq.statistics import Statistics
 
 
+@ROUNDING_METHODS.register("rtn")
 @dataclasses.dataclass(frozen=True)
 class RTN(Rounding):
     """Every weight to its nearest level, q_t = Q(w_t)."""

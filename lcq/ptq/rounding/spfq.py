@@ -7,13 +7,14 @@ import jax
 from jaxtyping import Array, Float
 
 from lcq.forms import Codes
-from lcq.ptq.rounding.base import Rounding
+from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding
 from lcq.ptq.rounding.codebook import draw
 from lcq.ptq.rounding.gpfq import follow_path
 from lcq.ptq.rounding.sequential import recurse
 from lcq.ptq.statistics import Statistics
 
 
+@ROUNDING_METHODS.register("spfq")
 @dataclasses.dataclass(frozen=True)
 class SPFQ(Rounding):
     """GPFQ with stochastic rounding: q_t one of the two levels around z_t, with mean z_t inside the alphabet.

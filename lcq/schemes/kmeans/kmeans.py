@@ -13,7 +13,7 @@ from jaxtyping import Array
 from lcq.forms import Codes
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per, explicit_sharding
-from lcq.schemes.base import Quantizer
+from lcq.schemes.base import SCHEMES, Quantizer
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.kmeans.ecvq import (
     Coded,
@@ -43,6 +43,7 @@ _WARM = 3
 """Passes over the data, at most, before the one that gives the codes; few, because a C step has a warm start."""
 
 
+@SCHEMES.register("KMeans")
 @dataclasses.dataclass(frozen=True)
 class KMeans(Quantizer):
     """Projection on a codebook of K learned values: Pi(x) = argmin_{c, z} sum_i h_i (x_i - c_{z_i})^2, h = 1 or given.

@@ -9,8 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lcq
-from lcq.ptq.quantize import METHODS
-from lcq.ptq.rounding import base
+from lcq.ptq.rounding import ROUNDING_METHODS, base
 from lcq.ptq.rounding.codebook import scaled
 from lcq.ptq.rounding.gpfq import GPFQ, SparseGPFQ
 from lcq.ptq.rounding.qronos import Qronos
@@ -34,7 +33,12 @@ def test_residual_is_the_norm():
 
 @pytest.mark.parametrize(
     "method",
-    [*METHODS.values(), SparseGPFQ(0.5), GPFQ(act_order=True), Qronos(act_order=True)],
+    [
+        *(ROUNDING_METHODS[name]() for name in ROUNDING_METHODS),
+        SparseGPFQ(0.5),
+        GPFQ(act_order=True),
+        Qronos(act_order=True),
+    ],
     ids=lambda method: f"{type(method).__name__}-{getattr(method, 'act_order', '')}",
 )
 def test_dead_columns_go_to_the_nearest_level(method):
@@ -127,7 +131,7 @@ def programs(size=300):
     form = lcq.Uniform(3).project(w)
     key = jax.random.key(0)
     for method in (
-        *METHODS.values(),
+        *(ROUNDING_METHODS[name]() for name in ROUNDING_METHODS),
         SparseGPFQ(0.5),
         SparseGPFQ(0.5, "hard"),
         GPFQ(act_order=True),
