@@ -262,11 +262,11 @@ def _save(out: Path, tree: Any, params: Any, plan: lcq.Plan, metadata: dict[str,
 
 def _decompress(arguments: argparse.Namespace) -> None:
     refuse(arguments.force, arguments.out)
-    checkpoint.check_kind(arguments.out)
+    kind = checkpoint.format_of(arguments.out)
     check_output(arguments.out, arguments.file, folder=True)
     params = lcq.decompress(lcq.load(arguments.file, limit=arguments.limit))
     metadata = read_metadata(arguments.file)
-    if metadata and arguments.out.suffix != ".safetensors":
+    if metadata and not kind.holds_metadata:
         kept = ", ".join(metadata)
         print(f"lcq decompress: note: {arguments.out} has no place for the metadata {kept}", file=sys.stderr)
         metadata = {}

@@ -77,7 +77,7 @@ def test_stacked_leaves_with_a_layout():
 
 
 def test_products_of_leaves_with_a_layout_run_on_codes(tmp_path):
-    """And are what they were after a file, and laid out."""
+    """And are what they were after a file, and prepacked."""
     params, x = {"w": draw(6, 64)}, draw(2, 64, seed=1)
     net = lcq.packed(lambda p, x: x @ p["w"].T)
     for scheme in (CHANNEL, lcq.Uniform(4, per=32), lcq.KMeans(4, per="channel"), lcq.Binary(per="channel")):
@@ -85,7 +85,7 @@ def test_products_of_leaves_with_a_layout_run_on_codes(tmp_path):
         lcq.save(tmp_path / "w.lcq", forms)
         assert {use.how for use in net.report(forms, x)} == {"product"}
         wanted = x @ forms["w"].dense().T
-        for tree in (forms, lcq.load(tmp_path / "w.lcq"), net.lay_out(forms, x)):
+        for tree in (forms, lcq.load(tmp_path / "w.lcq"), net.prepack(forms, x)):
             np.testing.assert_allclose(net(tree, x), wanted, atol=1e-4)
 
 
