@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lcq.reporting.summary import text
 
-_SECONDS = 30.0
+_SECONDS = 60.0
 """Between two lines of progress where there is no terminal."""
 
 
@@ -31,7 +31,7 @@ def show(renderable: Any) -> None:
 
 @contextlib.contextmanager
 def progress(total: int | None = None, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[..., None]]:
-    """How far the block is, on stderr: a bar, or where that is no terminal, a line every half minute.
+    """How far the block is, on stderr: a bar, or where that is no terminal, a line every minute.
 
     Call what it gives with a label ("" keeps the last), the steps made, and the total if it was not known before.
     """
@@ -50,7 +50,7 @@ def progress(total: int | None = None, *, clock: Callable[[], float] = time.mono
 
 
 class _Lines:
-    """Progress in lines for a log; nothing of what takes less than half a minute."""
+    """Progress in lines for a log; nothing of what takes less than a minute."""
 
     def __init__(self, total: int | None, clock: Callable[[], float]) -> None:
         self._total, self._clock = total, clock
