@@ -106,7 +106,7 @@ def compare(wide: bool) -> list[dict[str, Any]]:
             w, x, y = (a.astype(np.float64) for a in given)
             ours = [jnp.asarray(a, jnp.float64 if wide else jnp.float32) for a in given]
             form = scheme.project(ours[0])
-            statistics = finish(gather(ours[2], ours[1], gap=True))
+            statistics = finish(gather(ours[2], ours[1], difference=True))
             blocked, (plain, error) = GPFQ().codes(ours[0], statistics, form), follow(*ours, form)
             codes, expected = literal(w, x, y, tables(form, w))
             found = np.asarray(residual(ours[0], statistics, blocked), np.float64)

@@ -202,7 +202,7 @@ def gap_of(recipe: Recipe, trained: Any, t: float) -> dict[str, float]:
     """The binarisation gap, of all filters and of the worst."""
     if recipe.binarization is None:
         return {}
-    gaps = np.concatenate([np.ravel(gap) for gap in recipe.binary.gap(trained["params"], t).values()])
+    gaps = np.concatenate([np.ravel(gap) for gap in recipe.binary.deviation(trained["params"], t).values()])
     return {"gap": float(gaps.mean()), "worst_gap": float(gaps.max())}
 
 

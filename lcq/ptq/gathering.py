@@ -64,9 +64,9 @@ def folded(uses: Sequence[Use], w: Float[Array, "G N n"]) -> tuple[Moments, Arra
         for x, y in use.inputs:
             sums = add(y, None if same else x, w, sums, number)
             number += parts
-    moments, gaps = sums
+    moments, differences = sums
     shape = (*moments.count.shape, w.shape[2])
-    return moments, jnp.zeros(shape, moments.shift.dtype) if gaps is None else gaps
+    return moments, jnp.zeros(shape, moments.shift.dtype) if differences is None else differences
 
 
 @own_promotion()
@@ -215,14 +215,14 @@ def _add(
     """Adds the rows of one group to the sums of its folds [K, ...]."""
     each = len(y) // folds
 
-    def fold(moments: Any, gaps: Any, y: Any, x: Any, rows: Any) -> Any:
+    def fold(moments: Any, differences: Any, y: Any, x: Any, rows: Any) -> Any:
         wide = moments.shift.dtype
         shift = jnp.where(moments.count > 0, moments.shift, mean(y.astype(wide), rows))
         moments = gather(y, x, moments._replace(shift=shift), rows=rows)
         if x is None:
             return moments, None
         away = counted(x.astype(wide) - y.astype(wide), rows)
-        return moments, gaps + (dot(away, w.astype(wide)) ** 2).sum(0)
+        return moments, differences + (dot(away, w.astype(wide)) ** 2).sum(0)
 
     def cut(a: Any) -> Any:
         return None if a is None else a[: each * folds].reshape(folds, each, *a.shape[1:])

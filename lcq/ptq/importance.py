@@ -24,7 +24,7 @@ def curvature(
     rules: Rules,
     *,
     mask: Mask = None,
-    host: bool = True,
+    offload: bool = True,
 ) -> dict[str, Array]:
     """The mean square of the input that each weight multiplies, for `lcq.compress(..., importance=)`.
 
@@ -39,7 +39,7 @@ def curvature(
         calibration: batches of unlabelled inputs of any shapes, at least one.
         rules: which leaves.
         mask: which positions of a batch count, see `lcq.quantize`.
-        host: whether activations are kept in the host's memory.
+        offload: whether activations are kept in the host's memory.
 
     Returns:
         By path, an array of the leaf's shape.
@@ -61,7 +61,7 @@ def curvature(
     programs, inputs = traced(fn, params, batches, chosen, mask)
     numbers = {program: _ordinals(program) for program in programs}
     sums: dict[Any, Any] = {}
-    for visit in walk(programs, leaves, leaves, inputs, together=False, host=host):
+    for visit in walk(programs, leaves, leaves, inputs, together=False, offload=offload):
         (use,) = visit.uses
         product = use.product
         square, many = squares(use)

@@ -20,7 +20,7 @@ from lcq.ptq.leaf_assembly import Assembly
 from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.schemes.base import Quantizer
-from lcq.tracing.contraction import Shift, region
+from lcq.tracing.contraction import BiasSite, region
 from lcq.tracing.param_flow import Program
 from lcq.tree.aliases import Batch, Function, Params
 from lcq.tree.compress import check_finite
@@ -110,7 +110,7 @@ def quantize(
     shrink: float | None = None,
     recursion: Recursion = "auto",
     key: Array | None = None,
-    host: bool = True,
+    offload: bool = True,
     progress: Callable[[int, int, Record], None] | None = None,
 ) -> Quantized:
     """Quantizes the weights of every product of fn, each so that its results change least.
@@ -121,7 +121,7 @@ def quantize(
     for each leaf (each layer of a stacked one, each slice of a fused one) the method rounds its weights on the
     statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The alphabet is the scheme's projection of
     the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
-    unless another is better beyond rounding errors; of 26, for tables that are not symmetric, where the mirrored table
+    unless another is better beyond rounding errors; of 26, for codebooks that are not symmetric, where the mirrored one
     is tried too.
 
     Few rows say little of how inputs vary together, and codes that fit them are wrong for new data: with 32 rows for
@@ -135,8 +135,8 @@ def quantize(
     another layout (a transpose) sees the codes and has no say. A `ragged_dot` is a product for each expert; one without
     rows keeps its scale and gets the nearest codes.
 
-    Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `host`), H and D
-    of one product five times (of more than 2,048 inputs three times), and one batch's inputs of it as a matrix (of a
+    Memory: two sets of live activations over all batches (in the host's memory on an accelerator, see `offload`), H and
+    D of one product five times (of more than 2,048 inputs three times), and one batch's inputs of it as a matrix (of a
     convolution, 4,096 rows at a time).
 
     Args:
@@ -164,7 +164,7 @@ def quantize(
         recursion: "blocked" on H and D, or "follow" the inputs themselves (GPFQ only); "auto" counts operations and
             bytes.
         key: a random key, for methods that draw.
-        host: whether activations between products are kept in the host's memory.
+        offload: whether activations between products are kept in the host's memory.
         progress: called with each record, its number from 1 and how many there are; for weights whose uses depend on
             each other when the last of them are rounded.
 
@@ -217,12 +217,12 @@ def quantize(
             if progress is not None:
                 progress(len(records), len(programs[0].units), records[-1])
 
-    for visit in walk(programs, original, other, inputs, host=host):
+    for visit in walk(programs, original, other, inputs, offload=offload):
         unit, product, start = visit.unit, visit.product, time.perf_counter()
         if unit is None:
             visit.finish()
             continue
-        shift = _shift(visit.uses, programs) if bias_correction else None
+        shift = _bias_site(visit.uses, programs) if bias_correction else None
         if shift is not None and shift.path in given:
             shift = None
         rounded = round_product(
@@ -306,9 +306,9 @@ def _like(values: np.ndarray, leaf: Any) -> Array:
     return jax.device_put(nearest_number(values, leaf.dtype), leaf.sharding if isinstance(leaf, jax.Array) else None)
 
 
-def _shift(uses: Sequence[Use], programs: Sequence[Program]) -> Shift | None:
+def _bias_site(uses: Sequence[Use], programs: Sequence[Program]) -> BiasSite | None:
     """What takes up the change of the mean: a bias of weights with one use, the same in all traces."""
-    found = [programs[use.batches[0]].shifts.get(use.product.number) for use in uses]
+    found = [programs[use.batches[0]].bias_sites.get(use.product.number) for use in uses]
     if len(found) != len(set(programs)) or found[0] is None:
         return None
     alike = all(

@@ -53,11 +53,11 @@ class Folds(NamedTuple):
 
     Attributes:
         moments: with a leading axis [K], all shifted alike, see `aligned`.
-        gaps: sum of ((X - Y) w)^2 in each, [K, n].
+        differences: sum of ((X - Y) w)^2 in each, [K, n].
     """
 
     moments: Moments
-    gaps: Any
+    differences: Any
 
 
 def aligned(moments: Moments) -> Moments:
@@ -72,7 +72,7 @@ def aligned(moments: Moments) -> Moments:
             shift=shift,
             sum_y=fold.sum_y + count * by,
             gram=fold.gram + cross + cross.T + count * by[:, None] * by,
-            drift=None if fold.drift is None else fold.drift + by[:, None] * fold.sum_gap,
+            drift=None if fold.drift is None else fold.drift + by[:, None] * fold.sum_difference,
         )
 
     return jax.lax.map(move, moments)
@@ -172,7 +172,7 @@ def steady(w: Array, form: Codes, moments: Moments, use: Shaped[Array, "K"] | No
     counts = moments.count.astype(moments.shift.dtype)
     moved = moments.sum_y + counts[:, None] * moments.shift
     w = w.astype(moved.dtype)
-    sums = dot(moments.sum_gap, w) + dot(moved, w - form.dense().astype(moved.dtype))
+    sums = dot(moments.sum_difference, w) + dot(moved, w - form.dense().astype(moved.dtype))
     use = jnp.ones_like(counts) if use is None else use.astype(counts.dtype)
     return less_noise(use[:, None] * sums, use * counts)
 
@@ -213,7 +213,7 @@ def held(
         statistics = shrunk(rest, shares(noise, c, count / (count - 1)), centred)
         chosen = method.solve(method.prepare(w, statistics), form, key)
         judge = finish(fold, centred)
-        error = residual(w, judge, chosen) + folds.gaps[k]
+        error = residual(w, judge, chosen) + folds.differences[k]
         if centred:
             own = correction(w, judge.mean_x, judge.mean_y, chosen)
             taken = steady(w, chosen, moments, jnp.arange(count) != k)
@@ -228,7 +228,7 @@ def held(
     w = w.astype(moments.shift.dtype)
     whole = finish(total)
     pull = dot(whole.gram, w) + (0 if whole.drift is None else 2 * dot(whole.drift, w))
-    return jax.lax.map(of, c), jnp.where((moments.count > 0).sum() > 1, (w * pull).sum() + folds.gaps.sum(), 0)
+    return jax.lax.map(of, c), jnp.where((moments.count > 0).sum() > 1, (w * pull).sum() + folds.differences.sum(), 0)
 
 
 def parts(noise: Shaped[np.ndarray, "G 2"]) -> tuple[float, ...]:

@@ -26,19 +26,19 @@ class Moments(NamedTuple):
         count: m, int32: the rows that count, of this group.
         shift: s [N], the mean of the first batch of Y that has a row.
         sum_y: sum of Y - s, [N].
-        sum_gap: sum of X - Y, [N].
+        sum_difference: sum of X - Y, [N].
         gram: (Y - s)'(Y - s), [N, N].
         drift: (Y - s)'(X - Y), [N, N]; None where X is Y.
-        gap: (X - Y)'(X - Y), [N, N]; None if not asked for, or where X is Y.
+        difference: (X - Y)'(X - Y), [N, N]; None if not asked for, or where X is Y.
     """
 
     count: Any
     shift: Any
     sum_y: Any
-    sum_gap: Any
+    sum_difference: Any
     gram: Any
     drift: Any = None
-    gap: Any = None
+    difference: Any = None
 
 
 class Statistics(NamedTuple):
@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
     Attributes:
         gram: H = Y'Y, [N, N].
         drift: D = Y'(X - Y), [N, N]; None for 0.
-        gap: K = (X - Y)'(X - Y), [N, N]; None if it is 0 or not known.
+        difference: K = (X - Y)'(X - Y), [N, N]; None if it is 0 or not known.
         mean_x: [N]; 0 where no row counts.
         mean_y: [N].
         count: m, the rows that count; 0 for an expert without any.
@@ -55,7 +55,7 @@ class Statistics(NamedTuple):
 
     gram: Any
     drift: Any
-    gap: Any
+    difference: Any
     mean_x: Any
     mean_y: Any
     count: Any
@@ -66,7 +66,7 @@ def gather(
     x: Float[Array, "m N"] | None = None,
     moments: Moments | None = None,
     *,
-    gap: bool = False,
+    difference: bool = False,
     rows: Bool[Array, "m"] | None = None,
 ) -> Moments:
     """Adds one batch: H += Y'Y, D += Y'(X - Y), K += (X - Y)'(X - Y), with Y shifted.
@@ -75,23 +75,25 @@ def gather(
         y: inputs in the already quantized net, a row for each sample (and pixel).
         x: the same in the original net; None if X is Y, which saves half of the work.
         moments: of the batches before; None for the first.
-        gap: whether to sum K, which only the value of the residual needs, not its minimum.
+        difference: whether to sum K, which only the value of the residual needs, not its minimum.
         rows: which of the rows count; the others may be anything, NaN too. None for all.
 
     Returns:
         Sums in float32 or wider.
 
     Raises:
-        ValueError: x or gap where the batches before had none, or the other way round.
+        ValueError: x or difference where the batches before had none, or the other way round.
 
     Example:
         >>> moments = gather(jnp.array([[1.0], [3.0]]))
         >>> finish(gather(jnp.array([[5.0], [7.0]]), moments=moments)).gram
         Array([[84.]], dtype=float32)
     """
-    before = None if moments is None else (moments.drift is not None, moments.gap is not None)
-    if before not in (None, (x is not None, gap and x is not None)):
-        raise ValueError(f"expected the same x= and gap= for every batch; those before had (x, gap) = {before}")
+    before = None if moments is None else (moments.drift is not None, moments.difference is not None)
+    if before not in (None, (x is not None, difference and x is not None)):
+        raise ValueError(
+            f"expected the same x= and difference= for every batch; those before had (x, difference) = {before}"
+        )
     wide = wider(jnp.float32, *(a.dtype for a in (x, y) if a is not None))
     y = y.astype(wide)
     if moments is None:
@@ -106,10 +108,10 @@ def gather(
         count=jnp.int32(len(y)) if rows is None else rows.sum(dtype=jnp.int32),
         shift=shift,
         sum_y=moved.sum(0),
-        sum_gap=jnp.zeros_like(shift) if away is None else away.sum(0),
+        sum_difference=jnp.zeros_like(shift) if away is None else away.sum(0),
         gram=_square(moved),
         drift=None if away is None else _product(moved, away),
-        gap=_square(away) if gap and away is not None else None,
+        difference=_square(away) if difference and away is not None else None,
     )
     return batch if moments is None else jax.tree.map(jnp.add, moments, batch)._replace(shift=shift)
 
@@ -131,18 +133,18 @@ def finish(moments: Moments, centred: bool = False) -> Statistics:
     """
     count = moments.count.astype(moments.shift.dtype)
     share = 1 / jnp.maximum(count, 1)
-    moved, away = moments.sum_y * share, moments.sum_gap * share  # the means of Y - s and of X - Y
+    moved, away = moments.sum_y * share, moments.sum_difference * share  # the means of Y - s and of X - Y
     if centred:
         gram = moments.gram - count * _outer(moved, moved)
         drift = None if moments.drift is None else moments.drift - count * _outer(moved, away)
-        gap = None if moments.gap is None else moments.gap - count * _outer(away, away)
+        difference = None if moments.difference is None else moments.difference - count * _outer(away, away)
     else:
-        shift, gap = moments.shift, moments.gap
+        shift, difference = moments.shift, moments.difference
         cross = _outer(shift, moved)
         gram = moments.gram + count * (cross + cross.T + _outer(shift, shift))
         drift = None if moments.drift is None else moments.drift + count * _outer(shift, away)
     mean_y = moments.shift + moved
-    return Statistics(gram, drift, gap, mean_y + away, mean_y, moments.count)
+    return Statistics(gram, drift, difference, mean_y + away, mean_y, moments.count)
 
 
 def counted(a: Float[Array, "m N"], rows: Bool[Array, "m"] | None) -> Float[Array, "m N"]:

@@ -37,8 +37,8 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, uses: Sequence[Use], centred: bool, w: Float[Array, "G N n"]) -> "Sums":
-        moments, gaps = folded(uses, w)
-        return cls(Folds(_aligned(moments), gaps), centred)
+        moments, differences = folded(uses, w)
+        return cls(Folds(_aligned(moments), differences), centred)
 
     @property
     def finite(self) -> bool:

@@ -100,7 +100,7 @@ def walk(
     batches: Sequence[Any],
     *,
     together: bool = True,
-    host: bool = True,
+    offload: bool = True,
 ) -> Iterator[Visit]:
     """Yields all weights in the order of their first uses; the caller may replace `other[path]` and must call `finish`
     before the next.
@@ -112,11 +112,11 @@ def walk(
         other: the other net's, changed by the caller as the walk goes on.
         batches: of the shapes that were traced: (batch, counts), if the trace has any.
         together: whether weights with several uses are handed over once; else product by product.
-        host: whether what lives between pieces is kept in the host's memory instead of the accelerator's: for each
+        offload: whether what lives between pieces is kept in the host's memory instead of the accelerator's: for each
             batch two sets of activations, never more than one piece's on the device.
     """
     each = [programs] * len(batches) if isinstance(programs, Program) else list(programs)
-    yield from _Walk(each, original, other, batches, together, host).run()
+    yield from _Walk(each, original, other, batches, together, offload).run()
 
 
 class _Part:
@@ -181,10 +181,10 @@ class _Walk:
         other: dict[str, Any],
         batches: Sequence[Any],
         together: bool,
-        host: bool,
+        offload: bool,
     ) -> None:
         self.original, self.other = original, other
-        self.host = host and jax.default_backend() != "cpu"
+        self.offload = offload and jax.default_backend() != "cpu"
         different = list(dict.fromkeys(programs))
         self.units = different[0].units
         self.groups = schedule(different, together)
@@ -258,7 +258,7 @@ class _Walk:
         return results, jax.device_get(sums)
 
     def keep(self, values: Sequence[Any]) -> Sequence[Any]:
-        return jax.device_get(values) if self.host else values
+        return jax.device_get(values) if self.offload else values
 
 
 def _handed(visit: Visit) -> Iterator[Visit]:

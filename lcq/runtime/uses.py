@@ -24,7 +24,7 @@ from lcq.kernels.ragged import ragged_product
 from lcq.runtime.form_views import order_of, relayout
 from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr, joined
-from lcq.tracing.contraction import Placed, Product
+from lcq.tracing.contraction import ParamSite, Product
 from lcq.tracing.jaxpr import PRODUCTS, RAGGED
 
 _PLACES = 2
@@ -202,7 +202,7 @@ def _product_of(eqn: Any, side: int, path: str) -> Product:
     """An equation as the product of X and a weight, which is on one of its sides."""
     y, x, w = (jaxpr.struct(v.aval) for v in (eqn.outvars[0], eqn.invars[1 - side], eqn.invars[side]))
     params = eqn.primitive.get_bind_params(eqn.params)
-    return Product(0, Placed(path), eqn.primitive, params, side, x, w, y, jaxpr.where(eqn))
+    return Product(0, ParamSite(path), eqn.primitive, params, side, x, w, y, jaxpr.where(eqn))
 
 
 def _onto(eqn: Any, *trees: Any) -> Any:

@@ -58,8 +58,8 @@ class Additive(Scheme):
         object.__setattr__(self, "parts", parts)
 
     @property
-    def leafwise(self) -> int:
-        return sum(part.leafwise for part in self.parts)
+    def leaf_arrays(self) -> int:
+        return sum(part.leaf_arrays for part in self.parts)
 
     @property
     def host(self) -> bool:

@@ -24,13 +24,13 @@ class Scheme(abc.ABC):
     scheme can be static under jit.
 
     Attributes:
-        leafwise: Largest number of leaf-shaped arrays (`leafwise()` fields) in its working forms.
+        leaf_arrays: Largest number of leaf-shaped arrays (`leafwise()` fields) in its working forms.
         host: Whether `solve` needs concrete arrays (an exact solver in float64 outside of any trace).
         costly: Whether C(Theta) is not zero; then `mu` is required, and there is no direct compression.
     """
 
     @property
-    def leafwise(self) -> int:
+    def leaf_arrays(self) -> int:
         return 1
 
     @property

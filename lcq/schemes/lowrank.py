@@ -71,7 +71,7 @@ class LowRank(Scheme):
                 raise ValueError(f"expected {name} >= 0 and finite, got {amount!r}")
 
     @property
-    def leafwise(self) -> int:
+    def leaf_arrays(self) -> int:
         return 0
 
     @property

@@ -112,7 +112,7 @@ class Prune(Scheme):
                 raise ValueError(f"expected {name} >= 0 and finite, got {amount!r}")
 
     @property
-    def leafwise(self) -> int:
+    def leaf_arrays(self) -> int:
         return 2
 
     @property

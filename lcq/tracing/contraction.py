@@ -29,7 +29,7 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class ParamSite:
     """A parameter on its way to a product: leaf[index], then steps.
 
     Attributes:
@@ -63,10 +63,10 @@ class Placed:
             places = dataclasses.replace(self, index=()).moved(jnp.arange(size, dtype=jnp.int32).reshape(rest))
         return np.asarray(np.asarray(places, np.int64) + first)  # of no axes it would be a number
 
-    def then(self, step: Step) -> "Placed":
+    def then(self, step: Step) -> "ParamSite":
         return dataclasses.replace(self, steps=(*self.steps, step))
 
-    def at(self, i: int, shape: tuple[int, ...]) -> "Placed":
+    def at(self, i: int, shape: tuple[int, ...]) -> "ParamSite":
         """Slice i along the first axis, of this shape: as an index, if no step is in its way."""
         if all(step.primitive.name in IN_PLACE for step in self.steps):
             return dataclasses.replace(self, index=(*self.index, i))
@@ -114,7 +114,7 @@ class Product:
     """
 
     number: int
-    weight: Placed
+    weight: ParamSite
     primitive: Any
     params: dict[str, Any]
     side: int
@@ -291,7 +291,7 @@ class Unit(NamedTuple):
         return np.sort(self.places, axis=2)
 
 
-class Shift(NamedTuple):
+class BiasSite(NamedTuple):
     """A parameter that is added to the result of a product, one number for each neuron, and used nowhere else.
 
     Attributes:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend import core  # noqa: TID251
 
 from lcq.tracing import joined, positions, shards
-from lcq.tracing.contraction import Placed, Product, Shift, Step, Unit, per_neuron, uses_of_each
+from lcq.tracing.contraction import BiasSite, ParamSite, Product, Step, Unit, per_neuron, uses_of_each
 from lcq.tracing.jaxpr import (
     CALLS,
     DATA_MOVEMENT,
@@ -51,7 +51,7 @@ class Program:
         paths: Paths of the parameters, in order.
         products: Products with a followed parameter, in order of their equations.
         units: Weights that are rounded together, in the order of their first products.
-        shifts: By product, the bias or mean that can take a constant added to its result.
+        bias_sites: By product, the bias or mean that can take a constant added to its result.
     """
 
     jaxpr: Any
@@ -59,7 +59,7 @@ class Program:
     paths: tuple[str, ...]
     products: tuple[Product, ...]
     units: tuple[Unit, ...]
-    shifts: dict[int, Shift]
+    bias_sites: dict[int, BiasSite]
 
     @property
     def first(self) -> frozenset[int]:
@@ -120,14 +120,14 @@ def trace(
         tuple(leaves),
         tuple(follower.products),
         tuple(follower.units.units),
-        follower.shifts(),
+        follower.bias_sites(),
     )
 
 
 class _Use(NamedTuple):
     """Where a followed leaf ends that is not selected; `added` says to which result."""
 
-    placed: Placed
+    site: ParamSite
     added: tuple[Value, int, tuple[int, ...]] | None
 
 
@@ -143,7 +143,7 @@ class _Follower:
 
     def run_whole(self, closed: Any, values: Sequence[Any], batch: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
         params = [
-            Value(value, param=True, placed=Placed(path) if jnp.issubdtype(value.dtype, jnp.floating) else None)
+            Value(value, param=True, site=ParamSite(path) if jnp.issubdtype(value.dtype, jnp.floating) else None)
             for path, value in zip(self.leaves, values, strict=True)
         ]
         args = [*params]
@@ -180,7 +180,7 @@ class _Follower:
     def _followed(self, value: Value) -> bool:
         if value.pieces:
             return any(map(self._followed, value.pieces))
-        return value.placed is not None and value.placed.path in self.selected
+        return value.site is not None and value.site.path in self.selected
 
     def _join(self, eqn: Any, ins: list[Value]) -> Value:
         """A concatenation of followed parameters, and perhaps of other things."""
@@ -250,16 +250,16 @@ class _Follower:
         value.reads += 1
         for piece in value.pieces:
             self._end(piece, eqn, within=" -> concatenate")
-        if value.placed is None:
+        if value.site is None:
             return
         opaque = eqn is not None and eqn.primitive.name in OPAQUE
         if self._followed(value) and (self.strict or opaque):
-            raise ValueError(cannot_follow(value.placed.path, value.placed.chain() + within, eqn, self.source))
-        self.uses[value.placed.path].append(_Use(value.placed, added))
+            raise ValueError(cannot_follow(value.site.path, value.site.chain() + within, eqn, self.source))
+        self.uses[value.site.path].append(_Use(value.site, added))
 
     def _addition(self, eqn: Any, ins: list[Value], i: int) -> Any:
         """(result, sign, shape) if operand i is a parameter added to the result of a product, in that order or not."""
-        if eqn.primitive.name not in ("add", "add_any", "sub") or ins[i].placed is None:
+        if eqn.primitive.name not in ("add", "add_any", "sub") or ins[i].site is None:
             return None
         other = ins[1 - i]
         if other.result is None or (eqn.primitive.name == "sub" and i == 0):
@@ -271,7 +271,7 @@ class _Follower:
         value = ins[0]
         size = sum(math.prod(var.aval.shape) for var in eqn.outvars)
         grows = size > math.prod(np.shape(value.array))
-        if (value.placed is None and value.result is None) or (len(ins) > 1 and eqn.primitive.name != "dynamic_slice"):
+        if (value.site is None and value.result is None) or (len(ins) > 1 and eqn.primitive.name != "dynamic_slice"):
             return None
         if grows and (value.result is not None or self._followed(value)):
             return None
@@ -283,8 +283,8 @@ class _Follower:
         moved = []
         for i, out in enumerate(outs):
             step = Step(eqn.primitive, params, rest, i)
-            if value.placed is not None:
-                moved.append(Value(out, param=True, placed=value.placed.then(step)))
+            if value.site is not None:
+                moved.append(Value(out, param=True, site=value.site.then(step)))
             elif value.result is not None:
                 number, steps, before = value.result
                 result = Result(number, (*steps, step), (*before, value))
@@ -307,12 +307,12 @@ class _Follower:
         (value,) = self._counted(eqn, ins, [Value(None, data=True, param=True)])
         if value.mask is not None:
             extras["counts"] = value.mask
-        assert w.placed is not None
+        assert w.site is not None
         aval = eqn.outvars[0].aval
         number = len(self.products)
         product = Product(
             number,
-            w.placed,
+            w.site,
             eqn.primitive,
             eqn.primitive.get_bind_params(eqn.params),
             side,
@@ -364,22 +364,22 @@ class _Follower:
             joint, shape = value.joint, np.shape(value.array)
             parts = [joined.taken(joint, shape, i) for i in range(length)]
             return [self._part(eqn, value, *each) for each in zip(parts, jnp.unstack(value.array), strict=True)]
-        if value.placed is None:
+        if value.site is None:
             return unstack(value)
         rounds = []
         for i in range(length):
             array = jax.lax.dynamic_index_in_dim(value.array, i, 0, keepdims=False)
-            rounds.append(Value(array, param=True, placed=value.placed.at(i, jax.typeof(array).shape)))
+            rounds.append(Value(array, param=True, site=value.site.at(i, jax.typeof(array).shape)))
         return rounds
 
-    def shifts(self) -> dict[int, Shift]:
+    def bias_sites(self) -> dict[int, BiasSite]:
         """The parameters that can take a constant added to each neuron of a product, by the product's number."""
         found = {}
         for path, uses in self.uses.items():
             if path in self.selected or all(use.added is None for use in uses):
                 continue
             shape = np.shape(self.leaves[path])
-            places = [use.placed.elements(shape) for use in uses]
+            places = [use.site.elements(shape) for use in uses]
             often = uses_of_each(places, math.prod(shape))
             for use, each in zip(uses, places, strict=True):
                 if use.added is None or (often[each] > 1).any():
@@ -389,5 +389,5 @@ class _Follower:
                 if all(v.reads == 1 for v in (value, *value.result.before)):
                     elements = per_neuron(self.products[value.result.number], value.result.steps, each, onto)
                     if elements is not None:
-                        found[value.result.number] = Shift(path, sign, elements)
+                        found[value.result.number] = BiasSite(path, sign, elements)
         return found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcq.tracing import joined, positions
-from lcq.tracing.contraction import Placed, Step
+from lcq.tracing.contraction import ParamSite, Step
 
 
 @dataclasses.dataclass(eq=False)
@@ -19,7 +19,7 @@ class Value:
         array: its tracer, or a constant.
         data: whether it follows from the batch.
         param: whether it follows from a parameter.
-        placed: set while it is nothing but a parameter, moved.
+        site: set while it is nothing but a parameter, moved.
         result: set while it is nothing but a product's result, moved.
         mask: which of its positions count, see `lcq.tracing.positions`; None for all.
         lost: the equation behind which that is not known, so that all of them count; "" if it is known.
@@ -31,7 +31,7 @@ class Value:
     array: Any
     data: bool = False
     param: bool = False
-    placed: Placed | None = None
+    site: ParamSite | None = None
     result: "Result | None" = None
     mask: Any = None
     lost: str = ""
@@ -78,7 +78,7 @@ def count(eqn: Any, ins: Sequence[Value], results: list[Value], source: str) -> 
 def carried(value: Value, examples: Any) -> Value:
     """The state of a scan over positions, of which these examples count; others as they are."""
     shape = np.shape(value.array)
-    if value.placed is not None or value.pieces or value.lost or not shape or shape[0] != len(examples):
+    if value.site is not None or value.pieces or value.lost or not shape or shape[0] != len(examples):
         return value
     value.reads += 1
     return Value(value.array, value.data, value.param, mask=positions.leading(examples, shape))

@@ -66,7 +66,7 @@ class Lagrangian(NamedTuple):
         multipliers: The multipliers lambda, shaped like the parameters; `optax.MaskedNode()` at leaves under no rule.
         codes: The leaf-shaped arrays of the forms, a tuple of trees shaped like the parameters, masked likewise; those
             that are bool in a form are uint8 here, see `lcq.forms.base.cast_masks`.
-        tables: What else the forms hold, such as codebooks and scales, by task and leaf.
+        codebooks: What else the forms hold, such as codebooks and scales, by task and leaf.
         info: Scalars of the last C step.
     """
 
@@ -74,7 +74,7 @@ class Lagrangian(NamedTuple):
     c_steps: Any
     multipliers: Any
     codes: tuple[Any, ...]
-    tables: Any
+    codebooks: Any
     info: Any
 
 
@@ -90,7 +90,7 @@ def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False)
             check_finite(path, leaves[path])
     all_ws = [_wide(leaves, task) for task in problem.tasks]
     forms = [first_forms(task, ws, blank, _INFINITE) for task, ws in zip(problem.tasks, all_ws, strict=True)]
-    codes, tables = _split(problem, forms)
+    codes, codebooks = _split(problem, forms)
     lagrange = {
         path: jnp.zeros_like(w)
         for task, ws in zip(problem.tasks, all_ws, strict=True)
@@ -102,7 +102,7 @@ def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False)
         c_steps=zero,
         multipliers=_like(params, lagrange if multipliers else {}),
         codes=tuple(_like(params, chosen) for chosen in codes),
-        tables=tables,
+        codebooks=codebooks,
         info=_info(_Sums(away, away, jnp.float32(0), zero), sum(map(_square, all_ws)), zero, zero),
     )
     return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
@@ -135,7 +135,7 @@ def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagra
         lagrange.update(of_task)
         all_forms.append(forms)
         all_sums.append(sums)
-    codes, tables = _split(state.problem, all_forms)
+    codes, codebooks = _split(state.problem, all_forms)
     sums = jax.tree.map(lambda *parts: sum(parts), *all_sums)
     info = _info(sums, size, state.info.kept_back + sums.kept_back, state.info.skipped)
     skipped = state.info._replace(skipped=state.info.skipped + 1)
@@ -143,7 +143,7 @@ def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagra
         c_steps=state.c_steps + finite.astype(state.c_steps.dtype),
         multipliers=_like(state.multipliers, lagrange),
         codes=tuple(map(_like, state.codes, codes)),
-        tables=tables,
+        codebooks=codebooks,
         info=jax.tree.map(lambda a, b: jnp.where(finite, a, b), info, skipped),
     )
 
@@ -188,9 +188,9 @@ def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
     return [
         tuple(
             cast_masks(join_leafwise(rest, [jnp.asarray(tree[path]) for tree in codes if path in tree]), bool)
-            for path, rest in zip(task.paths, tables, strict=True)
+            for path, rest in zip(task.paths, codebooks, strict=True)
         )
-        for task, tables in zip(state.problem.tasks, state.tables, strict=True)
+        for task, codebooks in zip(state.problem.tasks, state.codebooks, strict=True)
     ]
 
 
@@ -264,15 +264,15 @@ def _wide(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
 
 def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Any]], Any]:
     """The leaf-shaped arrays of all forms by path, and the rest by task; inverse of `theta`."""
-    codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leafwise for task in problem.tasks))]
-    tables = []
+    codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leaf_arrays for task in problem.tasks))]
+    codebooks = []
     for task, of_task in zip(problem.tasks, forms, strict=True):
         parts = [split_leafwise(cast_masks(form, jnp.uint8)) for form in of_task]
-        tables.append(tuple(rest for _, rest in parts))
+        codebooks.append(tuple(rest for _, rest in parts))
         for path, (arrays, _) in zip(task.paths, parts, strict=True):
             for chosen, array in zip(codes, arrays, strict=False):
                 chosen[path] = array
-    return codes, tuple(tables)
+    return codes, tuple(codebooks)
 
 
 def _like(tree: Any, chosen: dict[str, Any]) -> Any:

@@ -87,9 +87,9 @@ def block_entropy(
     order = check_order(order)
     if layout not in ("jax", "torch"):
         raise ValueError(f"expected layout='jax' or 'torch', got {layout!r}")
-    leaves, tables = flatten(params)[0], flatten(centres)[0]
+    leaves, codebooks = flatten(params)[0], flatten(centres)[0]
     pairs = []
-    for path, table in tables.items():
+    for path, table in codebooks.items():
         if path not in leaves:
             raise ValueError(f"{path}: expected centres of a leaf of params, got none there; drop these centres")
         _check_centres(path, leaves[path], table)

@@ -56,7 +56,7 @@ class HempState(NamedTuple):
         inner: State of the wrapped optimizer.
         steps: Updates made, int32.
         tasks: What the rules select, static.
-        tables: The codebook of every task and leaf: forms without codes.
+        codebooks: The codebook of every task and leaf: forms without codes.
         entropy: H_n of the parameters that the last update was given, in bits per weight; before the first update its
             bound, log2 of the largest codebook.
         shares: By task and leaf, the share of the weights that are nearest to the most common level of their codebook,
@@ -66,7 +66,7 @@ class HempState(NamedTuple):
     inner: Any
     steps: Any
     tasks: Any
-    tables: Any
+    codebooks: Any
     entropy: Any
     shares: Any
 
@@ -163,8 +163,8 @@ def hemp(
             for path in task.paths:
                 check_finite(path, leaves[path])
         forms = [first_forms(task, take(leaves, task), blank) for task in tasks]
-        tables = tuple(tuple(split_leafwise(form)[1] for form in of_task) for of_task in forms)
-        levels = _levels_by_path(tasks, tables)
+        codebooks = tuple(tuple(split_leafwise(form)[1] for form in of_task) for of_task in forms)
+        levels = _levels_by_path(tasks, codebooks)
         for path, table in levels.items():
             if table.shape[-1] < 2:
                 raise ValueError(f"{path}: expected a codebook of two or more levels, got one; exclude the leaf")
@@ -175,11 +175,11 @@ def hemp(
                 "smaller ones; lower small="
             )
         check_bins(max(levels[path].shape[-1] for path in counted), order)
-        tables = jax.tree.map(lambda a: jnp.array(a, copy=True), tables)
+        codebooks = jax.tree.map(lambda a: jnp.array(a, copy=True), codebooks)
         wide = wider(*(table.dtype for table in levels.values()))
         bound = jnp.full([], math.log2(max(levels[path].shape[-1] for path in counted)), wide)
         shares = tuple(tuple(jnp.zeros([], jnp.float32) for _ in task.paths) for task in tasks)
-        return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, tables, bound, shares)
+        return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, codebooks, bound, shares)
 
     def init(params: Any) -> Any:
         if abstract(params):
@@ -192,13 +192,13 @@ def hemp(
         check_state(state, HempState, "hemp", sound=is_sound(state))
         grads, params = native_tree((grads, params))
         refuse_used(functools.partial(inner.update, grads, state.inner, params), extra, _NO_FUNCTION)
-        leaves, slopes, tables = flatten(params)[0], flatten(grads)[0], state.tables
+        leaves, slopes, codebooks = flatten(params)[0], flatten(grads)[0], state.codebooks
         for path in (path for task in state.tasks for path in task.paths):
             slope_of(slopes, path, weights_of(leaves, path, "hemp"))
         if every is not None:
             due = (state.steps > 0) & (state.steps % every == 0)
-            tables = jax.lax.cond(due, lambda t: _estimate(state.tasks, leaves, t), lambda t: t, tables)
-        levels = _levels_by_path(state.tasks, tables)
+            codebooks = jax.lax.cond(due, lambda t: _estimate(state.tasks, leaves, t), lambda t: t, codebooks)
+        levels = _levels_by_path(state.tasks, codebooks)
         ws = {path: jnp.asarray(leaves[path], compute_dtype(leaves[path].dtype)) for path in levels}
         counted = _counted(leaves, levels, small, order)
         entropy, pushes = jax.value_and_grad(
@@ -220,7 +220,7 @@ def hemp(
         updates = jax.tree.unflatten(structure, moves.values())
         steps, entropy = optax.safe_increment(state.steps), entropy.astype(state.entropy.dtype)
         by_task = tuple(tuple(shares[path] for path in task.paths) for task in state.tasks)
-        return updates, HempState(inner_state, steps, state.tasks, tables, entropy, by_task)
+        return updates, HempState(inner_state, steps, state.tasks, codebooks, entropy, by_task)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -248,7 +248,7 @@ def is_sound(state: Any) -> bool:
     """Whether a state's types are there, which a checkpoint may have lost at any depth."""
     if not isinstance(state, HempState) or not isinstance(state.tasks, Tasks):
         return False
-    return all(map(is_form, jax.tree.leaves(state.tables, is_leaf=is_form)))
+    return all(map(is_form, jax.tree.leaves(state.codebooks, is_leaf=is_form)))
 
 
 def find_hemp(opt_state: Any) -> HempState:
@@ -272,16 +272,16 @@ def hemp_states(opt_state: Any) -> list[HempState]:
     return [node for node in nodes if isinstance(node, HempState)]
 
 
-def _levels_by_path(tasks: Tasks, tables: Any) -> dict[str, Array]:
+def _levels_by_path(tasks: Tasks, codebooks: Any) -> dict[str, Array]:
     """The levels of every selected leaf."""
-    pairs = zip(tasks, tables, strict=True)
+    pairs = zip(tasks, codebooks, strict=True)
     return {path: levels_of(path, form) for task, forms in pairs for path, form in zip(task.paths, forms, strict=True)}
 
 
-def _estimate(tasks: Tasks, leaves: dict[str, Any], tables: Any) -> Any:
+def _estimate(tasks: Tasks, leaves: dict[str, Any], codebooks: Any) -> Any:
     """The codebooks of the leaves, from earlier ones, which stay if weights are not finite."""
     new = []
-    for task, warm in zip(tasks, tables, strict=True):
+    for task, warm in zip(tasks, codebooks, strict=True):
         forms = task.project(take(leaves, task), nearest_forms(task, leaves, warm))
         rest = tuple(split_leafwise(form)[1] for form in forms)
         finite = jnp.stack([jnp.isfinite(leaves[path]).all() for path in task.paths]).all()
@@ -289,10 +289,10 @@ def _estimate(tasks: Tasks, leaves: dict[str, Any], tables: Any) -> Any:
     return tuple(new)
 
 
-def nearest_forms(task: Task, leaves: dict[str, Any], tables: Any) -> tuple[Codes, ...]:
-    """The forms of a task with the codebooks of `tables`, forms without codes, and the nearest level of each weight."""
+def nearest_forms(task: Task, leaves: dict[str, Any], codebooks: Any) -> tuple[Codes, ...]:
+    """The forms of a task with these codebooks, forms without codes, and the nearest level of each weight."""
     forms: list[Any] = []
-    for path, table in zip(task.paths, tables, strict=True):
+    for path, table in zip(task.paths, codebooks, strict=True):
         w, levels = jnp.asarray(leaves[path]), levels_of(path, table)
         codes = codes_of(table, nearest(w, levels)[0]).astype(code_dtype(levels.shape[-1]))
         forms.append(join_leafwise(table, [codes]))

@@ -46,10 +46,10 @@ def hemp_forms(state: HempState, params: Any, levels: str) -> tuple[Tasks, list[
     """
     leaves, _ = flatten(params)
     all_forms, shares = [], {}
-    for task, tables in zip(state.tasks, state.tables, strict=True):
+    for task, codebooks in zip(state.tasks, state.codebooks, strict=True):
         for path in task.paths:
             check_finite(path, weights_of(leaves, path, "hemp"))
-        forms = nearest_forms(task, leaves, tables)
+        forms = nearest_forms(task, leaves, codebooks)
         for path, form in zip(task.paths, forms, strict=True):
             shares[path] = share_of(form.codes, levels_of(path, form))
         all_forms.append(_fit(task, take(leaves, task), forms) if levels == "fitted" else forms)

@@ -259,7 +259,7 @@ def _is_sound(lagrangian: Any) -> bool:
     """Whether a state's types are there, which a checkpoint may have lost at any depth."""
     if not _is_lagrangian(lagrangian) or not isinstance(lagrangian.problem, Problem):
         return False
-    forms = jax.tree.leaves(lagrangian.tables, is_leaf=is_form)
+    forms = jax.tree.leaves(lagrangian.codebooks, is_leaf=is_form)
     return isinstance(lagrangian.info, Info) and isinstance(lagrangian.codes, tuple) and all(map(is_form, forms))
 
 
@@ -314,5 +314,5 @@ def _check_rate_is_not_kept(inner_state: Any) -> None:
 
 def _placeholder(params: Any, rules: tuple[Rule, ...]) -> Lagrangian:
     """The state of `optax.tree.map_params`, in which `params` stands for every tree shaped like the parameters."""
-    trees = max(rule.scheme.leafwise for rule in rules if rule.scheme is not None)
+    trees = max(rule.scheme.leaf_arrays for rule in rules if rule.scheme is not None)
     return Lagrangian(0, 0, params, (params,) * trees, 0, Info(0, 0, 0, 0, 0))

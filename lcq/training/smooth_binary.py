@@ -124,8 +124,8 @@ class GroupPower(Binarization):
 
     Attributes:
         least: Exponent p at progress `settled`.
-        settled: Progress at which p reaches `least`. At this one normally distributed weights have a gap of .023, by
-            far most of it from weights within the width.
+        settled: Progress at which p reaches `least`. At this one normally distributed weights have a
+            deviation of .023, by far most of it from weights within the width.
         width: Initial e: within it of 0, in standard deviations of the group, phi is linear. Weights that stay there
             are neither -1 nor 1, and nets make use of that.
         last: Factor of p and e at the end, which leaves no room within the width.
@@ -269,14 +269,14 @@ class SmoothBinary:
                 check_finite(task.name, leaves[task.name])
         return self._put(params, alphas, self.binarization.project)
 
-    def gap(self, params: Any, t: Any) -> dict[str, Any]:
+    def deviation(self, params: Any, t: Any) -> dict[str, Any]:
         """How far W is from binary, by path and for each group: mean_G b^4 / (mean_G b^2)^2 - 1.
 
         Zero just where all |b| of a group are equal, and else positive; -1 for a group of b = 0. (Of `GroupPower`
         mean_G b^2 is 1.) The largest is small before the end, or what is deployed is not what was trained.
         """
 
-        def gap(w: Array, group: Per, _: Any) -> Array:
+        def deviation(w: Array, group: Per, _: Any) -> Array:
             counts = block_counts(group, w.shape)
             cut = blocks(w.shape, counts)
             wide = w.astype(compute_dtype(w.dtype))
@@ -284,7 +284,7 @@ class SmoothBinary:
             second, fourth = (jnp.mean(b**n, cut.axes).reshape(counts) for n in (2, 4))
             return fourth / jnp.maximum(second**2, jnp.finfo(b.dtype).tiny) - 1
 
-        leaves, _ = flatten(self._put(params, None, gap))
+        leaves, _ = flatten(self._put(params, None, deviation))
         return {path: leaves[path] for path in self._paths(params)}
 
     def alphas(self, params: Any) -> dict[str, Any]:
@@ -346,7 +346,8 @@ def smooth_binary(rules: Rules, binarization: Binarization | None = None) -> Smo
 
     Returns:
         binary(params, t): the tree to call the net with; lcq.extract(binary, params): what is deployed, forms of 1 bit
-        a weight; binary.gap(params, t): how far W is from that; binary.alphas(params): scales, if they are learned.
+        a weight; binary.deviation(params, t): how far W is from that; binary.alphas(params): scales, if they are
+        learned.
 
     Raises:
         ValueError: no rule, or one with another scheme, or a joint one; what is no binarization.
@@ -362,7 +363,8 @@ def smooth_binary(rules: Rules, binarization: Binarization | None = None) -> Smo
         ...     grads = gradient(params, step / 40)
         ...     params = jax.tree.map(lambda w, g: w - 0.05 * g, params, grads)
         >>> forms = lcq.extract(binary, params)
-        >>> bool(jnp.allclose(forms["kernel"].dense(), goal)), float(binary.gap(params, 1.0)["kernel"].max()) < 0.01
+        >>> worst = binary.deviation(params, 1.0)["kernel"].max()
+        >>> bool(jnp.allclose(forms["kernel"].dense(), goal)), float(worst) < 0.01
         (True, True)
 
     Source: Shulman, arXiv 2107.01400; see the module for what is from it and what is not.

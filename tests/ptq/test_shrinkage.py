@@ -31,8 +31,8 @@ def rows(many=22, offset=2.0, seed=0):
 def folds():
     (w, x, y), fold = rows()
     parts = [gather(jnp.asarray(y[fold == k]), jnp.asarray(x[fold == k])) for k in range(K)]
-    gaps = jnp.stack([(((x - y) @ w)[fold == k] ** 2).sum(0) for k in range(K)])
-    return Folds(shrinkage.aligned(jax.tree.map(lambda *a: jnp.stack(a), *parts)), gaps)
+    differences = jnp.stack([(((x - y) @ w)[fold == k] ** 2).sum(0) for k in range(K)])
+    return Folds(shrinkage.aligned(jax.tree.map(lambda *a: jnp.stack(a), *parts)), differences)
 
 
 def off(a):
@@ -96,9 +96,9 @@ def test_following_on_shrunk_statistics():
     a, b = (jnp.asarray(np.where(use[:, None], each, 0)) for each in (x, y))
     got, error = follow(jnp.asarray(w), a, b, form, "natural", share, jnp.asarray(use))
     np.testing.assert_array_equal(got.codes, expected.codes)
-    gap = (x - y)[use].astype(np.float64)
-    flat = len(gap) * np.outer(gap.mean(0), gap.mean(0))
-    k = gap.T @ gap - flat
+    difference = (x - y)[use].astype(np.float64)
+    flat = len(difference) * np.outer(difference.mean(0), difference.mean(0))
+    k = difference.T @ difference - flat
     k = k - 0.3 * off(k) + flat - 0.6 * off(flat)
     np.testing.assert_allclose(
         error, np.asarray(residual(jnp.asarray(w), statistics, got)) + (w * (k @ w)).sum(0), rtol=2e-3

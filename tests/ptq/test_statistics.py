@@ -42,7 +42,7 @@ def gathered(x, y, edges, **settings):
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_batches_sum_to_the_whole(centred, offset):
     x, y = inputs(90, 7, offset)
-    statistics = finish(gathered(x, y, [40, 50], gap=True), centred)
+    statistics = finish(gathered(x, y, [40, 50], difference=True), centred)
     assert_close(statistics, oracle(x, y, centred))
 
 
@@ -58,10 +58,10 @@ def test_centred_at_an_offset_needs_the_shift():
 def test_without_x():
     x, y = inputs(50, 5)
     alone = finish(gather(jnp.asarray(y), moments=gather(jnp.asarray(y))))
-    assert alone.drift is None and alone.gap is None
+    assert alone.drift is None and alone.difference is None
     assert_close((alone.gram, alone.mean_x, alone.mean_y), (2 * oracle(y, y)[0], y.mean(0), y.mean(0)))
-    assert gather(jnp.asarray(y), gap=True).gap is None
-    assert gather(jnp.asarray(y), jnp.asarray(x)).gap is None
+    assert gather(jnp.asarray(y), difference=True).difference is None
+    assert gather(jnp.asarray(y), jnp.asarray(x)).difference is None
     assert int(alone.count) == 100
 
 
@@ -75,21 +75,21 @@ def test_rows_that_do_not_count(centred):
     moments = None
     for part in (slice(0, 20), slice(20, 50), slice(50, 90)):
         x_part, y_part, counts = (jnp.asarray(a[part]) for a in (x, y, rows))
-        moments = gather(y_part, x_part, moments, gap=True, rows=counts)
+        moments = gather(y_part, x_part, moments, difference=True, rows=counts)
     assert_close(finish(moments, centred), oracle(x[rows], y[rows], centred))
-    whole = finish(gather(jnp.asarray(y), jnp.asarray(x), gap=True, rows=jnp.asarray(rows)), centred)
+    whole = finish(gather(jnp.asarray(y), jnp.asarray(x), difference=True, rows=jnp.asarray(rows)), centred)
     assert_close(whole, oracle(x[rows], y[rows], centred))
 
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_no_row_counts(centred):
     y = jnp.full((3, 2), jnp.nan)
-    statistics = finish(gather(y, y, gap=True, rows=jnp.zeros(3, bool)), centred)
+    statistics = finish(gather(y, y, difference=True, rows=jnp.zeros(3, bool)), centred)
     assert all((np.asarray(a) == 0).all() for a in statistics)
 
 
-@pytest.mark.parametrize("before", [{}, {"x": 1}, {"x": 1, "gap": True}])
-@pytest.mark.parametrize("now", [{}, {"x": 1}, {"x": 1, "gap": True}])
+@pytest.mark.parametrize("before", [{}, {"x": 1}, {"x": 1, "difference": True}])
+@pytest.mark.parametrize("now", [{}, {"x": 1}, {"x": 1, "difference": True}])
 def test_every_batch_is_gathered_alike(before, now):
     y = jnp.ones((3, 2))
     kinds = [{**kind, "x": y} if kind else {} for kind in (before, now)]
@@ -112,12 +112,12 @@ def test_drift_is_summed_from_the_difference():
 def test_quadrants_of_a_large_gram(monkeypatch):
     monkeypatch.setattr(statistics, "_HALVES", 4)
     x, y = inputs(60, 19)
-    assert_close(finish(gather(jnp.asarray(y), jnp.asarray(x), gap=True)), oracle(x, y))
+    assert_close(finish(gather(jnp.asarray(y), jnp.asarray(x), difference=True)), oracle(x, y))
 
 
 def test_short_floats_are_summed_in_float32():
     x, y = (jnp.asarray(a, jnp.bfloat16) for a in inputs(300, 5, 3.0))
-    statistics = finish(gather(y, x, gap=True), centred=True)
+    statistics = finish(gather(y, x, difference=True), centred=True)
     assert statistics.gram.dtype == jnp.float32
     assert_close(statistics, oracle(np.asarray(x, np.float64), np.asarray(y, np.float64), centred=True))
 
@@ -127,7 +127,7 @@ def test_vmap_over_groups_is_a_loop():
     xs, ys = (np.stack(a) for a in zip(*pairs, strict=True))
 
     def both(y, x):
-        return finish(gather(y, x, gather(y, x, gap=True), gap=True), centred=True)
+        return finish(gather(y, x, gather(y, x, difference=True), difference=True), centred=True)
 
     together = jax.jit(jax.vmap(both))(ys, xs)
     for g, (x, y) in enumerate(pairs):
@@ -140,6 +140,6 @@ def test_batch_on_a_mesh(kind):
     x, y = inputs(64, 6)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     rows = NamedSharding(mesh, P("data"))
-    got = jax.jit(lambda y, x: finish(gather(y, x, gap=True), centred=True))(*jax.device_put((y, x), rows))
+    got = jax.jit(lambda y, x: finish(gather(y, x, difference=True), centred=True))(*jax.device_put((y, x), rows))
     assert got.gram.sharding.is_fully_replicated
     assert_close(got, oracle(x, y, centred=True))

@@ -353,8 +353,8 @@ def test_both_results_are_the_functions(make):
                 leaf.reshape(-1)[places] = np.asarray(wanted[product.path]).reshape(-1)[places]
                 other[product.path] = jnp.asarray(leaf)
         delta = None
-        if product.number in program.shifts:
-            shift, delta = program.shifts[product.number], draw(product.shape[0], product.shape[3])
+        if product.number in program.bias_sites:
+            shift, delta = program.bias_sites[product.number], draw(product.shape[0], product.shape[3])
             found.append(f"{product.path} {'+' if shift.sign > 0 else '-'} {shift.path}".replace("net/", ""))
             leaf = np.array(wanted.get(shift.path, original[shift.path]))
             leaf.reshape(-1)[shift.elements] += shift.sign * np.asarray(delta)

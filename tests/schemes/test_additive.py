@@ -198,5 +198,5 @@ def test_bad_settings_and_leaves_are_refused(make, message):
 def test_settings_hash():
     one = lcq.Additive(TWO, ONE)
     assert one == lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=1)) and hash(one) == hash(lcq.Additive(TWO, ONE))
-    assert one != lcq.Additive(ONE, TWO) and one.leafwise == 3
+    assert one != lcq.Additive(ONE, TWO) and one.leaf_arrays == 3
     assert lcq.Additive(TWO, lcq.LowRank(penalty=1.0)).costly and not one.costly

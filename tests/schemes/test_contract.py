@@ -183,7 +183,7 @@ def test_a_mesh_with_explicit_axes_keeps_codes_where_the_leaf_is(scheme, form):
 
 def test_leafwise_arrays_are_as_declared_and_shaped_like_the_leaf(scheme, form):
     arrays, _ = split_leafwise(form)
-    assert len(arrays) <= scheme.leafwise and all(array.shape == X.shape for array in arrays)
+    assert len(arrays) <= scheme.leaf_arrays and all(array.shape == X.shape for array in arrays)
 
 
 COPIES = 4

@@ -90,7 +90,7 @@ def test_pieces_of_a_concatenation():
     assert [(p.path, p.shape) for p in program.products] == [("a", (1, 5, 4, 3)), ("c", (1, 5, 4, 5))]
     lines = [re.search(r"test_param_flow\.py:(\d+)", p.source)[1] for p in program.products]
     assert lines[0] == lines[1]
-    assert program.shifts == {}
+    assert program.bias_sites == {}
 
 
 # Shifts
@@ -125,8 +125,8 @@ def test_shifts(case):
     use, sign = SHIFTS[case]
     size = 8 if "part" in case else 6
     program = trace(lambda p, x: use(x @ p["w"], p["b"]), shapes(w=(4, 6), b=(size,)), X, ["w"])
-    assert {number: shift.sign for number, shift in program.shifts.items()} == ({} if sign is None else {0: sign})
-    for shift in program.shifts.values():
+    assert {number: shift.sign for number, shift in program.bias_sites.items()} == ({} if sign is None else {0: sign})
+    for shift in program.bias_sites.values():
         assert shift.path == "b"
         np.testing.assert_array_equal(shift.elements, np.arange(6)[None])
 
@@ -135,7 +135,7 @@ def test_no_shift_for_a_bias_of_two_layers():
     def fn(p, x):
         return jnp.tanh(x @ p["w"] + p["b"]) @ p["v"] + p["b"]
 
-    assert trace(fn, shapes(w=(4, 4), v=(4, 4), b=(4,)), X, ["w", "v"]).shifts == {}
+    assert trace(fn, shapes(w=(4, 4), v=(4, 4), b=(4,)), X, ["w", "v"]).bias_sites == {}
 
 
 def test_first_of_two_biases_and_one_that_is_followed():
@@ -145,14 +145,14 @@ def test_first_of_two_biases_and_one_that_is_followed():
         return x @ p["w"] + p["b"] - p["mean"] + p["u"] @ jnp.ones((4, 6))
 
     params = shapes(w=(4, 6), b=(6,), mean=(6,), u=(4,))
-    assert [shift.path for shift in trace(fn, params, X, ["w", "u"]).shifts.values()] == ["b"]
+    assert [shift.path for shift in trace(fn, params, X, ["w", "u"]).bias_sites.values()] == ["b"]
 
 
 def test_numbers_that_are_no_arrays():
     program = trace(
         lambda p, x: x @ p["w"] * p["scale"] + p["add"], {**shapes(w=(4, 6)), "scale": 2.0, "add": 1}, X, "w"
     )
-    assert program.shifts == {} and len(program.products) == 1
+    assert program.bias_sites == {} and len(program.products) == 1
 
 
 # Errors

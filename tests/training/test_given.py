@@ -155,7 +155,7 @@ def test_a_state_that_lost_its_types_inside():
     for lost in (
         state._replace(lagrangian=state.lagrangian._asdict()),
         state._replace(lagrangian=state.lagrangian._replace(problem={})),
-        state._replace(lagrangian=state.lagrangian._replace(tables=[[{"levels": jnp.ones((1, 1, 2))}]])),
+        state._replace(lagrangian=state.lagrangian._replace(codebooks=[[{"levels": jnp.ones((1, 1, 2))}]])),
         state._replace(lagrangian=state.lagrangian._replace(codes=[{"kernel": jnp.ones(3)}])),
     ):
         with pytest.raises(ValueError, match=remedy):

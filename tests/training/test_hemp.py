@@ -106,7 +106,7 @@ def test_a_run_is_the_plain_loop():
                 ws[name] = np.clip(ws[name] - 0.5 * np.maximum(0, 1 - abs(gradient)) * move, *levels[name])
     for name, w in ws.items():
         np.testing.assert_allclose(params[name], w, atol=2e-5, err_msg=name)
-    for (form,), name in zip(state.tables, ("small", "w"), strict=True):
+    for (form,), name in zip(state.codebooks, ("small", "w"), strict=True):
         np.testing.assert_allclose(np.ravel(form.levels), levels[name], atol=2e-5)
 
 
@@ -166,7 +166,7 @@ def test_it_trains_to_fewer_bits(problem, after):
     assert entropy(forms) < entropy(cold) - 0.05
     assert problem.loss(params) < problem.loss(problem.params) - 0.1
     assert problem.loss(lcq.decompress(forms)) < problem.loss(problem.params) - 0.1
-    np.testing.assert_array_equal(forms["dense0"]["kernel"].levels, state.tables[0][0].levels)
+    np.testing.assert_array_equal(forms["dense0"]["kernel"].levels, state.codebooks[0][0].levels)
 
 
 def test_wrappers_and_donation_do_what_the_plain_loop_does(problem, ours, after):
@@ -189,8 +189,8 @@ def test_the_state_maps_like_the_parameters(problem, ours, after):
     chex.assert_trees_all_equal(same, state)
     zeroed = optax.tree.map_params(ours, jnp.zeros_like, state)
     assert not any(leaf.any() for leaf in jax.tree.leaves(zeroed.inner))
-    chex.assert_trees_all_equal(zeroed.tables, state.tables)
-    shapes = {leaf.shape for leaf in jax.tree.leaves((state.tables, state.entropy, state.steps))}
+    chex.assert_trees_all_equal(zeroed.codebooks, state.codebooks)
+    shapes = {leaf.shape for leaf in jax.tree.leaves((state.codebooks, state.entropy, state.steps))}
     assert shapes == {(1, 1, 3), (1, 10), ()}
 
 
@@ -278,7 +278,7 @@ def test_levels_stay_if_weights_are_not_finite():
     update = jax.jit(tx.update)
     _, state = update(params, tx.init(params), params)
     _, after = update(params, state, {"w": params["w"].at[3].set(jnp.nan)})
-    chex.assert_trees_all_equal(after.tables, state.tables)
+    chex.assert_trees_all_equal(after.codebooks, state.codebooks)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_a_leaf_that_lost_its_weights_is_named():
         _, after = jax.jit(tx.update)(params, state, params | {"w": jnp.asarray(W)})
         sound = lcq.metrics(after)
         extracted(after, params | {"w": jnp.asarray(W)})
-    codes = np.abs(W[..., None] - np.asarray(after.tables[0][0].levels).ravel()).argmin(-1)
+    codes = np.abs(W[..., None] - np.asarray(after.codebooks[0][0].levels).ravel()).argmin(-1)
     np.testing.assert_allclose(sound["largest_share"], np.bincount(codes.ravel()).max() / W.size, rtol=1e-6)
     assert sound["collapsed"] == 0 and 0 < sound["entropy"] <= 2
     _, after = tx.update(params, state, params)

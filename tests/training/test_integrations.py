@@ -157,7 +157,7 @@ def test_tree_map_params_and_get(problem):
     lagrangian = mapped[1].lagrangian
     for tree in (lagrangian.multipliers, *lagrangian.codes, mapped[1].inner[0].mu):
         assert tree["dense0"]["kernel"] == "spec of (64, 12)"
-    assert lagrangian.tables == lagrangian.c_steps == mapped[1].steps == "replicated"
+    assert lagrangian.codebooks == lagrangian.c_steps == mapped[1].steps == "replicated"
     assert_same(optax.tree.get(state, "mu"), state[1].inner[0].mu)
     assert_same(optax.tree.get(state, "count"), state[1].inner[0].count)
 

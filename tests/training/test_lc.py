@@ -243,7 +243,7 @@ def test_weights_that_are_not_finite_keep_theta_and_multipliers(bad, jit):
     for _ in range(2):
         _, state = update(params, state, params)
     _, after = update(params, state, params | {"b": jnp.array([bad, 1.0])})
-    for field in ("multipliers", "codes", "tables", "c_steps"):
+    for field in ("multipliers", "codes", "codebooks", "c_steps"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after.lagrangian, field), getattr(state.lagrangian, field))
     assert lcq.metrics(after) | {"skipped": 0} == lcq.metrics(state)
     assert lcq.metrics(after)["skipped"] == 1
@@ -366,7 +366,7 @@ class Pair(lcq.forms.Form):
 class TwoBits(lcq.schemes.Scheme):
     """A scale and a sign, then the same for the rest."""
 
-    leafwise = 2
+    leaf_arrays = 2
 
     def check(self, shape):
         pass

@@ -68,7 +68,7 @@ def assert_sharded_like_params(state, of_params):
         for name in ("dense0", "dense1"):
             leaf = tree[name]["kernel"]
             assert leaf.sharding.is_equivalent_to(of_params[name]["kernel"], leaf.ndim), (name, leaf.sharding)
-    for leaf in jax.tree.leaves((lagrangian.tables, lagrangian.info, state.steps)):
+    for leaf in jax.tree.leaves((lagrangian.codebooks, lagrangian.info, state.steps)):
         assert leaf.sharding.is_fully_replicated
 
 

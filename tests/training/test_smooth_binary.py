@@ -92,8 +92,8 @@ def projected(binarization, w, group):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gaps(binary, params, t):
-    return binary.gap(params, t)
+def deviations(binary, params, t):
+    return binary.deviation(params, t)
 
 
 def normal(shape, dtype=jnp.float32):
@@ -154,7 +154,7 @@ def test_the_path_begins_standardised_and_ends_nearly_binary():
     binary = smooth_binary([lcq.Rule("w", lcq.Binary(per="channel"))], constant)
     begin = transformed(constant, w, 0.0, "channel") / np.sqrt(2 / 4000)
     np.testing.assert_allclose(begin, (w - w.mean(0)) / w.std(0), rtol=1e-3, atol=1e-5)
-    path = np.array([gaps(binary, {"w": w}, t)["w"] for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]).squeeze()
+    path = np.array([deviations(binary, {"w": w}, t)["w"] for t in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]).squeeze()
     assert path.shape == (6, 3) and (np.diff(path, axis=0) < 0).all()
     np.testing.assert_allclose(path[0], 2, atol=0.3)  # the fourth moment of normal numbers is 3
     u = np.linspace(0, 9, 400_001)
@@ -173,7 +173,7 @@ def test_the_gap_is_that_of_the_formula(kind, per, counts):
     b = by_groups(lambda g: SMOOTH[kind](g, 0.3), np.asarray(w, np.float64), per)
     assert kind is AnnealedTanh or abs((b**2).mean() - 1) < 1e-6
     wanted = by_groups(lambda g: (g**4).mean() / (g**2).mean() ** 2 - 1, b, per)[:: 8 // counts[0], :: 3 // counts[1]]
-    got = gaps(smooth_binary([lcq.Rule("w", lcq.Binary(per=per))], kind()), {"w": w}, 0.3)["w"]
+    got = deviations(smooth_binary([lcq.Rule("w", lcq.Binary(per=per))], kind()), {"w": w}, 0.3)["w"]
     assert got.shape == counts
     np.testing.assert_allclose(got, wanted, atol=1e-4)
     assert per != 2 or np.abs(got).max() < 1e-6
@@ -206,7 +206,7 @@ def test_equal_weights_and_groups_of_one_are_defined(binarization, group):
             assert not isinstance(binarization, GroupPower) or (np.asarray(out) == 0).all()
         assert np.isfinite(projected(binarization, w, group).dense()).all()
         wanted = 0 if isinstance(binarization, StraightSign) else -1
-        np.testing.assert_array_equal(gaps(binary, {"w": w}, 1.0)["w"], wanted)
+        np.testing.assert_array_equal(deviations(binary, {"w": w}, 1.0)["w"], wanted)
 
 
 SLOPES = jnp.arange(21.0).reshape(7, 3)
@@ -274,8 +274,8 @@ PARAMS = {
 
 def test_rules_select_leaves_and_stacked_ones_are_taken_apart():
     binary = smooth_binary(RULES)
-    out, forms, gap, alphas = jax.jit(
-        lambda p: (binary(p, 0.4), binary.compress(p), binary.gap(p, 0.4), binary.alphas(p))
+    out, forms, deviation, alphas = jax.jit(
+        lambda p: (binary(p, 0.4), binary.compress(p), binary.deviation(p, 0.4), binary.alphas(p))
     )(PARAMS)
     for tree in (out, forms):
         np.testing.assert_array_equal(tree["first"]["kernel"], PARAMS["first"]["kernel"])
@@ -283,7 +283,7 @@ def test_rules_select_leaves_and_stacked_ones_are_taken_apart():
     for i, w in enumerate(PARAMS["stack"]):
         np.testing.assert_allclose(out["stack"][i], transformed(GroupPower(), w, 0.4, "channel"), rtol=1e-5)
         np.testing.assert_allclose(forms["stack"].dense()[i], projected(GroupPower(), w, "channel").dense(), rtol=1e-5)
-    for shapes in (gap, alphas):
+    for shapes in (deviation, alphas):
         assert {path: a.shape for path, a in shapes.items()} == {"second/kernel": (1, 4), "stack": (3, 1, 4)}
     np.testing.assert_allclose(alphas["stack"], forms["stack"].scale)
     constant = jax.jit(smooth_binary(RULES, GroupPower("constant")).compress)(PARAMS)
@@ -366,11 +366,11 @@ def test_an_optimizer_trains_it_and_what_is_deployed_is_what_was_trained(problem
     def run(params):
         (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(steps))
         hard = problem.loss(lcq.decompress(binary.compress(params)))
-        return losses, problem.loss(binary(params, 1.0)), hard, binary.gap(params, 1.0)
+        return losses, problem.loss(binary(params, 1.0)), hard, binary.deviation(params, 1.0)
 
-    losses, soft, hard, gap = run(problem.params)
+    losses, soft, hard, deviation = run(problem.params)
     assert losses[0] > 1.5 and soft < 0.1 and hard < soft + 0.03
-    assert all(g.mean() < 0.05 for g in gap.values())
+    assert all(g.mean() < 0.05 for g in deviation.values())
 
 
 def test_forms_are_packed_saved_and_run_on_kernels_of_one_bit(tmp_path):

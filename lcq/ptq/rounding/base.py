@@ -154,8 +154,8 @@ def wide(w: Array, statistics: Statistics) -> Array:
 
 def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:
     """`residual` as a function of the form, the products with w made once."""
-    w, drift, gap = wide(w, statistics), statistics.drift, statistics.gap
-    fixed = 0 if gap is None else (w * dot(gap, w)).sum(0)
+    w, drift, difference = wide(w, statistics), statistics.drift, statistics.difference
+    fixed = 0 if difference is None else (w * dot(difference, w)).sum(0)
     slope = None if drift is None else 2 * dot(drift, w)
 
     def measure(form: Codes) -> Array:

@@ -24,7 +24,7 @@ def problem(m=M, size=N, neurons=n, offset=0.0, seed=0):
 def standard():
     """(w, X, Y), and plain statistics."""
     w, x, y = problem()
-    return (w, x, y), finish(gather(jnp.asarray(y), jnp.asarray(x), gap=True))
+    return (w, x, y), finish(gather(jnp.asarray(y), jnp.asarray(x), difference=True))
 
 
 def tables(form, w):
@@ -43,9 +43,9 @@ def tables(form, w):
 
 def nearest(z, table):
     """Index, level and distance to the next midpoint, for each neuron."""
-    gap = np.abs(z[:, None] - table)
-    two = np.sort(gap, 1)[:, :2]
-    k = gap.argmin(1)
+    difference = np.abs(z[:, None] - table)
+    two = np.sort(difference, 1)[:, :2]
+    k = difference.argmin(1)
     return k, np.take_along_axis(table, k[:, None], 1)[:, 0], two[:, 1] - two[:, 0]
 
 

@@ -24,7 +24,7 @@ def test_residual_is_the_norm():
     form = SCHEMES["grid"].project(jnp.asarray(w))
     direct = path_error(w, x, y, form)
     np.testing.assert_allclose(base.residual(jnp.asarray(w), statistics, form), direct, rtol=1e-5)
-    unknown = base.residual(jnp.asarray(w), statistics._replace(gap=None), form)
+    unknown = base.residual(jnp.asarray(w), statistics._replace(difference=None), form)
     missing = (((x.astype(np.float64) - y) @ w) ** 2).sum(0)
     np.testing.assert_allclose(unknown, direct - missing, atol=1e-5 * direct.max())
     same = finish(gather(jnp.asarray(y)))
@@ -48,8 +48,8 @@ def test_dead_columns_go_to_the_nearest_level(method):
     y[:, 0] = 1e-8
     form = lcq.Uniform(3, per=5).project(jnp.asarray(w))
     for statistics in (
-        finish(gather(jnp.asarray(y), jnp.asarray(x), gap=True)),
-        finish(gather(jnp.asarray(0 * y), jnp.asarray(0 * x), gap=True), centred=True),
+        finish(gather(jnp.asarray(y), jnp.asarray(x), difference=True)),
+        finish(gather(jnp.asarray(0 * y), jnp.asarray(0 * x), difference=True), centred=True),
     ):
         got = method.codes(jnp.asarray(w), statistics, form, jax.random.key(0))
         if not isinstance(method, SPFQ | SparseGPFQ):
@@ -69,7 +69,7 @@ def test_dead_columns_go_to_the_nearest_level(method):
 def test_sweep_is_a_loop(method):
     w, x, y = problem(80, 24, 4)
     w, key = jnp.asarray(w), jax.random.key(0)
-    statistics = finish(gather(jnp.asarray(y), jnp.asarray(x), gap=True))
+    statistics = finish(gather(jnp.asarray(y), jnp.asarray(x), difference=True))
     form = lcq.Uniform(3).project(w)
     factors = jnp.asarray([0.8, 1.0, 1.3])
     each = factors[:, None] * jnp.linspace(0.9, 1.1, 4)
@@ -89,7 +89,7 @@ def test_vmap_over_groups_is_a_loop():
 
     def run(w, x, y, key):
         form = lcq.Uniform(3, per="channel").project(w)
-        statistics = finish(gather(y, x, gap=True), centred=True)
+        statistics = finish(gather(y, x, difference=True), centred=True)
         forms = [method.codes(w, statistics, form, key) for method in (SPFQ(), Qronos(), SparseGPFQ(0.5, "hard"))]
         errors = base.residual(w, statistics, forms[1])
         sweep = base.sweep(GPFQ(act_order=True), w, statistics, form, jnp.asarray([1.0, 1.2]))
@@ -139,7 +139,7 @@ def programs(size=300):
     ):
 
         def run(w, x, y, method=method):
-            statistics = finish(gather(y, x, gap=True), centred=True)
+            statistics = finish(gather(y, x, difference=True), centred=True)
             new = method.codes(w, statistics, form, key)
             swept = base.sweep(method, w, statistics, form, jnp.ones(2), key)
             bias = correct(w, statistics, new)

@@ -97,7 +97,7 @@ def test_scales_are_the_least_squares_of_their_codes():
 def test_refitting_lowers_the_residual():
     w, x, y = problem(4)
     form = Levels((-1, 0, 1), scale=True, per="channel").project(jnp.asarray(w))
-    statistics = finish(gather(jnp.asarray(y), jnp.asarray(x), gap=True))
+    statistics = finish(gather(jnp.asarray(y), jnp.asarray(x), difference=True))
     fixed, free = (
         residual(jnp.asarray(w), statistics, Descent(GPFQ(), 6, refit).codes(jnp.asarray(w), statistics, form))
         for refit in (False, True)

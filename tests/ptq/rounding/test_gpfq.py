@@ -120,8 +120,8 @@ def test_thresholds_that_make_no_sense():
 def test_centred(offset):
     w, x, y = problem(offset=offset)
     form = SCHEMES["grid"].project(jnp.asarray(w))
-    halves = gather(jnp.asarray(y[:100]), jnp.asarray(x[:100]), gap=True)
-    statistics = finish(gather(jnp.asarray(y[100:]), jnp.asarray(x[100:]), halves, gap=True), centred=True)
+    halves = gather(jnp.asarray(y[:100]), jnp.asarray(x[:100]), difference=True)
+    statistics = finish(gather(jnp.asarray(y[100:]), jnp.asarray(x[100:]), halves, difference=True), centred=True)
     centred = tuple(a.astype(np.float64) - a.mean(0, dtype=np.float64) for a in (x, y))
     expected = literal(w, *centred, tables(form, w))[0]
     got = GPFQ().codes(jnp.asarray(w), statistics, form)

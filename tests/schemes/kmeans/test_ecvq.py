@@ -217,9 +217,9 @@ def test_a_c_step_may_pay_distance_for_bits():
     tx = lcq.lc(optax.sgd(0.1), rules, mu=1.0, every=None, multipliers=False)
     state = tx.init(w)
     near = lcq.KMeans(16).project(w["w"])
-    ((table,),) = state.lagrangian.tables
+    ((table,),) = state.lagrangian.codebooks
     tables = ((dataclasses.replace(table, levels=near.levels),),)
-    plain = state.lagrangian._replace(codes=({"w": near.codes},), tables=tables)
+    plain = state.lagrangian._replace(codes=({"w": near.codes},), codebooks=tables)
     after = lcq.metrics(lcq.training.c_step(state._replace(lagrangian=plain), w))
     assert after["distortion"] > 1.1 * float(jnp.sum((w["w"] - near.dense()) ** 2)) and after["kept_back"] == 0
 
