@@ -2,7 +2,7 @@
 
     LCQ_DATA=folder python -m benchmarks.micro.kernels        results/kernels.json
     ... --cores 1 2 --widths 256 512                    what is measured; each pair in a process of its own
-    ... --kept                                          results/kernels_kept.json: products with few weights
+    ... --kept                                          results/kernels_kept.json: products with sparse weights
 
 Within a process the contestants of a row take turns, and its figures are medians. Products of one row read weights
 that are not in any cache: before each of them 256 MB of something else are read. Nothing else may run meanwhile.
@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--kept", action="store_true", help="products with few weights, and nothing else")
+    parser.add_argument("--kept", action="store_true", help="products with sparse weights, and nothing else")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a process of its own: rows to stdout
     args = parser.parse_args()
     if args.one:

@@ -1,4 +1,4 @@
-"""One product of a net: statistics of its inputs, an alphabet, its scale by the exact residual, and codes.
+"""One product of a net: statistics of its inputs, a codebook, its scale by the exact residual, and codes.
 
 How far the statistics are believed is chosen first, on rows held back, see `lcq.ptq.shrinkage`.
 """
@@ -44,7 +44,7 @@ class Rounded(NamedTuple):
     """The outcome at one product.
 
     Attributes:
-        form: codes [G, N, n], and an alphabet for every group.
+        form: codes [G, N, n], and a codebook for every group.
         correction: [G, n], what the bias is to take up; None if not centred.
         recursion: blocked or follow.
         factor: of the scheme's scale, the median of its size over neurons.
@@ -87,7 +87,7 @@ def round_product(
         uses: all products with these weights, and for every batch their inputs in the original and in the quantized
             net; the statistics of all are summed.
         w: the weights in the canonical layout.
-        rule: its scheme gives the alphabet.
+        rule: its scheme gives the codebook.
         method: how to round.
         centred: whether a bias is free to follow.
         search: whether to search the scale.
@@ -100,7 +100,7 @@ def round_product(
             the method cannot factorise.
     """
     product = uses[0].product
-    form, tied = _alphabet(product.path, w, rule)
+    form, tied = _codebook(product.path, w, rule)
     search = search and not (form.scale is None and form.levels is None)
     if recursion == "follow" and not isinstance(method, GPFQ):
         raise ValueError(f"expected recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
@@ -185,8 +185,8 @@ def _settled(
     return problem.settled(shares, True), (float(error / size) if size > 0 else None)
 
 
-def _alphabet(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
-    """The scheme's projection of w [G, N, n] with an alphabet for every group, and the axes of losses [F, G, n] over
+def _codebook(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
+    """The scheme's projection of w [G, N, n] with a codebook for every group, and the axes of losses [F, G, n] over
     which one scale is shared."""
     assert rule.scheme is not None
     groups, many, neurons = w.shape
@@ -209,7 +209,7 @@ def _alphabet(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
 
 
 def _columns(form: Codes) -> int:
-    """How many neurons of a group have an alphabet of their own; 1 if they share it."""
+    """How many neurons of a group have a codebook of their own; 1 if they share it."""
     if form.levels is not None:
         return form.levels.shape[-2]
     return 1 if form.scale is None else form.scale.shape[-1]

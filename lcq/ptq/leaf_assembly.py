@@ -26,7 +26,7 @@ class Assembly:
         self._form: Codes | None = None
 
     def put(self, product: Product, form: Codes) -> None:
-        """Takes the codes [G, N, n] of one product, and the numbers of its alphabet: one row for each block."""
+        """Takes the codes [G, N, n] of one product, and the numbers of its codebook: one row for each block."""
         places = np.asarray(product.weights(jax.numpy.asarray(product.weight.elements(self._shape))))
         codes = jax.device_get(form.codes)
         self._codes.reshape(-1)[places] = codes

@@ -115,11 +115,11 @@ def quantize(
 ) -> Quantized:
     """Quantizes the weights of every product of fn, each so that its results change least.
 
-        min over q in the alphabet of ||X w - Y q||^2,  X a product's inputs in the original net, Y in the quantized one
+        min over q in the codebook of ||X w - Y q||^2,  X a product's inputs in the original net, Y in the quantized one
 
     The function is traced once and walked once, with two values for each variable, the original and the quantized one;
     for each leaf (each layer of a stacked one, each slice of a fused one) the method rounds its weights on the
-    statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The alphabet is the scheme's projection of
+    statistics H = Y'Y and D = Y'(X - Y) of all batches and all uses. The codebook is the scheme's projection of
     the weights; its scale, per neuron where the scheme has that, is then the best of 17 by the exact residual, its own
     unless another is better beyond rounding errors; of 26, for codebooks that are not symmetric, where the mirrored one
     is tried too.
@@ -285,7 +285,7 @@ def decide(
             before.append(task)
             continue
         if len(task.paths) > 1:
-            raise ValueError(f"{', '.join(task.paths)}: each product has an alphabet of its own; drop joint=True")
+            raise ValueError(f"{', '.join(task.paths)}: each product has a codebook of its own; drop joint=True")
         chosen[task.name] = next(rule for rule in rules if re.fullmatch(rule.pattern, task.name))
         if chosen[task.name].stacked > 1:
             raise ValueError(f"{task.name}: expected stacked=0 or 1; layers of a scan are independent without it")

@@ -1,4 +1,4 @@
-"""Pruning: few weights, groups or filters that are not zero, by their number, their norm, or a penalty.
+"""Pruning: sparse arrays, by weights, groups or filters; their number, norm or penalty is given.
 
     kept      Pi(x) = argmin sum_i h_i (x_i - Theta_i)^2   s.t.  at most kappa groups are not zero
     radius    Pi(x) = argmin sum_i h_i (x_i - Theta_i)^2   s.t.  sum_g ||Theta_g||_2 <= radius
@@ -36,7 +36,7 @@ _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 @SCHEMES.register("Prune")
 @dataclasses.dataclass(frozen=True)
 class Prune(Scheme):
-    """Projection on arrays with few weights that are not zero. One of `kept`, `radius` and `penalty` says how few.
+    """Projection on sparse arrays. One of `kept`, `radius` and `penalty` sets the sparsity.
 
     Several leaves of a joint task compete for one budget.
 

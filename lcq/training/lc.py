@@ -84,8 +84,8 @@ def lc(
         every: updates per L step, or (first, rest); None leaves C steps to `lcq.training.c_step`, as an ensemble under
             vmap wants: there a C step would be computed at every update. With s the step per unit of gradient (for SGD
             with momentum beta the learning rate over 1 - beta), s mu `every` should stay above 3: in fewer updates
-            w cannot follow its multipliers, which then drive it to and fro, codes flip back and forth, and the gap
-            stays. So mu grows faster than the learning rate falls.
+            w cannot follow its multipliers and oscillates about Delta(Theta), codes flip back and forth, and the gap
+            remains. So mu grows faster than the learning rate falls.
         learning_rate: number, or schedule of the number of updates. With coupling="gradient" the inner optimizer
             runs at min(learning_rate, 1/mu), which keeps SGD stable as mu grows.
         coupling: "gradient", or "proximal": the inner optimizer sees the loss gradient alone, and its result v is
@@ -131,19 +131,19 @@ def lc(
     _check_settings(inner, rules, every, learning_rate, coupling)
     step_size: Any = linear_step(inner) if coupling == "proximal" else coupling
 
-    def at_rate(eta: Any) -> optax.GradientTransformationExtraArgs:
+    def optimizer_at(eta: Any) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(inner if learning_rate is None else inner(eta))
 
-    def rate(steps: Any) -> Any:
+    def learning_rate_at(steps: Any) -> Any:
         return learning_rate(steps) if callable(learning_rate) else learning_rate
 
     def first_state(params: Any, blank: bool) -> LCState:
         steps = jnp.zeros([], jnp.int32)
-        inner_state = start_inner(at_rate(rate(steps)), params)
+        inner_state = start_inner(optimizer_at(learning_rate_at(steps)), params)
         if isinstance(params, Placeholder):
             return LCState(inner_state, 0, _placeholder(params, rules))
         if learning_rate is not None:
-            _check_rate_is_not_kept(inner_state)
+            _check_learning_rate_is_not_kept(inner_state)
         problem = Problem(resolve(rules, params), schedule)
         return LCState(inner_state, steps, start(params, problem, multipliers, blank))
 
@@ -161,17 +161,17 @@ def lc(
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
             lagrangian = jax.lax.cond(due, lambda: solve(lagrangian, params)[1], lambda: lagrangian)
-        weight, eta = schedule.at(lagrangian.c_steps), rate(steps)
+        weight, eta = schedule.at(lagrangian.c_steps), learning_rate_at(steps)
         if coupling == "gradient":
             term = coupling_term(lagrangian, weight)
             coupled = term.add(grads, params)
-            optimizer = at_rate(None if eta is None else jnp.minimum(eta, 1 / weight))
+            optimizer = optimizer_at(None if eta is None else jnp.minimum(eta, 1 / weight))
             updates, inner_state = optimizer.update(coupled, inner_state, params, **add_term(extra, params, term))
             if keeps_value(inner_state):
                 inner_state = take_term(inner_state, optax.apply_updates(params, updates), term)
         else:
             check_slopes(grads, lagrangian, params)
-            optimizer = at_rate(eta)
+            optimizer = optimizer_at(eta)
             refuse_used(functools.partial(optimizer.update, grads, inner_state, params), extra, _PROXIMAL)
             updates, inner_state = optimizer.update(grads, inner_state, params, **extra)
             updates = pull(updates, lagrangian, params, weight, step_size(inner_state, eta))
@@ -303,7 +303,7 @@ def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rat
         )
 
 
-def _check_rate_is_not_kept(inner_state: Any) -> None:
+def _check_learning_rate_is_not_kept(inner_state: Any) -> None:
     kept = optax.InjectStatefulHyperparamsState
     if any(isinstance(n, kept) for n in jax.tree.leaves(inner_state, is_leaf=lambda n: isinstance(n, kept))):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""One product: its alphabet, its scale by the exact residual, and how far its statistics are believed."""
+"""One product: its codebook, its scale by the exact residual, and how far its statistics are believed."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def test_alphabets_are_the_products(per, blocks):
     ("per", "stacked", "blocks"), [(None, 0, (1, 1, 1)), (None, 1, (3, 1, 1)), ("channel", 0, (3, 1, 4))]
 )
 def test_alphabets_of_experts(per, stacked, blocks):
-    """One product of three experts: one alphabet for all, one each, one for each neuron."""
+    """One product of three experts: one codebook for all, one each, one for each neuron."""
     w, scheme = draw(3, 8, 4), lcq.Uniform(3, per=per)
     rule = lcq.Rule("w", scheme, stacked=stacked)
     done = quantize(lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]), {"w": w}, [draw(3, 5, 8)], [rule], "rtn")

@@ -33,7 +33,7 @@ def heads(p, x):
 
 
 def form_of(product, kind, dtype="float32"):
-    """Random codes, and an alphabet for every group."""
+    """Random codes, and a codebook for every group."""
     rng = np.random.default_rng(product.number)
     g, _, many, n = product.shape
     blocks = {"neuron": (g, 1, n), "pair": (g, many // 2, n)}.get(kind.split()[0], (g, 1, 1))
@@ -44,7 +44,7 @@ def form_of(product, kind, dtype="float32"):
     return Codes(codes, **fields, values=None if "levels" in fields else (-1.0, 0.0, 2.0), dtype=dtype)
 
 
-CASES = {  # fn, shape, what has an alphabet and which numbers it has; blocks along each axis
+CASES = {  # fn, shape, what has a codebook and which numbers it has; blocks along each axis
     "left, neurons": (left, (6, 4), "neuron scale", (6, 1)),
     "left, pairs of inputs": (left, (6, 4), "pair scale", (6, 2)),
     "left, zero points": (left, (6, 4), "neuron scale zero", (6, 1)),

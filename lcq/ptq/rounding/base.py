@@ -45,19 +45,19 @@ class Rounding(abc.ABC):
     """A way to choose the codes of weights w [N, n]; final subclasses have hashable settings, static under jit."""
 
     def codes(self, w: Float[Array, "N n"], statistics: Statistics, form: Codes, key: Any = None) -> Codes:
-        """Chooses codes for the alphabet of a form.
+        """Chooses codes for the codebook of a form.
 
         Args:
             w: weights, a column for each neuron.
             statistics: of the product's N inputs.
-            form: of w, in the working layout: its levels and scales are the alphabet, its codes do not count.
+            form: of w, in the working layout: its levels and scales are the codebook, its codes do not count.
             key: a random key, for methods that draw.
 
         Returns:
             The form with new codes, and with a new table if the method has its own.
 
         Raises:
-            ValueError: no key where one is needed, an alphabet that the method cannot use, or statistics that it cannot
+            ValueError: no key where one is needed, a codebook that the method cannot use, or statistics that it cannot
                 factorise; inside a transformation, where nothing can be looked at, these give the nearest levels.
 
         Example:
@@ -80,7 +80,7 @@ class Rounding(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
-        """What does not depend on the alphabet, computed once for many."""
+        """What does not depend on the codebook, computed once for many."""
 
     @abc.abstractmethod
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
@@ -109,7 +109,7 @@ def residual(w: Float[Array, "N n"], statistics: Statistics, form: Codes) -> Flo
     """||X w - Y q||^2 = w'Kw + 2 e'Dw + e'He per neuron, e = w - q, without X and Y.
 
     Where K is None its term is left out: it is 0 if X is Y, and else the same for every q, so that differences between
-    alphabets are right, and a value may be negative.
+    codebooks are right, and a value may be negative.
     """
     return _measure(w, statistics)(form)
 
@@ -137,7 +137,7 @@ def sweep(
         method: how to round.
         w: weights, a column for each neuron.
         statistics: of the inputs.
-        form: the alphabet before it is scaled.
+        form: the codebook before it is scaled.
         factors: of the scale, F of them, for all neurons or for each.
         key: for methods that draw, the same for every factor.
 

@@ -1,4 +1,4 @@
-"""The alphabet of a rounding method: the levels of a `Codes` form, and the choice of a level for a number.
+"""The codebook of a rounding method: the levels of a `Codes` form, and the choice of a level for a number.
 
 A form of weights [N, n] has B blocks of inputs along N, and one or n along the neurons: levels [B, 1|n, K], scale and
 zero [B, 1|n]. A method works on rows of one block, whose form `row_block` takes out.

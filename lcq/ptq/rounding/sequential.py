@@ -66,7 +66,7 @@ def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "
 
     Args:
         recursion: of one method.
-        form: the alphabet.
+        form: the codebook.
         pick: how z becomes codes.
         noise: numbers for `pick`, by the order of rounding.
     """
@@ -154,7 +154,7 @@ def follow(
         w: weights, a column for each neuron.
         x: inputs in the original net.
         y: inputs in the already quantized net; x itself if they are the same.
-        form: of w, in the working layout: its levels and scales are the alphabet.
+        form: of w, in the working layout: its levels and scales are the codebook.
         act_order: whether inputs are rounded by decreasing ||Y_t||^2 instead of as they come.
         shares: p and p'; None for 0 and 0.
         use: which rows count, for their mean; the others are zeros. None for all.
@@ -235,14 +235,14 @@ def cheaper(
 ) -> Literal["blocked", "follow"]:
     """Which way to GPFQ's codes takes less time, by its operations.
 
-        blocked    4 m N^2 + runs 4 N^2 n    statistics once; the recursion and a residual for each alphabet
+        blocked    4 m N^2 + runs 4 N^2 n    statistics once; the recursion and a residual for each codebook
         follow     4 runs 6 m n N            codes and residual; it waits for memory, 4 times as long on CPUs
 
     Args:
         samples: m, rows of the inputs.
         inputs: N.
         neurons: n.
-        runs: alphabets (scales) that are tried.
+        runs: codebooks (scales) that are tried.
         limit: bytes that H and D may take in float32; above, the answer is "follow".
 
     Example:

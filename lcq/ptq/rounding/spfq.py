@@ -17,7 +17,7 @@ from lcq.ptq.statistics import Statistics
 @ROUNDING_METHODS.register("spfq")
 @dataclasses.dataclass(frozen=True)
 class SPFQ(Rounding):
-    """GPFQ with stochastic rounding: q_t one of the two levels around z_t, with mean z_t inside the alphabet.
+    """GPFQ with stochastic rounding: q_t one of the two levels around z_t, with mean z_t inside the codebook.
 
     Attributes:
         act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
