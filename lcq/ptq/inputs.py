@@ -16,7 +16,7 @@ from lcq.forms import Codes
 from lcq.ptq import shrinkage
 from lcq.ptq.gathering import fold_count, matrices
 from lcq.ptq.rounding.base import Rounding, correction
-from lcq.ptq.rounding.codebook import scaled
+from lcq.ptq.rounding.codebook import every_scaled
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.sequential import dot, follow
 from lcq.ptq.two_stream import Use
@@ -34,6 +34,8 @@ class Inputs(NamedTuple):
         rows: which of them count, [G, M].
         fold: of each row, [M], in 0..folds - 1.
         folds: how many.
+        method: GPFQ.
+        w: the weights [G, N, n].
         centred: whether the mean is taken off, of x and y once settled.
         shares: p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
         means: of x and of y, once settled.
@@ -45,17 +47,20 @@ class Inputs(NamedTuple):
     rows: Array
     fold: Array
     folds: int
+    method: GPFQ
+    w: Array
     centred: bool
     shares: Any = None
     means: Any = None
     raw: Any = None
 
     @classmethod
-    def of(cls, uses: Sequence[Use], centred: bool, w: Float[Array, "G N n"]) -> "Inputs":
+    def of(cls, uses: Sequence[Use], method: Rounding, w: Float[Array, "G N n"], centred: bool) -> "Inputs":
+        assert isinstance(method, GPFQ)
         folds = fold_count(w.shape[1])
         x, y, rows, fold = matrices(uses, folds)
         rows = jnp.ones(y.shape[:2], bool) if rows is None else rows
-        return cls(x, y, rows, jnp.asarray(fold), folds, centred)
+        return cls(x, y, rows, jnp.asarray(fold), folds, method, w, centred)
 
     @property
     def finite(self) -> bool:
@@ -76,43 +81,38 @@ class Inputs(NamedTuple):
         """Sums of squares of the inputs, [G, N], once settled."""
         return (self.y**2).sum(1)
 
-    def held(self, method: Rounding, w: Array, form: Codes, tried: tuple[float, ...], key: Any) -> Any:
+    def held(self, form: Codes, tried: tuple[float, ...], key: Any) -> tuple[Array, Array]:
         del key
-        assert isinstance(method, GPFQ)
-        given = (w, self.x, self.y, self.rows, form, self.noise)
-        return _held(*given, self.fold, jnp.asarray(tried, self.y.dtype), self.folds, method.act_order, self.centred)
+        given = (self.w, self.x, self.y, self.rows, form, self.noise)
+        c = jnp.asarray(tried, self.y.dtype)
+        return _held(*given, self.fold, c, self.folds, self.method.act_order, self.centred)
 
     def settled(self, shares: Any, careful: bool) -> "Inputs":
         x, y, *means = jax.vmap(functools.partial(taken, centred=self.centred))(self.x, self.y, self.rows)
         raw = (self.x, self.y) if careful else None
         return self._replace(x=x, y=y, means=means, raw=raw, shares=np.asarray(shares))
 
-    def losses(self, method: Rounding, w: Array, form: Codes, factors: Array, key: Any) -> Array:
+    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Any) -> Array:
         del key
+        return jax.lax.map(lambda factor: self._follow(every_scaled(form, factor))[1], factors)
 
-        def one(factor: Array) -> Array:
-            return self._follow(method, w, jax.vmap(scaled)(form, factor))[1]
-
-        return jax.lax.map(one, factors)
-
-    def codes(self, method: Rounding, w: Array, form: Codes, key: Any) -> tuple[Codes, float]:
+    def codes(self, form: Codes, key: Any) -> tuple[Codes, float]:
         del key
-        return self._follow(method, w, form)[0], 0.0
+        return self._follow(form)[0], 0.0
 
-    def correction(self, w: Array, form: Codes) -> Array:
+    def correction(self, form: Codes) -> Array:
         if self.raw is None:
-            return jax.vmap(correction)(w, self.means[0], self.means[1], form)
+            return jax.vmap(correction)(self.w, self.means[0], self.means[1], form)
         one = functools.partial(steady, fold=self.fold, folds=self.folds)
-        return jax.vmap(one)(w.astype(self.y.dtype), self.raw[0], self.raw[1], form, self.rows)
+        return jax.vmap(one)(self.w.astype(self.y.dtype), self.raw[0], self.raw[1], form, self.rows)
 
-    def _follow(self, method: Rounding, w: Array, form: Codes) -> tuple[Codes, Array]:
-        assert isinstance(method, GPFQ)
-        one = functools.partial(follow, act_order=method.act_order)
+    def _follow(self, form: Codes) -> tuple[Codes, Array]:
+        one = functools.partial(follow, act_order=self.method.act_order)
         if not self.shares.any():
-            return jax.vmap(one)(w, self.x, self.y, form)
+            return jax.vmap(one)(self.w, self.x, self.y, form)
         shares = jnp.asarray(self.shares, self.y.dtype)
         return jax.vmap(lambda w, x, y, form, share, use: one(w, x, y, form, shares=share, use=use))(
-            w, self.x, self.y, form, shares, self.rows
+            self.w, self.x, self.y, form, shares, self.rows
         )
 
 
@@ -214,7 +214,7 @@ def held(
     act_order: bool,
     centred: bool,
 ) -> tuple[Float[Array, "S"], Float[Array, ""]]:
-    """`lcq.ptq.shrinkage.held` on rows."""
+    """Errors for each c of codes from all folds but one on that one, summed over folds and neurons, and ||X w||^2."""
     w = w.astype(y.dtype)
 
     def one(k: Array, c: Array) -> Array:

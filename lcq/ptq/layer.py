@@ -17,7 +17,7 @@ from lcq.forms.dtypes import own_promotion
 from lcq.ptq import shrinkage
 from lcq.ptq.inputs import Inputs
 from lcq.ptq.rounding.base import Rounding
-from lcq.ptq.rounding.codebook import block_count, scaled
+from lcq.ptq.rounding.codebook import block_count, every_scaled
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.sequential import alive, cheaper
 from lcq.ptq.sums import Sums
@@ -110,33 +110,33 @@ def round_product(
         count = sum(use.product.shape[1] * len(use.inputs) for use in uses)
         able = isinstance(method, GPFQ) and product.kind != "ragged"  # each expert would follow the rows of all
         recursion = cheaper(count, many, neurons, runs) if able else "blocked"
-    problem: Inputs | Sums = (Inputs if recursion == "follow" else Sums).of(uses, centred, w)
+    problem: Inputs | Sums = (Inputs if recursion == "follow" else Sums).of(uses, method, w, centred)
     if not problem.finite:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(
             f"{product.path}: expected finite inputs, got NaN or infinite activations {where} at {product.source}; "
             "look at the batches, or at the weights before"
         )
-    problem, held_out = _settled(problem, method, w, form, shrink, key)
-    factor = jnp.ones((1, 1))
+    problem, held_out = _settled(problem, form, shrink, key)
+    factor, columns = jnp.ones((1, 1)), 1 if tied else w.shape[2]
     for sets in (_coarse(form), (_FINE,)) if search else ():
         losses = []
         for factors in sets:
             tried = jnp.asarray(factors)[:, None, None] * factor
-            tried = jnp.broadcast_to(tried, (len(factors), w.shape[0], w.shape[2]))
-            losses.append(problem.losses(method, w, form, tried, key).sum(tied, keepdims=True))
+            tried = jnp.broadcast_to(tried, (len(factors), w.shape[0], columns))
+            losses.append(problem.losses(form, tried, key).sum(tied, keepdims=True))
         factor = factor * jnp.concatenate(sets)[_best(jnp.concatenate(losses))]
     lives = jax.vmap(alive)(problem.squares)
     if search:
-        wider = jax.vmap(scaled)(form, jnp.broadcast_to(factor, (w.shape[0], factor.shape[1])))
+        wider = every_scaled(form, jnp.broadcast_to(factor, (w.shape[0], columns)))
         form = _where_data(lives, wider, form)
-    form, damping = problem.codes(method, w, form, key)
+    form, damping = problem.codes(form, key)
     if not np.isfinite(damping):
         raise ValueError(
             f"{product.path}: expected H + delta I with a root at {product.source}, got none with {method}: "
             "raise damping=, or max_damping= up to which it may grow by itself"
         )
-    shift = problem.correction(w, form) if centred else None
+    shift = problem.correction(form) if centred else None
     silent = tuple(np.flatnonzero(~np.asarray(lives.any(1))).tolist())
     share = float(np.median(problem.shares[:, 0]))
     median, dead = float(np.median(np.abs(factor))), int((~lives).sum())
@@ -170,18 +170,16 @@ def _where_data(lives: Array, found: Codes, given: Codes) -> Codes:
     return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=one(found.scale, given.scale))
 
 
-def _settled(
-    problem: Any, method: Rounding, w: Array, form: Codes, shrink: float | None, key: Any
-) -> tuple[Any, float | None]:
+def _settled(problem: Any, form: Codes, shrink: float | None, key: Any) -> tuple[Any, float | None]:
     """The problem with its statistics shrunk, and the error on rows held back."""
     if shrink is not None:
-        return problem.settled(np.full((len(w), 2), shrink), False), None
+        return problem.settled(np.full((len(problem.w), 2), shrink), False), None
     noise = np.asarray(problem.noise)
     tried = shrinkage.parts(noise)
-    errors, sizes = (np.asarray(a, np.float64) for a in problem.held(method, w, form, tried, key))
+    errors, sizes = (np.asarray(a, np.float64) for a in problem.held(form, tried, key))
     chosen = shrinkage.pick(noise, tried, errors)
     shares = np.asarray(shrinkage.shares(noise, np.asarray(tried)[chosen][:, None]), noise.dtype)
-    error, size = errors[chosen, np.arange(len(w))].sum(), sizes.sum()
+    error, size = errors[chosen, np.arange(len(problem.w))].sum(), sizes.sum()
     return problem.settled(shares, True), (float(error / size) if size > 0 else None)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from lcq.forms import Codes
-from lcq.ptq.rounding.base import Rounding, correction, residual
+from lcq.ptq.rounding.base import correction, residual
 from lcq.ptq.rounding.sequential import dot
 from lcq.ptq.statistics import Moments, Statistics, finish
 
@@ -188,52 +188,45 @@ def less_noise(sums: Float[Array, "K n"], counts: Float[Array, "K"]) -> Float[Ar
     return jnp.where(filled > 1, sure, 1) * total / many
 
 
-def held(
-    method: Rounding,
-    w: Float[Array, "N n"],
-    folds: Folds,
-    form: Codes,
-    noise: Float[Array, "2"],
-    c: Float[Array, "S"],
-    key: Any,
-    centred: bool,
-) -> tuple[Float[Array, "S"], Float[Array, ""]]:
-    """Errors on rows that did not choose: of codes from all folds but one, on that one, summed over folds and neurons.
+def without(moments: Moments, noise: Float[Array, "2"], c: Any, fold: Any, centred: bool) -> Statistics:
+    """The statistics of all folds but one, shrunk for c."""
+    total, here = together(moments), jax.tree.map(lambda a: a[fold], moments)
+    rest = jax.tree.map(jnp.subtract, total, here)._replace(shift=total.shift)
+    many = len(moments.count)
+    return shrunk(rest, shares(noise, c, many / (many - 1)), centred)
+
+
+def judged(w: Float[Array, "N n"], folds: Folds, form: Codes, fold: Any, centred: bool) -> Float[Array, ""]:
+    """The error on the rows of one fold of codes that all others chose, summed over neurons.
 
     Returns:
-        ||X w - Y q||^2, or that after the bias has followed, for each c; ||X w||^2. All 0 of less than two
-        folds with rows.
+        ||X w - Y q||^2, or that after the bias has followed; 0 where that fold, or all others, have no rows.
     """
-    moments, total = folds.moments, together(folds.moments)
-    count = len(moments.count)
-
-    def one(k: Array, c: Array) -> Array:
-        fold = jax.tree.map(lambda a: a[k], moments)
-        rest = jax.tree.map(jnp.subtract, total, fold)._replace(shift=total.shift)
-        statistics = shrunk(rest, shares(noise, c, count / (count - 1)), centred)
-        chosen = method.solve(method.prepare(w, statistics), form, key)
-        judge = finish(fold, centred)
-        error = residual(w, judge, chosen) + folds.differences[k]
-        if centred:
-            own = correction(w, judge.mean_x, judge.mean_y, chosen)
-            taken = steady(w, chosen, moments, jnp.arange(count) != k)
-            away = judge.mean_x - judge.mean_y
-            here = fold.count.astype(w.dtype)
-            error += here * ((own - taken) ** 2 - dot(away, w) ** 2)
-        return jnp.where((fold.count > 0) & (rest.count > 0), error, 0).sum()
-
-    def of(c: Array) -> Array:
-        return jax.lax.map(lambda k: one(k, c), jnp.arange(count)).sum()
-
+    moments = folds.moments
+    here, others = jax.tree.map(lambda a: a[fold], moments), jnp.arange(len(moments.count)) != fold
     w = w.astype(moments.shift.dtype)
-    whole = finish(total)
+    judge = finish(here, centred)
+    error = residual(w, judge, form) + folds.differences[fold]
+    if centred:
+        own = correction(w, judge.mean_x, judge.mean_y, form)
+        taken, away = steady(w, form, moments, others), judge.mean_x - judge.mean_y
+        error += here.count.astype(w.dtype) * ((own - taken) ** 2 - dot(away, w) ** 2)
+    return jnp.where((here.count > 0) & (moments.count.sum() > here.count), error, 0).sum()
+
+
+def size(w: Float[Array, "N n"], folds: Folds) -> Float[Array, ""]:
+    """||X w||^2 over all rows, summed over neurons; 0 of less than two folds with rows."""
+    moments = folds.moments
+    w, whole = w.astype(moments.shift.dtype), finish(together(moments))
     pull = dot(whole.gram, w) + (0 if whole.drift is None else 2 * dot(whole.drift, w))
-    return jax.lax.map(of, c), jnp.where((moments.count > 0).sum() > 1, (w * pull).sum() + folds.differences.sum(), 0)
+    return jnp.where((moments.count > 0).sum() > 1, (w * pull).sum() + folds.differences.sum(), 0)
 
 
 def parts(noise: Shaped[np.ndarray, "G 2"]) -> tuple[float, ...]:
-    """Which c are worth a trial: 0 alone where no group has noise."""
-    return PARTS if (noise[:, 0] > _NOTHING).any() else (0.0,)
+    """Which c are worth a trial: 0 alone where no group has noise, the others alone where all have much."""
+    if (noise[:, 0] <= _NOTHING).all():
+        return PARTS[:1]
+    return PARTS[1:] if (noise[:, 0] >= _NOISY).all() else PARTS
 
 
 def pick(noise: Shaped[np.ndarray, "G 2"], c: tuple[float, ...], errors: Shaped[np.ndarray, "S G"]) -> np.ndarray:

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from lcq.forms import Codes
 from lcq.ptq import shrinkage
 from lcq.ptq.gathering import folded
-from lcq.ptq.rounding.base import Rounding, correction, solved, sweep
+from lcq.ptq.rounding.base import Rounding, correction, residual
+from lcq.ptq.rounding.codebook import every_scaled
 from lcq.ptq.shrinkage import Folds
 from lcq.ptq.statistics import Moments, Statistics, finish
 from lcq.ptq.two_stream import Use
@@ -22,23 +23,29 @@ class Sums(NamedTuple):
     """Statistics of one product.
 
     Attributes:
-        folds: sums over parts of the rows, [G, K, ...]; of the moments counts and means alone once settled.
-        centred: whether the mean is taken off.
-        statistics: of all rows, shrunk, once settled.
+        method: How to round.
+        w: The weights [G, N, n].
+        folds: Sums over parts of the rows, [G, K, ...]; of the moments counts and means alone once settled.
+        centred: Whether the mean is taken off.
+        statistics: Those of all rows, shrunk, once settled.
+        prepared: What the method makes of them.
         shares: p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
-        careful: whether the correction leaves out what is noise.
+        careful: Whether the correction leaves out what is noise.
     """
 
+    method: Rounding
+    w: Array
     folds: Folds
     centred: bool
     statistics: Any = None
+    prepared: Any = None
     shares: Any = None
     careful: bool = False
 
     @classmethod
-    def of(cls, uses: Sequence[Use], centred: bool, w: Float[Array, "G N n"]) -> "Sums":
+    def of(cls, uses: Sequence[Use], method: Rounding, w: Float[Array, "G N n"], centred: bool) -> "Sums":
         moments, differences = folded(uses, w)
-        return cls(Folds(_aligned(moments), differences), centred)
+        return cls(method, w, Folds(_aligned(moments), differences), centred)
 
     @property
     def finite(self) -> bool:
@@ -58,34 +65,78 @@ class Sums(NamedTuple):
         """Diagonal of H [G, N], once settled."""
         return jnp.diagonal(self.statistics.gram, axis1=1, axis2=2)
 
-    def held(self, method: Rounding, w: Array, form: Codes, tried: tuple[float, ...], key: Any) -> Any:
-        noise = self.noise
-        return _held(method, w, self.folds, form, noise, jnp.asarray(tried, noise.dtype), key, self.centred)
+    def held(self, form: Codes, tried: tuple[float, ...], key: Any) -> tuple[Array, Array]:
+        """`lcq.ptq.shrinkage.held` of every group: errors [S, G] for each c, and sizes [G]."""
+        noise, folds = self.noise, self.folds.moments.count.shape[1]
+
+        def one(c: float, fold: int) -> Array:
+            rest = _prepared(
+                self.method, self.w, _without(self.folds.moments, noise, np.float32(c), fold, self.centred)
+            )
+            chosen = _solved(self.method, rest, form, key)
+            return _judged(self.w, self.folds, chosen, fold, self.centred)
+
+        errors = [functools.reduce(jnp.add, [one(c, fold) for fold in range(folds)]) for c in tried]
+        return jnp.stack(errors), _sizes(self.w, self.folds)
 
     def settled(self, shares: Any, careful: bool) -> "Sums":
         moments = self.folds.moments
         statistics = _shrunk(moments, jnp.asarray(shares, moments.shift.dtype), self.centred)
         means = Folds(moments._replace(gram=None, drift=None), None)
-        return Sums(means, self.centred, statistics, np.asarray(shares), careful)
+        prepared = _prepared(self.method, self.w, statistics)
+        return self._replace(
+            folds=means, statistics=statistics, prepared=prepared, shares=np.asarray(shares), careful=careful
+        )
 
-    def losses(self, method: Rounding, w: Array, form: Codes, factors: Array, key: Any) -> Array:
-        one = functools.partial(sweep, method)
-        return jax.vmap(one, (0, 0, 0, 1, None), 1)(w, self.statistics, form, factors, key)
+    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Any) -> Array:
+        """||X w - Y q||^2 [F, G, n] of codes with the form's scale times each factor, one after another."""
 
-    def codes(self, method: Rounding, w: Array, form: Codes, key: Any) -> tuple[Codes, float]:
+        def one(factor: Array) -> Array:
+            chosen = _solved(self.method, self.prepared, every_scaled(form, factor), key)
+            return _residuals(self.w, self.statistics, chosen)
+
+        return jnp.stack([one(factor) for factor in factors])
+
+    def codes(self, form: Codes, key: Any) -> tuple[Codes, float]:
         """Codes, and the damping that they took."""
-        one = functools.partial(solved, method)
-        form, damping = jax.vmap(one, (0, 0, 0, None))(w, self.statistics, form, key)
+        damping = self.method.damped(self.prepared)
+        form = _solved(self.method, self.prepared, form, key)
         return form, 0.0 if damping is None else float(damping.max())
 
-    def correction(self, w: Array, form: Codes) -> Array:
+    def correction(self, form: Codes) -> Array:
         if self.careful:
-            return jax.vmap(shrinkage.steady)(w, form, self.folds.moments)
-        return jax.vmap(correction)(w, self.statistics.mean_x, self.statistics.mean_y, form)
+            return _steady(self.w, form, self.folds.moments)
+        return _correction(self.w, self.statistics.mean_x, self.statistics.mean_y, form)
 
 
 _aligned = jax.jit(jax.vmap(shrinkage.aligned))
 _noise = jax.jit(jax.vmap(shrinkage.noise))
+_residuals = jax.jit(jax.vmap(residual))
+_sizes = jax.jit(jax.vmap(shrinkage.size))
+_steady = jax.jit(jax.vmap(shrinkage.steady))
+_correction = jax.jit(jax.vmap(correction))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prepared(method: Rounding, w: Array, statistics: Statistics) -> Any:
+    return jax.vmap(method.prepare)(w, statistics)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solved(method: Rounding, prepared: Any, form: Codes, key: Any) -> Codes:
+    return jax.vmap(method.solve, (0, 0, None))(prepared, form, key)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _without(moments: Moments, noise: Array, c: Array, fold: Array, centred: bool) -> Statistics:
+    one = functools.partial(shrinkage.without, c=c, fold=fold, centred=centred)
+    return jax.vmap(one)(moments, noise)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _judged(w: Array, folds: Folds, form: Codes, fold: Array, centred: bool) -> Array:
+    one = functools.partial(shrinkage.judged, fold=fold, centred=centred)
+    return jax.vmap(one)(w, folds, form)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -93,16 +144,6 @@ def _finite(moments: Moments, centred: bool) -> Array:
     statistics = jax.vmap(lambda m: finish(shrinkage.together(m), centred))(moments)
     squares = jnp.diagonal(statistics.gram, axis1=1, axis2=2)
     return jnp.isfinite(squares + 0 * statistics.mean_x).all()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 7))
-def _held(
-    method: Rounding, w: Array, folds: Folds, form: Codes, noise: Array, c: Array, key: Any, centred: bool
-) -> tuple[Array, Array]:
-    def one(w: Array, folds: Folds, form: Codes, noise: Array) -> tuple[Array, Array]:
-        return shrinkage.held(method, w, folds, form, noise, c, key, centred)
-
-    return jax.vmap(one, out_axes=(1, 0))(w, folds, form, noise)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from lcq.ptq.gathering import matrices, squares
+from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.sums import Sums
 from lcq.ptq.two_stream import Use, walk
 from lcq.tracing.contraction import Operand
@@ -23,7 +24,7 @@ def ragged(p, batch):
 
 def statistics(uses, centred, w):
     """The sums over all folds, nothing of them shrunk."""
-    return Sums.of(uses, centred, jnp.asarray(w)).settled(np.zeros((len(w), 2)), careful=False).statistics
+    return Sums.of(uses, GPFQ(), jnp.asarray(w), centred).settled(np.zeros((len(w), 2)), careful=False).statistics
 
 
 SIZES = [np.array(sizes, np.int32) for sizes in ([4, 0, 5, 3], [4, 2, 3, 3], [0, 0, 12, 0])]

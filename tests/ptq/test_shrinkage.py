@@ -29,7 +29,11 @@ def rows(many=22, offset=2.0, seed=0):
 
 
 def folds():
-    (w, x, y), fold = rows()
+    return folds_of(*rows()[0], rows()[1])
+
+
+def folds_of(w, x, y, fold):
+    w, x, y = (np.asarray(a) for a in (w, x, y))
     parts = [gather(jnp.asarray(y[fold == k]), jnp.asarray(x[fold == k])) for k in range(K)]
     differences = jnp.stack([(((x - y) @ w)[fold == k] ** 2).sum(0) for k in range(K)])
     return Folds(shrinkage.aligned(jax.tree.map(lambda *a: jnp.stack(a), *parts)), differences)
@@ -94,7 +98,7 @@ def test_following_on_shrunk_statistics():
     statistics = Statistics(jnp.float32(h), jnp.float32(d), None, None, None, None)
     expected = GPFQ().codes(jnp.asarray(w), statistics, form)
     a, b = (jnp.asarray(np.where(use[:, None], each, 0)) for each in (x, y))
-    got, error = follow(jnp.asarray(w), a, b, form, "natural", share, jnp.asarray(use))
+    got, error = follow(jnp.asarray(w), a, b, form, False, share, jnp.asarray(use))
     np.testing.assert_array_equal(got.codes, expected.codes)
     difference = (x - y)[use].astype(np.float64)
     flat = len(difference) * np.outer(difference.mean(0), difference.mean(0))
@@ -111,7 +115,14 @@ def test_errors_on_rows_held_back(centred):
     (w, x, y), fold = rows()
     form, part = FORM.project(jnp.asarray(w)), jnp.array([0.4, 0.7])
     tried = jnp.array([0.0, 1.0])
-    got, size = shrinkage.held(GPFQ(), jnp.asarray(w), folds(), form, part, tried, None, centred)
+    sums = folds()
+
+    def error(c, k):
+        statistics = shrinkage.without(sums.moments, part, c, k, centred)
+        return shrinkage.judged(jnp.asarray(w), sums, GPFQ().codes(jnp.asarray(w), statistics, form), k, centred)
+
+    got = [sum(error(c, k) for k in range(K)) for c in tried]
+    size = shrinkage.size(jnp.asarray(w), sums)
     every = jnp.ones(len(y), bool)
     given = (jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), every, form, jnp.asarray(fold))
     other, other_size = inputs.held(*given, K, part, tried, False, centred)

@@ -35,7 +35,6 @@ from lcq.forms import Codes
 from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import wider
 from lcq.forms.registry import Registry
-from lcq.ptq.rounding.codebook import scaled
 from lcq.ptq.rounding.sequential import alive, by_norm, dot
 from lcq.ptq.statistics import Statistics
 
@@ -120,32 +119,6 @@ def correction(
     """What to add to the bias when statistics are centred: mean(X) w - mean(Y) q per neuron."""
     w = w.astype(mean_y.dtype)
     return dot(mean_x - mean_y, w) + dot(mean_y, w - form.dense().astype(w.dtype))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def sweep(
-    method: Rounding,
-    w: Float[Array, "N n"],
-    statistics: Statistics,
-    form: Codes,
-    factors: Float[Array, "F"] | Float[Array, "F n"],
-    key: Any = None,
-) -> Float[Array, "F n"]:
-    """Residuals after rounding with the form's scale times each factor, one after another, compiled once.
-
-    Args:
-        method: how to round.
-        w: weights, a column for each neuron.
-        statistics: of the inputs.
-        form: the codebook before it is scaled.
-        factors: of the scale, F of them, for all neurons or for each.
-        key: for methods that draw, the same for every factor.
-
-    Returns:
-        For each factor and neuron `residual`; the least is that of `method.codes` with `scaled(form, factor)`.
-    """
-    prepared, measure = method.prepare(w, statistics), _measure(w, statistics)
-    return jax.lax.map(lambda factor: measure(method.solve(prepared, scaled(form, factor), key)), factors)
 
 
 def wide(w: Array, statistics: Statistics) -> Array:

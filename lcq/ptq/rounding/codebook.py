@@ -125,6 +125,12 @@ def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
     return dataclasses.replace(form, levels=jnp.moveaxis(times(levels), 0, -1))
 
 
+@jax.jit
+def every_scaled(form: Codes, factor: Float[Array, "G n"]) -> Codes:
+    """`scaled` of every group, with a factor for each neuron, or one for all of a group, [G, 1]."""
+    return jax.vmap(scaled)(form, factor)
+
+
 def spaced(form: Codes, threshold: float) -> Codes:
     """The form with levels 0, +-(threshold + k), k = 0, 1, ..: of an integer grid every level v but 0 moves by
     threshold - 1 away from 0, so that there are as many as before.

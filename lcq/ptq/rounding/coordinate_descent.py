@@ -1,6 +1,7 @@
 """Descent on the exact residual, codes and scales by turns, from the codes of another method."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -70,18 +71,17 @@ class Descent(Rounding):
 
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         first, recursion, later, pull = prepared
-        own = form.scale is not None and form.scale.shape[1] == form.codes.shape[1]
+        own = self.refit and form.scale is not None and form.scale.shape[1] == form.codes.shape[1]
 
-        def sweep(form: Codes) -> Codes:
+        def sweep(i: Array, form: Codes) -> Codes:
+            if own:
+                refit = functools.partial(refitted, gram=recursion.feedback, pull=pull)
+                form = jax.lax.cond(i > 0, refit, lambda form: form, form)
             errors = recursion.target - form.dense().astype(later.dtype)
             now = recursion._replace(start=recursion.start + dot(later, errors))
             return recurse(now, form, lambda z, row, _: choose(z, row))
 
-        def both(_: Any, form: Codes) -> Codes:
-            form = sweep(form)
-            return refitted(form, recursion.feedback, pull) if self.refit and own else form
-
-        return sweep(jax.lax.fori_loop(0, self.sweeps - 1, both, self.before.solve(first, form, key)))
+        return jax.lax.fori_loop(0, self.sweeps, sweep, self.before.solve(first, form, key))
 
     def damped(self, prepared: Any) -> Array | None:
         return self.before.damped(prepared.before)

@@ -1,4 +1,4 @@
-"""What every rounding method owes: errors by statistics, dead columns, sweeps, vmap, meshes, precision."""
+"""What every rounding method owes: errors by statistics, dead columns, vmap, meshes, precision."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 import lcq
 from lcq.ptq.rounding import ROUNDING_METHODS, base
-from lcq.ptq.rounding.codebook import scaled
 from lcq.ptq.rounding.gpfq import GPFQ, SparseGPFQ
 from lcq.ptq.rounding.qronos import Qronos
 from lcq.ptq.rounding.sequential import follow
@@ -65,21 +64,6 @@ def test_dead_columns_go_to_the_nearest_level(method):
         assert np.isfinite(np.stack([*values])).all() and int(got.codes.max()) < 8
 
 
-@pytest.mark.parametrize("method", [GPFQ(), SPFQ(), Qronos(act_order=True)])
-def test_sweep_is_a_loop(method):
-    w, x, y = problem(80, 24, 4)
-    w, key = jnp.asarray(w), jax.random.key(0)
-    statistics = finish(gather(jnp.asarray(y), jnp.asarray(x), difference=True))
-    form = lcq.Uniform(3).project(w)
-    factors = jnp.asarray([0.8, 1.0, 1.3])
-    each = factors[:, None] * jnp.linspace(0.9, 1.1, 4)
-    for chosen in (factors, each) if method == GPFQ() else (each,):
-        got = base.sweep(method, w, statistics, form, chosen, key)
-        for factor, errors in zip(chosen, got, strict=True):
-            one = method.codes(w, statistics, scaled(form, factor), key)
-            np.testing.assert_allclose(errors, path_error(w, x, y, one), rtol=1e-4)
-
-
 # Transformations
 
 
@@ -90,10 +74,12 @@ def test_vmap_over_groups_is_a_loop():
     def run(w, x, y, key):
         form = lcq.Uniform(3, per="channel").project(w)
         statistics = finish(gather(y, x, difference=True), centred=True)
-        forms = [method.codes(w, statistics, form, key) for method in (SPFQ(), Qronos(), SparseGPFQ(0.5, "hard"))]
+        forms = [
+            method.codes(w, statistics, form, key)
+            for method in (SPFQ(), Qronos(), SparseGPFQ(0.5, "hard"), GPFQ(act_order=True))
+        ]
         errors = base.residual(w, statistics, forms[1])
-        sweep = base.sweep(GPFQ(act_order=True), w, statistics, form, jnp.asarray([1.0, 1.2]))
-        return forms, follow(w, x, y, form), errors, sweep
+        return forms, follow(w, x, y, form), errors
 
     keys = jax.random.split(jax.random.key(0), 3)
     together = jax.jit(jax.vmap(run))(ws, xs, ys, keys)
@@ -141,9 +127,8 @@ def programs(size=300):
         def run(w, x, y, method=method):
             statistics = finish(gather(y, x, difference=True), centred=True)
             new = method.codes(w, statistics, form, key)
-            swept = base.sweep(method, w, statistics, form, jnp.ones(2), key)
             bias = correct(w, statistics, new)
-            return new, swept, bias, base.residual(w, statistics, new), follow(w, x, y, form)
+            return new, bias, base.residual(w, statistics, new), follow(w, x, y, form)
 
         yield jax.make_jaxpr(run)(w, y, y).jaxpr
 
