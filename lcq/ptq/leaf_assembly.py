@@ -36,7 +36,7 @@ class Assembly:
         self._form = form
         dense = np.array(self.dense, order="C")
         dense.reshape(-1)[places] = np.asarray(jax.vmap(Codes.dense)(form))
-        self.dense = jax.device_put(dense, self.dense.sharding if isinstance(self.dense, jax.Array) else None)
+        self.dense = placed(dense, self.dense)
 
     def form(self) -> Codes:
         """The form of the whole leaf, its blocks as large as equal numbers allow."""
@@ -54,6 +54,11 @@ class Assembly:
                 fields[name] = jax.numpy.asarray((part if name == "levels" else part[..., 0]).astype(array.dtype))
         codes = self._codes.astype(self._form.codes.dtype)
         return Codes(jax.numpy.asarray(codes), **fields, values=self._form.values, dtype=self._dtype)
+
+
+def placed(values: Any, like: Any) -> jax.Array:
+    """The values on the devices of `like`, and committed to them only if it is, or programs would be compiled twice."""
+    return jax.device_put(values, like.sharding if isinstance(like, jax.Array) and like.committed else None)
 
 
 def _rows(form: Codes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

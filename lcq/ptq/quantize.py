@@ -16,7 +16,7 @@ from lcq.forms.dtypes import nearest_number
 from lcq.ptq.batches import Mask, checked_batches, traced
 from lcq.ptq.gathering import everywhere
 from lcq.ptq.layer import Recursion, Rounded, round_product
-from lcq.ptq.leaf_assembly import Assembly
+from lcq.ptq.leaf_assembly import Assembly, placed
 from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.schemes.base import Quantizer
@@ -303,7 +303,7 @@ def _without_blocks(rule: Rule) -> Any:
 
 
 def _like(values: np.ndarray, leaf: Any) -> Array:
-    return jax.device_put(nearest_number(values, leaf.dtype), leaf.sharding if isinstance(leaf, jax.Array) else None)
+    return placed(nearest_number(values, leaf.dtype), leaf)
 
 
 def _bias_site(uses: Sequence[Use], programs: Sequence[Program]) -> BiasSite | None:
