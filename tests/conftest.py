@@ -1,19 +1,39 @@
-"""Set up before jax or lcq is imported: simulated devices, run-time shape checks, a hypothesis profile."""
+"""Set up before jax or lcq is imported: how XLA compiles, simulated devices, run-time shape checks, hypothesis."""
 
+import ctypes
 import gc
 import os
+import subprocess
+import sys
+import tempfile
 import typing
 from pathlib import Path
 
+
+def known(flag):
+    """XLA ends a process at a flag that it does not know, and newer ones do not know the second below."""
+    parse = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
+    return subprocess.run(parse, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True).returncode == 0
+
+
+# Nearly all of the tests' time is XLA's, most of it for programs that run once: they are not optimised. Where it is
+# about what XLA makes for users, `tests/test_optimized.py` runs tests again. XLA_FLAGS in the environment are kept.
+if "XLA_FLAGS" not in os.environ:
+    fewer = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(filter(known, fewer))
 # Eight simulated CPU devices, so that sharding is tested on every machine.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+# What one worker has compiled, the others read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="lcq-tests-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # LAPACK's threads wait for each other in busy loops: on busy cores a small SVD takes ten times its time.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Tables are as wide as the terminal; in tests as where there is none.
 os.environ["COLUMNS"] = "100"
 
-import beartype
-import jaxtyping
+import beartype  # noqa: E402
+import jaxtyping  # noqa: E402
 
 
 def checked(function):
@@ -52,10 +72,27 @@ def x64_stays_off():
     assert not jax.config.jax_enable_x64
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_few():
-    """Programs that XLA compiles map memory; Linux allows a process 65,530 maps, and without more XLA crashes."""
-    yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+def pytest_xdist_auto_num_workers(config):
+    """A worker for each core where all tests run; what is asked for by name runs here, in one process."""
+    return None if config.args_source is config.ArgsSource.TESTPATHS else 0
+
+
+class Room:
+    """Bytes that a worker may hold; programs that XLA compiled are most of them."""
+
+    usual = most = 1600 << 20
+
+
+def resident():
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Forgets compiled programs where they have become many; what is needed again is read from the disk."""
+    if resident() > Room.most:
         jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Room.most = max(Room.usual, resident() + Room.usual // 4)

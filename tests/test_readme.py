@@ -1,6 +1,7 @@
 """The README and the notebooks do what they say: every block runs, every table is the committed one."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.skipif("optimization_level=0" in os.environ["XLA_FLAGS"], reason="runs in test_optimized.py")
 def test_code_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
