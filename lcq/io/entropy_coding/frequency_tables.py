@@ -33,7 +33,9 @@ PRECISIONS = (8, 10, 12, 14, 16)
 """r that `fit` tries; `read` takes any from 8 to 16."""
 
 _LETTERS = 18
+_HEAVIEST = 65535
 _NESTED = 0xF0
+_FEWEST = 80  # bits that nested classes cost at least, about
 _FINEST = 128  # slots a counted symbol, above which frequencies say no more about few of them
 _WORTH = 1e-4  # of all bits: what more precision must save, as small tables are faster
 
@@ -66,26 +68,32 @@ def fit(counts: Int[np.ndarray, " alphabet"], nested: bool = True) -> Table:
     present = np.flatnonzero(counts)
     count, total = counts[present], int(counts.sum())
     gaps, order, told = _gaps(present)
-    entropy = entropy_bits(count)
+    entropy, extremes = entropy_bits(count), (int(count.min()), int(count.max()))
     found, best = None, np.inf
     for precision in PRECISIONS:
         if present.size > 1 << precision or (found and 1 << precision > _FINEST * total):
             continue
-        ideal = count * (2.0**precision / total) - 1
-        weights = np.clip(np.rint(ideal), 0, 65535).astype(np.int64)
-        weights *= weights.min() < weights.max()  # equal ones need not be told
-        fixed = float(told + present.size * int(_classes(weights).max()).bit_length())
-        if nested:
-            fixed = min(fixed, _letter_bits(weights, counts.size))
+        scale = 2.0**precision / total
+        smallest, largest = (min(max(round(extreme * scale - 1), 0), _HEAVIEST) for extreme in extremes)
+        largest *= smallest < largest  # equal ones need not be told
+        fixed = float(told + present.size * largest.bit_length().bit_length())
+        if (min(fixed, _FEWEST) if nested else fixed) + entropy >= best * (1 - _WORTH):
+            continue
+        weights = np.minimum(np.maximum(np.rint(count * scale - 1), 0), _HEAVIEST).astype(np.int64) * (largest > 0)
+        classes = _classes(weights)
+        behind = np.maximum(classes - 1, 0)
+        if nested and fixed > _FEWEST:
+            fixed = min(fixed, _letter_bits(classes, counts.size))
         for digits in range(16):
-            known = fixed + float(_digit_widths(weights, digits).sum())
+            widths = np.minimum(behind, digits)
+            known = fixed + float(widths.sum())
             if known + entropy >= best * (1 - _WORTH):
                 break  # more digits cost more, and no frequencies code below the entropy
-            frequencies = _frequencies(_coarse(weights, digits), precision)
-            bits = _bits(count, frequencies) + total * 4.0 ** (precision - 20)
+            frequencies = _frequencies(_coarse(weights, behind - widths), precision)
+            bits = _bits(count, frequencies, precision) + total * 4.0 ** (precision - 20)
             if known + bits < best * (1 - _WORTH):
                 found, best = (precision, digits, weights, frequencies, bits), known + bits
-            if int(weights.max()) < 2 << digits:
+            if largest < 2 << digits:
                 break
     assert found is not None
     precision, digits, weights, frequencies, bits = found
@@ -186,13 +194,17 @@ def read_varint(data: UInt8[np.ndarray, " bytes"], at: int) -> tuple[int, int]:
 
 
 def _frequencies(weights: np.ndarray, precision: int) -> np.ndarray:
-    ends = np.cumsum(weights if weights.any() else np.ones_like(weights))
-    free = (1 << precision) - weights.size
-    return 1 + np.diff(ends * free // ends[-1], prepend=0)
+    ends = weights.cumsum()
+    if not ends[-1]:
+        ends = np.arange(1, weights.size + 1)
+    ends = ends * ((1 << precision) - weights.size) // ends[-1]
+    frequencies = ends + 1
+    frequencies[1:] -= ends[:-1]
+    return frequencies
 
 
-def _bits(counts: np.ndarray, frequencies: np.ndarray) -> float:
-    return float((counts * -np.log2(frequencies / frequencies.sum())).sum())
+def _bits(counts: np.ndarray, frequencies: np.ndarray, precision: int) -> float:
+    return float((counts * -np.log2(frequencies / (1 << precision))).sum())
 
 
 def _classes(weights: np.ndarray) -> np.ndarray:
@@ -215,37 +227,44 @@ def _from_digits(classes: np.ndarray, stored: np.ndarray, widths: np.ndarray) ->
     return np.where(classes > 0, ((1 << widths) + stored << shift) + (1 << shift >> 1), 0)
 
 
-def _coarse(weights: np.ndarray, digits: int) -> np.ndarray:
-    return _from_digits(_classes(weights), *_cut(weights, digits))
+def _coarse(weights: np.ndarray, lost: np.ndarray) -> np.ndarray:
+    """Weights as a reader knows them that is not told so many of their last digits."""
+    return (weights >> lost << lost) + (1 << lost >> 1)
 
 
 def _gaps(present: np.ndarray) -> tuple[np.ndarray, int, int]:
     """The gaps between present symbols, the k that says them in the fewest bits, and these bits."""
     gaps = present.copy()
     gaps[1:] -= present[:-1] + 1
+    if not gaps.any():
+        return gaps, 0, gaps.size
     orders = np.arange(min(16, int(gaps.max()).bit_length() + 1))  # above, every k adds a bit to each
     widths = 2 * _classes(gaps[:, None] + (1 << orders)).sum(axis=0) - (1 + orders) * gaps.size
     order = int(np.argmin(widths))
     return gaps, order, int(widths[order])
 
 
-def _letters(weights: np.ndarray, alphabet: int) -> np.ndarray:
+def _letters(classes: np.ndarray, alphabet: int) -> np.ndarray:
     """How often each letter of a nested table occurs, without those that do not."""
-    counts = np.bincount(_classes(weights), minlength=_LETTERS)
-    counts[-1] = alphabet - weights.size
+    counts = np.bincount(classes, minlength=_LETTERS)
+    counts[-1] = alphabet - classes.size
     return counts[counts > 0]
 
 
-def _letter_bits(weights: np.ndarray, alphabet: int) -> float:
+def _letter_bits(classes: np.ndarray, alphabet: int) -> float:
     """About what nested classes cost."""
-    used = _letters(weights, alphabet)
-    return entropy_bits(used) + 8 * (9 + used.size)
+    used = _letters(classes, alphabet)
+    return entropy_bits(used) + (_FEWEST + 8 * (used.size - 1))
 
 
 def _least_nested(weights: np.ndarray, alphabet: int, digits: int) -> float:
-    """Bytes that a nested table does not go below: a state of 32 bits holds 16 bits of its letters at most."""
-    letters = entropy_bits(_letters(weights, alphabet))
-    return 5 + (letters + float(_digit_widths(weights, digits).sum())) / 8
+    """Bytes that a nested table does not go below: two, a table of 4, and of several letters a varint and a state.
+
+    Such a state holds 16 bits of its letters at most, the rest of them is in words.
+    """
+    used = _letters(_classes(weights), alphabet)
+    head = 6 if used.size == 1 else 9
+    return head + (entropy_bits(used) + float(_digit_widths(weights, digits).sum())) / 8
 
 
 def _write_plain(
