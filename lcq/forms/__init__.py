@@ -3,8 +3,12 @@
 from lcq.forms.base import FORMS, Form, is_form, leafwise, own, register_form, static
 from lcq.forms.cast import Cast
 from lcq.forms.codes import Codes
+from lcq.forms.columns import Columns
+from lcq.forms.ell import Ell
 from lcq.forms.factors import Factors
+from lcq.forms.prepacked import Prepacked
 from lcq.forms.registry import Registry
+from lcq.forms.relayout import MatrixView, Relayout
 from lcq.forms.sparse import Sparse
 from lcq.forms.sums import Sum
 
@@ -12,9 +16,14 @@ __all__ = [
     "FORMS",
     "Cast",
     "Codes",
+    "Columns",
+    "Ell",
     "Factors",
     "Form",
+    "MatrixView",
+    "Prepacked",
     "Registry",
+    "Relayout",
     "Sparse",
     "Sum",
     "is_form",

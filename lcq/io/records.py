@@ -69,6 +69,11 @@ class Encoder:
         return where | {"array": self._add(leaf.path, leaf.value)}
 
     def _form(self, path: str, inside: str, form: Form) -> dict[str, Any]:
+        if (kind := FORMS.name_of(type(form))) is None:
+            raise ValueError(
+                f"{path}: expected a form that files have a name for, got {type(form).__name__}; decorate its class by "
+                "lcq.forms.register_form"
+            )
         static, arrays = {}, {}
         shared = getattr(form, "shared", None)
         for field in dataclasses.fields(form):
@@ -86,7 +91,7 @@ class Encoder:
                 arrays[field.name] = written
             if isinstance(written, str) and field.name in form.alphabets and form.alphabets[field.name][0] > 1:
                 self.codes[written] = form.alphabets[field.name]
-        return {"form": type(form).__name__, "static": static, "arrays": arrays}
+        return {"form": kind, "static": static, "arrays": arrays}
 
     def _value(self, path: str, name: str, value: Any) -> Any:
         if value is None:

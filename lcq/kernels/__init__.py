@@ -1,5 +1,8 @@
-"""Products with forms."""
+"""Products with forms: one kernel a file, which registers itself when it is imported here."""
 
+from lcq.kernels import code_product as code_product
+from lcq.kernels import ell as ell
 from lcq.kernels.api import binary_matmul, matmul
+from lcq.kernels.base import KERNELS, Kernel
 
-__all__ = ["binary_matmul", "matmul"]
+__all__ = ["KERNELS", "Kernel", "binary_matmul", "matmul"]

@@ -11,12 +11,10 @@ from lcq.forms.base import Form
 from lcq.forms.dtypes import native, own_promotion, wider
 from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on, spec_of
 from lcq.forms.prepacked import Prepacked
-from lcq.kernels import code_product, ell, xnor_xla
+from lcq.kernels import code_product, xnor_xla
 from lcq.kernels.base import KERNELS, Kernel, chosen
 from lcq.kernels.shards import sharding_of
 from lcq.kernels.signs import Signs
-
-__all__ = ["binary_matmul", "code_product", "ell", "matmul"]
 
 
 @KERNELS.register("dense")

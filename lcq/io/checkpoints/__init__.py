@@ -1,5 +1,8 @@
-"""Checkpoints of other tools, in and out: one format a file."""
+"""Checkpoints of other tools, in and out: one format a file, which registers itself when it is imported here."""
 
+from lcq.io.checkpoints import npz as npz
+from lcq.io.checkpoints import orbax as orbax
+from lcq.io.checkpoints import safetensors as safetensors
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
 from lcq.io.checkpoints.checkpoint import read, read_checkpoint, write
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Never
 
 from lcq.forms.base import is_form
-from lcq.io.checkpoints import npz, orbax, safetensors  # noqa: F401, which register themselves
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.shards import INDEX
 from lcq.io.file import host_array
