@@ -80,6 +80,11 @@ def test_the_tree_is_small():
     assert sum(path.stat().st_size for path in paths if path.exists()) <= 10e6
 
 
+def test_files_of_tests_are_short():
+    long = [path for path in REPOSITORY.glob("tests/**/*.py") if path.read_text().count("\n") > 500]
+    assert not long, "expected at most 500 lines a file; cut it by subject"
+
+
 # Each of them can fail, and knows what is fine
 
 BAD = [

@@ -1,5 +1,6 @@
+"""Products with forms: every scheme, kernel, dtype and transformation, near the product with the dense array."""
+
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -8,17 +9,18 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.forms import Codes, Sparse
+from lcq.forms import Codes
 from lcq.forms.column_words import pack_columns
 from lcq.kernels import codes_xla, reference
 from lcq.kernels.api import matmul
 from lcq.kernels.code_product import code_product
+from tests.kernels.products import form_of, near, product
 
 RNG = np.random.default_rng(0)
-MANTISSA = str(0x3F800000)
-"""Bits of 1.0, which are in the program of the loop over words alone."""
+MANTISSA = str(0x3F800000)  # bits of 1.0, which are in the program of the loop over words alone
 
-SCHEMES = [
+
+CODED = [
     lcq.Binary(scale=True),
     lcq.KMeans(1),
     lcq.KMeans(2),
@@ -31,6 +33,10 @@ SCHEMES = [
     lcq.PowersOfTwo(2),
     lcq.Uniform(3, per=(35, 1), zero_point=True),
     lcq.Uniform(8, per=(70, 5)),
+]
+
+
+OTHERS = [
     lcq.Cast("bfloat16"),
     lcq.LowRank(3),
     lcq.Prune(kept=0.2),
@@ -38,24 +44,7 @@ SCHEMES = [
 ]
 
 
-def near(y, x, dense, ulps=16, least=1e-30):
-    """Errors are at most so many units of rounding of sum |x| max |Delta|, or of sum |x| least."""
-    x, dense = np.asarray(x, np.float64), np.asarray(dense, np.float64)
-    scale = np.abs(x).sum(-1, keepdims=True) * max(np.abs(dense).max(), least)
-    assert (np.abs(np.asarray(y, np.float64) - x @ dense) <= ulps * 2.0**-24 * scale).all()
-
-
-product = jax.jit(matmul, static_argnames="kernel")
-
-
-@functools.cache
-def form_of(scheme, shape=(70, 130)):
-    w = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
-    project = jax.vmap(scheme.project) if len(shape) == 3 else scheme.project
-    return jax.jit(project)(w)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
+@pytest.mark.parametrize("scheme", CODED + OTHERS, ids=repr)
 def test_the_product_is_that_with_the_dense_array(scheme):
     form = form_of(scheme)
     for rows, layout in (((1,), form), ((3, 4), form.pack())):
@@ -70,17 +59,6 @@ def test_a_vector_times_a_form_is_a_vector():
     y = product(jnp.asarray(x), form)
     assert y.shape == (130,)
     near(y[None], x[None], form.dense())
-
-
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if type(form_of(s)) is Codes], ids=repr)
-def test_columns_hold_the_same_matrix(scheme):
-    form = form_of(scheme)
-    ready = form.prepack()
-    assert ready.shape == form.shape and ready.dtype == form.dtype
-    scale = float(jnp.abs(form.dense()).max())
-    np.testing.assert_allclose(ready.dense(), form.dense(), rtol=3e-7, atol=3e-7 * scale)
-    with pytest.raises(ValueError, match="save the forms that it was made of"):
-        ready.pack()
 
 
 @pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.KMeans(4, per="channel"), lcq.LowRank(2)], ids=repr)
@@ -101,66 +79,6 @@ def test_products_with_codes_of_every_width(width, rows, k, n):
     words = pack_columns(jnp.asarray(codes, jnp.uint16), width)
     near(jax.jit(code_product, static_argnums=2)(jnp.asarray(x), words, width), x, codes, least=2.0**width)
     near(reference.code_product(jnp.asarray(x), words, width), x, codes)
-
-
-FEW = [lcq.Prune(kept=0.1), lcq.Prune(kept=0.15, values=lcq.KMeans(4)), lcq.Prune(kept=0), lcq.Prune(kept=0.1, group=2)]
-
-
-@pytest.mark.parametrize("scheme", FEW, ids=repr)
-@pytest.mark.parametrize("lead", [(), (3,)])
-def test_lists_of_few_weights(scheme, lead):
-    """Prepacked from either layout they are the same matrix, and so are their products, of few rows and of many."""
-    form = form_of(scheme, (*lead, 70, 131 - len(lead) - (scheme.group == 2)))
-    dense = np.asarray(form.dense())
-    for each in (form, jax.tree.map(jnp.asarray, form.pack()) if not lead else form):
-        ready = each.prepack()
-        assert ready.shape == dense.shape and ready.places.shape[-2] == (dense != 0).sum(-2).max()
-        np.testing.assert_array_equal(ready.dense(), dense)
-    for rows in (1, 2, 40):
-        x, g = (jnp.asarray(RNG.normal(size=(*lead, rows, n)), jnp.float32) for n in (70, dense.shape[-1]))
-        y, pull = jax.vjp(lambda x: product(x, ready), x)
-        near(y, x, dense)
-        near(pull(g)[0], g, np.swapaxes(dense, -1, -2))
-
-
-@pytest.mark.parametrize("rows", [1, 12])
-@pytest.mark.parametrize("odd", [np.nan, np.inf])
-def test_a_list_hides_no_activation_that_is_not_finite(rows, odd):
-    """Row 5 is in no list; the dense product meets it in a zero."""
-    ready = Sparse(jnp.arange(18).reshape(9, 2) < 2, jnp.ones((9, 2))).prepack()
-    y = np.asarray(jax.jit(matmul)(jnp.ones((rows, 9)).at[0, 5].set(odd), ready))
-    assert np.isnan(y[0]).all() and (y[1:] == 1).all()
-
-
-def test_lists_of_bfloat16():
-    form = lcq.Prune(kept=0.1).project(jnp.asarray(RNG.normal(size=(70, 131)), jnp.bfloat16))
-    ready = form.prepack()
-    assert ready.dtype == ready.values.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(ready.dense(), form.dense())
-    x = jnp.asarray(RNG.normal(size=(3, 70)), jnp.bfloat16)
-    y = matmul(x, ready)
-    assert y.dtype == jnp.bfloat16
-    wide = np.asarray(x, np.float64) @ np.asarray(form.dense(), np.float64)
-    np.testing.assert_allclose(np.asarray(y, np.float64), wide, rtol=2**-8, atol=1e-5)
-
-
-def test_long_lists_and_traced_forms_are_not_prepacked():
-    form = form_of(lcq.Prune(kept=0.1))
-    long = form_of(lcq.Prune(kept=0.6))
-    assert long.prepack() is long
-    assert jax.jit(lambda form: form.prepack() is form)(form)
-    with pytest.raises(ValueError, match="multiplies codes, got Ell"):
-        matmul(jnp.ones((1, 70)), form.prepack(), kernel="words")
-    with pytest.raises(ValueError, match="a leaf prepacked for products; save the forms"):
-        form.prepack().pack()
-
-
-def test_words_run_down_the_columns_from_the_lowest_bits():
-    codes = RNG.integers(0, 16, (19, 3))
-    words = np.asarray(pack_columns(jnp.asarray(codes, jnp.uint8), 4))
-    for k in range(19):
-        np.testing.assert_array_equal(words[k // 8] >> (4 * (k % 8)) & 15, codes[k])
-    assert (words[2] >> 12 == 0).all()
 
 
 @pytest.mark.parametrize("kernel", ["words", "tiles", "dense"])
@@ -313,43 +231,3 @@ def test_what_does_not_fit_is_refused():
 def test_a_kernel_that_this_platform_has_not_raises(kernel):
     with pytest.raises((ValueError, NotImplementedError), match=r"(?i)interpret|gpu|tpu"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.KMeans(2)), kernel=kernel).block_until_ready()
-
-
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        lcq.Uniform(4, per=32),
-        lcq.Uniform(4, per=32, zero_point=True),
-        lcq.Uniform(3, per=32, scale_dtype="float16"),
-        lcq.Binary(per=32),
-        lcq.Binary(per=32, scale_dtype="float16"),
-        lcq.Levels((-1.0, 0.25, 2.0), scale=True, per=32),
-    ],
-    ids=repr,
-)
-def test_numbers_of_groups_are_short_in_memory(scheme):
-    w = np.random.default_rng(8).normal(size=(96, 10)).astype(np.float32)
-    form = scheme.project(jnp.asarray(w))
-    ready = form.prepack()
-    np.testing.assert_allclose(ready.dense(), form.dense(), rtol=1e-6, atol=1e-7)
-    for rows in (1, 9):
-        x = np.random.default_rng(rows).normal(size=(rows, 96)).astype(np.float32)
-        wanted = x.astype(np.float64) @ np.asarray(form.dense(), np.float64)
-        np.testing.assert_allclose(matmul(jnp.asarray(x), ready), wanted, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(
-            matmul(jnp.asarray(x), ready.take_columns(jnp.array([3, 1]))), wanted[:, [3, 1]], atol=1e-4
-        )
-    if isinstance(scheme, lcq.Uniform) or (scheme.scale_dtype is None and len(scheme.values) == 2):
-        short = 16 + 8 * (form.zero is not None)
-        assert ready.bits == 8 * ready.words.nbytes + 30 * short
-
-
-def test_levels_that_go_down_multiply_as_they_are():
-    w = np.random.default_rng(9).normal(size=(64, 6)).astype(np.float32)
-    form = lcq.Uniform(2, per="channel").project(jnp.asarray(w))
-    form = type(form)(form.codes, scale=form.scale * jnp.array([[1, -1, 1, -1, -1, 1.0]]), values=form.values)
-    assert bool((form.scale < 0).any())
-    for rows, kernel in ((1, "words"), (9, "tiles"), (3, "dense")):
-        x = np.random.default_rng(rows).normal(size=(rows, 64)).astype(np.float32)
-        wanted = x.astype(np.float64) @ np.asarray(form.dense(), np.float64)
-        np.testing.assert_allclose(matmul(jnp.asarray(x), form, kernel=kernel), wanted, rtol=1e-4, atol=1e-4)

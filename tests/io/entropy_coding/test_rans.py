@@ -3,11 +3,6 @@
 The reference coder below follows the description of the format, not the code: symbols one by one, words in a list.
 """
 
-import math
-from bisect import bisect_right
-from collections import Counter, deque
-from itertools import accumulate
-
 import jax
 import numpy as np
 import pytest
@@ -15,243 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lcq.io.entropy_coding import frequency_tables, lanes, rans
+from tests.io.entropy_coding.reference import entropy_bits, reference, skewed, table
 
 RNG = np.random.default_rng(7)
-LETTERS = frequency_tables.fit(np.array([3, 1] + [0] * 16), nested=False).data
-
-
-def put(symbols, frequencies, count):
-    """States and words: last symbol first, symbol i in lane i mod count, words reversed in the end."""
-    *starts, total = accumulate(frequencies, initial=0)
-    r = total.bit_length() - 1
-    states, words = [2**16] * count, []
-    for i in reversed(range(len(symbols))):
-        f, c, x = frequencies[symbols[i]], starts[symbols[i]], states[i % count]
-        if x >> (32 - r) >= f:
-            words.append(x % 2**16)
-            x //= 2**16
-        states[i % count] = (x // f) * total + x % f + c
-        assert 2**16 <= states[i % count] < 2**32
-    return states, words[::-1]
-
-
-def take(states, words, frequencies, size):
-    """The symbols, and whether every state is back at 2^16 and every word used."""
-    *starts, total = accumulate(frequencies, initial=0)
-    words, states, symbols = deque(words), list(states), []
-    for i in range(size):
-        x = states[i % len(states)]
-        s = bisect_right(starts, x % total) - 1
-        x = frequencies[s] * (x // total) + x % total - starts[s]
-        if x < 2**16:
-            x = 2**16 * x + words.popleft()
-        states[i % len(states)] = x
-        symbols.append(s)
-    return symbols, not words and set(states) == {2**16}
-
-
-def varint(data, at):
-    value = shift = 0
-    while data[at] > 127:
-        value, shift, at = value + (data[at] - 128 << shift), shift + 7, at + 1
-    return value + (data[at] << shift), at + 1
-
-
-def table(data, at, alphabet, nested=True):
-    """Frequencies of a table and where it ends, one bit after another."""
-    r, m, kind = data[at] % 16 + 8, data[at] // 16, data[at + 1]
-    at += 2
-    classes = {}
-    if kind == 0xF0:
-        assert nested
-        letters, at = table(data, at, 18, nested=False)
-        if sum(f > 0 for f in letters) > 1:
-            count, at = varint(data, at)
-            state = int.from_bytes(data[at : at + 4], "little")
-            words = [int.from_bytes(data[at + 4 + 2 * i : at + 6 + 2 * i], "little") for i in range(count)]
-            found, well = take([state], words, letters, alphabet)
-            assert well
-            at += 4 + 2 * count
-        else:
-            found = [letters.index(2 ** (sum(letters).bit_length() - 1))] * alphabet
-        classes = {s: letter - 1 for s, letter in enumerate(found) if letter}
-        bits, start = int.from_bytes(data[at:], "little"), at
-        used = 0
-    else:
-        k, q = kind % 16, kind // 16
-        count, at = varint(data, at)
-        count += 1
-        bits, start, used = int.from_bytes(data[at:], "little"), at, 0
-        lengths = []
-        for _ in range(count):
-            zeros = 0
-            while not bits >> used & 1:
-                used, zeros = used + 1, zeros + 1
-            used += 1
-            lengths.append(zeros + k + 1)
-        place, present = -1, []
-        for n in lengths:
-            g = 2 ** (n - 1) + (bits >> used) % 2 ** (n - 1)
-            used += n - 1
-            place += g - 2**k + 1
-            present.append(place)
-        for s in present:
-            classes[s] = (bits >> used) % 2**q
-            used += q
-    weights = {}
-    for s, b in classes.items():
-        behind = max(b - 1, 0)
-        n = min(behind, m)
-        top = 2**n + (bits >> used) % 2**n
-        used += n
-        weights[s] = 0 if b == 0 else top * 2 ** (behind - n) + (2 ** (behind - n) // 2)
-    if not any(weights.values()):
-        weights = dict.fromkeys(weights, 1)
-    total, before, frequencies = sum(weights.values()), 0, [0] * alphabet
-    free = 2**r - len(weights)
-    for s, w in weights.items():
-        frequencies[s] = 1 + (before + w) * free // total - before * free // total
-        before += w
-    assert sum(frequencies) == 2**r
-    return frequencies, start + -(-used // 8)
-
-
-def reference(data, size, levels):
-    """What a stream says, and whether the reference coder writes the same states and words from it."""
-    n = data[0]
-    if n == 0:
-        width = (levels - 1).bit_length()
-        bits = int.from_bytes(data[1:], "little")
-        assert len(data) == 1 + -(-size * width // 8)
-        return [(bits >> i * width) % 2**width for i in range(size)], True
-    left = size % n
-    at = 1 + next(i for i in range(9) if 256**i >= levels**left)
-    rest = int.from_bytes(data[1:at], "little")
-    frequencies, at = table(data, at, levels**n)
-    blocks, same = [frequencies.index(max(frequencies))] * (size // n), True
-    if sum(f > 0 for f in frequencies) > 1:
-        count, at = varint(data, at)
-        states = [int.from_bytes(data[at + 4 * i : at + 4 * i + 4], "little") for i in range(count)]
-        words = [int.from_bytes(data[i : i + 2], "little") for i in range(at + 4 * count, len(data), 2)]
-        blocks, same = take(states, words, frequencies, size // n)
-        same = same and put(blocks, frequencies, count) == (states, words)
-    else:
-        same = at == len(data)
-    codes = [b // levels**i % levels for b in blocks for i in range(n)]
-    return codes + [rest // levels**i % levels for i in range(left)], same
-
-
-def skewed(size, levels, seed=0):
-    """Codes of which low ones are likely."""
-    dtype = np.uint8 if levels <= 256 else np.uint16
-    return np.minimum(np.random.default_rng(seed).geometric(0.8, size) - 1, levels - 1).astype(dtype)
-
-
-def entropy_bits(symbols):
-    """Bits of all symbols at their empirical entropy."""
-    counts = Counter(symbols)
-    return sum(c * math.log2(len(symbols) / c) for c in counts.values())
-
-
-# The states and words
-
-
-def test_a_toy_by_hand():
-    # f = (192, 64) of 256. 0 onto 65536 = 341 * 192 + 64 gives 341 * 256 + 64 = 87360; 1 onto 87360 = 1365 * 64 gives
-    # 1365 * 256 + 192 = 349632; 0 onto 349632 = 1821 * 192 gives 1821 * 256 = 466176.
-    frequencies, symbols = np.array([192, 64]), np.array([0, 1, 0], np.uint16)
-    states, words = lanes.encode(symbols, frequencies, 1)
-    assert (states.tolist(), words.tolist()) == ([466176], [])
-    np.testing.assert_array_equal(lanes.decode(states, words, frequencies, 3), symbols)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, lanes.WIDE - 1, lanes.WIDE, lanes.WIDE + 1, 70])
-@pytest.mark.parametrize(
-    "frequencies", [[1, 255], [100, 0, 56, 100], [2**14 - 3, 1, 2], [2**16 - 1, 1], [2**15, 2**15]]
-)
-def test_states_and_words_are_those_of_the_reference(frequencies, count):
-    chances = np.array(frequencies) ** 0.3 * (np.array(frequencies) > 0)
-    symbols = RNG.choice(len(frequencies), 211, p=chances / chances.sum()).astype(np.uint16)
-    states, words = lanes.encode(symbols, np.array(frequencies), count)
-    assert (states.tolist(), words.tolist()) == put(symbols.tolist(), frequencies, count)
-    np.testing.assert_array_equal(lanes.decode(states, words, np.array(frequencies), 211), symbols)
-
-
-def test_a_single_symbol_leaves_the_states_alone():
-    for count in (1, 40):
-        states, words = lanes.encode(np.zeros(100, np.uint16), np.array([2**16]), count)
-        assert set(states.tolist()) == {2**16} and words.size == 0
-        assert not lanes.decode(states, words, np.array([2**16]), 100).any()
-
-
-@pytest.mark.parametrize("count", [2, 40])
-def test_states_and_words_are_checked(count):
-    with pytest.raises(ValueError, match="more than 0 words"):  # 255 * 257 + 0 is the largest that reads a word
-        lanes.decode(np.full(count, 2**16 + 256, np.uint32), np.zeros(0, np.uint16), np.array([255, 1]), count)
-    with pytest.raises(ValueError, match="2\\^16"):
-        lanes.decode(np.full(count, 2**17, np.uint32), np.zeros(0, np.uint16), np.array([255, 1]), count)
-    frequencies, symbols = np.array([200, 56]), skewed(5000, 2).astype(np.uint16)
-    states, words = lanes.encode(symbols, frequencies, count)
-    for bad in (words[:-1], np.append(words, np.uint16(0))):
-        with pytest.raises(ValueError, match="words"):
-            lanes.decode(states, bad, frequencies, 5000)
-    with pytest.raises(ValueError, match="words"):
-        lanes.decode(states + np.uint32(1), words, frequencies, 5000)
-
-
-# Tables
-
-
-@pytest.mark.parametrize("counts", [[5], [0, 0, 9], [1, 1], [3, 0, 10**7, 2], [7] * 300, [0] * 999 + [1, 0, 5]])
-def test_tables_say_what_fit_says(counts):
-    fitted = frequency_tables.fit(np.array(counts))
-    found, size = frequency_tables.read(np.frombuffer(fitted.data + b"more", np.uint8), len(counts))
-    assert size == len(fitted.data)
-    np.testing.assert_array_equal(found, fitted.frequencies)
-    assert table(fitted.data + b"more", 0, len(counts)) == (found.tolist(), size)
-    np.testing.assert_array_equal(found > 0, np.array(counts) > 0)
-
-
-def test_large_tables_are_nested_and_cost_little():
-    counts = RNG.poisson(np.geomspace(0.01, 200, 4096)).astype(np.int64)
-    fitted = frequency_tables.fit(counts)
-    assert fitted.data[1] == 0xF0
-    frequencies, size = table(fitted.data, 0, 4096)
-    assert (frequencies, size) == (fitted.frequencies.tolist(), len(fitted.data))
-    bound = sum(c * math.log2(counts.sum() / c) for c in counts.tolist() if c)
-    assert bound < fitted.bits < 1.01 * bound
-    assert 8 * size < 0.6 * 8 * np.count_nonzero(counts)
-    assert len(frequency_tables.fit(counts, nested=False).data) > 1.05 * size
-
-
-@pytest.mark.parametrize(
-    "data, why",
-    [
-        ("00", "a table"),
-        ("09 00 00 01", "8 to 16 bits"),
-        ("00 60 00 01", "plain or nested"),
-        ("00 f0 00 f0 00 01", "nested once"),
-        ("00 00 01 03", "at most 1 symbols"),
-        ("00 00 80 80 80 80 80 00", "at most 5"),
-        ("00 00 80 00 01", "as few bytes"),
-        ("00 00 00 02", "below 1"),
-        ("00 00 00 00 00 00 00", "gaps"),
-        ("00 00 00 03", "zeros behind"),
-        ("00 50 00 23", "16 binary digits"),
-        ("00 50 00", "end of the stream"),
-        ("00 f0" + LETTERS.hex() + "00 ff ff 00 00", "state of at least"),
-        ("00 f0" + LETTERS.hex() + "05 00 00 01 00", "words of a table"),
-    ],
-)
-def test_bad_tables_are_refused(data, why):
-    with pytest.raises(ValueError, match=why):
-        frequency_tables.read(np.frombuffer(bytes.fromhex(data), np.uint8), 1)
-
-
-# Streams
-
-
 SIZES = (0, 1, 2, 31, 32, 33, 97, 1009)
+
+
 CASES = [
     *((skewed(size, levels), levels) for levels in (2, 3, 16, 255, 256, 257, 65536) for size in SIZES),
     *((np.zeros(size, np.uint8), 1) for size in (0, 1, 7)),
@@ -312,9 +76,6 @@ def test_like_streams_share_a_program():
     assert lanes._take_on_device._cache_size() == before + 1
 
 
-# Sizes
-
-
 def test_constant_codes_take_a_few_bytes():
     for size, level in ((1009, 0), (10**6, 200)):
         assert len(rans.encode(np.full(size, level, np.uint8), 256)) <= 8
@@ -366,9 +127,6 @@ def test_entropy_leaves_out_what_is_no_block():
     assert rans.entropy(np.array([0, 1, 0, 1, 1], np.uint8), 2, 2) == 0
     assert rans.entropy(np.zeros(0, np.uint8), 2, 2) == 0
     assert rans.entropy(np.arange(256, dtype=np.uint8), 256) == pytest.approx(8)
-
-
-# At the door
 
 
 @pytest.mark.parametrize(
