@@ -56,6 +56,19 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
             exec(compile("".join(cell["source"]), path.name, "exec"), names)
 
 
+HOME = "https://github.com/lcq-authors/lcq/"
+RAW = "https://raw.githubusercontent.com/lcq-authors/lcq/main/"
+
+
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    """All are absolute, so that the package index shows them; those to lcq's own files are checked."""
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", README)
+    own = [target for target in targets if target.startswith((HOME, RAW))]
+    assert own and all(target.startswith("https://") for target in targets)
+    for target in own:
+        path = target.removeprefix(RAW).removeprefix(HOME).removeprefix("blob/main/").removeprefix("tree/main/")
+        assert (ROOT / path).exists(), target
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 200

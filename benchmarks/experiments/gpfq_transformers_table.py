@@ -23,5 +23,5 @@ def table() -> str:
                 found = [by_key.get((bits, per, m)) for m in METHODS]
                 cells = ["" if row is None else f"{row[metric]:.{digits}f}" for row in found]
                 rows.append([f"{title}, {bits} bits, {per}", f"{before:.{digits}f}", *cells, target])
-    head = ["", "float", "qwix", "qwix GPTQ", "nearest", "GPTQ", "GPFQ", "Qronos", "`descent`", "accept"]
+    head = ["", "float", "qwix", "qwix GPTQ", "RTN", "GPTQ", "GPFQ", "Qronos", "`descent`", "goal"]
     return grid(head, rows)

@@ -62,8 +62,8 @@ def table() -> str:
             saved = f"{100 * (1 - best / without):.0f} %" if best else ""
             cells = [f"{size:,.0f}" if size else "" for size in (without, *sizes)]
             judge = "held back" if row["judged_by"] == "held_back_error" else "test"
-            rows.append([f"{title}, {row['error']:.2f} % {judge}", *cells, saved, "15 / 25 %"])
-    head = ["bytes at equal error", "without the term", "n = 1", "n = 2", "n = 3", "smaller by", "accept / aim"]
+            rows.append([f"{title}, {row['error']:.2f} % {judge}", *cells, saved, "15 (25) %"])
+    head = ["bytes at equal error", "without the term", "n = 1", "n = 2", "n = 3", "smaller by", "goal (hoped for)"]
     return grid(head, rows)
 
 

@@ -11,20 +11,20 @@ RECIPES = {
     "dc_k2": ("1 bit: direct compression", ""),
     "idc_k2": ("1 bit: iterated direct compression", ""),
     "ste_k2": ("1 bit: straight-through", ""),
-    "lc_k2": ("1 bit: **LC**", "loss .029 / .024"),
+    "lc_k2": ("1 bit: **LC**", "loss .029 (.024)"),
     "lc_k2_adam": ("1 bit: **LC**, Adam", ""),
     "lc_k2_proximal": ("1 bit: **LC**, proximal", ""),
-    "lc_k2_slow": ("1 bit: **LC**, slow", "error 2.3 / 2.13"),
-    "lc_k2_slowest": ("1 bit: **LC**, slower", "error 2.3 / 2.13"),
-    "lc_k2_teacher": ("1 bit: **LC**, slow, teacher", "error 2.3 / 2.13"),
-    "lc_k2_teacher_slowest": ("1 bit: **LC**, slower, teacher", "error 2.3 / 2.13"),
+    "lc_k2_slow": ("1 bit: **LC**, slow", "error 2.3 (2.13)"),
+    "lc_k2_slowest": ("1 bit: **LC**, slower", "error 2.3 (2.13)"),
+    "lc_k2_teacher": ("1 bit: **LC**, slow, teacher", "error 2.3 (2.13)"),
+    "lc_k2_teacher_slowest": ("1 bit: **LC**, slower, teacher", "error 2.3 (2.13)"),
     "dc_ternary": ("scaled ternary: direct compression", ""),
-    "lc_ternary": ("scaled ternary: **LC**", "loss .0058 / .0045"),
+    "lc_ternary": ("scaled ternary: **LC**", "loss .0058 (.0045)"),
     "dc_k4": ("2 bits: direct compression", ""),
-    "lc_k4_slow": ("2 bits: **LC**, slow", "error 2.13 / 2.0"),
-    "lc_k4_slow_0.2": ("2 bits: **LC**, slow, rate .2", "error 2.13 / 2.0"),
-    "lc_k4_teacher": ("2 bits: **LC**, slow, rate .2, teacher", "error 2.13 / 2.0"),
-    "lc_k4_teacher_0.09": ("2 bits: **LC**, slow, teacher", "error 2.13 / 2.0"),
+    "lc_k4_slow": ("2 bits: **LC**, slow", "error 2.13 (2.0)"),
+    "lc_k4_slow_0.2": ("2 bits: **LC**, slow, rate .2", "error 2.13 (2.0)"),
+    "lc_k4_teacher": ("2 bits: **LC**, slow, rate .2, teacher", "error 2.13 (2.0)"),
+    "lc_k4_teacher_0.09": ("2 bits: **LC**, slow, teacher", "error 2.13 (2.0)"),
 }
 
 
@@ -50,7 +50,7 @@ def table() -> str:
             ]
         )
     return grid(
-        ["LeNet300, MNIST", "epochs", "train loss", "test error %", "gap", "bytes", "ratio", "accept / aim"], rows
+        ["LeNet300, MNIST", "epochs", "train loss", "test error %", "gap", "bytes", "ratio", "goal (hoped for)"], rows
     )
 
 
@@ -89,9 +89,9 @@ def kept() -> str:
         errors = [f"{found[m]['test_error']:.2f}" if m in found else "" for m in methods]
         last = found.get("lc", {})
         loss, gap = (f"{last['train_loss']:.4f}", f"{last['gap']:.0e}") if last else ("", "")
-        target = "loss .00304 / .0025, error 2.1 / 1.9" if percent == 5 else ""
+        target = "loss .00304 (.0025), error 2.1 (1.9)" if percent == 5 else ""
         rows.append([f"{percent} %", *errors, loss, gap, f"{last['ratio']:.1f}" if last else "", target])
-    head = ["kept", *(f"{name}, error %" for name in methods.values()), "LC's loss", "gap", "ratio", "accept / aim"]
+    head = ["kept", *(f"{name}, error %" for name in methods.values()), "LC's loss", "gap", "ratio", "goal (hoped for)"]
     return grid(head, rows)
 
 

@@ -11,6 +11,7 @@ from benchmarks.experiments import (
     brute_force,
     gpfq_images,
     gpfq_transformers_table,
+    headline,
     hemp_summary,
     lenet300_report,
     resnet20_table,
@@ -24,6 +25,7 @@ from benchmarks.micro import coder, cstep, gpfq_speed, kernels, lc_overhead
 ROOT = FOLDER.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline.table,
     "lenet300": lenet300_report.table,
     "lenet300_toolkit": lenet300_report.toolkit,
     "lenet300_kept": lenet300_report.kept,

@@ -168,22 +168,22 @@ def table() -> str:
         [
             "N = n = 1024, m = 4096, over [N, m] [m, N] products",
             f"{gpfq['of_rate_of_wide']:.2f} of their rate",
-            ".7 / .9",
+            ".7 (.9)",
         ],
-        ["the same over [N, N] [N, n] products", f"{gpfq['of_rate_of_square']:.2f} of their rate", ".7 / .9"],
+        ["the same over [N, N] [N, n] products", f"{gpfq['of_rate_of_square']:.2f} of their rate", ".7 (.9)"],
         ["the same, in seconds", f"{gpfq['seconds']:.2f}", ""],
-        ["over the literal recursion as a scan", f"{gpfq['follow_over_this']:.1f} times", "4 / 5"],
+        ["over the literal recursion as a scan", f"{gpfq['follow_over_this']:.1f} times", "4 (5)"],
     ]
     if peer := by_what.get(("brevitas", 1024)):
         same = f"{100 * peer['codes_as_ours']:.2f} % equal codes"
         rows.append([f"over Brevitas' GPFQ ({same})", f"{peer['over_gpfq']:.1f} times", "30"])
     rows += [
-        ["N = 4096, n = 1024, recursion", f"{recursion['of_rate_of_large']:.2f} of the matmul rate", ".4 / .6"],
+        ["N = 4096, n = 1024, recursion", f"{recursion['of_rate_of_large']:.2f} of the matmul rate", ".4 (.6)"],
         ["compilation, N = 256, 1024, 4096", ", ".join(f"{s:.1f}" for s in compiled) + " s", "3 s"],
         ["walk over ResNet-20, in forward passes", ", ".join(f"{w:.1f}" for w in walks), "3"],
         ["its compilations for further numbers of batches", ", ".join(map(str, new)), "0"],
     ]
-    return grid(["GPFQ", "measured", "accept / aim"], rows)
+    return grid(["GPFQ", "measured", "goal (hoped for)"], rows)
 
 
 def main() -> None:

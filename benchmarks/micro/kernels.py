@@ -217,11 +217,11 @@ def net_rows() -> list[dict[str, Any]]:
 
 
 SIGN_TARGETS = {
-    (1, 4096, 4096): "15 / 25",
-    (256, 1024, 1024): "8 / 10; 14 / 18",
-    (256, 4096, 4096): "8 / 10; 14 / 18",
+    (1, 4096, 4096): "15 (25)",
+    (256, 1024, 1024): "8 (10); 14 (18)",
+    (256, 4096, 4096): "8 (10); 14 (18)",
 }
-WEIGHT_TARGETS = {"1 bit, learned": "4 / 15", "ternary": "4 / 8", "uniform 4 bits": "4 / 8", "codebook of 16": ""}
+WEIGHT_TARGETS = {"1 bit, learned": "4 (15)", "ternary": "4 (8)", "uniform 4 bits": "4 (8)", "codebook of 16": ""}
 
 
 def table() -> str:
@@ -242,11 +242,11 @@ def table() -> str:
                 target = WEIGHT_TARGETS.get(name, "") if m == 1 else ".9"
                 label = f"{name}: {m} x {rest[0]} x {rest[1]}", target if row["kind"] == "weights" else ""
             elif row["kind"].endswith("convolution"):
-                label = f"{row['kind']} 256 to 256, 28 x 28, batch of {m}, packing included", "6 / 8"
+                label = f"{row['kind']} 256 to 256, 28 x 28, batch of {m}, packing included", "6 (8)"
             else:
                 label = f"{row['kind']}, batch of {m}: {name}", ""
             lines.setdefault(label, {})[row["cores"], row["vector_bits"]] = f"{times:.{1 + (times < 2)}f}"
-    head = ["times faster than float32", *(f"{c} core{'s' * (c > 1)}, {v} bits" for c, v in runs), "accept / aim"]
+    head = ["times faster than float32", *(f"{c} core{'s' * (c > 1)}, {v} bits" for c, v in runs), "goal (hoped for)"]
     cells = [[name, *(found.get(run, "") for run in runs), target] for (name, target), found in lines.items()]
     return grid(head, cells)
 
