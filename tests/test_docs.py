@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,10 @@ def test_every_name_of_the_face_is_in_one_namespace():
         found = [space for space in namespaces if name in getattr(space, "__all__", ())]
         homes = [space for space in found if getattr(space, name) is getattr(lcq, name)]
         assert inspect.ismodule(getattr(lcq, name)) or len(homes) == 1, name
+
+
+def test_the_architecture_page_has_the_rooms_of_today():
+    told = subprocess.run([sys.executable, DOCS / "rooms.py"], capture_output=True, text=True, check=True).stdout
+    assert told in (DOCS / "architecture.md").read_text(), (
+        "put what python docs/rooms.py says into docs/architecture.md"
+    )

@@ -29,4 +29,6 @@ def table() -> str:
                 gap = f"{row['gap']:.0e}" if row["gap"] is not None else ""
                 scores = [f"{row['train_accuracy']:.2f}", f"{row['accuracy']:.2f}", gap]
                 rows.append([f"{title}: {method}", *scores, *size, target if "LC" in method else ""])
-    return grid(["ResNet-20, CIFAR-10", "train %", "test %", "gap", "epochs", "bytes", "ratio", "goal (hoped for)"], rows)
+    return grid(
+        ["ResNet-20, CIFAR-10", "train %", "test %", "gap", "epochs", "bytes", "ratio", "goal (hoped for)"], rows
+    )
