@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lcq.io.checkpoints import checkpoint
 from lcq.ptq.quantize import Quantized
+from lcq.tree.aliases import Batch, Params
 from lcq.tree.paths import flatten
 
 
@@ -41,7 +42,7 @@ def function_of(module: str, name: str) -> Iterator[Callable[[Any, Any], Any]]:
         if not callable(function):
             raise ValueError(f"{module}:{name}: expected a function of (params, batch), got {type(function).__name__}")
 
-        def call(params: Any, batch: Any) -> Any:
+        def call(params: Params, batch: Batch) -> Any:
             try:
                 return function(params, batch)
             except Exception as error:

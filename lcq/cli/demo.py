@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 import rich.table
+from jaxtyping import PyTree
 from rich import box
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from lcq.cli.console import check_output, progress, refuse, show
 from lcq.examples import data, figures, models
 from lcq.examples.train import Score, cross_entropy, endless, evaluate, train
 from lcq.reporting.summary import table
+from lcq.tree.aliases import Params
 from lcq.tree.paths import flatten
 
 
@@ -79,7 +81,7 @@ def demo(out: Path, seed: int = 0, *, force: bool = False, recipe: Recipe = RECI
     split = data.digits()
     net = models.MLP(recipe.widths, jax.nn.relu)
 
-    def apply(params: Any, x: Any) -> Any:
+    def apply(params: Params, x: Any) -> Any:
         return net.apply({"params": params}, x)
 
     trees = _demo_trees(apply, net.init(jax.random.key(seed), split.x_train[:1])["params"], split, seed, recipe)
@@ -112,7 +114,7 @@ def _demo_trees(apply: Any, start: Any, split: data.Split, seed: int, recipe: Re
     updates = (recipe.l_steps + 1) * recipe.every
     with progress(recipe.updates + len(recipe.bits) * updates) as advance:
 
-        def run(what: str, params: Any, tx: Any, steps: int, order: int) -> Any:
+        def run(what: str, params: Params, tx: Any, steps: int, order: int) -> Any:
             advance(what, 0)
             examples = endless(split.x_train, split.y_train, _BATCH, seed=order)
             return train(loss, params, tx, examples, steps, on_step=lambda number, now: advance(what, 1))
@@ -134,7 +136,7 @@ def _demo_trees(apply: Any, start: Any, split: data.Split, seed: int, recipe: Re
     return trees
 
 
-def _same(path: Path, tree: Any, back: Any) -> None:
+def _same(path: Path, tree: PyTree, back: Any) -> None:
     """Raises unless what was reloaded has the same dense weights, bit for bit."""
     wanted, got = flatten(lcq.decompress(tree))[0], flatten(lcq.decompress(back))[0]
     for leaf in wanted.keys() | got.keys():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 import lcq
 from lcq.cli.calibration import batches_of, function_of, products_of
@@ -31,6 +32,7 @@ from lcq.plans.text import parse_rule
 from lcq.ptq.rounding import ROUNDING_METHODS
 from lcq.reporting.summary import table
 from lcq.schemes import SCHEMES
+from lcq.tree.aliases import Params
 from lcq.tree.compress import check_finite, replace, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, resolve
@@ -250,7 +252,7 @@ def _compress(arguments: argparse.Namespace) -> None:
     _save(arguments.out, replace(structure, leaves, tasks, forms), params, plan, metadata)
 
 
-def _save(out: Path, tree: Any, params: Any, plan: lcq.Plan, metadata: dict[str, str], *before: Any) -> None:
+def _save(out: Path, tree: PyTree, params: Params, plan: lcq.Plan, metadata: dict[str, str], *before: Any) -> None:
     """Writes the file, and shows what it came to, after what comes before."""
     with progress() as advance:
         size = lcq.save(out, tree, plan=plan, metadata=metadata, progress=lambda i, n, name: advance(name, 1, n))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 from matplotlib.axes import Axes  # noqa: TID251
 from matplotlib.figure import Figure  # noqa: TID251
 
@@ -19,7 +20,7 @@ _LEVELS = 64
 """Up to this many values of Delta(Theta) are drawn as stems; more as a second histogram."""
 
 
-def histograms(tree: Any, reference: Any, *, bins: int = 60) -> Figure:
+def histograms(tree: PyTree, reference: Any, *, bins: int = 60) -> Figure:
     """The weights' histogram of every compressed leaf, with the values of Delta(Theta) and their shares.
 
     Args:

@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Num, Shaped
+from jaxtyping import Array, Num, PyTree, Shaped
 
 import lcq
 from lcq.examples import data
+from lcq.tree.aliases import Batch, Forms, OptState, Params
 
 
 class Trained(NamedTuple):
     """What `train` returns: parameters, optimizer state, and the loss of the last batch."""
 
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: OptState
     loss: Any
 
 
@@ -33,12 +34,12 @@ class Score(NamedTuple):
 
 def train(
     loss: Callable[[Any, Any], Array],
-    params: Any,
+    params: Params,
     tx: optax.GradientTransformation,
     batches: Iterable[Any],
     steps: int,
     *,
-    opt_state: Any = None,
+    opt_state: OptState = None,
     on_step: Callable[[int, Trained], None] | None = None,
 ) -> Trained:
     """Makes `steps` updates of params by tx, one batch each: w <- w + tx.update(grad loss(w, batch)).
@@ -80,7 +81,7 @@ class LStep(NamedTuple):
 class Best(NamedTuple):
     """What `train_lc` returns: the best forms, the number of their L step, all L steps, and where training ended."""
 
-    forms: Any
+    forms: Forms
     number: int
     history: list[LStep]
     last: Trained
@@ -88,7 +89,7 @@ class Best(NamedTuple):
 
 def train_lc(
     loss: Callable[[Any, Any], Array],
-    params: Any,
+    params: Params,
     tx: optax.GradientTransformation,
     batches: Iterable[Any],
     *,
@@ -180,7 +181,7 @@ def per_l_step(
     return rate
 
 
-def without_momentum(opt_state: Any) -> Any:
+def without_momentum(opt_state: OptState) -> Any:
     """The state of an optax optimizer with its running mean of gradients at zero: `trace` of SGD, `mu` of Adam.
 
     Momentum gathered in one L step pulls towards the Theta of that step. What else Adam keeps stays, its count of
@@ -224,7 +225,7 @@ def endless(
 def cross_entropy(apply: Callable[[Any, Any], Array]) -> Callable[[Any, Any], Array]:
     """The loss of a classifier for `train`: the mean over a batch (x, y) of -log softmax(apply(params, x))[y]."""
 
-    def loss(params: Any, batch: Any) -> Array:
+    def loss(params: Params, batch: Batch) -> Array:
         x, y = batch
         return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), y).mean()
 
@@ -233,7 +234,7 @@ def cross_entropy(apply: Callable[[Any, Any], Array]) -> Callable[[Any, Any], Ar
 
 def evaluate(
     apply: Callable[[Any, Any], Array],
-    params: Any,
+    params: Params,
     x: Num[np.ndarray, "n ..."],
     y: Shaped[np.ndarray, "n"],
     *,
@@ -258,7 +259,7 @@ def evaluate(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(apply: Callable[[Any, Any], Array], params: Any, x: Any, y: Any) -> Array:
+def _sums(apply: Callable[[Any, Any], Array], params: Params, x: Any, y: Any) -> Array:
     logits = apply(params, x)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
     return jnp.stack([losses.sum(), (logits.argmax(-1) == y).sum().astype(losses.dtype)])
@@ -268,7 +269,7 @@ def _step(loss: Callable[[Any, Any], Array], tx: optax.GradientTransformation) -
     """One update; parameters and state are donated."""
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, opt_state: Any, batch: Any) -> Trained:
+    def step(params: Params, opt_state: OptState, batch: Batch) -> Trained:
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return Trained(optax.apply_updates(params, updates), opt_state, value)
@@ -295,5 +296,5 @@ def _extract(now: Trained) -> Any:
     return jax.tree.map(np.array, forms)  # copies, as biases are still the parameters themselves
 
 
-def _copy(tree: Any) -> Any:
+def _copy(tree: PyTree) -> Any:
     return jax.tree.map(lambda a: jnp.array(a, copy=True), tree)

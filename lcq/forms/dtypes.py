@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 FORMATS = (
     "float64",
@@ -126,7 +126,7 @@ def native(leaf: Any) -> Any:
     return leaf
 
 
-def native_tree(tree: Any) -> Any:
+def native_tree(tree: PyTree) -> Any:
     """A tree whose numpy arrays are `native`."""
     return jax.tree.map(native, tree)
 

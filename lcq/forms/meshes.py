@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 
-def explicit_mesh(*trees: Any) -> jax.sharding.AbstractMesh | None:
+def explicit_mesh(*trees: PyTree) -> jax.sharding.AbstractMesh | None:
     """The mesh with explicit axes that arrays lie on, or that of the context; None if there is none."""
     here = jax.sharding.get_abstract_mesh()
     if here.explicit_axes:
@@ -69,6 +70,6 @@ def by_compiler(function: Callable[..., Any], onto: Any, *args: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(made), flat(*args))
 
 
-def bare(tree: Any) -> Any:
+def bare(tree: PyTree) -> Any:
     """Shapes and dtypes, that lie nowhere."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)

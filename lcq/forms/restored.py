@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from lcq.forms.base import FORMS, is_form
 from lcq.forms.serialization import MARK, name_of
 
 
-def check_restored(tree: Any) -> None:
+def check_restored(tree: PyTree) -> None:
     """Refuses a tree with dicts in place of forms. Their shapes and kinds are in no checkpoint but flax's.
 
     A dict with a single entry, as orbax makes of a `Cast`, may be anyone's and passes.

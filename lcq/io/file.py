@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
 from lcq.forms.restored import check_restored
@@ -37,7 +38,7 @@ class ArtifactError(ValueError):
 
 def save(
     path: str | os.PathLike[str],
-    tree: Any,
+    tree: PyTree,
     *,
     plan: Any = None,
     metadata: Mapping[str, str] | None = None,
@@ -91,7 +92,7 @@ def save(
     return sum(map(len, pieces))
 
 
-def load(path: str | os.PathLike[str], like: Any = None, limit: float = LIMIT, *, on_device: bool = False) -> Any:
+def load(path: str | os.PathLike[str], like: PyTree = None, limit: float = LIMIT, *, on_device: bool = False) -> Any:
     """Reads what `save` wrote: a tree of stored forms and numpy arrays.
 
     Everything the file declares is checked before memory is taken for it, and every byte by a digest.
@@ -313,7 +314,7 @@ def _memory(record: Any, held: Contents) -> int:
     return sum(bytes_of(held.structs[name]) + held.decoding[name] for name in used)
 
 
-def _restore(leaves: list[Leaf], like: Any) -> Any:
+def _restore(leaves: list[Leaf], like: PyTree) -> Any:
     wanted, structure = flatten(like)
     stored = {leaf.path: leaf.value for leaf in leaves if not is_empty(leaf)}
     paths = {leaf.path for leaf in wanted if not is_empty(leaf)}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.tree_util import DictKey
+from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
 from lcq.tree.paths import bare_keys, key_of
@@ -29,7 +30,7 @@ class Leaf(NamedTuple):
         return "/".join(map(str, self.keys))
 
 
-def flatten(tree: Any) -> tuple[list[Leaf], jax.tree_util.PyTreeDef]:
+def flatten(tree: PyTree) -> tuple[list[Leaf], jax.tree_util.PyTreeDef]:
     """The leaves of a tree, forms and empty containers among them, and its structure.
 
     Raises:

@@ -197,7 +197,7 @@ def pareto(
     return Allocation(tuple(choices), other, budget, curve, bound)
 
 
-def _tasks(params: Any, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[Task | None]]:
+def _tasks(params: Params, candidates: Mapping[str, Sequence[Scheme | None]]) -> dict[str, list[Task | None]]:
     """Of each leaf that has candidates, its projection by each of them; None for the leaf as it is."""
     if not isinstance(candidates, Mapping):
         raise ValueError(

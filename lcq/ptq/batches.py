@@ -10,6 +10,7 @@ from typing_extensions import TypeAliasType
 
 from lcq.forms.dtypes import native
 from lcq.tracing.param_flow import Program, trace
+from lcq.tree.aliases import Batch, Params
 from lcq.tree.paths import flatten
 
 Mask = TypeAliasType("Mask", Callable[[Any], Any] | str | None)
@@ -70,7 +71,7 @@ def _told(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
 
 
-def counts_of(mask: Mask, batch: Any, number: int) -> list[Any] | None:
+def counts_of(mask: Mask, batch: Batch, number: int) -> list[Any] | None:
     """For every leaf of a batch a boolean array of its leading axes, or None where all of it counts.
 
     Raises:
@@ -133,7 +134,7 @@ def _boolean(given: Any, number: int) -> Any:
 
 
 def traced(
-    fn: Callable[[Any, Any], Any], params: Any, batches: Sequence[Any], selected: Collection[str], mask: Mask = None
+    fn: Callable[[Any, Any], Any], params: Params, batches: Sequence[Any], selected: Collection[str], mask: Mask = None
 ) -> tuple[list[Program], list[Any]]:
     """For every batch the trace of fn on its shapes, one object for equal shapes, and the inputs of that trace."""
     programs: list[Program] = []

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from lcq.forms import Codes
 from lcq.tracing.contraction import Product
@@ -56,7 +57,7 @@ class Assembly:
         return Codes(jax.numpy.asarray(codes), **fields, values=self._form.values, dtype=self._dtype)
 
 
-def placed(values: Any, like: Any) -> jax.Array:
+def placed(values: Any, like: PyTree) -> jax.Array:
     """The values on the devices of `like`, and committed to them only if it is, or programs would be compiled twice."""
     return jax.device_put(values, like.sharding if isinstance(like, jax.Array) and like.committed else None)
 

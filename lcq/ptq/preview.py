@@ -16,12 +16,13 @@ from lcq.ptq.leaf_assembly import period
 from lcq.ptq.quantize import decide
 from lcq.tracing.contraction import Product
 from lcq.tracing.param_flow import trace
+from lcq.tree.aliases import Batch, Params
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Task
 
 
 def preview(
-    fn: Callable[[Any, Any], Any], params: Any, batch: Any, rules: Sequence[Rule], *, rtn: Sequence[Rule] = ()
+    fn: Callable[[Any, Any], Any], params: Params, batch: Batch, rules: Sequence[Rule], *, rtn: Sequence[Rule] = ()
 ) -> tuple[Any, tuple[Task, ...]]:
     """The tree that `quantize(fn, params, [batch], rules, rtn=rtn)` gives, with shape structs in its forms.
 

@@ -22,7 +22,7 @@ from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.schemes.base import Quantizer
 from lcq.tracing.contraction import BiasSite, region
 from lcq.tracing.param_flow import Program
-from lcq.tree.aliases import Batch, Function, Params
+from lcq.tree.aliases import Batch, Forms, Function, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import check_numbers, flatten
 from lcq.tree.rules import Rule, Rules, Task, checked, resolve
@@ -92,7 +92,7 @@ class Quantized(NamedTuple):
         records: One record for each product that chose codes, in the order of the net.
     """
 
-    forms: Any
+    forms: Forms
     records: tuple[Record, ...]
 
 

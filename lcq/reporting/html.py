@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
 from lcq.io.file import replacing
@@ -103,7 +104,7 @@ class _Size(NamedTuple):
 
 def write_page(
     path: str | os.PathLike[str],
-    tree: Any,
+    tree: PyTree,
     reference: Any = None,
     *,
     title: str = "Compressed parameters",

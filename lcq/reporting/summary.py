@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
@@ -128,7 +129,7 @@ class Table:
 
 
 def table(
-    tree: Any,
+    tree: PyTree,
     reference: Any = None,
     *,
     on_disk: int | None = None,
@@ -170,7 +171,7 @@ def table(
     return Table(tuple(made), on_disk)
 
 
-def rows(tree: Any) -> tuple[Row, ...]:
+def rows(tree: PyTree) -> tuple[Row, ...]:
     """A row for each leaf; arrays may be shape structs."""
     leaves = flatten(tree)[0]
     return tuple(

@@ -14,6 +14,7 @@ from lcq.runtime.interpreter import Runner, value_of
 from lcq.runtime.prepacking import prepacked_as
 from lcq.runtime.traced_form import Provenance, TracedForm
 from lcq.runtime.uses import Use
+from lcq.tree.aliases import Forms
 from lcq.tree.paths import flatten, is_number
 
 
@@ -23,11 +24,11 @@ class Packed:
     def __init__(self, fn: Callable[..., Any], held: int) -> None:
         self.fn, self.held = fn, held
 
-    def __call__(self, forms: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, forms: Forms, /, *args: Any, **kwargs: Any) -> Any:
         _check(forms, args, kwargs)
         return self._run(Runner(self.held), forms, args, kwargs)
 
-    def report(self, forms: Any, /, *args: Any, **kwargs: Any) -> list[Use]:
+    def report(self, forms: Forms, /, *args: Any, **kwargs: Any) -> list[Use]:
         """What is done with every form, in the order of the uses; nothing is computed.
 
         What a scan does in each of its rounds is listed once. Shape structs do in place of arrays.
@@ -37,7 +38,7 @@ class Packed:
         jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
         return list(runner.uses.values())
 
-    def prepack(self, forms: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def prepack(self, forms: Forms, /, *args: Any, **kwargs: Any) -> Any:
         """The tree with its forms prepacked for the products they are used in; once, when a net is loaded.
 
         Without, every call has to bring codes into that layout first, which takes as long as reading the dense weights,
@@ -66,7 +67,7 @@ class Packed:
                 leaves[path] = prepacked_as(leaf, view)
         return jax.tree.unflatten(structure, leaves.values())
 
-    def _run(self, runner: "Runner", forms: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, runner: "Runner", forms: Forms, args: Any, kwargs: Any) -> Any:
         leaves, structure = flatten(forms)
         args, kwargs = native_tree((args, kwargs))
         shapes = [struct_of(leaf) if is_form(leaf) else leaf for leaf in leaves.values()]
@@ -128,7 +129,7 @@ def packed(fn: Callable[..., Any], *, held: int = 64 << 20) -> Packed:
     return Packed(fn, held)
 
 
-def _check(forms: Any, args: Any, kwargs: Any) -> None:
+def _check(forms: Forms, args: Any, kwargs: Any) -> None:
     check_restored(forms)
     pairs, _ = jax.tree_util.tree_flatten_with_path({"params": forms, "args": args, "kwargs": kwargs})
     for keys, leaf in pairs:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
 
 from lcq.forms.base import Form
 from lcq.forms.dtypes import wider
@@ -205,7 +206,7 @@ def _product_of(eqn: Any, side: int, path: str) -> Product:
     return Product(0, ParamSite(path), eqn.primitive, params, side, x, w, y, jaxpr.where(eqn))
 
 
-def _onto(eqn: Any, *trees: Any) -> Any:
+def _onto(eqn: Any, *trees: PyTree) -> Any:
     """How the one output of an equation lies, where a mesh has explicit axes."""
     mesh = explicit_mesh(*trees)
     return None if mesh is None else placed_on(mesh, eqn.outvars[0].aval.sharding.spec)

@@ -38,6 +38,7 @@ from lcq.tracing.jaxpr import (
 from lcq.tracing.obstacles import cannot_follow
 from lcq.tracing.units import Units
 from lcq.tracing.values import Result, Value, carried, count, stack, unstack
+from lcq.tree.aliases import Batch, Params
 from lcq.tree.paths import check_numbers, flatten
 
 
@@ -78,8 +79,8 @@ _product_p.def_abstract_eval(lambda x, w, *rest, number, aval, extras: aval)
 
 def trace(
     fn: Callable[[Any, Any], Any],
-    params: Any,
-    batch: Any,
+    params: Params,
+    batch: Batch,
     selected: Collection[str],
     *,
     strict: bool = True,
@@ -102,7 +103,7 @@ def trace(
     leaves, structure = flatten(params)
     check_numbers(leaves)
 
-    def flat(values: Sequence[Any], batch: Any) -> Any:
+    def flat(values: Sequence[Any], batch: Batch) -> Any:
         return fn(jax.tree.unflatten(structure, values), batch)
 
     values = list(leaves.values())

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcq.tree.aliases import Batch
+
 Masks = Sequence[Any]
 
 ELEMENTWISE = set(
@@ -284,7 +286,7 @@ def _ragged_dot(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> lis
     return [_product(masks[:2], shapes, (contract[0], (*contract[1], *groups)), batch)]
 
 
-def _product(masks: Masks, shapes: Sequence[tuple[int, ...]], contract: Any, batch: Any) -> Any:
+def _product(masks: Masks, shapes: Sequence[tuple[int, ...]], contract: Any, batch: Batch) -> Any:
     """Of [batch, rows, columns]: rows and columns that count, in batches that do."""
     free = [
         [axis for axis in range(len(shape)) if axis not in (*contract[side], *batch[side])]

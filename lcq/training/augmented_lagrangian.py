@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from lcq.forms.base import Form, cast_masks, join_leafwise, split_leafwise
 from lcq.forms.blocks import compute_dtype
@@ -27,6 +28,7 @@ from lcq.training.given import slope_of, weights_of
 from lcq.training.objective import Term
 from lcq.training.penalty import gradient, penalty, proximal
 from lcq.training.schedules import Geometric, Scheduled
+from lcq.tree.aliases import Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
@@ -79,7 +81,7 @@ class Lagrangian(NamedTuple):
 
 
 @own_promotion()
-def start(params: Any, problem: Problem, multipliers: bool, blank: bool = False) -> Lagrangian:
+def start(params: Params, problem: Problem, multipliers: bool, blank: bool = False) -> Lagrangian:
     """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost), and lambda = 0.
 
     Every array is a fresh one, so that parameters and state can be donated together. `blank`: only shapes are wanted.
@@ -117,7 +119,7 @@ def first_forms(task: Task, ws: tuple[Any, ...], blank: bool, mu: Any = None) ->
 
 
 @own_promotion()
-def solve(state: Lagrangian, params: Any) -> tuple[list[tuple[Form, ...]], Lagrangian]:
+def solve(state: Lagrangian, params: Params) -> tuple[list[tuple[Form, ...]], Lagrangian]:
     """The C step at `params`: the forms of every task, and the state after it.
 
     If weights are not finite nothing changes but `skipped`, one higher.
@@ -198,20 +200,20 @@ def coupling_term(state: Lagrangian, mu: Any) -> Term:
     """The coupling mu/2 ||w - Delta - lambda/mu||^2 of the L step, as a function of the parameters."""
     fixed = _targets(state)
 
-    def coupled(params: Any) -> dict[str, tuple[Any, Any, Any]]:
+    def coupled(params: Params) -> dict[str, tuple[Any, Any, Any]]:
         ws = _wide_by_path(state, params)
         return {path: (ws[path], *parts) for path, parts in fixed.items()}
 
     @own_promotion()
-    def value(params: Any) -> Any:
+    def value(params: Params) -> Any:
         return functools.reduce(jnp.add, (penalty(*parts, mu) for parts in coupled(params).values()))
 
     @own_promotion()
-    def slope(params: Any) -> dict[str, Any]:
+    def slope(params: Params) -> dict[str, Any]:
         return {path: gradient(*parts, mu) for path, parts in coupled(params).items()}
 
     @own_promotion()
-    def add(grads: Any, params: Any) -> Any:
+    def add(grads: optax.Updates, params: Params) -> Any:
         slopes, structure = flatten(grads)
         for path, more in slope(params).items():
             given = slope_of(slopes, path, more)
@@ -221,7 +223,7 @@ def coupling_term(state: Lagrangian, mu: Any) -> Term:
     return Term(value, slope, add)
 
 
-def check_slopes(grads: Any, state: Lagrangian, params: Any) -> None:
+def check_slopes(grads: optax.Updates, state: Lagrangian, params: Params) -> None:
     """Refuses gradients that lack one of a selected leaf."""
     slopes = flatten(grads)[0]
     for path, w in _wide_by_path(state, params).items():
@@ -229,7 +231,7 @@ def check_slopes(grads: Any, state: Lagrangian, params: Any) -> None:
 
 
 @own_promotion()
-def pull(updates: Any, state: Lagrangian, params: Any, mu: Any, s: Any) -> Any:
+def pull(updates: optax.Updates, state: Lagrangian, params: Params, mu: Any, s: Any) -> Any:
     """Follows the inner optimizer's updates by the proximal step at the selected leaves; s as in `proximal`."""
     moves, structure = flatten(updates)
     sizes, ws = flatten(s)[0], _wide_by_path(state, params)
@@ -250,7 +252,7 @@ def _targets(state: Lagrangian) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _wide_by_path(state: Lagrangian, params: Any) -> dict[str, Any]:
+def _wide_by_path(state: Lagrangian, params: Params) -> dict[str, Any]:
     """Every selected weight in float32 or wider, by path."""
     leaves = flatten(params)[0]
     return {path: w for task in state.problem.tasks for path, w in zip(task.paths, _wide(leaves, task), strict=True)}
@@ -275,7 +277,7 @@ def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[s
     return codes, tuple(codebooks)
 
 
-def _like(tree: Any, chosen: dict[str, Any]) -> Any:
+def _like(tree: PyTree, chosen: dict[str, Any]) -> Any:
     """`tree` with the chosen arrays at its leaves, and masks where there is none."""
     leaves, structure = flatten(tree)
     return jax.tree.unflatten(structure, [chosen.get(path, optax.MaskedNode()) for path in leaves])

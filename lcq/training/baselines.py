@@ -20,6 +20,7 @@ from lcq.training.augmented_lagrangian import first_forms
 from lcq.training.given import Optimizer, abstract, check_arrays, check_state, slope_of, start_inner, weights_of
 from lcq.training.objective import at, forget
 from lcq.training.straight_through import straight_through
+from lcq.tree.aliases import Forms, OptState, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rules, Task, checked, resolve
@@ -59,16 +60,16 @@ def iterated_direct(inner: Optimizer, rules: Rules, *, every: int) -> optax.Grad
         raise ValueError(f"expected every= a positive int, got {every!r}")
     inner, rules = optax.with_extra_args_support(inner), checked(rules)
 
-    def first_state(params: Any, blank: bool) -> IteratedState:
+    def first_state(params: Params, blank: bool) -> IteratedState:
         tasks, inner_state = Tasks(resolve(rules, params)), start_inner(inner, params)
         return IteratedState(inner_state, jnp.zeros([], jnp.int32), tasks, _first(tasks, params, blank))
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, IteratedState]:
+    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> tuple[Any, IteratedState]:
         _check(grads, state, params, IteratedState, "iterated_direct")
         grads, params = native_tree((grads, params))
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
@@ -111,18 +112,18 @@ def straight_through_training(inner: Optimizer, rules: Rules) -> optax.GradientT
     """
     inner, rules = optax.with_extra_args_support(inner), checked(rules)
 
-    def first_state(params: Any, blank: bool) -> StraightThroughState:
+    def first_state(params: Params, blank: bool) -> StraightThroughState:
         tasks, inner_state = Tasks(resolve(rules, params)), start_inner(inner, params)
         check_arrays(params)
         latent = jax.tree.map(lambda w: jnp.array(w, copy=True), params)
         return StraightThroughState(inner_state, latent, tasks, _first(tasks, params, blank))
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> Any:
         _check(grads, state, params, StraightThroughState, "straight_through_training")
         grads, params = native_tree((grads, params))
 
@@ -138,7 +139,7 @@ def straight_through_training(inner: Optimizer, rules: Rules) -> optax.GradientT
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def baseline_states(opt_state: Any) -> list[IteratedState | StraightThroughState]:
+def baseline_states(opt_state: OptState) -> list[IteratedState | StraightThroughState]:
     """Every state of the two wrappers in an optimizer state, without nnx variables."""
 
     def is_one(node: Any) -> bool:
@@ -147,7 +148,7 @@ def baseline_states(opt_state: Any) -> list[IteratedState | StraightThroughState
     return [node for node in jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=is_one) if is_one(node)]
 
 
-def find_baseline(opt_state: Any) -> IteratedState | StraightThroughState:
+def find_baseline(opt_state: OptState) -> IteratedState | StraightThroughState:
     """The one state of the two wrappers in an optimizer state, without nnx variables.
 
     Raises:
@@ -163,7 +164,7 @@ def find_baseline(opt_state: Any) -> IteratedState | StraightThroughState:
     return found[0]
 
 
-def baseline_forms(state: IteratedState | StraightThroughState, params: Any) -> tuple[Tasks, list[tuple[Form, ...]]]:
+def baseline_forms(state: IteratedState | StraightThroughState, params: Params) -> tuple[Tasks, list[tuple[Form, ...]]]:
     """The tasks of a run of either wrapper, and Pi(w) of the parameters, from the last Theta on."""
     leaves, _ = flatten(params)
     for path in (path for task in state.tasks for path in task.paths):
@@ -178,7 +179,7 @@ def _is_sound(state: Any) -> bool:
     return isinstance(getattr(state, "tasks", None), Tasks) and all(map(is_form, nodes))
 
 
-def _check(grads: Any, state: Any, params: Any, kind: type, method: str) -> None:
+def _check(grads: optax.Updates, state: Any, params: Params, kind: type, method: str) -> None:
     """Refuses an update without parameters, or a gradient for each of them, or the types of the state."""
     if params is None:
         raise ValueError("the parameters are projected: call update(grads, state, params)")
@@ -189,20 +190,20 @@ def _check(grads: Any, state: Any, params: Any, kind: type, method: str) -> None
         slope_of(slopes, path, weights_of(leaves, path, method))
 
 
-def _first(tasks: Tasks, params: Any, blank: bool) -> tuple[tuple[Form, ...], ...]:
+def _first(tasks: Tasks, params: Params, blank: bool) -> tuple[tuple[Form, ...], ...]:
     """The first projection; masks as states hold them."""
     leaves = _finite(tasks, params)
     return _kept(first_forms(task, take(leaves, task), blank) for task in tasks)
 
 
-def _project(tasks: Tasks, params: Any, previous: tuple[tuple[Form, ...], ...]) -> tuple[tuple[Form, ...], ...]:
+def _project(tasks: Tasks, params: Params, previous: tuple[tuple[Form, ...], ...]) -> tuple[tuple[Form, ...], ...]:
     """A projection that starts from the last."""
     leaves = _finite(tasks, params)
     warm = (tuple(cast_masks(form, bool) for form in of_task) for of_task in previous)
     return _kept(task.project(take(leaves, task), p) for task, p in zip(tasks, warm, strict=True))
 
 
-def _finite(tasks: Tasks, params: Any) -> dict[str, Any]:
+def _finite(tasks: Tasks, params: Params) -> dict[str, Any]:
     """The leaves by path, those of tasks looked at."""
     leaves, _ = flatten(params)
     for task in tasks:
@@ -215,7 +216,7 @@ def _kept(forms: Iterable[tuple[Form, ...]]) -> tuple[tuple[Form, ...], ...]:
     return tuple(tuple(cast_masks(form, jnp.uint8) for form in of_task) for of_task in forms)
 
 
-def _put(tasks: Tasks, params: Any, forms: Any, join: Callable[[Any, Any], Any] = lambda w, delta: delta) -> Any:
+def _put(tasks: Tasks, params: Params, forms: Forms, join: Callable[[Any, Any], Any] = lambda w, delta: delta) -> Any:
     """The parameters with Delta(Theta), or join(w, Delta(Theta)), at the selected leaves."""
     leaves, structure = flatten(params)
     for task, of_task in zip(tasks, forms, strict=True):

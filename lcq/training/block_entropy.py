@@ -32,6 +32,7 @@ from lcq.forms import Codes
 from lcq.forms.base import Form, is_form
 from lcq.forms.blocks import blocks, compute_dtype, cut_axes, explicit_sharding, join_axes
 from lcq.forms.dtypes import wider
+from lcq.tree.aliases import Forms, Params
 from lcq.tree.paths import flatten
 
 Layout = Literal["jax", "torch"]
@@ -47,7 +48,7 @@ _LANES = 16
 
 
 def block_entropy(
-    params: Any, centres: Any, order: int, *, pooled: bool = True, layout: Layout = "jax"
+    params: Params, centres: Any, order: int, *, pooled: bool = True, layout: Layout = "jax"
 ) -> Float[Array, ""]:
     """The n-th order entropy of quantized weights, in bits per weight, as a differentiable function of both.
 
@@ -101,7 +102,7 @@ def block_entropy(
     return _entropy(pairs, order, pooled, layout)
 
 
-def entropy_centres(params: Any, forms: Any) -> Any:
+def entropy_centres(params: Params, forms: Forms) -> Any:
     """The centres of `block_entropy`: the levels of every form, and an empty centre on either side.
 
     With N levels c_1..c_N the outer two are min - .01 - |c_2 - c_1| and max + .01 + |c_N - c_{N-1}|, of the least and

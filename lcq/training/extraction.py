@@ -83,7 +83,7 @@ def extract(
     return jax.tree.unflatten(structure, stored.values())
 
 
-def _forms(state: Any, params: Any, levels: str) -> dict[str, Form]:
+def _forms(state: Any, params: Params, levels: str) -> dict[str, Form]:
     """The forms of every method in an optimizer state, by path; the inner method's at a leaf that two select."""
     found: list[tuple[Sequence[Task], Sequence[tuple[Form, ...]]]] = []
     if baseline_states(state):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from lcq.forms import Codes
 from lcq.forms.base import is_form
@@ -82,7 +82,7 @@ def finetune(
     update = optax.with_extra_args_support(tx).update
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(numbers: Any, state: Any, rest: Any, batch: Any) -> Any:
+    def step(numbers: Any, state: Any, rest: Any, batch: Batch) -> Any:
         def objective(numbers: Any) -> Any:
             return loss(net.dense(numbers, rest), batch)
 
@@ -122,7 +122,7 @@ class _Net:
         rest: for every array of the working forms the array, or None where there is a slot.
     """
 
-    def __init__(self, tree: Any, arrays: bool, fixed: tuple[float, ...]) -> None:
+    def __init__(self, tree: PyTree, arrays: bool, fixed: tuple[float, ...]) -> None:
         self.given: dict[str, Any] = {}
         self.still: dict[str, np.ndarray] = {}
         self._owners: dict[tuple[str, str], str] = {}

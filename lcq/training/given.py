@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from typing_extensions import TypeAliasType
 
+from lcq.tree.aliases import Params
 from lcq.tree.paths import flatten, leave_out
 
 Optimizer = TypeAliasType("Optimizer", optax.GradientTransformation)
@@ -22,7 +23,7 @@ Schedule = TypeAliasType("Schedule", optax.ScalarOrSchedule)
 """A number, or a function of the number of updates."""
 
 
-def abstract(params: Any) -> bool:
+def abstract(params: Params) -> bool:
     """Whether a tree has shape structs among its leaves, as `jax.eval_shape` returns them.
 
     Example:
@@ -37,7 +38,7 @@ def named(path: str) -> str:
     return path or "the only leaf"
 
 
-def start_inner(inner: optax.GradientTransformation, params: Any) -> Any:
+def start_inner(inner: optax.GradientTransformation, params: Params) -> Any:
     """`inner.init(params)`.
 
     Raises:
@@ -50,7 +51,7 @@ def start_inner(inner: optax.GradientTransformation, params: Any) -> Any:
         raise
 
 
-def check_arrays(params: Any, cause: Exception | None = None) -> None:
+def check_arrays(params: Params, cause: Exception | None = None) -> None:
     """Refuses leaves that are neither arrays nor numbers.
 
     Raises:

@@ -38,6 +38,7 @@ from lcq.training.block_entropy import (
 from lcq.training.given import RESTORED, Optimizer, Schedule, abstract, check_state, slope_of, start_inner, weights_of
 from lcq.training.lc import Placeholder
 from lcq.training.objective import refuse_used
+from lcq.tree.aliases import OptState, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Rules, Task, checked, resolve
@@ -154,7 +155,7 @@ def hemp(
         if isinstance(number, int | float) and not 0 <= number < float("inf"):
             raise ValueError(f"expected {name}= a number >= 0, or a schedule, got {number}")
 
-    def first_state(params: Any, blank: bool) -> HempState:
+    def first_state(params: Params, blank: bool) -> HempState:
         inner_state = start_inner(inner, params)
         if isinstance(params, Placeholder):
             return HempState(inner_state, 0, 0, 0, 0, 0)
@@ -181,12 +182,12 @@ def hemp(
         shares = tuple(tuple(jnp.zeros([], jnp.float32) for _ in task.paths) for task in tasks)
         return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, codebooks, bound, shares)
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, HempState]:
+    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> tuple[Any, HempState]:
         if params is None:
             raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
         check_state(state, HempState, "hemp", sound=is_sound(state))
@@ -251,7 +252,7 @@ def is_sound(state: Any) -> bool:
     return all(map(is_form, jax.tree.leaves(state.codebooks, is_leaf=is_form)))
 
 
-def find_hemp(opt_state: Any) -> HempState:
+def find_hemp(opt_state: OptState) -> HempState:
     """The one HEMP state in an optimizer state, without nnx variables.
 
     Raises:
@@ -266,7 +267,7 @@ def find_hemp(opt_state: Any) -> HempState:
     return found[0]
 
 
-def hemp_states(opt_state: Any) -> list[HempState]:
+def hemp_states(opt_state: OptState) -> list[HempState]:
     """Every HEMP state in an optimizer state, without nnx variables."""
     nodes = jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=lambda node: isinstance(node, HempState))
     return [node for node in nodes if isinstance(node, HempState)]

@@ -16,6 +16,7 @@ from lcq.training.baselines import Tasks
 from lcq.training.block_entropy import levels_of
 from lcq.training.given import weights_of
 from lcq.training.hemp import HempState, nearest_forms, share_of
+from lcq.tree.aliases import Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
@@ -24,7 +25,7 @@ NEARLY_ALL = 0.99
 """A leaf with more of its weights on one level has lost them."""
 
 
-def hemp_forms(state: HempState, params: Any, levels: str) -> tuple[Tasks, list[tuple[Codes, ...]]]:
+def hemp_forms(state: HempState, params: Params, levels: str) -> tuple[Tasks, list[tuple[Codes, ...]]]:
     """The tasks of a run of `hemp`, and their forms: every weight at the nearest of the levels it was trained with.
 
     Training paid for few bits in these codes, and they stay. A codebook fitted anew to weights that have gathered on

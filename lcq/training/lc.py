@@ -137,7 +137,7 @@ def lc(
     def learning_rate_at(steps: Any) -> Any:
         return learning_rate(steps) if callable(learning_rate) else learning_rate
 
-    def first_state(params: Any, blank: bool) -> LCState:
+    def first_state(params: Params, blank: bool) -> LCState:
         steps = jnp.zeros([], jnp.int32)
         inner_state = start_inner(optimizer_at(learning_rate_at(steps)), params)
         if isinstance(params, Placeholder):
@@ -147,12 +147,12 @@ def lc(
         problem = Problem(resolve(rules, params), schedule)
         return LCState(inner_state, steps, start(params, problem, multipliers, blank))
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LCState]:
+    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> tuple[Any, LCState]:
         if params is None:
             raise ValueError("lc couples the gradients to the parameters: call update(grads, state, params)")
         grads, params = native_tree((grads, params))
@@ -204,7 +204,7 @@ def c_step(opt_state: OptState, params: Params) -> OptState:
     )
 
 
-def lc_forms(state: Lagrangian, params: Any) -> tuple[tuple[Task, ...], list[tuple[Form, ...]]]:
+def lc_forms(state: Lagrangian, params: Params) -> tuple[tuple[Task, ...], list[tuple[Form, ...]]]:
     """The tasks of a run of `lc`, and their forms after one more C step on a copy.
 
     Raises:
@@ -234,13 +234,13 @@ def _is_lagrangian(node: Any) -> bool:
     return isinstance(node, Lagrangian)
 
 
-def lagrangians(opt_state: Any) -> list[Lagrangian]:
+def lagrangians(opt_state: OptState) -> list[Lagrangian]:
     """Every Lagrangian in an optimizer state, without nnx variables."""
     nodes = jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=_is_lagrangian)
     return [node for node in nodes if _is_lagrangian(node)]
 
 
-def find_lagrangian(opt_state: Any) -> Lagrangian:
+def find_lagrangian(opt_state: OptState) -> Lagrangian:
     """The one Lagrangian in an optimizer state, without nnx variables.
 
     Raises:
@@ -312,7 +312,7 @@ def _check_learning_rate_is_not_kept(inner_state: Any) -> None:
         )
 
 
-def _placeholder(params: Any, rules: tuple[Rule, ...]) -> Lagrangian:
+def _placeholder(params: Params, rules: tuple[Rule, ...]) -> Lagrangian:
     """The state of `optax.tree.map_params`, in which `params` stands for every tree shaped like the parameters."""
     trees = max(rule.scheme.leaf_arrays for rule in rules if rule.scheme is not None)
     return Lagrangian(0, 0, params, (params,) * trees, 0, Info(0, 0, 0, 0, 0))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lcq.tree.aliases import Params
 from lcq.tree.paths import flatten
 
 _VALUES, _SLOPES = ("value_fn", "obj_fn"), ("grad_fn",)
@@ -37,7 +38,7 @@ class Term(NamedTuple):
     add: Callable[[Any, Any], Any]
 
 
-def add_term(extra: dict[str, Any], params: Any, term: Term) -> dict[str, Any]:
+def add_term(extra: dict[str, Any], params: Params, term: Term) -> dict[str, Any]:
     """Extra arguments of `update` that describe the loss, as those of loss + term.
 
         value + term(w),   grad + term'(w),   value_fn(.) + term(.),   obj_fn(.) + term(.),   grad_fn(.) + term'(.)
@@ -84,7 +85,7 @@ def at(extra: dict[str, Any], place: Callable[[Any], Any]) -> dict[str, Any]:
     return extra | {key: moved(extra[key]) for key in (*_VALUES, *_SLOPES) if extra.get(key) is not None}
 
 
-def take_term(inner_state: Any, params: Any, term: Term) -> Any:
+def take_term(inner_state: Any, params: Params, term: Term) -> Any:
     """The inner state with the value and gradient that line searches keep, at `params`, again those of the loss.
 
     `optax.value_and_grad_from_state` hands them to the next update, which adds the term: the next one, if it changed.

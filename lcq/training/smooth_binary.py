@@ -23,6 +23,7 @@ from lcq.forms.validate import named
 from lcq.schemes.levels import Binary
 from lcq.training.given import abstract
 from lcq.training.straight_through import straight_through
+from lcq.tree.aliases import Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Rules, checked, resolve
@@ -239,7 +240,7 @@ class SmoothBinary:
     rules: tuple[Rule, ...]
     binarization: Binarization
 
-    def __call__(self, params: Any, t: Any, alphas: Mapping[str, Any] | None = None) -> Any:
+    def __call__(self, params: Params, t: Any, alphas: Mapping[str, Any] | None = None) -> Any:
         """The tree with W in place of w at the selected leaves.
 
         Args:
@@ -254,7 +255,7 @@ class SmoothBinary:
             raise ValueError(f"expected t, progress from 0 to 1, got {t}; pass the step over the number of steps")
         return self._put(params, alphas, lambda w, group, alpha: self.binarization(w, t, group, alpha))
 
-    def compress(self, params: Any, alphas: Mapping[str, Any] | None = None) -> Any:
+    def compress(self, params: Params, alphas: Mapping[str, Any] | None = None) -> Any:
         """What is deployed: the tree with forms of alpha_G sign(x), working layout, at the selected leaves.
 
         It may be traced; `lcq.extract(binary, params)` is the packed tree for a file. With batch norm,
@@ -269,7 +270,7 @@ class SmoothBinary:
                 check_finite(task.name, leaves[task.name])
         return self._put(params, alphas, self.binarization.project)
 
-    def deviation(self, params: Any, t: Any) -> dict[str, Any]:
+    def deviation(self, params: Params, t: Any) -> dict[str, Any]:
         """How far W is from binary, by path and for each group: mean_G b^4 / (mean_G b^2)^2 - 1.
 
         Zero just where all |b| of a group are equal, and else positive; -1 for a group of b = 0. (Of `GroupPower`
@@ -287,7 +288,7 @@ class SmoothBinary:
         leaves, _ = flatten(self._put(params, None, deviation))
         return {path: leaves[path] for path in self._paths(params)}
 
-    def alphas(self, params: Any) -> dict[str, Any]:
+    def alphas(self, params: Params) -> dict[str, Any]:
         """An alpha for every group of every selected leaf, by path, to be trained beside the parameters.
 
         They start at what the setting gives. Give the optimizer both, as {"params": params, "alphas": alphas}, and keep
@@ -301,10 +302,10 @@ class SmoothBinary:
         leaves, _ = flatten(self._put(params, None, start))
         return {path: leaves[path] for path in self._paths(params)}
 
-    def _paths(self, params: Any) -> list[str]:
+    def _paths(self, params: Params) -> list[str]:
         return [task.name for task in resolve(self.rules, params)]
 
-    def _put(self, params: Any, alphas: Mapping[str, Any] | None, f: Callable[[Array, Per, Any], Any]) -> Any:
+    def _put(self, params: Params, alphas: Mapping[str, Any] | None, f: Callable[[Array, Per, Any], Any]) -> Any:
         """The tree with f(w, group, alpha) at the selected leaves; of shape structs, the shapes of it."""
         if abstract(params):
             return jax.eval_shape(lambda params, alphas: self._put(params, alphas, f), params, alphas)

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
 from lcq.forms.dtypes import native
 
 
-def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """Leaves of a parameter tree by path, forms counting as leaves, and the tree's structure.
 
     Raises:
@@ -82,6 +83,6 @@ def leave_out(path: str) -> str:
     return f"lcq.Rule({re.escape(path)!r}, None)"
 
 
-def places_of_none(tree: Any) -> list[str]:
+def places_of_none(tree: PyTree) -> list[str]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is None or is_form(node))
     return ["/".join(str(key_of(key)) for key in keys) for keys, leaf in pairs if leaf is None]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 from typing_extensions import TypeAliasType
 
 from lcq.forms.axes import check_layout, mixes_layers, warning
@@ -177,7 +178,7 @@ def checked(rules: Any) -> tuple[Rule, ...]:
     return rules
 
 
-def resolve(rules: Sequence[Rule], tree: Any) -> tuple[Task, ...]:
+def resolve(rules: Sequence[Rule], tree: PyTree) -> tuple[Task, ...]:
     """Assigns every leaf of `tree` to the first rule that matches it.
 
     Warns of leaves whose layers would share scales or codebooks because the rule does not say that they are stacked.
@@ -266,7 +267,7 @@ def _fitted(path: str, leaf: Any, rule: Rule) -> Scheme:
     return scheme
 
 
-def _unmatched(rule: Rule, rules: Sequence[Rule], paths: list[str], tree: Any) -> str:
+def _unmatched(rule: Rule, rules: Sequence[Rule], paths: list[str], tree: PyTree) -> str:
     taken = [path for path in paths if re.fullmatch(rule.pattern, path)]
     if taken:
         return (

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 from lcq.forms.registry import Registry
 from lcq.io.tree_paths import Leaf, nest
@@ -18,7 +19,7 @@ class Checkpoint(NamedTuple):
         metadata: strings by name, of a safetensors header.
     """
 
-    tree: Any
+    tree: PyTree
     metadata: dict[str, str]
 
 

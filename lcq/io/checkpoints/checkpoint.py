@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Never
 
+from jaxtyping import PyTree
+
 from lcq.forms.base import is_form
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.shards import INDEX
@@ -55,7 +57,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return (known or _unknown(path)).read(path)
 
 
-def write(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str] | None = None) -> None:
+def write(path: str | os.PathLike[str], tree: PyTree, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a tree of arrays as the kind its name says: .safetensors, .npz, or a new orbax folder if it has no suffix.
 
     Files appear whole or not at all, and replace what was there; an orbax folder must be new.
