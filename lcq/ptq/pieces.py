@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from lcq.ptq.schedule import Group
+from lcq.tracing.equation import Content, Equation
 from lcq.tracing.param_flow import Program
 
 
@@ -25,7 +26,7 @@ class Piece(NamedTuple):
     """
 
     function: Any
-    ins: list[Any]
+    ins: list[Content]
     outs: list[Any]
     operands: Any = None
     result: Any = None
@@ -91,7 +92,7 @@ def cut(program: Program, index: int, groups: Sequence[Group]) -> tuple[Piece, d
     return _piece(shared, last), pieces
 
 
-def _latest(eqns: Sequence[Any], numbers: Sequence[Any], place: dict[int, int]) -> tuple[list[int], list[Any]]:
+def _latest(eqns: Sequence[Equation], numbers: Sequence[Any], place: dict[int, int]) -> tuple[list[int], list[Any]]:
     """For every equation the place of the product that it precedes, and the first place that needs it, None if none."""
     end = len(place)
     needed: dict[Any, int] = {}
@@ -114,12 +115,12 @@ def _latest(eqns: Sequence[Any], numbers: Sequence[Any], place: dict[int, int]) 
     return preceded, latest
 
 
-def _operands(eqn: Any) -> list[Any]:
+def _operands(eqn: Equation) -> list[Content]:
     """What a product needs besides its weight."""
     return [eqn.invars[0], *eqn.invars[2:]]
 
 
-def _piece(eqns: Sequence[Any], wanted: Collection[Any]) -> Piece:
+def _piece(eqns: Sequence[Equation], wanted: Collection[Any]) -> Piece:
     """Compiles equations to a function of what they do not make themselves."""
     made = [var for eqn in eqns for var in eqn.outvars]
     inside = set(made)
@@ -144,7 +145,7 @@ def _compiled(key: "Structure") -> Any:
     eqns, ins, outs = key.thing
 
     @jax.jit
-    def piece(*values: Any) -> list[Any]:
+    def piece(*values: Any) -> list[Content]:
         env = dict(zip(ins, values, strict=True))
         for eqn in eqns:
             with eqn.ctx.manager:
@@ -158,7 +159,7 @@ def _compiled(key: "Structure") -> Any:
     return piece
 
 
-def _variables(eqn: Any) -> list[Any]:
+def _variables(eqn: Equation) -> list[Content]:
     """The operands that are not literals."""
     return [var for var in eqn.invars if not hasattr(var, "val")]
 

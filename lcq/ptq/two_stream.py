@@ -26,6 +26,7 @@ from lcq.forms.dtypes import own_promotion, wider
 from lcq.ptq.pieces import Structure, cut
 from lcq.ptq.schedule import Group, schedule
 from lcq.tracing.contraction import Operand, Product, Unit
+from lcq.tracing.equation import Content
 from lcq.tracing.param_flow import Program
 
 
@@ -243,7 +244,7 @@ class _Walk:
             visits[u].outcome.error = _relative(sums[u])
 
     @own_promotion()
-    def multiply(self, use: Use, shift: Array | None = None) -> tuple[list[Any], list[Any]]:
+    def multiply(self, use: Use, shift: Array | None = None) -> tuple[list[Content], list[Content]]:
         product = use.product
         function = _multiplier(Structure(product.structure, product))
         equal = self.original[product.path] is self.other[product.path] and shift is None
@@ -257,7 +258,7 @@ class _Walk:
             sums.append(squares)
         return results, jax.device_get(sums)
 
-    def keep(self, values: Sequence[Any]) -> Sequence[Any]:
+    def keep(self, values: Sequence[Content]) -> Sequence[Any]:
         return jax.device_get(values) if self.offload else values
 
 

@@ -18,10 +18,11 @@ from lcq.runtime.loops import CONTROL
 from lcq.runtime.traced_form import Pieces, TracedForm, pieces_relaid, relaid
 from lcq.runtime.uses import USES, Use
 from lcq.tracing import jaxpr, joined
+from lcq.tracing.equation import Body, Content, Equation, Frame
 from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, DATA_MOVEMENT, PRODUCTS, REMAT
 
 
-def value_of(leaf: Any) -> Any:
+def value_of(leaf: Content) -> Any:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
@@ -42,22 +43,22 @@ class Runner:
         self.decoded: dict[Any, Any] = {}
         """Operands of equations in loops, dense since before them."""
 
-    def run(self, closed: Any, ins: Sequence[Any], frame: tuple[Any, ...] = ()) -> list[Any]:
+    def run(self, closed: Body, ins: Sequence[Content], frame: Frame = ()) -> list[Content]:
         """Dense outputs; `frame` is the calls around these equations, which tell apart uses by the same one."""
         outer, self.latest = self.latest, None  # what is computed in here must not be used out there, or the reverse
         outs = self.dense_all(self.inline(closed, ins, frame), frame)
         self.latest = outer
         return outs
 
-    def inline(self, closed: Any, ins: Sequence[Any], frame: tuple[Any, ...]) -> list[Any]:
+    def inline(self, closed: Body, ins: Sequence[Content], frame: Frame) -> list[Content]:
         return jaxpr.evaluate(closed, ins, functools.partial(self.equation, frame))
 
-    def dense_all(self, values: Sequence[Any], frame: tuple[Any, ...]) -> list[Any]:
+    def dense_all(self, values: Sequence[Content], frame: Frame) -> list[Content]:
         """Values with every form made dense, once."""
         made = {id(value): self.dense(value, (*frame, i)) for i, value in enumerate(values)}
         return [made[id(value)] for value in values]
 
-    def dense(self, value: Any, frame: tuple[Any, ...]) -> Any:
+    def dense(self, value: Content, frame: Frame) -> Any:
         if not isinstance(value, TracedForm | Pieces):
             return value
         if frame in self.decoded:
@@ -66,7 +67,7 @@ class Runner:
         self.note(frame, value, "dense", array.shape)
         return array
 
-    def decode(self, value: Any, frame: tuple[Any, ...], how: str) -> None:
+    def decode(self, value: Content, frame: Frame, how: str) -> None:
         """Makes an operand of an equation in a loop dense before the loop, if there is room for it."""
         size = math.prod(value.shape) * jnp.dtype(value.dtype).itemsize
         if size <= self.room and frame not in self.decoded:
@@ -74,7 +75,7 @@ class Runner:
             self.decoded[frame] = value.dense(self.latest)
             self.note(frame, value, how, value.shape)
 
-    def note(self, frame: tuple[Any, ...], leaf: Any, how: str, shape: tuple[int, ...], kind: str = "") -> None:
+    def note(self, frame: Frame, leaf: Content, how: str, shape: tuple[int, ...], kind: str = "") -> None:
         if isinstance(leaf, Pieces):
             for i, part in enumerate(leaf.parts):
                 if isinstance(part, TracedForm):
@@ -83,7 +84,7 @@ class Runner:
         lines = [jaxpr.where(part) for part in frame[::-1] if hasattr(part, "primitive")]
         self.uses[frame] = Use(leaf.provenance.path, how, tuple(shape), next(filter(None, lines), "output"), kind)
 
-    def equation(self, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> list[Any]:
+    def equation(self, frame: Frame, eqn: Equation, ins: list[Content]) -> list[Content]:
         name, frame = eqn.primitive.name, (*frame, eqn)
         if frame in self.done:
             return self.done[frame]
@@ -93,7 +94,7 @@ class Runner:
             self.latest = outs[0]
         return outs
 
-    def on_forms(self, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+    def on_forms(self, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
         """An equation with forms among its inputs; None if they have to be dense."""
         name = eqn.primitive.name
         if name in CALLS and (closed := jaxpr.inner(eqn)) is not None:
@@ -106,7 +107,7 @@ class Runner:
             return (relaid if isinstance(ins[0], TracedForm) else pieces_relaid)(eqn, ins[0])
         return USES[name](self, eqn, ins, frame) if name in USES else None
 
-    def _call(self, eqn: Any, closed: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
+    def _call(self, eqn: Equation, closed: Body, ins: list[Content], frame: Frame) -> list[Content]:
         name = eqn.primitive.name
         if name in REMAT:
             run = functools.partial(self.run, closed, frame=frame)
@@ -115,7 +116,7 @@ class Runner:
             return self.inline(closed, ins, frame)
 
         @jax.custom_jvp
-        def call(*ins: Any) -> list[Any]:
+        def call(*ins: Any) -> list[Content]:
             return self.run(closed, ins, frame)
 
         @call.defjvp

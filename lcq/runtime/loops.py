@@ -16,6 +16,7 @@ import jax
 from lcq.kernels.codes_xla import FEW
 from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr
+from lcq.tracing.equation import Body, Content, Equation, Frame
 from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, DATA_MOVEMENT, PRODUCTS, RAGGED
 
 LARGE = 1 << 22
@@ -36,7 +37,7 @@ class _Later:
         return self.make()[self.number]
 
 
-def before(runner: Any, closed: Any, values: list[Any], frame: tuple[Any, ...]) -> None:
+def before(runner: Any, closed: Body, values: list[Content], frame: Frame) -> None:
     """Does what the body of a loop need do once; the runner finds it when it gets there.
 
     Args:
@@ -53,7 +54,7 @@ def before(runner: Any, closed: Any, values: list[Any], frame: tuple[Any, ...]) 
         runner.looping, runner.room = False, room
 
 
-def _equation(runner: Any, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> list[Any]:
+def _equation(runner: Any, frame: Frame, eqn: Equation, ins: list[Content]) -> list[Content]:
     name, here = eqn.primitive.name, (*frame, eqn)
     varying = [_VARIES] * len(eqn.outvars)
     forms = any(isinstance(value, TracedForm | Pieces) for value in ins)
@@ -78,7 +79,7 @@ def _equation(runner: Any, frame: tuple[Any, ...], eqn: Any, ins: list[Any]) -> 
     return varying
 
 
-def _once(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
+def _once(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content]:
     """The equation before the loop, unless its arrays take more room than there is."""
     size = sum(var.aval.size * var.aval.dtype.itemsize for var in eqn.outvars)
     outs = None
@@ -93,11 +94,11 @@ def _once(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list
     return outs
 
 
-def _now(value: Any) -> Any:
+def _now(value: Content) -> Any:
     return value.value if isinstance(value, _Later) else value
 
 
-def _stays(eqn: Any, side: int, value: TracedForm | Pieces) -> bool:
+def _stays(eqn: Equation, side: int, value: TracedForm | Pieces) -> bool:
     """Whether a product in a loop reads codes in each round because that is faster than a dense array."""
     parts = value.parts if isinstance(value, Pieces) else (value,)
     decoding = {part.form.decoding for part in parts if isinstance(part, TracedForm)}
@@ -113,7 +114,7 @@ def _stays(eqn: Any, side: int, value: TracedForm | Pieces) -> bool:
     return decoding == {"many rows"} and rows <= FEW and eqn.invars[side].aval.size >= LARGE
 
 
-def _inner_loop(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> None:
+def _inner_loop(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> None:
     if eqn.primitive.name == "scan":
         closed, fixed, _ = jaxpr.scan_of(eqn)
         rest = len(ins) - fixed
@@ -126,7 +127,7 @@ def _inner_loop(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -
         jaxpr.evaluate(closed, [*consts, *carry], functools.partial(_equation, runner, (*frame, part)))
 
 
-def _scan(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
+def _scan(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content]:
     """The scan again, its body on forms: those under it are taken apart, others are constants to it."""
     closed, fixed, carries = jaxpr.scan_of(eqn)
     ends = (*frame, "in")
@@ -134,7 +135,7 @@ def _scan(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list
     xs = [_apart(runner, value, (*ends, "xs", i)) for i, value in enumerate(ins[fixed + carries :])]
     before(runner, closed, [*ins[:fixed], *[None] * (len(ins) - fixed)], frame)
 
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(carry: list[Content], xs: list[Content]) -> tuple[list[Content], list[Content]]:
         outs = runner.run(closed, [*ins[:fixed], *carry, *xs], frame)
         return outs[:carries], outs[carries:]
 
@@ -143,13 +144,13 @@ def _scan(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list
     return [*carry, *ys]
 
 
-def _apart(runner: Any, value: Any, frame: tuple[Any, ...]) -> Any:
+def _apart(runner: Any, value: Content, frame: Frame) -> Any:
     """What a scan takes apart: an array, or the stacked forms of a form's slices."""
     slices = value.stacked() if isinstance(value, TracedForm) else None
     return runner.dense(value, frame) if slices is None else slices
 
 
-def _while(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+def _while(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """The loop again, forms being constants to it; one that was mapped over its condition is left as it is."""
     first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
@@ -159,16 +160,16 @@ def _while(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> lis
     for closed, consts, part in ((condition, ins[:first], "cond"), (body, ins[first : first + second], "body")):
         before(runner, closed, [*consts, *[None] * len(begin)], (*frame, part))
 
-    def go_on(carry: list[Any]) -> Any:
+    def go_on(carry: list[Content]) -> Any:
         return runner.run(condition, [*ins[:first], *carry], (*frame, "cond"))[0]
 
-    def step(carry: list[Any]) -> list[Any]:
+    def step(carry: list[Content]) -> list[Content]:
         return runner.run(body, [*ins[first : first + second], *carry], (*frame, "body"))
 
     return jax.lax.while_loop(go_on, step, begin)
 
 
-def _cond(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any]:
+def _cond(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content]:
     index, *operands = ins
     branches = [
         functools.partial(lambda i, closed, *ins: runner.run(closed, ins, (*frame, i)), i, closed)

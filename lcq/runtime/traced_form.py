@@ -19,6 +19,7 @@ from lcq.forms.meshes import by_compiler
 from lcq.kernels.shards import sharding_of
 from lcq.runtime.form_views import relayout, take_rows, unstack
 from lcq.tracing.contraction import Step
+from lcq.tracing.equation import Content, Equation
 from lcq.tracing.jaxpr import DATA_MOVEMENT, IN_PLACE, bind
 from lcq.tracing.joined import JOINS, Joint, moved
 
@@ -113,7 +114,7 @@ class Pieces:
     joint: Joint = dataclasses.field(metadata={"static": True})
 
     @staticmethod
-    def of(eqn: Any, values: Sequence[Any]) -> "Pieces":
+    def of(eqn: Equation, values: Sequence[Content]) -> "Pieces":
         """The output of a concatenation, or of a stack of values."""
         axis = eqn.params[JOINS[eqn.primitive.name]]
         if eqn.primitive.name == "stack":
@@ -135,13 +136,13 @@ class Pieces:
         return jnp.concatenate(made, self.joint.axis)
 
 
-def _stepped(value: Any, step: Step | Callable[[Any], Any]) -> Any:
+def _stepped(value: Content, step: Step | Callable[[Any], Any]) -> Any:
     if not isinstance(value, TracedForm):
         return step(value)
     return dataclasses.replace(value, provenance=Provenance(value.provenance.path, (*value.provenance.steps, step)))
 
 
-def pieces_relaid(eqn: Any, whole: Pieces) -> list[Any] | None:
+def pieces_relaid(eqn: Equation, whole: Pieces) -> list[Content] | None:
     """A concatenation after a change of layout; None if it is none of its pieces."""
     if eqn.primitive.name in IN_PLACE:
         moves = [relaid(eqn, part) if isinstance(part, TracedForm) else bind(eqn, [part]) for part in whole.parts]
@@ -157,7 +158,7 @@ def pieces_relaid(eqn: Any, whole: Pieces) -> list[Any] | None:
     return outs
 
 
-def relaid(eqn: Any, leaf: TracedForm) -> list[Any] | None:
+def relaid(eqn: Equation, leaf: TracedForm) -> list[Content] | None:
     """A form after a change of layout; None if it copies or rounds."""
     name = eqn.primitive.name
     if name == "convert_element_type":

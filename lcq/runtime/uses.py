@@ -26,6 +26,7 @@ from lcq.runtime.form_views import order_of, relayout
 from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr, joined
 from lcq.tracing.contraction import ParamSite, Product
+from lcq.tracing.equation import Content, Equation, Frame
 from lcq.tracing.jaxpr import PRODUCTS, RAGGED
 
 _PLACES = 2
@@ -52,7 +53,7 @@ class Use(NamedTuple):
     kind: str = ""
 
 
-def _product(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+def _product(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """Y[g] = X[g] W[g], by the door of the kernels."""
     if any(isinstance(value, Pieces) for value in ins):
         return _product_of_pieces(runner, eqn, ins, frame)
@@ -72,7 +73,7 @@ def _product(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> l
     def matrix(w: Any) -> Any:
         return product.weights(leaf.provenance(w)).reshape(*lead, k, n)
 
-    def multiply(x: Any, form: Form) -> list[Any] | None:
+    def multiply(x: Content, form: Form) -> list[Content] | None:
         moved, x = relayout(form, matrix), product.inputs(x)
         if moved is None:
             return None
@@ -94,7 +95,7 @@ def _product(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> l
     return y
 
 
-def _product_of_pieces(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+def _product_of_pieces(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """A product with each piece of a concatenation."""
     sides = [side for side in (1, 0) if isinstance(ins[side], Pieces) and jaxpr.weighs(eqn, side)]
     if not sides or (*frame, sides[0]) in runner.decoded or explicit_mesh(ins) is not None:
@@ -109,7 +110,7 @@ def _product_of_pieces(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, 
     return None if closed is None else runner.inline(closed, [x, *w.parts], frame)
 
 
-def _ragged(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+def _ragged(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """A product for each expert, of its rows with its codes."""
     x, leaf, sizes = ins
     here, precision, dtype = (*frame, 1), eqn.params["precision"], eqn.outvars[0].aval.dtype
@@ -118,13 +119,13 @@ def _ragged(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
     if here in runner.decoded:
         return None
 
-    def multiply(x: Any, form: Form) -> Any:
+    def multiply(x: Content, form: Form) -> Any:
         if wider(x.dtype, form.dtype) != dtype:
             x = x.astype(dtype)
         with _precision(precision):
             return matmul(x, form).astype(dtype)
 
-    def product(x: Any, leaf: TracedForm, sizes: Any) -> list[Any] | None:
+    def product(x: Content, leaf: TracedForm, sizes: Content) -> list[Content] | None:
         experts = leaf.stacked()
         return None if experts is None else [ragged_product(x, experts.form, sizes, multiply)]
 
@@ -140,7 +141,7 @@ def _ragged(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
     return y
 
 
-def _gather(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+def _gather(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """A lookup of whole rows decodes these; rows that do not exist are filled as the lookup would."""
     table, indices = ins
     if not isinstance(table, TracedForm):
@@ -152,7 +153,7 @@ def _gather(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
     if not whole or tuple(eqn.params["slice_sizes"]) != (1, *rest) or tuple(numbers.offset_dims) != last:
         return None
 
-    def look_up(table: TracedForm, places: Any) -> list[Any] | None:
+    def look_up(table: TracedForm, places: Content) -> list[Content] | None:
         found = table.rows(jnp.clip(places, 0, length - 1).reshape(-1))
         if found is None:
             return None
@@ -170,7 +171,7 @@ def _gather(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> li
     return rows
 
 
-def _slice(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+def _slice(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """Rows from one that is computed, such as the layer of a round: the form of these rows."""
     table, start, *_ = ins
     if not isinstance(table, TracedForm):
@@ -180,14 +181,14 @@ def _slice(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> lis
     if sizes != rest:
         return None
 
-    def some(table: TracedForm, start: Any) -> TracedForm | None:
+    def some(table: TracedForm, start: Content) -> TracedForm | None:
         return table.rows(jnp.clip(start, 0, length - size) + jnp.arange(size))
 
     rows = by_compiler(some, _rows_onto(some, table, start), table, start)
     return None if rows is None else [rows]
 
 
-def _lies(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list[Any] | None:
+def _lies(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """To other devices, or to a mesh whose axes are the compiler's: what is stored goes, not the dense array."""
     (leaf,), into = ins, eqn.outvars[0].aval.sharding
     if not isinstance(leaf, TracedForm):
@@ -199,20 +200,20 @@ def _lies(runner: Any, eqn: Any, ins: list[Any], frame: tuple[Any, ...]) -> list
     return jaxpr.bind(eqn, [array])
 
 
-def _product_of(eqn: Any, side: int, path: str) -> Product:
+def _product_of(eqn: Equation, side: int, path: str) -> Product:
     """An equation as the product of X and a weight, which is on one of its sides."""
     y, x, w = (jaxpr.struct(v.aval) for v in (eqn.outvars[0], eqn.invars[1 - side], eqn.invars[side]))
     params = eqn.primitive.get_bind_params(eqn.params)
     return Product(0, ParamSite(path), eqn.primitive, params, side, x, w, y, jaxpr.where(eqn))
 
 
-def _onto(eqn: Any, *trees: PyTree) -> Any:
+def _onto(eqn: Equation, *trees: PyTree) -> Any:
     """How the one output of an equation lies, where a mesh has explicit axes."""
     mesh = explicit_mesh(*trees)
     return None if mesh is None else placed_on(mesh, eqn.outvars[0].aval.sharding.spec)
 
 
-def _rows_onto(some: Callable[..., Any], table: TracedForm, start: Any) -> Any:
+def _rows_onto(some: Callable[..., Any], table: TracedForm, start: Content) -> Any:
     """How rows of a form lie: each array as before, where it has the same axes but for the first."""
     mesh = explicit_mesh(table, start)
     shapes = None if mesh is None else jax.eval_shape(some, *bare((table, start)))
@@ -234,7 +235,7 @@ def _precision(chosen: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.default_matmul_precision(one.name.lower() if isinstance(one, jax.lax.Precision) else one.name)
 
 
-USES: dict[str, Callable[[Any, Any, list[Any], tuple[Any, ...]], list[Any] | None]] = {
+USES: dict[str, Callable[[Any, Any, list[Any], tuple[Any, ...]], list[Content] | None]] = {
     **dict.fromkeys(PRODUCTS, _product),
     RAGGED: _ragged,
     "gather": _gather,

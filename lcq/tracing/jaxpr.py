@@ -12,6 +12,8 @@ import jax.export
 from jax.extend import core, source_info_util  # noqa: TID251
 from jax.interpreters import ad, batching, mlir
 
+from lcq.tracing.equation import Body, Content, Equation
+
 CALLS = {
     *("jit", "pjit", "closed_call", "call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"),
     *("custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "composite", "eval_jaxpr", "xla_metadata_call"),
@@ -75,23 +77,23 @@ def _compiled(compute: Callable[..., Any], static: tuple[tuple[str, Any], ...]) 
     return jax.jit(functools.partial(compute, **dict(static)))
 
 
-def opened(closed: Any) -> tuple[Any, Sequence[Any]]:
+def opened(closed: Body) -> tuple[Any, Sequence[Any]]:
     """(jaxpr, constants) of a jaxpr that is closed or has none."""
     return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
-def inner(eqn: Any) -> Any:
+def inner(eqn: Equation) -> Any:
     """The one jaxpr among an equation's parameters, or None."""
     found = [value for value in eqn.params.values() if hasattr(value, "eqns")]
     return found[0] if len(found) == 1 else None
 
 
 def evaluate(
-    closed: Any,
-    args: Sequence[Any],
+    closed: Body,
+    args: Sequence[Content],
     equation: Callable[[Any, list[Any]], Sequence[Any]],
     constant: Callable[[Any], Any] = lambda value: value,
-) -> list[Any]:
+) -> list[Content]:
     """Runs a jaxpr; a value is dropped after its last use.
 
     Args:
@@ -119,7 +121,7 @@ def evaluate(
     return [read(var) for var in jaxpr.outvars]
 
 
-def bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+def bind(eqn: Equation, arrays: Sequence[Content]) -> list[Content]:
     """The equation's outputs for these inputs."""
     outs = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
     return list(outs) if eqn.primitive.multiple_results else [outs]
@@ -139,7 +141,7 @@ class Scan(NamedTuple):
     carries: int
 
 
-def scan_of(eqn: Any) -> Scan:
+def scan_of(eqn: Equation) -> Scan:
     """Read off the ranks: carries have the rank of the body's, what is sliced or stacked one axis more."""
     body = inner(eqn)
     jaxpr, _ = opened(body)
@@ -149,7 +151,7 @@ def scan_of(eqn: Any) -> Scan:
     return Scan(body, sliced.count(False) - carries, carries)
 
 
-def weighs(eqn: Any, side: int) -> bool:
+def weighs(eqn: Equation, side: int) -> bool:
     """Whether operand `side` of a product is contracted like a weight: not without contraction, and no image."""
     if eqn.primitive.name == "dot_general":
         return len(eqn.params["dimension_numbers"][0][0]) > 0
@@ -158,7 +160,7 @@ def weighs(eqn: Any, side: int) -> bool:
     return side == 1 and eqn.params["batch_group_count"] == 1
 
 
-def _has_experts(eqn: Any) -> bool:
+def _has_experts(eqn: Equation) -> bool:
     """Whether a ragged product multiplies the first rows with the first slice of its weight, and so on."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (contract, _), (batch, _) = numbers.dot_dimension_numbers
@@ -173,14 +175,14 @@ def _has_experts(eqn: Any) -> bool:
     )
 
 
-def seen_at(closed: Any, eqn: Any) -> Any:
+def seen_at(closed: Body, eqn: Equation) -> Any:
     """A jaxpr whose equations come from where another equation does."""
     jaxpr, _ = opened(closed)
     placed = jaxpr.replace(eqns=[each.replace(source_info=eqn.source_info) for each in jaxpr.eqns])
     return closed.replace(jaxpr=placed) if hasattr(closed, "jaxpr") else placed
 
 
-def is_experts(eqn: Any) -> bool:
+def is_experts(eqn: Equation) -> bool:
     """Whether a ragged product is of rows [M, K] with experts [E, K, n]."""
     params = eqn.params.get("ragged_dot_dimension_numbers")
     if params is None:
@@ -211,6 +213,6 @@ def is_known(shape: Sequence[Any]) -> bool:
     return not any(map(jax.export.is_symbolic_dim, shape))
 
 
-def where(eqn: Any) -> str:
+def where(eqn: Equation) -> str:
     """File and line an equation comes from."""
     return source_info_util.summarize(eqn.source_info)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lcq.tracing.equation import Content, Equation
 from lcq.tracing.jaxpr import IN_PLACE
 
 JOINS = {"concatenate": "dimension", "stack": "axis"}
@@ -47,7 +48,7 @@ class Moved(NamedTuple):
     pieces: tuple[tuple[int, Callable[[Any], Any]], ...]
 
 
-def moved(eqn: Any, joint: Joint, shape: Sequence[int], rest: Sequence[Any] = ()) -> list[Moved] | None:
+def moved(eqn: Equation, joint: Joint, shape: Sequence[int], rest: Sequence[Content] = ()) -> list[Moved] | None:
     """A change of layout of a joined array of this shape: for each of its outputs the pieces.
 
     Args:
@@ -133,7 +134,7 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def product(eqn: Any, side: int, joint: Joint) -> Callable[..., Any] | None:
+def product(eqn: Equation, side: int, joint: Joint) -> Callable[..., Any] | None:
     """A product whose operand `side` is joined, as a function of the other operand and of each piece."""
     params = eqn.primitive.get_bind_params(eqn.params)
 
@@ -153,7 +154,7 @@ def product(eqn: Any, side: int, joint: Joint) -> Callable[..., Any] | None:
     return whole
 
 
-def _dot(eqn: Any, side: int, axis: int) -> tuple[int | None, int | None]:
+def _dot(eqn: Equation, side: int, axis: int) -> tuple[int | None, int | None]:
     """The axis of the other operand that is cut like the pieces, and of the result along which it is joined."""
     contract, batch = eqn.params["dimension_numbers"]
     other = 1 - side
@@ -168,7 +169,7 @@ def _dot(eqn: Any, side: int, axis: int) -> tuple[int | None, int | None]:
     return None, before + free.index(axis)
 
 
-def _convolution(eqn: Any, side: int, axis: int) -> tuple[int | None, int | None] | None:
+def _convolution(eqn: Equation, side: int, axis: int) -> tuple[int | None, int | None] | None:
     spec = eqn.params["dimension_numbers"]
     if side == 0 or eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1:
         return None

@@ -1,12 +1,12 @@
 """Why a parameter cannot be followed to products, and what to do about it: the words of `trace`'s errors."""
 
 import re
-from typing import Any
 
+from lcq.tracing.equation import Equation
 from lcq.tracing.jaxpr import OPAQUE, PRODUCTS, where
 
 
-def cannot_follow(path: str, way: str, eqn: Any, source: str | None) -> str:
+def cannot_follow(path: str, way: str, eqn: Equation | None, source: str | None) -> str:
     """What a leaf met on its way, an equation or (None) the end of the function."""
     if eqn is None:
         return f"{path}: expected a leaf that only products use, got {way} as an output; {remedy(path)}"

@@ -20,6 +20,7 @@ from jax.extend import core  # noqa: TID251
 
 from lcq.tracing import joined, positions, shards
 from lcq.tracing.contraction import BiasSite, ParamSite, Product, Step, Unit, per_neuron, uses_of_each
+from lcq.tracing.equation import Body, Content, Equation
 from lcq.tracing.jaxpr import (
     CALLS,
     DATA_MOVEMENT,
@@ -68,7 +69,7 @@ class Program:
         return frozenset(unit.uses[0] for unit in self.units)
 
     @staticmethod
-    def product_of(eqn: Any) -> int | None:
+    def product_of(eqn: Equation) -> int | None:
         """The number of the product that an equation stands for."""
         return eqn.params["number"] if eqn.primitive is _product_p else None
 
@@ -103,7 +104,7 @@ def trace(
     leaves, structure = flatten(params)
     check_numbers(leaves)
 
-    def flat(values: Sequence[Any], batch: Batch) -> Any:
+    def flat(values: Sequence[Content], batch: Batch) -> Any:
         return fn(jax.tree.unflatten(structure, values), batch)
 
     values = list(leaves.values())
@@ -142,7 +143,9 @@ class _Follower:
         self.units = Units({path: leaf for path, leaf in leaves.items() if path in selected})
         self.source: str | None = None
 
-    def run_whole(self, closed: Any, values: Sequence[Any], batch: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
+    def run_whole(
+        self, closed: Body, values: Sequence[Content], batch: Sequence[Any], masks: Sequence[Any]
+    ) -> list[Content]:
         params = [
             Value(value, param=True, site=ParamSite(path) if jnp.issubdtype(value.dtype, jnp.floating) else None)
             for path, value in zip(self.leaves, values, strict=True)
@@ -155,11 +158,11 @@ class _Follower:
             self._end(result, None)
         return [result.array for result in results]
 
-    def run(self, closed: Any, args: Sequence[Value]) -> list[Value]:
+    def run(self, closed: Body, args: Sequence[Value]) -> list[Value]:
         """Evaluates equations, all calls inlined."""
         return evaluate(closed, args, self._equation, Value)
 
-    def _equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def _equation(self, eqn: Equation, ins: list[Value]) -> list[Value]:
         name = eqn.primitive.name
         if name in CALLS and (closed := inner(eqn)) is not None:
             return self.run(closed, ins)
@@ -183,7 +186,7 @@ class _Follower:
             return any(map(self._followed, value.pieces))
         return value.site is not None and value.site.path in self.selected
 
-    def _join(self, eqn: Any, ins: list[Value]) -> Value:
+    def _join(self, eqn: Equation, ins: list[Value]) -> Value:
         """A concatenation of followed parameters, and perhaps of other things."""
         axis = eqn.params[joined.JOINS[eqn.primitive.name]]
         (array,) = bind(eqn, [value.array for value in ins])
@@ -197,7 +200,7 @@ class _Follower:
             pieces.append(value)
         return Value(array, any(value.data for value in ins), True, pieces=tuple(pieces), axis=axis)
 
-    def _apart(self, eqn: Any, ins: list[Value]) -> list[Value] | None:
+    def _apart(self, eqn: Equation, ins: list[Value]) -> list[Value] | None:
         """An equation on a concatenation, as equations on its pieces; None if it is none on each of them."""
         side = next(i for i, value in enumerate(ins) if value.pieces)
         value = ins[side]
@@ -213,24 +216,24 @@ class _Follower:
         arrays = bind(eqn, arrays)
         return [self._part(eqn, value, out, array) for out, array in zip(moved, arrays, strict=True)]
 
-    def _part(self, eqn: Any, value: Value, part: joined.Moved, array: Any) -> Value:
+    def _part(self, eqn: Equation, value: Value, part: joined.Moved, array: Any) -> Value:
         """A moved concatenation, or the one piece that is left of it."""
         pieces = [made for i, move in part.pieces for made in self._within(eqn, move, value.pieces[i])]
         if len(pieces) == 1:
             return pieces[0]
         return Value(array, value.data, value.param, pieces=tuple(pieces), axis=part.axis)
 
-    def _within(self, eqn: Any, function: Callable[..., Any], *values: Value) -> list[Value]:
+    def _within(self, eqn: Equation, function: Callable[..., Any], *values: Value) -> list[Value]:
         """The equations of a function, run in the place of another equation."""
         outer, self.source = self.source, self.source or where(eqn)
         results = self.run(jax.make_jaxpr(function)(*(value.array for value in values)), values)
         self.source = outer
         return results
 
-    def _counted(self, eqn: Any, ins: list[Value], results: list[Value]) -> list[Value]:
+    def _counted(self, eqn: Equation, ins: list[Value], results: list[Value]) -> list[Value]:
         return count(eqn, ins, results, self.source or where(eqn))
 
-    def _plain(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def _plain(self, eqn: Equation, ins: list[Value]) -> list[Value]:
         """An equation that is left as it is; parameters end here."""
         for i, value in enumerate(ins):
             self._end(value, eqn, self._addition(eqn, ins, i))
@@ -246,7 +249,7 @@ class _Follower:
         data, param = any(v.data for v in ins), any(v.param for v in ins)
         return self._counted(eqn, ins, [Value(out, data, param) for out in outs])
 
-    def _end(self, value: Value, eqn: Any, added: Any = None, *, within: str = "") -> None:
+    def _end(self, value: Value, eqn: Equation | None, added: Any = None, *, within: str = "") -> None:
         """A value is used by an equation, or returned (None): if it is a parameter, its way ends."""
         value.reads += 1
         for piece in value.pieces:
@@ -258,7 +261,7 @@ class _Follower:
             raise ValueError(cannot_follow(value.site.path, value.site.chain() + within, eqn, self.source))
         self.uses[value.site.path].append(_Use(value.site, added))
 
-    def _addition(self, eqn: Any, ins: list[Value], i: int) -> Any:
+    def _addition(self, eqn: Equation, ins: list[Value], i: int) -> Any:
         """(result, sign, shape) if operand i is a parameter added to the result of a product, in that order or not."""
         if eqn.primitive.name not in ("add", "add_any", "sub") or ins[i].site is None:
             return None
@@ -267,7 +270,7 @@ class _Follower:
             return None
         return other, -1 if eqn.primitive.name == "sub" else 1, tuple(eqn.outvars[0].aval.shape)
 
-    def _move(self, eqn: Any, ins: list[Value]) -> list[Value] | None:
+    def _move(self, eqn: Equation, ins: list[Value]) -> list[Value] | None:
         """A change of layout of a parameter or of a product's result; None if it is neither, or copies elements."""
         value = ins[0]
         size = sum(math.prod(var.aval.shape) for var in eqn.outvars)
@@ -294,7 +297,7 @@ class _Follower:
             value.reads += 1
         return self._counted(eqn, ins, moved)
 
-    def _side(self, eqn: Any, ins: list[Value]) -> int | None:
+    def _side(self, eqn: Equation, ins: list[Value]) -> int | None:
         """Which operand of a product is a parameter to follow; None if the product is left as it is."""
         sides = [i for i, value in enumerate(ins[:2]) if self._followed(value) and not value.pieces]
         if not sides:
@@ -302,7 +305,7 @@ class _Follower:
         other = ins[1 - sides[0]]
         return sides[0] if (other.data or not other.param) and weighs(eqn, sides[0]) else None
 
-    def _product(self, eqn: Any, ins: list[Value], side: int) -> Value:
+    def _product(self, eqn: Equation, ins: list[Value], side: int) -> Value:
         x, w = ins[1 - side], ins[side]
         extras = {"sizes": ins[2].array} if eqn.primitive.name == RAGGED else {}
         (value,) = self._counted(eqn, ins, [Value(None, data=True, param=True)])
@@ -336,7 +339,7 @@ class _Follower:
             value.result = Result(number, (), ())
         return value
 
-    def _unroll(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def _unroll(self, eqn: Equation, ins: list[Value]) -> list[Value]:
         """A scan, round by round."""
         body, fixed, carries = scan_of(eqn)
         length = eqn.params["length"]
@@ -358,7 +361,7 @@ class _Follower:
             carry = [carried(value, seen) for value in carry]
         return [*carry, *map(stack, ys)]
 
-    def _rounds(self, value: Value, eqn: Any) -> list[Value]:
+    def _rounds(self, value: Value, eqn: Equation) -> list[Value]:
         """What each round of a scan gets of one of its inputs."""
         length = eqn.params["length"]
         if value.pieces:

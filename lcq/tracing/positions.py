@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcq.tracing.equation import Content, Equation
 from lcq.tree.aliases import Batch
 
-Masks = Sequence[Any]
+Masks = Sequence[Content]
 
 ELEMENTWISE = set(
     """
@@ -39,7 +40,7 @@ _EACH = {"optimization_barrier", "device_put"}
 _REDUCTIONS = {f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and", "or", "xor")} | {"argmax", "argmin"}
 
 
-def follow(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Sequence[bool]) -> list[Any] | None:
+def follow(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content] | None:
     """The masks of an equation's results; None if they cannot be known.
 
     Args:
@@ -66,28 +67,28 @@ def follow(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Sequence[bool]) 
     return None if rule is None else rule(eqn, arrays, masks, data)
 
 
-def both(*masks: Any) -> Any:
+def both(*masks: Content) -> Content:
     """Where all of them count."""
     found = [mask for mask in masks if mask is not None]
     return functools.reduce(jnp.logical_and, found) if found else None
 
 
-def reduced(mask: Any, axes: Sequence[Any]) -> Any:
+def reduced(mask: Content, axes: Sequence[Any]) -> Content:
     """Without these axes: what is left counts where anything did."""
     return None if mask is None else mask.any(tuple(axes))
 
 
-def varies(mask: Any, axes: Sequence[Any]) -> bool:
+def varies(mask: Content, axes: Sequence[Any]) -> bool:
     """Whether it depends on one of these axes."""
     return mask is not None and any(mask.shape[axis] > 1 for axis in axes)
 
 
-def leading(mask: Any, shape: Sequence[int]) -> Any:
+def leading(mask: Content, shape: Sequence[int]) -> Content:
     """A mask of the leading axes of an array of this shape."""
     return mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim))
 
 
-def _whole(mask: Any, shape: Sequence[int], axes: Sequence[int] | None = None) -> Any:
+def _whole(mask: Content, shape: Sequence[int], axes: Sequence[int] | None = None) -> Content:
     """Of full length along these axes, or along all; all True for None."""
     axes = range(len(shape)) if axes is None else axes
     if mask is None:
@@ -96,7 +97,7 @@ def _whole(mask: Any, shape: Sequence[int], axes: Sequence[int] | None = None) -
     return jax.lax.broadcast_in_dim(mask, target, range(len(shape)))
 
 
-def _broadcast(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _broadcast(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     onto = eqn.params["broadcast_dimensions"]
     shape = [1] * len(eqn.params["shape"])
     for axis, length in zip(onto, masks[0].shape, strict=True):
@@ -104,19 +105,19 @@ def _broadcast(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list
     return [jax.lax.broadcast_in_dim(masks[0], shape, onto)]
 
 
-def _transposed(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _transposed(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     return [masks[0].transpose(eqn.params["permutation"])]
 
 
-def _reversed(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _reversed(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     return [jax.lax.rev(masks[0], eqn.params["dimensions"])]
 
 
-def _squeezed(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _squeezed(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     return [jax.lax.squeeze(masks[0], eqn.params["dimensions"])]
 
 
-def _reshaped(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any] | None:
+def _reshaped(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content] | None:
     """Axes are merged and split in blocks of equal size; only blocks on which the mask depends get their length."""
     before, after = np.shape(arrays[0]), tuple(eqn.params["new_sizes"])
     if eqn.params.get("dimensions") is not None:
@@ -143,21 +144,21 @@ def _reshaped(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[
     return [_whole(masks[0], before, axes).reshape(shape)]
 
 
-def _sliced(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _sliced(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or [1] * len(start)
     parts = zip(masks[0].shape, start, limit, strides, strict=True)
     return [masks[0][tuple(slice(None) if length == 1 else slice(a, b, s) for length, a, b, s in parts)]]
 
 
-def _split(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _split(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     if not varies(masks[0], [axis]):
         return [masks[0]] * len(sizes)
     return list(jax.lax.split(masks[0], sizes, axis))
 
 
-def _joined(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _joined(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     """A mask that does not depend on the axis of a concatenation holds for all of it."""
     axis, shapes = eqn.params["dimension"], [np.shape(a) for a in arrays]
     if not any(varies(mask, [axis]) for mask in masks):
@@ -167,32 +168,32 @@ def _joined(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[An
     return [jax.lax.concatenate(parts, axis)]
 
 
-def _stacked(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _stacked(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     """As a concatenation: the new axis has no mask of its own."""
     mask = both(*masks)
     return [jnp.expand_dims(mask, eqn.params["axis"])]
 
 
-def _unstacked(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _unstacked(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     axis, many = eqn.params["axis"], len(eqn.outvars)
     slices = jnp.unstack(masks[0], axis=axis)
     return list(slices) if len(slices) == many else [slices[0]] * many
 
 
-def _padded(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _padded(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     still = (0, 0, 0)
     config = [c if n > 1 else still for c, n in zip(eqn.params["padding_config"], masks[0].shape, strict=True)]
     return [jax.lax.pad(masks[0], jnp.asarray(False), config)]
 
 
-def _dynamic_slice(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _dynamic_slice(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     lengths = masks[0].shape
     sizes = [size if n > 1 else 1 for n, size in zip(lengths, eqn.params["slice_sizes"], strict=True)]
     starts = [a if n > 1 else jnp.zeros_like(a) for n, a in zip(lengths, arrays[1:], strict=True)]
     return [jax.lax.dynamic_slice(masks[0], starts, sizes)]
 
 
-def _dynamic_update(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Sequence[bool]) -> list[Any]:
+def _dynamic_update(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     """What is written over brings its mask; a buffer that does not follow from the batch does not count."""
     shape, part = np.shape(arrays[0]), np.shape(arrays[1])
     axes = [a for a in range(len(shape)) if shape[a] != part[a] or varies(masks[0], [a]) or varies(masks[1], [a])]
@@ -203,7 +204,7 @@ def _dynamic_update(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Sequenc
     return [jax.lax.dynamic_update_slice(base, new, starts)]
 
 
-def _sorted(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _sorted(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     """Masks take part in the sort, behind its keys."""
     if not varies(both(*masks), [eqn.params["dimension"]]):
         return [both(*masks)] * len(arrays)
@@ -213,12 +214,12 @@ def _sorted(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[An
     return [out > 0 for out in outs[len(arrays) :]]
 
 
-def _top(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any] | None:
+def _top(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content] | None:
     axis = eqn.params.get("axis", -1)
     return None if varies(masks[0], [axis]) else [masks[0]] * len(eqn.outvars)
 
 
-def _gathered(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _gathered(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     """The mask is looked up by the same numbers; a number that does not count brings what does not."""
     numbers, found = eqn.params["dimension_numbers"], []
     rank = len(eqn.outvars[0].aval.shape)
@@ -235,7 +236,7 @@ def _gathered(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[
     return [both(*found)]
 
 
-def _scattered(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Sequence[bool]) -> list[Any]:
+def _scattered(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     """What is written brings its mask; a buffer that does not follow from the batch does not count."""
     numbers = eqn.params["dimension_numbers"]
     shape, part = np.shape(arrays[0]), np.shape(arrays[2])
@@ -264,7 +265,7 @@ def _scattered(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Sequence[boo
     return [made > 0]
 
 
-def _placed(mask: Any, rank: int, onto: Sequence[int]) -> Any:
+def _placed(mask: Content, rank: int, onto: Sequence[int]) -> Content:
     """With its axes at these places among `rank`."""
     shape = [1] * rank
     for axis, length in zip(onto, mask.shape, strict=True):
@@ -272,11 +273,11 @@ def _placed(mask: Any, rank: int, onto: Sequence[int]) -> Any:
     return jax.lax.broadcast_in_dim(mask, shape, onto)
 
 
-def _dot(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any]:
+def _dot(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content]:
     return [_product(masks[:2], [np.shape(a) for a in arrays[:2]], *eqn.params["dimension_numbers"])]
 
 
-def _ragged_dot(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any] | None:
+def _ragged_dot(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content] | None:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     contract, batch = numbers.dot_dimension_numbers
     if masks[0] is None or masks[1] is not None or set(numbers.lhs_ragged_dimensions) & {*contract[0], *batch[0]}:
@@ -286,7 +287,7 @@ def _ragged_dot(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> lis
     return [_product(masks[:2], shapes, (contract[0], (*contract[1], *groups)), batch)]
 
 
-def _product(masks: Masks, shapes: Sequence[tuple[int, ...]], contract: Any, batch: Batch) -> Any:
+def _product(masks: Masks, shapes: Sequence[tuple[int, ...]], contract: Any, batch: Batch) -> Content:
     """Of [batch, rows, columns]: rows and columns that count, in batches that do."""
     free = [
         [axis for axis in range(len(shape)) if axis not in (*contract[side], *batch[side])]
@@ -305,7 +306,7 @@ def _product(masks: Masks, shapes: Sequence[tuple[int, ...]], contract: Any, bat
     return both(*found)
 
 
-def _convolved(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list[Any] | None:
+def _convolved(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content] | None:
     params, (image, kernel) = eqn.params, arrays
     x, w, out = params["dimension_numbers"]
     if masks[1] is not None or (params["batch_group_count"] > 1 and varies(masks[0], [x[0]])):
@@ -326,7 +327,7 @@ def _convolved(eqn: Any, arrays: Sequence[Any], masks: Masks, data: Any) -> list
     return [mask.transpose(np.argsort(out))]
 
 
-def _pooled(eqn: Any, mask: Any) -> Any:
+def _pooled(eqn: Equation, mask: Content) -> Content:
     params, before, after = eqn.params, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     names = "window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation"
     for axis in range(len(before)):
@@ -335,7 +336,7 @@ def _pooled(eqn: Any, mask: Any) -> Any:
 
 
 def _slid(
-    mask: Any,
+    mask: Content,
     axis: int,
     before: int,
     after: int,
@@ -344,7 +345,7 @@ def _slid(
     padding: tuple[int, int],
     base_dilation: int,
     window_dilation: int,
-) -> Any:
+) -> Content:
     """Under a window that slides along one axis."""
     if not varies(mask, [axis]):
         return mask
@@ -362,7 +363,7 @@ def _slid(
     return mask if np.array_equal(middle, np.arange(before)) else jnp.take(mask, middle, axis)
 
 
-_RULES: dict[str, Callable[..., list[Any] | None]] = {
+_RULES: dict[str, Callable[..., list[Content] | None]] = {
     "broadcast_in_dim": _broadcast,
     "transpose": _transposed,
     "rev": _reversed,

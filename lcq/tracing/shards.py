@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
+from lcq.tracing.equation import Body, Content, Equation
 from lcq.tracing.jaxpr import CALLS, OPAQUE, bind, inner, opened, scan_of
 
 _IDLE = {"pvary", "pbroadcast", "pcast"}
 """What only says over which axes a value varies, which vmap knows itself."""
 
 
-def whole(eqn: Any) -> Callable[..., Any] | None:
+def whole(eqn: Equation) -> Callable[..., Any] | None:
     """A shard_map as a function of its arrays.
 
     None on a mesh with explicit axes, whose arrays cannot be cut freely, and where there is control flow other than
@@ -31,7 +32,7 @@ def whole(eqn: Any) -> Callable[..., Any] | None:
     names = [name for name in mesh.axis_names if name in manual]
     sizes = {name: mesh.shape[name] for name in names}
 
-    def function(*arrays: Any) -> list[Any]:
+    def function(*arrays: Content) -> list[Content]:
         inside = functools.partial(_run, inner(eqn))
         ins = [_used(spec, names) for spec in params["in_specs"]]
         for name in reversed(names):
@@ -55,7 +56,7 @@ def _used(spec: Any, names: Sequence[str]) -> list[str]:
     return [name for name in names if name in used]
 
 
-def _split(array: Any, spec: Any, names: Sequence[str], sizes: dict[str, int]) -> Any:
+def _split(array: Content, spec: Any, names: Sequence[str], sizes: dict[str, int]) -> Any:
     """The parts of an array, an axis in front for each mesh axis over which it is split."""
     shape: list[int] = []
     places: dict[str, int] = {}
@@ -69,7 +70,7 @@ def _split(array: Any, spec: Any, names: Sequence[str], sizes: dict[str, int]) -
     return array.reshape(shape).transpose(*front, *(i for i in range(len(shape)) if i not in front))
 
 
-def _joined(array: Any, spec: Any, names: Sequence[str]) -> Any:
+def _joined(array: Content, spec: Any, names: Sequence[str]) -> Any:
     """The array of parts that have an axis in front for every mesh axis; those that are all the same count once."""
     used = _used(spec, names)
     for i in reversed(range(len(names))):
@@ -83,7 +84,7 @@ def _joined(array: Any, spec: Any, names: Sequence[str]) -> Any:
     return array.transpose(order).reshape(shape)
 
 
-def _run(closed: Any, *arrays: Any) -> list[Any]:
+def _run(closed: Body, *arrays: Content) -> list[Content]:
     """The equations of a device, without the mesh around them."""
     jaxpr, consts = opened(closed)
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arrays], strict=True))
@@ -97,7 +98,7 @@ def _run(closed: Any, *arrays: Any) -> list[Any]:
     return [read(var) for var in jaxpr.outvars]
 
 
-def _equation(eqn: Any, ins: list[Any]) -> list[Any]:
+def _equation(eqn: Equation, ins: list[Content]) -> list[Content]:
     name = eqn.primitive.name
     if name in _IDLE:
         return ins
@@ -110,10 +111,10 @@ def _equation(eqn: Any, ins: list[Any]) -> list[Any]:
     return bind(eqn, ins)
 
 
-def _scan(eqn: Any, ins: list[Any]) -> list[Any]:
+def _scan(eqn: Equation, ins: list[Content]) -> list[Content]:
     body, fixed, carries = scan_of(eqn)
 
-    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+    def step(carry: list[Content], x: list[Any]) -> tuple[list[Content], list[Content]]:
         results = _run(body, *ins[:fixed], *carry, *x)
         return results[:carries], results[carries:]
 
@@ -123,7 +124,7 @@ def _scan(eqn: Any, ins: list[Any]) -> list[Any]:
     return [*carry, *ys]
 
 
-def _plain(closed: Any) -> bool:
+def _plain(closed: Body) -> bool:
     """Whether vmap can map all equations, collectives among them."""
     jaxpr, _ = opened(closed)
     bodies = [inner(eqn) for eqn in jaxpr.eqns if inner(eqn) is not None]

@@ -9,6 +9,7 @@ import numpy as np
 
 from lcq.tracing import joined, positions
 from lcq.tracing.contraction import ParamSite, Step
+from lcq.tracing.equation import Equation
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,7 +61,7 @@ class Result(NamedTuple):
     before: tuple[Value, ...]
 
 
-def count(eqn: Any, ins: Sequence[Value], results: list[Value], source: str) -> list[Value]:
+def count(eqn: Equation, ins: Sequence[Value], results: list[Value], source: str) -> list[Value]:
     """Results of an equation, with their masks, or with the equation behind which there is none."""
     if all(value.mask is None and not value.lost for value in ins):
         return results

@@ -1,0 +1,38 @@
+"""What following and running equations of a jaxpr asks of them, and names of what goes in and out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from typing_extensions import TypeAliasType
+
+Content = TypeAliasType("Content", Any)
+"""What a variable holds while equations run: an array, a form, a mask of places, or whatever the rules understand."""
+
+Body = TypeAliasType("Body", Any)
+"""A jaxpr, closed or not."""
+
+Frame = TypeAliasType("Frame", tuple[Any, ...])
+"""The calls around an equation, which tell apart its uses in each of them."""
+
+
+@runtime_checkable
+class Equation(Protocol):
+    """An equation of a jaxpr."""
+
+    @property
+    def primitive(self) -> Any: ...
+
+    @property
+    def invars(self) -> Sequence[Any]: ...
+
+    @property
+    def outvars(self) -> Sequence[Any]: ...
+
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+
+    @property
+    def effects(self) -> Any: ...
+
+    @property
+    def source_info(self) -> Any: ...
