@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from lcq.forms.axes import block_lengths
@@ -91,7 +92,7 @@ class Scheme(abc.ABC):
         return 2 * self.cost(forms) / mu if self.costly else 0.0
 
     @own_promotion()
-    def project(self, x: Any, previous: Any = None, *, mu: Any = None, importance: Any = None) -> Any:
+    def project(self, x: Any, previous: Any = None, *, mu: ArrayLike | None = None, importance: Any = None) -> Any:
         """Projects an array, or several arrays onto one shared Theta.
 
             Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta)

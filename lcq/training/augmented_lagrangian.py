@@ -74,9 +74,9 @@ class Lagrangian(NamedTuple):
 
     problem: Any
     c_steps: Any
-    multipliers: Any
+    multipliers: PyTree
     codes: tuple[Any, ...]
-    codebooks: Any
+    codebooks: PyTree
     info: Any
 
 
@@ -155,7 +155,7 @@ class _Sums(NamedTuple):
 
     away: Any
     distortion: Any
-    multipliers: Any
+    multipliers: PyTree
     kept_back: Any
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from lcq.forms.base import Form, cast_masks, is_form
 from lcq.forms.dtypes import native_tree
@@ -35,7 +36,7 @@ class Tasks(tuple[Task, ...]):
 class IteratedState(NamedTuple):
     """State of `iterated_direct`: the inner state, updates made, tasks, Theta of each task."""
 
-    inner: Any
+    inner: PyTree
     steps: Any
     tasks: Tasks
     forms: tuple[tuple[Form, ...], ...]
@@ -64,12 +65,12 @@ def iterated_direct(inner: Optimizer, rules: Rules, *, every: int) -> optax.Grad
         tasks, inner_state = Tasks(resolve(rules, params)), start_inner(inner, params)
         return IteratedState(inner_state, jnp.zeros([], jnp.int32), tasks, _first(tasks, params, blank))
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> PyTree:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> tuple[Any, IteratedState]:
+    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> tuple[Any, IteratedState]:
         _check(grads, state, params, IteratedState, "iterated_direct")
         grads, params = native_tree((grads, params))
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
@@ -88,7 +89,7 @@ def iterated_direct(inner: Optimizer, rules: Rules, *, every: int) -> optax.Grad
 class StraightThroughState(NamedTuple):
     """State of `straight_through_training`: the inner state, latent weights, tasks, Theta of each task."""
 
-    inner: Any
+    inner: PyTree
     latent: Any
     tasks: Tasks
     forms: tuple[tuple[Form, ...], ...]
@@ -118,12 +119,12 @@ def straight_through_training(inner: Optimizer, rules: Rules) -> optax.GradientT
         latent = jax.tree.map(lambda w: jnp.array(w, copy=True), params)
         return StraightThroughState(inner_state, latent, tasks, _first(tasks, params, blank))
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> PyTree:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> Any:
+    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> Any:
         _check(grads, state, params, StraightThroughState, "straight_through_training")
         grads, params = native_tree((grads, params))
 
@@ -142,7 +143,7 @@ def straight_through_training(inner: Optimizer, rules: Rules) -> optax.GradientT
 def baseline_states(opt_state: OptState) -> list[IteratedState | StraightThroughState]:
     """Every state of the two wrappers in an optimizer state, without nnx variables."""
 
-    def is_one(node: Any) -> bool:
+    def is_one(node: PyTree) -> bool:
         return isinstance(node, IteratedState | StraightThroughState)
 
     return [node for node in jax.tree.leaves(nnx.as_pure(opt_state), is_leaf=is_one) if is_one(node)]
@@ -173,13 +174,13 @@ def baseline_forms(state: IteratedState | StraightThroughState, params: Params) 
     return state.tasks, [task.project(take(leaves, task), p) for task, p in zip(state.tasks, warm, strict=True)]
 
 
-def _is_sound(state: Any) -> bool:
+def _is_sound(state: PyTree) -> bool:
     """Whether a state's types are there, which a checkpoint may have lost at any depth."""
     nodes = jax.tree.leaves(getattr(state, "forms", None), is_leaf=is_form)
     return isinstance(getattr(state, "tasks", None), Tasks) and all(map(is_form, nodes))
 
 
-def _check(grads: optax.Updates, state: Any, params: Params, kind: type, method: str) -> None:
+def _check(grads: optax.Updates, state: PyTree, params: Params, kind: type, method: str) -> None:
     """Refuses an update without parameters, or a gradient for each of them, or the types of the state."""
     if params is None:
         raise ValueError("the parameters are projected: call update(grads, state, params)")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from lcq.forms.base import Form, is_form
 from lcq.training.baselines import baseline_forms, baseline_states, find_baseline
@@ -83,7 +84,7 @@ def extract(
     return jax.tree.unflatten(structure, stored.values())
 
 
-def _forms(state: Any, params: Params, levels: str) -> dict[str, Form]:
+def _forms(state: PyTree, params: Params, levels: str) -> dict[str, Form]:
     """The forms of every method in an optimizer state, by path; the inner method's at a leaf that two select."""
     found: list[tuple[Sequence[Task], Sequence[tuple[Form, ...]]]] = []
     if baseline_states(state):

@@ -82,7 +82,7 @@ def finetune(
     update = optax.with_extra_args_support(tx).update
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(numbers: Any, state: Any, rest: Any, batch: Batch) -> Any:
+    def step(numbers: Any, state: PyTree, rest: Any, batch: Batch) -> Any:
         def objective(numbers: Any) -> Any:
             return loss(net.dense(numbers, rest), batch)
 
@@ -142,7 +142,7 @@ class _Net:
         self.slots = [a if isinstance(a, _Slot) else None for a in flat]
         self.rest = [None if isinstance(a, _Slot) else a for a in flat]
 
-    def _visit(self, path: str, inside: str, node: Any) -> Any:
+    def _visit(self, path: str, inside: str, node: PyTree) -> Any:
         """A form with slots in it; what leaves share is as in files: arrays of shared forms but their own."""
         if isinstance(node, tuple):
             return tuple(self._visit(path, f"{inside}.{i}", part) for i, part in enumerate(node))
@@ -227,7 +227,7 @@ def _wide(dtype: Any) -> Any:
     return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32
 
 
-def _ascending(node: Any) -> Any:
+def _ascending(node: PyTree) -> Any:
     """A working form with the levels in it in ascending order, and codes that follow; it has the same `dense()`."""
     if isinstance(node, tuple):
         return tuple(map(_ascending, node))

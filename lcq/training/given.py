@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from typing_extensions import TypeAliasType
 
 from lcq.tree.aliases import Params
@@ -105,7 +106,7 @@ RESTORED = "a state that was restored without a target is plain dicts and lists:
 """The remedy where a checkpoint lost the types of a state."""
 
 
-def check_state(state: Any, kind: type, method: str, sound: bool = True) -> None:
+def check_state(state: PyTree, kind: type, method: str, sound: bool = True) -> None:
     """Refuses what is not a state of a method, or has lost the types in it.
 
     Raises:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, PyTree
 
 from lcq.forms import Codes
 from lcq.forms.base import is_form, join_leafwise, split_leafwise
@@ -64,10 +64,10 @@ class HempState(NamedTuple):
             the mean over codebooks; 0 before the first update.
     """
 
-    inner: Any
+    inner: PyTree
     steps: Any
     tasks: Any
-    codebooks: Any
+    codebooks: PyTree
     entropy: Any
     shares: Any
 
@@ -182,12 +182,12 @@ def hemp(
         shares = tuple(tuple(jnp.zeros([], jnp.float32) for _ in task.paths) for task in tasks)
         return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, codebooks, bound, shares)
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> PyTree:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> tuple[Any, HempState]:
+    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> tuple[Any, HempState]:
         if params is None:
             raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
         check_state(state, HempState, "hemp", sound=is_sound(state))
@@ -245,7 +245,7 @@ def share_of(ranks: Integer[Array, "*leaf"], levels: Float[Array, "*counts k"]) 
     return jnp.mean(largest.astype(jnp.float32)) / within.size
 
 
-def is_sound(state: Any) -> bool:
+def is_sound(state: PyTree) -> bool:
     """Whether a state's types are there, which a checkpoint may have lost at any depth."""
     if not isinstance(state, HempState) or not isinstance(state.tasks, Tasks):
         return False

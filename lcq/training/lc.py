@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import native_tree
@@ -54,7 +55,7 @@ class LCState(NamedTuple):
         lagrangian: Theta, lambda and mu, and what a C step needs.
     """
 
-    inner: Any
+    inner: PyTree
     steps: Any
     lagrangian: Lagrangian
 
@@ -147,12 +148,12 @@ def lc(
         problem = Problem(resolve(rules, params), schedule)
         return LCState(inner_state, steps, start(params, problem, multipliers, blank))
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> PyTree:
         if abstract(params):
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: Any, params: Params = None, **extra: Any) -> tuple[Any, LCState]:
+    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> tuple[Any, LCState]:
         if params is None:
             raise ValueError("lc couples the gradients to the parameters: call update(grads, state, params)")
         grads, params = native_tree((grads, params))
@@ -230,7 +231,7 @@ def lc_forms(state: Lagrangian, params: Params) -> tuple[tuple[Task, ...], list[
     return state.problem.tasks, forms
 
 
-def _is_lagrangian(node: Any) -> bool:
+def _is_lagrangian(node: PyTree) -> bool:
     return isinstance(node, Lagrangian)
 
 
@@ -303,7 +304,7 @@ def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rat
         )
 
 
-def _check_learning_rate_is_not_kept(inner_state: Any) -> None:
+def _check_learning_rate_is_not_kept(inner_state: PyTree) -> None:
     kept = optax.InjectStatefulHyperparamsState
     if any(isinstance(n, kept) for n in jax.tree.leaves(inner_state, is_leaf=lambda n: isinstance(n, kept))):
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from lcq.tree.aliases import Params
 from lcq.tree.paths import flatten
@@ -85,13 +86,13 @@ def at(extra: dict[str, Any], place: Callable[[Any], Any]) -> dict[str, Any]:
     return extra | {key: moved(extra[key]) for key in (*_VALUES, *_SLOPES) if extra.get(key) is not None}
 
 
-def take_term(inner_state: Any, params: Params, term: Term) -> Any:
+def take_term(inner_state: PyTree, params: Params, term: Term) -> Any:
     """The inner state with the value and gradient that line searches keep, at `params`, again those of the loss.
 
     `optax.value_and_grad_from_state` hands them to the next update, which adds the term: the next one, if it changed.
     """
 
-    def bare(node: Any) -> Any:
+    def bare(node: PyTree) -> Any:
         if not isinstance(node, SEARCHES):
             return node
         value = (node.value - term.value(params)).astype(node.value.dtype)
@@ -106,10 +107,10 @@ def take_term(inner_state: Any, params: Params, term: Term) -> Any:
     return jax.tree.map(bare, inner_state, is_leaf=_is_search)
 
 
-def forget(inner_state: Any, when: Any) -> Any:
+def forget(inner_state: PyTree, when: Any) -> Any:
     """The inner state without the value that line searches keep, where parameters were moved away from it."""
 
-    def without(node: Any) -> Any:
+    def without(node: PyTree) -> Any:
         if not isinstance(node, SEARCHES):
             return node
         return node._replace(value=jnp.where(when, jnp.inf, node.value).astype(node.value.dtype))
@@ -117,12 +118,12 @@ def forget(inner_state: Any, when: Any) -> Any:
     return jax.tree.map(without, inner_state, is_leaf=_is_search)
 
 
-def keeps_value(inner_state: Any) -> bool:
+def keeps_value(inner_state: PyTree) -> bool:
     """Whether there is a line search in a state."""
     return any(map(_is_search, jax.tree.leaves(inner_state, is_leaf=_is_search)))
 
 
-def _is_search(node: Any) -> bool:
+def _is_search(node: PyTree) -> bool:
     return isinstance(node, SEARCHES)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from lcq.forms.dtypes import own_promotion
 
@@ -98,7 +98,7 @@ def adam_step(b2: float = 0.999, eps: float = 1e-8) -> Callable[[Any, Any], Any]
         ValueError: when used, if the optimizer's state has no `optax.ScaleByAdamState`, or several.
     """
 
-    def step(inner_state: Any, eta: Any) -> Any:
+    def step(inner_state: PyTree, eta: Any) -> Any:
         nodes = jax.tree.leaves(inner_state, is_leaf=_is_adam)
         found = [node for node in nodes if _is_adam(node)]
         if len(found) != 1:
@@ -112,5 +112,5 @@ def adam_step(b2: float = 0.999, eps: float = 1e-8) -> Callable[[Any, Any], Any]
     return step
 
 
-def _is_adam(node: Any) -> bool:
+def _is_adam(node: PyTree) -> bool:
     return isinstance(node, optax.ScaleByAdamState)
