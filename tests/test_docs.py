@@ -1,5 +1,6 @@
 """The documentation covers what there is, and its code blocks run."""
 
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -43,3 +44,27 @@ def test_the_architecture_page_has_the_rooms_of_today():
     assert told in (DOCS / "architecture.md").read_text(), (
         "put what python docs/rooms.py says into docs/architecture.md"
     )
+
+
+def test_docstrings_are_shown_as_they_are_written():
+    """Equations stand as they are, stars and bars mean nothing, names in backticks are code."""
+    spec = importlib.util.spec_from_file_location("plain_docstrings", DOCS / "_ext" / "plain_docstrings.py")
+    shown = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shown)
+    text = [
+        "The nearest *w_i*, |w|.",
+        "",
+        "    min ||w||^2",
+        "    q_t",
+        "",
+        "More of `w`.",
+        "",
+        "Example:",
+        "    >>> a_ * b_",
+    ]
+    assert shown.restructured(text) == [
+        r"The nearest \*w\_i\*, \|w\|.",
+        *["", "::", *equation],
+        "More of ``w``.",
+        *example,
+    ]
