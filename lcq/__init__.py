@@ -26,7 +26,23 @@ from lcq.plans import Plan, dry_run, pareto, read_plan
 from lcq.ptq import GPFQ, GPTQ, Descent, Qronos, quantize
 from lcq.reporting import table
 from lcq.runtime import packed
-from lcq.schemes import Additive, Binary, Cast, KMeans, Levels, LowRank, PowersOfTwo, Prune, Ternary, Uniform
+from lcq.schemes import (
+    Additive,
+    Binary,
+    Cast,
+    KMeans,
+    L0Penalty,
+    L1Ball,
+    L1Penalty,
+    Levels,
+    LowRank,
+    NofM,
+    PowersOfTwo,
+    Prune,
+    PruneGroups,
+    Ternary,
+    Uniform,
+)
 from lcq.training import (
     extract,
     finetune,
@@ -51,11 +67,16 @@ __all__ = [
     "Cast",
     "Descent",
     "KMeans",
+    "L0Penalty",
+    "L1Ball",
+    "L1Penalty",
     "Levels",
     "LowRank",
+    "NofM",
     "Plan",
     "PowersOfTwo",
     "Prune",
+    "PruneGroups",
     "Qronos",
     "Rule",
     "Ternary",

@@ -20,11 +20,11 @@ SCHEMES = [
     lcq.Uniform(4, per=4),
     lcq.Uniform(4, zero_point=True),
     lcq.Ternary(),
-    lcq.Prune(kept=9),
-    lcq.Prune(kept="1:2"),
-    lcq.Prune(kept=9, values=lcq.KMeans(2)),
+    lcq.Prune(count=9),
+    lcq.NofM(1, 2),
+    lcq.Prune(count=9, values=lcq.KMeans(2)),
     lcq.LowRank(2),
-    lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=3)),
+    lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
 ]
 MODES = {
     "rank": lambda: jax.numpy_rank_promotion("raise"),
@@ -149,7 +149,7 @@ import jax.numpy as jnp, lcq, optax
 w = {"k": jnp.linspace(-1, 1, 48, dtype=jnp.float32).reshape(8, 6)}
 x = jnp.linspace(-1, 1, 128, dtype=jnp.float32).reshape(16, 8)
 schemes = [lcq.KMeans(2), lcq.KMeans(4, per="channel"), lcq.KMeans(4, rate=0.1), lcq.Uniform(4, per=4), lcq.LowRank(2),
-           lcq.Uniform(4, zero_point=True), lcq.Ternary(), lcq.Prune(kept=9), lcq.Prune(radius=3.0)]
+           lcq.Uniform(4, zero_point=True), lcq.Ternary(), lcq.Prune(count=9), lcq.L1Ball(3.0)]
 bad = {}
 for s in schemes:
     rules = [lcq.Rule("k", s)]

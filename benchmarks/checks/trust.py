@@ -57,10 +57,10 @@ def tree() -> dict[str, Any]:
         "codes": lcq.KMeans(3),
         "grid": lcq.Uniform(4, per="channel"),
         "binary": lcq.Binary(),
-        "few": lcq.Prune(kept=20),
-        "some": lcq.Prune(kept=0.3, values=lcq.KMeans(4)),
+        "few": lcq.Prune(count=20),
+        "some": lcq.Prune(fraction=0.3, values=lcq.KMeans(4)),
         "factors": lcq.LowRank(rank=2),
-        "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=10)),
+        "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=10)),
         "cast": lcq.Cast("bfloat16"),
     }
     whole = {name: w + i for i, name in enumerate(schemes)} | {"bias": jnp.arange(5.0), "step": 3, "none": None}

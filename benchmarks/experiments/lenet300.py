@@ -76,16 +76,16 @@ PLANS = {
     "k4": K4,
     "k16": each(lcq.KMeans(16)),
     "ternary": TERNARY,
-    **{f"l0_{percent}": jointly(lcq.Prune(kept=percent / 100)) for percent in (10, 5, 3, 2, 1)},
-    "l0_5_k16": jointly(lcq.Prune(kept=0.05, values=lcq.KMeans(16))),
-    "l0_2_k16": jointly(lcq.Prune(kept=0.02, values=lcq.KMeans(16))),
+    **{f"l0_{percent}": jointly(lcq.Prune(fraction=percent / 100)) for percent in (10, 5, 3, 2, 1)},
+    "l0_5_k16": jointly(lcq.Prune(fraction=0.05, values=lcq.KMeans(16))),
+    "l0_2_k16": jointly(lcq.Prune(fraction=0.02, values=lcq.KMeans(16))),
     **{f"rank_{rank}": each(lcq.LowRank(rank), "dense[01]/kernel") for rank in (5, 10, 20)},
-    "k2_l0_1": jointly(lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=0.01))),
-    "rank_2_l0_3": jointly(lcq.Additive(lcq.LowRank(2), lcq.Prune(kept=0.03))),
+    "k2_l0_1": jointly(lcq.Additive(lcq.KMeans(2), lcq.Prune(fraction=0.01))),
+    "rank_2_l0_3": jointly(lcq.Additive(lcq.LowRank(2), lcq.Prune(fraction=0.03))),
 }
 """One point each of the rate-distortion picture, by LC, iterated direct and direct compression."""
 MIXED = (
-    lcq.Rule("dense0/kernel", lcq.Prune(kept=5000)),
+    lcq.Rule("dense0/kernel", lcq.Prune(count=5000)),
     lcq.Rule("dense1/kernel", lcq.LowRank(10)),
     lcq.Rule("dense2/kernel", lcq.KMeans(2)),
 )

@@ -115,7 +115,7 @@ class Recipe:
 
 
 K2, K4, TERNARY = ((lcq.Rule(KERNELS, scheme),) for scheme in (lcq.KMeans(2), lcq.KMeans(4), lcq.Ternary()))
-PRUNED = (lcq.Rule(KERNELS, lcq.Prune(kept=0.1), joint=True),)
+PRUNED = (lcq.Rule(KERNELS, lcq.Prune(fraction=0.1), joint=True),)
 FIRST = {"hold": 0.1, "every": 50}
 """Of the first attempts: with codebooks w swings about Delta(Theta), as multipliers that are updated every 50 steps are
 faster than a w whose learning rate times mu falls; their gaps stay above 4e-3."""

@@ -50,7 +50,7 @@ class Small:
 
     def stage(self, values: lcq.schemes.Scheme | None, **schedule: Any) -> lenet300.Recipe:
         rules = (
-            lcq.Rule(lenet300.KERNELS, lcq.Prune(kept=self.kept, values=values), joint=True),
+            lcq.Rule(lenet300.KERNELS, lcq.Prune(fraction=self.kept, values=values), joint=True),
             lcq.Rule(".*/bias", lcq.Cast("bfloat16")),
         )
         epochs = (1, 1) if self.moved else schedule["epochs"]

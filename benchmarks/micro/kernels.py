@@ -154,7 +154,7 @@ def kept_rows() -> list[dict[str, Any]]:
     from lcq.kernels.api import matmul
 
     w = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
-    ready = {kept: lcq.Prune(kept=kept).project(w).prepack() for kept in (0.02, 0.05, 0.1)}
+    ready = {kept: lcq.Prune(fraction=kept).project(w).prepack() for kept in (0.02, 0.05, 0.1)}
     dot, door, rows = jax.jit(jnp.dot), jax.jit(matmul), []
     for m in ROWS:
         x = jax.random.normal(jax.random.key(1), (m, SIZE))

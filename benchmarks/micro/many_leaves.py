@@ -24,7 +24,7 @@ SCHEMES = {
     "KMeans(2)": ("normal", lcq.KMeans(2)),
     "Uniform(4, per=8)": ("normal", lcq.Uniform(4, per=8)),
     "Uniform(3) of heavy tails": ("heavy", lcq.Uniform(3)),
-    "Prune(kept=40)": ("normal", lcq.Prune(kept=40)),
+    "Prune(count=40)": ("normal", lcq.Prune(count=40)),
 }
 
 

@@ -160,7 +160,7 @@ class Sparse(Form):
         Example:
             >>> import lcq
             >>> w = jnp.array([[0.1, 5.0], [0.2, 0.3], [4.0, 0.1], [0.0, 0.3]])
-            >>> ready = lcq.Prune(kept=2).project(w).prepack()
+            >>> ready = lcq.Prune(count=2).project(w).prepack()
             >>> ready.places.tolist(), ready.values.tolist()
             ([[2, 0]], [[4.0, 5.0]])
         """

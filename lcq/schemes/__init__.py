@@ -6,7 +6,8 @@ from lcq.schemes.cast import Cast
 from lcq.schemes.kmeans import KMeans
 from lcq.schemes.levels import Binary, Levels, PowersOfTwo, Ternary
 from lcq.schemes.lowrank import LowRank
-from lcq.schemes.prune import Prune
+from lcq.schemes.norms import L0Penalty, L1Ball, L1Penalty
+from lcq.schemes.prune import NofM, Prune, PruneGroups
 from lcq.schemes.uniform import Uniform
 
 __all__ = [
@@ -15,10 +16,15 @@ __all__ = [
     "Binary",
     "Cast",
     "KMeans",
+    "L0Penalty",
+    "L1Ball",
+    "L1Penalty",
     "Levels",
     "LowRank",
+    "NofM",
     "PowersOfTwo",
     "Prune",
+    "PruneGroups",
     "Quantizer",
     "Scheme",
     "Ternary",

@@ -46,7 +46,7 @@ class Additive(Scheme):
     Example:
         >>> import lcq
         >>> x = jnp.array([1.0, 1.0, -1.0, 7.0, -1.0])
-        >>> Additive(lcq.Binary(), lcq.Prune(kept=1)).project(x).dense()
+        >>> Additive(lcq.Binary(), lcq.Prune(count=1)).project(x).dense()
         Array([ 1.,  1., -1.,  7., -1.], dtype=float32)
     """
 
@@ -54,7 +54,7 @@ class Additive(Scheme):
 
     def __init__(self, *parts: Scheme) -> None:
         if len(parts) < 2 or not all(isinstance(part, Scheme) for part in parts):
-            raise ValueError(f"expected two or more schemes, such as KMeans(2), Prune(kept=0.01), got {parts!r}")
+            raise ValueError(f"expected two or more schemes, such as KMeans(2), Prune(fraction=0.01), got {parts!r}")
         object.__setattr__(self, "parts", parts)
 
     @property

@@ -37,9 +37,9 @@ SCHEMES = [
     lcq.Uniform(3, per=4),
     lcq.KMeans(2, per="channel"),
     lcq.Binary(scale=True, per=2),
-    lcq.Prune(kept=2, group="channel"),
-    lcq.Prune(kept="1:4"),
-    lcq.Additive(lcq.Binary(per="channel"), lcq.Prune(kept=3)),
+    lcq.PruneGroups("channel", count=2),
+    lcq.NofM(1, 4),
+    lcq.Additive(lcq.Binary(per="channel"), lcq.Prune(count=3)),
     lcq.KMeans(3),
     lcq.Cast(),
 ]
@@ -140,7 +140,7 @@ def test_layouts_that_do_not_fit():
         compressed(draw(4, 4, 2, 2), lcq.LowRank(1), layout="oihw")
     assert compressed(draw(4, 4), lcq.LowRank(1), layout="oi").shape == (4, 4)
     with pytest.raises(ValueError, match=r"rule '.': joint leaves with a layout must have equally many axes"):
-        rule = lcq.Rule(".", lcq.Prune(kept=0.5, group="channel"), joint=True, layout="oi")
+        rule = lcq.Rule(".", lcq.PruneGroups("channel", fraction=0.5), joint=True, layout="oi")
         lcq.compress({"v": draw(4, 4), "w": draw(4, 4, 1, 1)}, [rule])
 
 

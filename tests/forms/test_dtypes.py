@@ -62,10 +62,10 @@ def test_wider_casts_change_no_bit():
 def test_casts_of_every_scheme_and_form_go_to_the_nearest_number():
     x = jnp.array([[500.0, 1.0], [2.0, -3e5]])
     wanted = [[448.0, 1.0], [2.0, -448.0]]
-    for scheme in (lcq.Cast("float8_e4m3fn"), lcq.Prune(kept=4, values="float8_e4m3fn")):
+    for scheme in (lcq.Cast("float8_e4m3fn"), lcq.Prune(count=4, values="float8_e4m3fn")):
         assert scheme.project(x).dense().tolist() == wanted
         assert scheme.project(x).pack().dense().tolist() == wanted
-    for scheme in (lcq.KMeans(4), lcq.LowRank(2), lcq.Prune(kept=4), lcq.Additive(lcq.KMeans(4), lcq.Prune(kept=1))):
+    for scheme in (lcq.KMeans(4), lcq.LowRank(2), lcq.Prune(count=4), lcq.Additive(lcq.KMeans(4), lcq.Prune(count=1))):
         form = scheme.project(x)
         narrow = type(form)(**{**{f: getattr(form, f) for f in form.__dataclass_fields__}, "dtype": "float8_e4m3fn"})
         np.testing.assert_allclose(np.asarray(narrow.dense(), np.float32), wanted, rtol=0.07)
@@ -83,7 +83,7 @@ def test_unknown_formats_name_those_there_are(given):
         format_name(given)
 
 
-@pytest.mark.parametrize("make", [lambda: lcq.Cast("bf16"), lambda: lcq.Prune(kept=1, values="bf16")])
+@pytest.mark.parametrize("make", [lambda: lcq.Cast("bf16"), lambda: lcq.Prune(count=1, values="bf16")])
 def test_schemes_name_the_formats_there_are(make):
     with pytest.raises(ValueError, match=r"one of .*bfloat16.*, got 'bf16'"):
         make()

@@ -11,7 +11,12 @@ from lcq.kernels.api import matmul
 from tests.kernels.products import form_of, near, product
 
 RNG = np.random.default_rng(0)
-FEW = [lcq.Prune(kept=0.1), lcq.Prune(kept=0.15, values=lcq.KMeans(4)), lcq.Prune(kept=0), lcq.Prune(kept=0.1, group=2)]
+FEW = [
+    lcq.Prune(fraction=0.1),
+    lcq.Prune(fraction=0.15, values=lcq.KMeans(4)),
+    lcq.Prune(count=0),
+    lcq.PruneGroups(2, fraction=0.1),
+]
 
 
 @pytest.mark.parametrize("scheme", FEW, ids=repr)
@@ -41,7 +46,7 @@ def test_a_list_hides_no_activation_that_is_not_finite(rows, odd):
 
 
 def test_lists_of_bfloat16():
-    form = lcq.Prune(kept=0.1).project(jnp.asarray(RNG.normal(size=(70, 131)), jnp.bfloat16))
+    form = lcq.Prune(fraction=0.1).project(jnp.asarray(RNG.normal(size=(70, 131)), jnp.bfloat16))
     ready = form.prepack()
     assert ready.dtype == ready.values.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ready.dense(), form.dense())
@@ -53,8 +58,8 @@ def test_lists_of_bfloat16():
 
 
 def test_long_lists_and_traced_forms_are_not_prepacked():
-    form = form_of(lcq.Prune(kept=0.1))
-    long = form_of(lcq.Prune(kept=0.6))
+    form = form_of(lcq.Prune(fraction=0.1))
+    long = form_of(lcq.Prune(fraction=0.6))
     assert long.prepack() is long
     assert jax.jit(lambda form: form.prepack() is form)(form)
     with pytest.raises(ValueError, match="multiplies codes, got Ell"):

@@ -26,11 +26,11 @@ SCHEMES = {
     "Uniform": lcq.Uniform(4, per=4, zero_point=True),
     "Cast": lcq.Cast("bfloat16"),
     "short Cast": lcq.Cast("float8_e4m3fn"),
-    "Prune": lcq.Prune(kept=9),
-    "pruned codes": lcq.Prune(kept=9, values=lcq.KMeans(2)),
+    "Prune": lcq.Prune(count=9),
+    "pruned codes": lcq.Prune(count=9, values=lcq.KMeans(2)),
     "LowRank": lcq.LowRank(2),
     "full rank": lcq.LowRank(6),
-    "Additive": lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=3)),
+    "Additive": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
 }
 
 
@@ -66,7 +66,7 @@ def test_forms_of_both_layouts(scheme):
         np.testing.assert_allclose(fn.call(form, X), X @ form.dense(), atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per=4), lcq.KMeans(2), lcq.Prune(kept=3)], ids=repr)
+@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per=4), lcq.KMeans(2), lcq.Prune(count=3)], ids=repr)
 def test_what_is_prepacked(scheme):
     form = scheme.project(W)
     ready = form.prepack()

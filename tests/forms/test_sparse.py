@@ -115,7 +115,7 @@ def test_a_group_takes_one_place():
 
 def test_bits_of_what_is_not_computed_are_estimated():
     """From a bit mask and the part that is kept: what a dry run shows before anything is compressed."""
-    scheme = lcq.Prune(kept=0.25, values=lcq.KMeans(4))
+    scheme = lcq.Prune(fraction=0.25, values=lcq.KMeans(4))
     shapes = jax.eval_shape(scheme.project, jax.ShapeDtypeStruct((16, 8), jnp.float32))
     assert shapes.bits == 128 + 32 * 2 + 4 * 32
 
@@ -193,7 +193,7 @@ def test_a_hostile_file_is_refused(tmp_path, monkeypatch, form, message):
 def test_a_joint_task_stores_its_codebook_once(tmp_path):
     rng = np.random.default_rng(4)
     params = {"a": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "b": jnp.asarray(rng.normal(size=9), jnp.float32)}
-    forms = lcq.compress(params, [lcq.Rule("a|b", lcq.Prune(kept=12, values=lcq.KMeans(3, exact=True)), joint=True)])
+    forms = lcq.compress(params, [lcq.Rule("a|b", lcq.Prune(count=12, values=lcq.KMeans(3, exact=True)), joint=True)])
     lcq.save(tmp_path / "net.lcq", forms)
     encoder = records.Encoder()
     back = lcq.load(tmp_path / "net.lcq")

@@ -13,7 +13,7 @@ from lcq.io.tree_paths import flatten
 
 RNG = np.random.default_rng(0)
 A, B = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((6, 4), (5, 2)))
-SCHEME = lcq.Additive(lcq.KMeans(2, exact=True), lcq.Prune(kept=6, values=lcq.KMeans(3, exact=True)), lcq.LowRank(1))
+SCHEME = lcq.Additive(lcq.KMeans(2, exact=True), lcq.Prune(count=6, values=lcq.KMeans(3, exact=True)), lcq.LowRank(1))
 
 
 @pytest.fixture(scope="module")

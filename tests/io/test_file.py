@@ -319,7 +319,9 @@ def test_thousands_of_small_leaves(tmp_path):
         np.testing.assert_array_equal(back[name].dense(), form.dense())
 
 
-@pytest.mark.parametrize("scheme", [lcq.KMeans(8, rate=0.05), lcq.KMeans(2), lcq.Uniform(4, per=8), lcq.Prune(kept=40)])
+@pytest.mark.parametrize(
+    "scheme", [lcq.KMeans(8, rate=0.05), lcq.KMeans(2), lcq.Uniform(4, per=8), lcq.Prune(count=40)]
+)
 def test_small_leaves_of_other_kinds(tmp_path, scheme):
     forms = lcq.compress(small_leaves(100), [lcq.Rule(".*", scheme)])
     lcq.save(tmp_path / "a.lcq", forms)
@@ -350,7 +352,10 @@ def test_metadata_are_kept_and_files_without_are_as_they_were(tmp_path, coded, m
 @pytest.mark.parametrize("coded", [True, False])
 def test_leaves_one_by_one_are_those_of_load(tmp_path, coded):
     x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
-    rules = [lcq.Rule("[ab]", lcq.KMeans(4), joint=True), lcq.Rule("c", lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=9)))]
+    rules = [
+        lcq.Rule("[ab]", lcq.KMeans(4), joint=True),
+        lcq.Rule("c", lcq.Additive(lcq.KMeans(2), lcq.Prune(count=9))),
+    ]
     tree = lcq.compress({"a": x, "b": x + 1, "c": x, "d": x}, rules) | {"e": None, "n": 3}
     size = save(tmp_path / "net.lcq", tree, coded=coded)
     whole = load(tmp_path / "net.lcq")

@@ -41,11 +41,11 @@ def tree():
         "codes": lcq.KMeans(3),
         "channel": lcq.Uniform(4, per="channel", zero_point=True),
         "binary": lcq.Binary(),
-        "few": lcq.Prune(kept=12),
-        "some": lcq.Prune(kept=0.3, values=lcq.KMeans(4)),
-        "blocks": lcq.Prune(kept=0.25, group=(4, 2)),
+        "few": lcq.Prune(count=12),
+        "some": lcq.Prune(fraction=0.3, values=lcq.KMeans(4)),
+        "blocks": lcq.PruneGroups((4, 2), fraction=0.25),
         "factors": lcq.LowRank(rank=2),
-        "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=10)),
+        "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=10)),
         "cast": lcq.Cast("bfloat16"),
     }
     rules = [lcq.Rule(name, scheme) for name, scheme in stored.items()]
@@ -290,8 +290,8 @@ def test_nothing_is_allocated_for_a_file_that_is_refused(path, whole):
 
 
 CODES = {
-    "mask": lambda rng, n: (lcq.Prune(kept=0.4), rng.normal(size=n)),
-    "gaps": lambda rng, n: (lcq.Prune(kept=0.01), rng.normal(size=n)),
+    "mask": lambda rng, n: (lcq.Prune(fraction=0.4), rng.normal(size=n)),
+    "gaps": lambda rng, n: (lcq.Prune(fraction=0.01), rng.normal(size=n)),
     "binary": lambda rng, n: (lcq.Binary(), rng.normal(size=n)),
     "skewed": lambda rng, n: (lcq.Levels((0.0, 1.0, 2.0)), rng.geometric(0.7, n) - 1.0),
     "constant": lambda rng, n: (lcq.Levels((0.0, 1.0, 2.0)), np.zeros(n)),

@@ -39,8 +39,8 @@ CODED = [
 OTHERS = [
     lcq.Cast("bfloat16"),
     lcq.LowRank(3),
-    lcq.Prune(kept=0.2),
-    lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=0.1)),
+    lcq.Prune(fraction=0.2),
+    lcq.Additive(lcq.KMeans(2), lcq.Prune(fraction=0.1)),
 ]
 
 

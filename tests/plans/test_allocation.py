@@ -275,7 +275,7 @@ def test_coded_prices_are_those_of_the_file(tmp_path):
     rng = np.random.default_rng(3)
     few = jnp.asarray(rng.normal(size=(60, 50)) * (rng.random((60, 50)) < 0.05), jnp.float32)
     tree = {"few": few, "full": jnp.asarray(rng.normal(size=(40, 30)), jnp.float32)}
-    candidates = {".*": [lcq.KMeans(4, fixed=(0.0,)), lcq.KMeans(16, fixed=(0.0,)), lcq.Prune(kept=50)]}
+    candidates = {".*": [lcq.KMeans(4, fixed=(0.0,)), lcq.KMeans(16, fixed=(0.0,)), lcq.Prune(count=50)]}
     best = pareto_of_files(tree, candidates, bytes=900)
     lcq.save(tmp_path / "net.lcq", lcq.compress(tree, best.plan.rules))
     sizes = read_index(tmp_path / "net.lcq").sizes

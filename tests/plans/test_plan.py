@@ -249,6 +249,10 @@ def test_a_plan_in_a_file(tmp_path):
     lcq.save(path, tree, plan="[[rule]]\npattern='w'\nscheme='Newer(3)'")
     with pytest.raises(ValueError, match=r"net.LCQ: rule 1: expected a scheme, got 'Newer\(3\)'"):
         read_plan(path)
+    lcq.save(path, tree, plan="[[rule]]\npattern='w'\nscheme='Prune(0.1, older=2)'")
+    with pytest.raises(ValueError, match=r"net.LCQ: rule 1: .* unexpected keyword argument 'older'; expected Prune\("):
+        read_plan(path)
+    assert lcq.load(path).keys() == tree.keys()
     path.write_bytes(b"no such thing")
     with pytest.raises(lcq.ArtifactError, match=r"net.LCQ: not an lcq file"):
         read_plan(path)

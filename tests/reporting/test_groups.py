@@ -45,7 +45,7 @@ def test_other_leaves_are_other_groups(other):
 
 def test_forms_and_rules_that_differ_in_a_number():
     rows = [
-        row(f"l{i}/w", f"sparse float32, {kept:,} kept, gaps of {i + 4} bits", rule=f"l{i}/w", scheme="Prune(kept=9)")
+        row(f"l{i}/w", f"sparse float32, {kept:,} kept, gaps of {i + 4} bits", rule=f"l{i}/w", scheme="Prune(count=9)")
         for i, kept in enumerate((12_000, 980, 3_021))
     ]
     (group,) = grouped(rows)

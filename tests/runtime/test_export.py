@@ -24,7 +24,7 @@ def patches(monkeypatch):
 
 
 @pytest.mark.parametrize("ready", [False, True], ids=["forms", "prepacked"])
-@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2), lcq.Prune(kept=9)], ids=repr)
+@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2), lcq.Prune(count=9)], ids=repr)
 def test_exported_with_forms_as_arguments(scheme, ready):
     net, x = packed(lambda p, x: x @ p["kernel"]), normal(3, 8)
     forms = {"kernel": scheme.project(W)}
@@ -57,7 +57,7 @@ SYMBOLIC = {  # fn, w, stacked, x without its batch
 
 
 @pytest.mark.parametrize("case", SYMBOLIC)
-@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2), lcq.Prune(kept=9)], ids=repr)
+@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per="channel"), lcq.KMeans(2), lcq.Prune(count=9)], ids=repr)
 def test_exported_with_a_symbolic_batch(scheme, case, unchecked):
     fn, w, stacked, rest = SYMBOLIC[case]
     net, forms = packed(fn), stored(lcq.compress({"w": w}, [lcq.Rule("w", scheme, stacked=stacked)]))

@@ -167,7 +167,7 @@ EXPERTS = {
     "codes": lcq.Uniform(4, per="channel"),
     "one bit": lcq.KMeans(2),
     "factors": lcq.LowRank(2),
-    "few": lcq.Prune(kept=0.1),
+    "few": lcq.Prune(fraction=0.1),
     "cast": lcq.Cast("bfloat16"),
 }
 

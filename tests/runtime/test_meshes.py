@@ -26,10 +26,10 @@ SCHEMES = {
     "codebook": lcq.KMeans(20),
     "codebooks": lcq.KMeans(4, per="channel"),
     "cast": lcq.Cast("bfloat16"),
-    "few": lcq.Prune(kept=9),
-    "few codes": lcq.Prune(kept=9, values=lcq.KMeans(2)),
+    "few": lcq.Prune(count=9),
+    "few codes": lcq.Prune(count=9, values=lcq.KMeans(2)),
     "factors": lcq.LowRank(2),
-    "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=3)),
+    "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
 }
 
 

@@ -53,7 +53,7 @@ def test_codes_of_a_sum_are_prepacked_and_those_of_another_use_are_not():
 
 def test_few_weights_are_prepacked_and_no_dense_array_of_them_is_made():
     w, x = normal(512, 384), normal(2, 512)
-    forms = {"w": lcq.Prune(kept=0.05, values=lcq.KMeans(4)).project(w).pack()}
+    forms = {"w": lcq.Prune(fraction=0.05, values=lcq.KMeans(4)).project(w).pack()}
     net = packed(lambda p, x: x @ p["w"])
     ready = net.prepack(forms, x)
     assert isinstance(ready["w"], Ell) and ready["w"].places.dtype == jnp.uint16

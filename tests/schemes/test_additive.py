@@ -49,7 +49,7 @@ def with_one_kept(least, h):
     return np.array([min(least(np.delete(x, i), np.delete(w, i)) for i in range(8)) for x, w in rows])
 
 
-BINARY, TWO, ONE = lcq.Binary(), lcq.KMeans(2), lcq.Prune(kept=1)
+BINARY, TWO, ONE = lcq.Binary(), lcq.KMeans(2), lcq.Prune(count=1)
 CASES = {
     "binary, one kept": (lcq.Additive(BINARY, ONE), binary, None, 1.0),
     "weighted": (lcq.Additive(BINARY, ONE), binary, H, 0.9),
@@ -70,7 +70,7 @@ def test_the_minimum_is_local_and_often_the_best_of_all(case):
 
 
 def test_costs_are_traded_against_the_distortion():
-    scheme, price = lcq.Additive(BINARY, lcq.Prune(penalty=0.4)), 2 / MU * 0.4
+    scheme, price = lcq.Additive(BINARY, lcq.L0Penalty(0.4)), 2 / MU * 0.4
     subsets = [np.array([i >> j & 1 for j in range(8)], bool) for i in range(255)]
     rows, one = X.astype(np.float64), np.ones(8)
     best = np.array([min(binary(x[~s], one[~s]) + price * s.sum() for s in subsets) for x in rows])
@@ -86,7 +86,7 @@ def test_costs_are_traded_against_the_distortion():
 
 @pytest.mark.parametrize(
     "parts",
-    [(BINARY, lcq.Prune(kept=5), lcq.LowRank(1)), (lcq.LowRank(1), lcq.Prune(penalty=0.5))],
+    [(BINARY, lcq.Prune(count=5), lcq.LowRank(1)), (lcq.LowRank(1), lcq.L0Penalty(0.5))],
     ids=["three", "cost"],
 )
 def test_the_sweeps_are_those_made_by_hand(parts):
@@ -114,7 +114,7 @@ def test_the_sweeps_are_those_made_by_hand(parts):
 
 
 def test_a_warm_start_has_the_structure_of_the_first_and_never_raises_the_distortion():
-    scheme = lcq.Additive(BINARY, lcq.Prune(kept=5))
+    scheme = lcq.Additive(BINARY, lcq.Prune(count=5))
     first = scheme.project(Y)
     steps = jax.lax.fori_loop(0, 3, lambda i, form: scheme.project(Y + 0.1 * i, form), first)
     assert jax.tree.structure(steps) == jax.tree.structure(first)
@@ -134,7 +134,7 @@ def test_a_warm_start_stays_in_a_better_minimum():
 
 
 def test_a_joint_task_starts_from_its_forms():
-    task = Task(("a", "b"), lcq.Additive(BINARY, lcq.Prune(kept=4)))
+    task = Task(("a", "b"), lcq.Additive(BINARY, lcq.Prune(count=4)))
     first = task.project((Y[:3], Y[3:]))
     again = task.project((Y[:3], Y[3:]), first)
     assert jax.tree.structure(first) == jax.tree.structure(again) and first[1].parts[0].shared == "a"
@@ -143,7 +143,7 @@ def test_a_joint_task_starts_from_its_forms():
 
 def test_joint_leaves_share_the_scale_and_the_budget():
     xs = (Y[:3], 3 * Y[3:].ravel())
-    scheme = lcq.Additive(BINARY, lcq.Prune(kept=4))
+    scheme = lcq.Additive(BINARY, lcq.Prune(count=4))
     form, other = scheme.project(xs)
     np.testing.assert_array_equal(form.parts[0].scale.ravel(), other.parts[0].scale.ravel())
     kept = [int(f.parts[1].mask.sum()) for f in (form, other)]
@@ -154,7 +154,7 @@ def test_joint_leaves_share_the_scale_and_the_budget():
 
 
 def test_parts_solved_on_the_host():
-    exact, rest = lcq.Additive(lcq.KMeans(2, exact=True), lcq.Prune(kept=5)), np.ravel(Y).astype(np.float64)
+    exact, rest = lcq.Additive(lcq.KMeans(2, exact=True), lcq.Prune(count=5)), np.ravel(Y).astype(np.float64)
     assert exact.host and not lcq.Additive(TWO, ONE).host
     form = exact.project(Y)
     kept = np.ravel(form.parts[1].mask)
@@ -170,7 +170,7 @@ def test_parts_solved_on_the_host():
 
 def test_what_is_such_a_sum_is_returned_if_corrections_come_first():
     x = jnp.where(jnp.arange(48).reshape(8, 6) % 2 == 0, 1.0, -1.0).at[3, jnp.arange(5)].add(9.0)
-    scheme = lcq.Additive(lcq.Prune(kept=5), BINARY)
+    scheme = lcq.Additive(lcq.Prune(count=5), BINARY)
     np.testing.assert_allclose(scheme.project(x).dense(), x, atol=1e-6)
     half = scheme.project(x.astype(jnp.bfloat16))
     assert half.dense().dtype == jnp.bfloat16 and half.parts[1].scale.dtype == jnp.float32
@@ -197,6 +197,6 @@ def test_bad_settings_and_leaves_are_refused(make, message):
 
 def test_settings_hash():
     one = lcq.Additive(TWO, ONE)
-    assert one == lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=1)) and hash(one) == hash(lcq.Additive(TWO, ONE))
+    assert one == lcq.Additive(lcq.KMeans(2), lcq.Prune(count=1)) and hash(one) == hash(lcq.Additive(TWO, ONE))
     assert one != lcq.Additive(ONE, TWO) and one.leaf_arrays == 3
     assert lcq.Additive(TWO, lcq.LowRank(penalty=1.0)).costly and not one.costly

@@ -11,7 +11,7 @@ from lcq.forms.base import is_form
 
 W = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)
 PARAMS = {"a": W, "b": 2 * W[:4], "bias": jnp.ones(6)}
-RULES = [lcq.Rule("a", lcq.KMeans(3)), lcq.Rule("b", lcq.Prune(kept=5))]
+RULES = [lcq.Rule("a", lcq.KMeans(3)), lcq.Rule("b", lcq.Prune(count=5))]
 BASELINES = {
     "iterated_direct": lambda rules: lcq.training.iterated_direct(optax.sgd(0.1), rules, every=2),
     "straight_through_training": lambda rules: lcq.training.straight_through_training(optax.sgd(0.1), rules),

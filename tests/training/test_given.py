@@ -55,7 +55,7 @@ def test_abstract_initialisation(name):
 
 @pytest.mark.parametrize(
     "scheme",
-    [lcq.KMeans(2, exact=True), lcq.Prune(kept=5), lcq.LowRank(2), lcq.Prune(penalty=0.1), lcq.Cast("bfloat16")],
+    [lcq.KMeans(2, exact=True), lcq.Prune(count=5), lcq.LowRank(2), lcq.L0Penalty(0.1), lcq.Cast("bfloat16")],
 )
 def test_abstract_initialisation_of_any_scheme(scheme):
     tx = lc(scheme=scheme, every=None)

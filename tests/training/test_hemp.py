@@ -285,7 +285,7 @@ def test_levels_stay_if_weights_are_not_finite():
     "rules, settings, message",
     [
         ([], {}, "hemp wants a rule with a scheme"),
-        ([lcq.Rule("w", lcq.Prune(kept=0.1))], {}, "expected schemes with a codebook"),
+        ([lcq.Rule("w", lcq.Prune(fraction=0.1))], {}, "expected schemes with a codebook"),
         ([lcq.Rule("w", lcq.KMeans(2, exact=True))], {"every": 2}, "solved on the host"),
         ([lcq.Rule("w", lcq.KMeans(2))], {"every": 0}, "every= a positive int"),
         ([lcq.Rule("w", lcq.KMeans(2))], {"order": 0}, "order= an int >= 1"),

@@ -235,9 +235,9 @@ def test_line_search_sees_the_coupling():
 
 
 MASKED = {
-    "prune": lcq.Prune(kept=4),
-    "codes": lcq.Prune(kept=4, values=lcq.KMeans(2)),
-    "sum": lcq.Additive(lcq.Binary(), lcq.Prune(kept=2)),
+    "prune": lcq.Prune(count=4),
+    "codes": lcq.Prune(count=4, values=lcq.KMeans(2)),
+    "sum": lcq.Additive(lcq.Binary(), lcq.Prune(count=2)),
     "cast": lcq.Cast("bfloat16"),
     "low rank": lcq.LowRank(1),
 }

@@ -14,9 +14,9 @@ SCHEMES = {
     "powers of two": lcq.PowersOfTwo(3, scale=True, per=8),
     "uniform": lcq.Uniform(4, zero_point=True),
     "cast": lcq.Cast("bfloat16"),
-    "pruned": lcq.Prune(radius=9.0, group="channel"),
+    "pruned": lcq.L1Ball(9.0, group="channel"),
     "ranks": lcq.LowRank(penalty=1e-3),
-    "sum": lcq.Additive(lcq.LowRank(2), lcq.Prune(kept=9)),
+    "sum": lcq.Additive(lcq.LowRank(2), lcq.Prune(count=9)),
 }
 
 

@@ -30,14 +30,14 @@ def slope(w):
 
 
 SCHEMES = {
-    "kept": lcq.Prune(kept=6),
-    "kept columns": lcq.Prune(kept=2, group="channel"),
-    "radius": lcq.Prune(radius=4.0),
-    "l0": lcq.Prune(penalty=ALPHA / 8),
-    "l1": lcq.Prune(penalty=ALPHA, norm="l1"),
+    "kept": lcq.Prune(count=6),
+    "kept columns": lcq.PruneGroups("channel", count=2),
+    "radius": lcq.L1Ball(4.0),
+    "l0": lcq.L0Penalty(ALPHA / 8),
+    "l1": lcq.L1Penalty(ALPHA),
     "rank": lcq.LowRank(1),
     "ranks": lcq.LowRank(penalty=0.05, unit=1.0),
-    "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(kept=3)),
+    "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
 }
 
 
@@ -64,7 +64,7 @@ def test_the_weights_become_compressed_and_the_multipliers_are_the_gradient(end)
     metrics = lcq.metrics(state)
     assert metrics["gap"] < 1e-3 and metrics["kept_back"] == metrics["skipped"] == 0
     delta = np.asarray(lcq.extract(state, params)["w"].dense(), np.float64)
-    direct = lcq.Prune(kept=6).project(jnp.asarray(BEST, jnp.float32)).dense() if name == "kept" else None
+    direct = lcq.Prune(count=6).project(jnp.asarray(BEST, jnp.float32)).dense() if name == "kept" else None
     assert direct is None or loss(delta) < loss(np.asarray(direct, np.float64))
     np.testing.assert_allclose(state.lagrangian.multipliers["w"], slope(delta), atol=2e-3)
 

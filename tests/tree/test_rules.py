@@ -279,13 +279,15 @@ def test_runs_that_do_not_divide():
     w = {"a": {"k": jnp.ones((6, 4))}}
     for layout, m in ((None, 4), ("oi", 3)):
         with pytest.raises(
-            ValueError, match=rf"^a/k: kept='1:{m}' wants an input axis, .* that {m} divides, got \(6, 4\)"
+            ValueError, match=rf"^a/k: NofM\(1, {m}\) wants an input axis, .* that {m} divides, got \(6, 4\)"
         ):
-            lcq.compress(w, [lcq.Rule("a/k", lcq.Prune(kept=f"1:{m}"), layout=layout)])
-    with pytest.raises(ValueError, match=r"an m that does, such as 'n:6', .* change rule .*, or exclude it with lcq"):
-        lcq.compress(w, [lcq.Rule("a/k", lcq.Prune(kept="2:4"))])
-    with pytest.raises(ValueError, match=r"^a/k: kept='2:4' wants an input axis"):
-        lcq.compress({"a": {"k": jnp.ones(8)}}, [lcq.Rule("a/k", lcq.Prune(kept="2:4"))])
+            lcq.compress(w, [lcq.Rule("a/k", lcq.NofM(1, m), layout=layout)])
+    with pytest.raises(
+        ValueError, match=r"an m that does, such as NofM\(2, 6\), .* change rule .*, or exclude it with lcq"
+    ):
+        lcq.compress(w, [lcq.Rule("a/k", lcq.NofM(2, 4))])
+    with pytest.raises(ValueError, match=r"^a/k: NofM\(2, 4\) wants an input axis"):
+        lcq.compress({"a": {"k": jnp.ones(8)}}, [lcq.Rule("a/k", lcq.NofM(2, 4))])
 
 
 def test_settings_of_a_rule_that_are_none(monkeypatch):

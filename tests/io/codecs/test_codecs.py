@@ -53,7 +53,7 @@ def path(tmp_path):
 
 def tree():
     w = np.sin(np.arange(600, dtype=np.float32) ** 2).reshape(20, 30)
-    rules = [lcq.Rule("a|b", lcq.KMeans(3)), lcq.Rule("c", lcq.Prune(kept=30))]
+    rules = [lcq.Rule("a|b", lcq.KMeans(3)), lcq.Rule("c", lcq.Prune(count=30))]
     forms = lcq.compress({"a": w, "b": w + 1, "c": w}, rules) | {"zeros": np.zeros((50, 2)), "flags": np.eye(2) > 0}
     return jax.tree.map(lambda leaf: leaf.pack() if is_form(leaf) else leaf, forms, is_leaf=is_form)
 

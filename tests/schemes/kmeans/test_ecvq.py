@@ -231,4 +231,4 @@ def test_a_rate_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="no exact solver"):
         lcq.KMeans(3, exact=True, rate=0.1)
     with pytest.raises(ValueError, match="drop rate="):
-        lcq.Prune(kept=0.5, values=lcq.KMeans(3, rate=0.1)).project(jnp.ones(N))
+        lcq.Prune(fraction=0.5, values=lcq.KMeans(3, rate=0.1)).project(jnp.ones(N))
