@@ -51,20 +51,7 @@ def test_docstrings_are_shown_as_they_are_written():
     spec = importlib.util.spec_from_file_location("plain_docstrings", DOCS / "_ext" / "plain_docstrings.py")
     shown = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(shown)
-    text = [
-        "The nearest *w_i*, |w|.",
-        "",
-        "    min ||w||^2",
-        "    q_t",
-        "",
-        "More of `w`.",
-        "",
-        "Example:",
-        "    >>> a_ * b_",
-    ]
-    assert shown.restructured(text) == [
-        r"The nearest \*w\_i\*, \|w\|.",
-        *["", "::", *equation],
-        "More of ``w``.",
-        *example,
-    ]
+    equation, example = ["", "    min ||w||^2", "    q_t", ""], ["", "Example:", "    >>> a_ * b_"]
+    written = ["The nearest *w_i*, |w|.", *equation, "More of `w`.", *example]
+    restructured = [r"The nearest \*w\_i\*, \|w\|.", "", "::", *equation, "More of ``w``.", *example]
+    assert shown.restructured(written) == restructured
