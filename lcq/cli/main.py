@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Direct compression of a checkpoint (.safetensors, .npz, a folder of safetensors shards with an "
         "index, or an orbax folder). A rule is PATTERN=SCHEME: a regular expression for the whole path of a leaf, "
         "keys joined by '/', and one of "
-        f"{', '.join(SCHEMES)} or None, with '; joint' or '; stacked=N' after it. The first rule that matches decides.",
+        f"{', '.join(SCHEMES)} or None, with '; joint', '; stacked=N' or '; layout=oi' after it. "
+        "The first rule that matches decides.",
     )
     sub.add_argument("checkpoint", type=Path, metavar="IN")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")

@@ -226,7 +226,9 @@ def lc_forms(state: Lagrangian, params: Params) -> tuple[tuple[Task, ...], list[
     forms, after = solve(state, params)
     if (gap := float(after.info.gap)) > _LARGE_GAP:
         warnings.warn(
-            f"the weights are {gap:.1%} (squared) away from the compressed ones: let mu grow further", stacklevel=4
+            f"the weights are {gap:.1%} (squared) away from the compressed ones: let mu grow further, as "
+            "lcq.penalty_schedule(updates) does for a run of that many updates",
+            stacklevel=4,
         )
     return state.problem.tasks, forms
 

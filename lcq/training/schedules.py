@@ -8,6 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 from typing_extensions import TypeAliasType
@@ -117,7 +118,7 @@ def penalty_schedule(updates: int, *, start: float = 1e-3, end: float = 10.0) ->
         (mu, every), for `lc(..., mu=mu, every=every)`.
 
     Raises:
-        ValueError: fewer than 60 updates; weights that are no positive numbers, or that do not grow.
+        ValueError: no whole number of updates, or fewer than 60; weights that are no positive numbers, or that do not grow.
 
     Example:
         >>> mu, every = penalty_schedule(5000)
@@ -126,6 +127,11 @@ def penalty_schedule(updates: int, *, start: float = 1e-3, end: float = 10.0) ->
 
     Source: settings of lcq's own, see docs/guides/penalty_schedule.md.
     """
+    if isinstance(updates, bool) or not isinstance(updates, int | np.integer):
+        raise ValueError(
+            f"expected updates= a whole number, got {updates!r}; divide by //: epochs * (len(x) // batch_size)"
+        )
+    updates = int(updates)
     if updates < 60:
         raise ValueError(
             f"expected at least 60 updates, got {updates}: so few do not bring weights to their codes; train longer, "
@@ -155,7 +161,13 @@ def as_schedule(mu: Any) -> Geometric | Scheduled:
         if first.shape or not 0 < float(first) < math.inf:
             raise ValueError(f"expected mu= a schedule of positive numbers, got {first} at C step 0; see lcq.geometric")
         return Scheduled(mu)
+    if isinstance(mu, PenaltySchedule):
+        raise ValueError(
+            f"expected mu= the penalty weights alone, got {mu!r}; take it apart: mu, every = lcq.penalty_schedule(...)"
+        )
     if isinstance(mu, int | float):
+        if not 0 < mu < math.inf:
+            raise ValueError(f"expected mu= a positive number, got {mu}; lcq.penalty_schedule gives weights that grow")
         return geometric(mu, 1.0, steps=0)
     raise ValueError(
         f"expected mu= a number, lcq.geometric(start, factor, steps=...) or a function of the number of C steps, "

@@ -43,7 +43,14 @@ def test_penalty_schedule_has_long_l_steps_and_a_constant_end(updates, every, st
     np.testing.assert_allclose([mu.at(steps), mu.at(c_steps)], 100.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings, says", [({"updates": 59}, "at least 60"), ({"start": 20.0}, "start < end")])
+UNFIT = [
+    ({"updates": 59}, "at least 60"),
+    ({"updates": 80 * 1437 / 64}, "whole number, got 1796.25; divide by //"),
+    ({"start": 20.0}, "start < end"),
+]
+
+
+@pytest.mark.parametrize("settings, says", UNFIT)
 def test_penalty_schedule_says_what_it_wants(settings, says):
     with pytest.raises(ValueError, match=says):
         lcq.penalty_schedule(**{"updates": 1000} | settings)
@@ -130,7 +137,11 @@ def test_a_function_of_the_number_of_c_steps_is_a_schedule():
     np.testing.assert_allclose(*ends, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mu", [lambda k: -1.0, lambda k: jnp.ones(3), "large"])
+def test_a_numpy_integer_of_updates_will_do():
+    assert lcq.penalty_schedule(np.int64(1000)) == lcq.penalty_schedule(1000)
+
+
+@pytest.mark.parametrize("mu", [lambda k: -1.0, lambda k: jnp.ones(3), "large", -1.0, 0, lcq.penalty_schedule(300)])
 def test_what_is_no_schedule_is_refused(mu):
     with pytest.raises(ValueError, match="expected mu= a"):
         as_schedule(mu)
