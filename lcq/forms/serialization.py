@@ -3,6 +3,7 @@
 A node's arrays go as arrays, its static fields as JSON. Nothing is pickled.
 """
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -18,6 +19,9 @@ _T = TypeVar("_T")
 
 MARK = "form"
 """The entry of a state dict that names the node's type, and holds its static fields: JSON as bytes, an array."""
+
+_registered: collections.Counter[str] = collections.Counter()
+"""How often a class of a name came: a cell of a notebook may be run again, and `jax.export` never frees a name."""
 
 
 def register_node(
@@ -73,10 +77,12 @@ def register_node(
         fields = from_json(bytes(text))
         return tuple(fields[name] for name in static)
 
+    name = f"{cls.__module__}.{cls.__name__}"
+    _registered[name] += 1
     flax.serialization.register_serialization_state(cls, to_state, from_state)
     jax.export.register_pytree_node_serialization(
         cls,
-        serialized_name=f"{cls.__module__}.{cls.__name__}",
+        serialized_name=name if _registered[name] == 1 else f"{name}#{_registered[name]}",
         serialize_auxdata=lambda values: _to_json(dict(zip(static, values, strict=True))),
         deserialize_auxdata=from_auxiliary,
     )

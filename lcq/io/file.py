@@ -234,7 +234,10 @@ def host_array(path: str, leaf: Any, look: bool = True) -> np.ndarray:
         case jax.Array() | np.ndarray() | np.generic() | bool() | int() | float() | complex():
             pass
         case _:
-            raise ValueError(f"{path}: expected an array, a number or None, got {type(leaf).__name__}; leave it out")
+            raise ValueError(
+                f"{path or 'the tree'}: expected an array, a number or None, got {type(leaf).__name__}; "
+                + ("leave it out" if path else "pass save(path, tree)")
+            )
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     if dtype.newbyteorder("=") not in NAMES:
         raise ValueError(f"{path}: expected one of {', '.join(map(str, NAMES))}, got {dtype}; convert it first")

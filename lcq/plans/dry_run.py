@@ -46,7 +46,8 @@ def dry_run(
         group length that `compress` refuses for a leaf, and `quantize` may take, is counted and warned of.
 
     Raises:
-        ValueError: as `compress` or `quantize` does, for rules and shapes; `rtn` without `fn`.
+        ValueError: as `compress` or `quantize` does, for rules and shapes; `rtn` without `fn`, or `fn` without
+            `batch`.
 
     Example:
         >>> import jax.numpy as jnp, lcq
@@ -61,6 +62,8 @@ def dry_run(
     decided = {path: rule for path in flatten(params)[0] if (rule := _decides([*rtn, *rules], path))}
     counted: dict[str, Rule] = {}
     if fn is not None:
+        if batch is None:
+            raise ValueError("expected a batch of fn, or its shapes, got none; pass dry_run(params, rules, fn, batch)")
         tree, tasks = preview(fn, params, batch, rules, rtn=rtn)
     elif rtn:
         raise ValueError("expected fn and batch with rtn=, which is quantize's, got none; put it before the rules")

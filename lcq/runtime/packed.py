@@ -113,7 +113,8 @@ def packed(fn: Callable[..., Any], *, held: int = 64 << 20) -> Packed:
         arrays and numbers, as under jax.jit. A form that fn returns comes back dense.
 
     Raises:
-        ValueError: when called with a leaf that is no array, form or number, or a dict that was a form.
+        ValueError: fn is no function; when called with a leaf that is no array, form or number, or a dict that was a
+            form.
 
     Example:
         >>> import lcq, jax, jax.numpy as jnp
@@ -126,6 +127,11 @@ def packed(fn: Callable[..., Any], *, held: int = 64 << 20) -> Packed:
 
     Source: Han, Mao & Dally, arXiv 1510.00149, section 5, for running on codes; qwix intercepts products likewise.
     """
+    if not callable(fn):
+        raise ValueError(
+            f"expected a function of (params, ...), got {type(fn).__name__}; forms are an argument of what comes back: "
+            "packed(fn)(forms, x)"
+        )
     return Packed(fn, held)
 
 

@@ -139,6 +139,11 @@ class Scheme(abc.ABC):
             if self.host and any(isinstance(h, jax.core.Tracer) for h in given[0]):
                 raise ValueError(f"{self} is solved on the host: expected a concrete importance, got a traced one")
         forms = (self.solve if self.host else self._compiled)(xs, previous, mu, *given)
+        if not isinstance(forms, tuple) or len(forms) != len(xs) or not all(isinstance(form, Form) for form in forms):
+            got = ", ".join(type(form).__name__ for form in forms) if isinstance(forms, tuple) else type(forms).__name__
+            raise ValueError(
+                f"expected {type(self).__name__}.solve to return a tuple of forms, one for each of xs, got {got}"
+            )
         return forms[0] if single else forms
 
 

@@ -95,8 +95,9 @@ def _forms(state: PyTree, params: Params, levels: str) -> dict[str, Form]:
         found.append(lc_forms(find_lagrangian(state), params))
     if not found:
         raise ValueError(
-            "expected a state of lc, hemp, iterated_direct or straight_through_training in the optimizer state, got "
-            f"none: was the optimizer made by one of them? {RESTORED}"
+            "expected a state of lc, hemp, iterated_direct or straight_through_training in the optimizer state, or "
+            "what lcq.smooth_binary returned, got none: the order is extract(state, params); was the optimizer made by "
+            f"one of them? {RESTORED}"
         )
     return {
         path: form

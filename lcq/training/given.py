@@ -114,4 +114,7 @@ def check_state(state: PyTree, kind: type, method: str, sound: bool = True) -> N
     """
     if not isinstance(state, kind) or not sound:
         got = type(state).__name__ if not isinstance(state, kind) else f"a {kind.__name__} of plain dicts and lists"
-        raise ValueError(f"expected the state that init of {method} made, got {got}; {RESTORED}")
+        raise ValueError(
+            f"expected the state that init of {method} made, got {got}; the order is update(grads, state, params), and "
+            f"{RESTORED}"
+        )

@@ -302,7 +302,8 @@ def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rat
         )
     if not transformation and learning_rate is None:
         raise ValueError(
-            f"expected an optax optimizer, or a function of the learning rate and learning_rate=, got {inner!r}"
+            f"expected an optax optimizer, or a function of the learning rate and learning_rate=, got {inner!r}; "
+            "call it, such as optax.adam(1e-3)"
         )
 
 

@@ -118,7 +118,8 @@ def penalty_schedule(updates: int, *, start: float = 1e-3, end: float = 10.0) ->
         (mu, every), for `lc(..., mu=mu, every=every)`.
 
     Raises:
-        ValueError: no whole number of updates, or fewer than 60; weights that are no positive numbers, or that do not grow.
+        ValueError: no whole number of updates, or fewer than 60; weights that are no positive numbers, or that do not
+            grow.
 
     Example:
         >>> mu, every = penalty_schedule(5000)
@@ -163,7 +164,7 @@ def as_schedule(mu: Any) -> Geometric | Scheduled:
         return Scheduled(mu)
     if isinstance(mu, PenaltySchedule):
         raise ValueError(
-            f"expected mu= the penalty weights alone, got {mu!r}; take it apart: mu, every = lcq.penalty_schedule(...)"
+            f"expected mu= a schedule alone, got {mu!r}; take it apart: mu, every = lcq.penalty_schedule(updates)"
         )
     if isinstance(mu, int | float):
         if not 0 < mu < math.inf:

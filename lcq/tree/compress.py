@@ -1,6 +1,7 @@
 """Verbs on parameter trees: compress, decompress, and what a tree costs."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from lcq.forms.base import Form, is_form
 from lcq.forms.restored import check_restored
 from lcq.tree.aliases import Forms, Params
-from lcq.tree.paths import check_numbers, flatten
+from lcq.tree.paths import check_numbers, flatten, leave_out
 from lcq.tree.rules import Rules, Task, resolve
 
 
@@ -68,8 +69,10 @@ def decompress(tree: Forms) -> Params:
     """Replaces every form by its dense array Delta(Theta).
 
     Raises:
-        ValueError: a dict that was a form, restored from a checkpoint without a target.
+        ValueError: a dict that was a form, restored from a checkpoint without a target; the name of a file.
     """
+    if isinstance(tree, str | os.PathLike):
+        raise ValueError(f"expected a tree of forms, got the name {os.fspath(tree)!r}; read it: lcq.load(name)")
     check_restored(tree)
     return jax.tree.map(lambda leaf: leaf.dense() if is_form(leaf) else leaf, tree, is_leaf=is_form)
 
@@ -95,7 +98,10 @@ def check_finite(path: str, leaf: Any) -> None:
         finite = bool(jnp.isfinite(leaf).all())
     if not finite:
         bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
-        raise ValueError(f"{path}: expected finite weights, got {bad} NaN or infinite of {leaf.size}")
+        raise ValueError(
+            f"{path}: expected finite weights, got {bad} NaN or infinite of {leaf.size}; train again with a smaller "
+            f"learning rate, or exclude it with {leave_out(path)} before its rule"
+        )
 
 
 class Size(NamedTuple):

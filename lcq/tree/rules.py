@@ -59,7 +59,9 @@ class Rule:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"expected a regular expression, got {self.pattern!r} ({error})") from error
+            raise ValueError(
+                f"expected a regular expression, got {self.pattern!r} ({error}); '.*' stands for any characters"
+            ) from error
         if not (self.scheme is None or isinstance(self.scheme, Scheme)):
             raise ValueError(
                 f"rule {self.pattern!r}: expected a scheme such as lcq.KMeans(4), or None, got {self.scheme!r}"

@@ -211,3 +211,22 @@ def test_quantize_projects_it(kind):
 def test_a_name_belongs_to_one_form():
     with pytest.raises(ValueError, match="expected a name that is free among the forms, got 'Codes'"):
         register_form(type("Codes", (Plain,), {"__module__": "elsewhere"}))
+
+
+def test_a_cell_of_a_notebook_may_be_run_twice():
+    def cell():
+        @register_form
+        class Halves(Plain):
+            """Another class of the same name each time."""
+
+        return Halves
+
+    try:
+        first, second = cell(), cell()
+        assert first is not second and FORMS["Halves"] is second
+        forms = [kind(jnp.ones((2, 3), jnp.int8), jnp.ones(2), dtype="float32") for kind in (first, second)]
+        for form in forms:
+            stored = jax.export.export(jax.jit(lambda form: form.dense()))(form).serialize()
+            np.testing.assert_array_equal(jax.export.deserialize(stored).call(form), np.ones((2, 3)))
+    finally:
+        FORMS.unregister("Halves")

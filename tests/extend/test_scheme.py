@@ -53,3 +53,11 @@ def test_from_weights_to_a_file(tmp_path):
     back = lcq.load(tmp_path / "net.lcq")
     np.testing.assert_array_equal(back["w"].dense(), forms["w"].dense())
     assert float(jnp.abs(lcq.packed(lambda p, x: x @ p["w"])(back, jnp.eye(8))).max()) == 0.5
+
+
+@pytest.mark.parametrize("result, got", [(lambda xs: xs, "ArrayImpl"), (lambda xs: lcq.forms.Cast(xs[0]), "Cast")])
+def test_what_solve_returns_has_to_be_a_tuple_of_forms(monkeypatch, result, got):
+    monkeypatch.setattr(Clipped, "solve", lambda self, xs, previous, mu, importance=None: result(xs))
+    monkeypatch.setattr(Clipped, "host", True)
+    with pytest.raises(ValueError, match=rf"w: expected Clipped.solve to return a tuple of forms, .* got {got}"):
+        lcq.compress({"w": W}, [lcq.Rule("w", Clipped())])

@@ -356,6 +356,8 @@ def test_dry_run_of_groups_that_only_products_have():
         dry_run({"v": tree["v"]}, [lcq.Rule("v", lcq.Uniform(4, per=3), layout="io")])
     with pytest.raises(ValueError, match="expected fn and batch with rtn="):
         dry_run(tree, [], rtn=rules)
+    with pytest.raises(ValueError, match="expected a batch of fn"):
+        dry_run(tree, rules, lambda p, x: x @ p["w"])
 
 
 def test_dry_run_with_a_function_leaves_forms():

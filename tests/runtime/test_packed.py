@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.export
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax import lax
@@ -141,6 +142,12 @@ def test_no_images(shape):
     forms = {"w": lcq.Binary().project(jnp.ones(shape))}
     run, none = lcq.packed(net), jnp.zeros((0, 5, 5, 4))
     assert run(run.prepack(forms, none), none).shape == (0, 5, 5, 6)
+
+
+def test_forms_are_no_function(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"expected a function of .*, got dict; .* packed\(fn\)\(forms, x\)"):
+        packed({"w": code(normal(4, 6))})
 
 
 def test_what_is_no_array():

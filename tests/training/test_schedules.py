@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -51,7 +52,8 @@ UNFIT = [
 
 
 @pytest.mark.parametrize("settings, says", UNFIT)
-def test_penalty_schedule_says_what_it_wants(settings, says):
+def test_penalty_schedule_says_what_it_wants(monkeypatch, settings, says):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=says):
         lcq.penalty_schedule(**{"updates": 1000} | settings)
 
@@ -137,7 +139,8 @@ def test_a_function_of_the_number_of_c_steps_is_a_schedule():
     np.testing.assert_allclose(*ends, rtol=1e-5)
 
 
-def test_a_numpy_integer_of_updates_will_do():
+def test_a_numpy_integer_of_updates_will_do(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     assert lcq.penalty_schedule(np.int64(1000)) == lcq.penalty_schedule(1000)
 
 

@@ -1,5 +1,7 @@
 """compress, decompress and the sizes of trees."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,8 +47,16 @@ def test_decompress_gives_dense_arrays_of_the_leaves_dtypes():
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_weights_that_are_not_finite_are_refused_by_name(bad):
     params = {"a": {"kernel": jnp.ones((2, 2)).at[0, 1].set(bad)}}
-    with pytest.raises(ValueError, match="a/kernel: expected finite weights, got 1 NaN or infinite of 4"):
+    with pytest.raises(
+        ValueError, match=r"a/kernel: expected finite weights, got 1 NaN or infinite of 4; .* exclude it"
+    ):
         lcq.compress(params, [lcq.Rule(KERNEL, lcq.KMeans(2))])
+
+
+@pytest.mark.parametrize("name", ["net.lcq", pathlib.Path("net.lcq")])
+def test_a_file_has_to_be_loaded_before_it_is_decompressed(name):
+    with pytest.raises(ValueError, match=r"got the name 'net.lcq'; read it: lcq.load"):
+        lcq.decompress(name)
 
 
 def test_compress_runs_under_jit():

@@ -57,6 +57,7 @@ def test_a_shadowed_rule_is_an_error():
         (lambda: lcq.Rule(".*bias", lcq.KMeans(2), stacked=2), "dense0/bias: .*2 stacked axes"),
         (lambda: lcq.Rule(KERNEL, lcq.KMeans(2), joint=True, stacked=1), "must agree"),
         (lambda: lcq.Rule("(", lcq.KMeans(2)), "regular expression"),
+        (lambda: lcq.Rule("*kernel", lcq.KMeans(2)), r"'\.\*' stands for any characters"),
         (lambda: lcq.Rule("a", lcq.KMeans(2), stacked=-1), "stacked >= 0"),
     ],
 )

@@ -98,10 +98,21 @@ CODECS: Registry[type[Codec]] = Registry("codecs", "import the package that regi
 def encode(array: np.ndarray, codes: tuple[int, int] | None, names: Sequence[str]) -> tuple[str, np.ndarray]:
     """Of the named codecs that take an array the one of fewest bytes, the first of equals, or raw; and its bytes."""
     for tried in (names, ("raw",)):
-        found = [(name, data) for name in tried if (data := CODECS[name]().encode(array, codes)) is not None]
+        found = [
+            (name, _bytes(name, data)) for name in tried if (data := CODECS[name]().encode(array, codes)) is not None
+        ]
         if found:
             return min(found, key=lambda pair: pair[1].size)
     raise AssertionError("raw takes every array")
+
+
+def _bytes(name: str, data: Any) -> np.ndarray:
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 1:
+        raise ValueError(
+            f"expected encode of codec {name!r} to return a uint8 array of one axis, or None, got "
+            f"{type(data).__name__}; np.frombuffer(data, np.uint8) makes one of bytes"
+        )
+    return data
 
 
 def decode(name: str, data: np.ndarray, stream: Stream, on_device: bool) -> Any:

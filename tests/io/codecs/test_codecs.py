@@ -94,6 +94,12 @@ def test_arrays_come_back_bit_for_bit(deflate, name, on_device):
     assert taken >= 6
 
 
+def test_a_codec_that_returns_bytes_is_told_what_to_return(deflate, monkeypatch, path):
+    monkeypatch.setattr(Deflate, "encode", lambda self, array, codes: zlib.compress(array.tobytes()))
+    with pytest.raises(ValueError, match=r"encode of codec 'deflate' .* uint8 array .*, got bytes; np.frombuffer"):
+        save(path, tree(), codecs=["deflate"])
+
+
 @pytest.mark.parametrize("name", [*CODECS, "deflate"])
 def test_any_bytes_are_an_array_or_a_value_error(deflate, name):
     codec, rng = CODECS[name](), np.random.default_rng(1)
