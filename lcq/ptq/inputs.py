@@ -196,9 +196,11 @@ def steady(
     leave: Any = -1,
 ) -> Float[Array, "n"]:
     """What the bias is to take up, less by the part of it that is noise, over all folds but one."""
-    left = jnp.where(rows[:, None], dot(x, w) - dot(y, form.dense().astype(w.dtype)), 0)
-    use = ((fold == jnp.arange(folds)[:, None]) & (fold != leave) & rows).astype(left.dtype)
-    return shrinkage.less_noise(dot(use, left), use.sum(1))
+    q, rows = form.dense().astype(w.dtype), rows & (fold != leave)
+    left = jnp.where(rows[:, None], dot(x, w) - dot(y, q), 0)
+    use = ((fold == jnp.arange(folds)[:, None]) & rows).astype(left.dtype)
+    squares = (taken(y, y, rows, True)[0] ** 2).sum(0)
+    return shrinkage.less_noise(dot(use, left), use.sum(1), (squares[:, None] * (w - q) ** 2).sum())
 
 
 def held(

@@ -6,8 +6,8 @@ codes that are good on these m rows alone. So what is between two inputs is made
     C_s = C - p off(C)          p = v / (1 + v)    C = H - m ybar ybar', off(C) is C without its diagonal
     M_s = M - p' off(M)         M = m ybar ybar'   H_s = C_s + M_s, and the same of D
 
-with v = c u, where u/(1 + u) is the part of off(C) that is noise. The rows are cut into K folds with sums C_k about the
-common mean, m_k rows each; in units of the diagonal of C,
+with v = c u and v' = 8 c u', where u/(1 + u) is the part of off(C) that is noise, u'/(1 + u') that of off(M). The rows
+are cut into K folds with sums C_k about the common mean, m_k rows each; in units of the diagonal of C,
 
     u / (1 + u) = K/(K - 1) sum_k ||off(C_k - (m_k/m) C)||^2 / ||off(C)||^2
 
@@ -15,6 +15,11 @@ or, if that is more, what independent rows would leave, N (N - 1)/m over the sam
 For c = 1 this is the shrinkage of least expected square error (Ledoit & Wolf), where rows may depend on each other.
 Which c is best depends on the method: it is tried on the rows held back. Codes chosen on all folds but one, with
 u K/(K - 1) for their fewer rows, are judged on that one; c = 0 is the method as its paper has it.
+
+Of one thing folds cannot tell. If all rows are of one example, they agree on a mean that other rows do not have. So a
+mean is taken to have eight times the noise that is found, as if eight rows were one: in v', and where a bias follows
+it, which takes up 1/(1 + 8 u) of a mean change with a part u/(1 + u) of noise. A mean that is large against what rows
+vary by is taken up all the same, and so is one of many rows.
 
 Source: the target and the intensity as in Ledoit & Wolf, J. Multivariate Analysis 88 (2004), and Schaefer & Strimmer,
 Stat. Appl. Genet. Mol. Biol. 4 (2005); from folds, for products with a mean and with a drift, and the choice: lcq's.
@@ -32,18 +37,21 @@ from lcq.ptq.rounding.base import correction, residual
 from lcq.ptq.rounding.sequential import dot
 from lcq.ptq.statistics import Moments, Statistics, finish
 
-PARTS = (0.0, 0.1, 0.3, 1.0)
-"""c that are tried."""
+PARTS = (0.0, 0.1, 0.3, 1.0, 3.0)
+"""c that are tried: three or four of them, the larger ones where there is more noise."""
 
-_NOISY = 0.5
-"""From this part of noise on c = 0 is not tried, and c = 1 is kept unless another is better; below, c = 0 is."""
+_NOISY, _LOUD = 0.5, 0.75
+"""From this part of noise on c = 0 is not tried, and the largest c is kept unless another is better; below, c = 0 is.
+From the second on 0.1 gives way to 3."""
 _BETTER = 0.02
 """By how much the error on rows held back must fall for that."""
+_OVERSTATED = 0.25
+"""Where c = 0 is tried, by this times the noise: of fewer rows, by 1 - 1/K, codes for c = 0 lose most by it."""
 _NOTHING = 0.01
 """Up to this part of noise c = 0 is taken as it is."""
 _LARGEST = 0.999
-_SURE = 3.0
-"""A change of the mean is taken up less that many times the part of its square that is noise, as noise is uncertain."""
+_ALIKE = 8.0
+"""How much more noise a mean may have than folds and independent rows say, as so many rows may be of one example."""
 _SAME = 8.0
 """A variation of that many rounding errors of the mean is none."""
 
@@ -130,7 +138,7 @@ def part_of_noise(spread: Array, size: Array, counts: Array, inputs: Array) -> A
 
 def shares(noise: Shaped[Any, "*groups 2"], c: Any, folds: Any = 1.0) -> Any:
     """p and p' for c; `folds` is K/(K - 1) where a fold is held back."""
-    v = c * folds * noise / (1 - noise)
+    v = c * folds * noise / (1 - noise) * np.array([1, _ALIKE], np.float32)
     return v / (1 + v)
 
 
@@ -160,32 +168,44 @@ def shrunk(moments: Moments, share: Float[Array, "2"], centred: bool) -> Statist
     return plain._replace(gram=gram, drift=drift)
 
 
-def steady(w: Array, form: Codes, moments: Moments, use: Shaped[Array, "K"] | None = None) -> Float[Array, "n"]:
-    """What the bias is to take up, less by the part of it that is noise, see `lcq.ptq.rounding.base.correction`.
+def steady(
+    w: Array, form: Codes, moments: Moments, squares: Float[Array, "N"], use: Shaped[Array, "K"] | None = None
+) -> Float[Array, "n"]:
+    """What the bias is to take up, less by the part of it that may be noise, see `lcq.ptq.rounding.base.correction`.
 
     Args:
         w: weights.
         form: of them, rounded.
         moments: of folds, aligned.
+        squares: diagonal of C, of the folds in use.
         use: 0 or 1 for each fold; all by default.
     """
     counts = moments.count.astype(moments.shift.dtype)
     moved = moments.sum_y + counts[:, None] * moments.shift
     w = w.astype(moved.dtype)
-    sums = dot(moments.sum_difference, w) + dot(moved, w - form.dense().astype(moved.dtype))
+    errors = w - form.dense().astype(moved.dtype)
+    sums = dot(moments.sum_difference, w) + dot(moved, errors)
     use = jnp.ones_like(counts) if use is None else use.astype(counts.dtype)
-    return less_noise(use[:, None] * sums, use * counts)
+    return less_noise(use[:, None] * sums, use * counts, (squares[:, None] * errors**2).sum())
 
 
-def less_noise(sums: Float[Array, "K n"], counts: Float[Array, "K"]) -> Float[Array, "n"]:
-    """The mean of all folds times the part of its square that is surely no noise."""
-    total, many = sums.sum(0), jnp.maximum(counts.sum(), 1)
-    spread = ((sums - (counts / many)[:, None] * total) ** 2).sum()
-    filled = (counts > 0).sum()
-    found = spread * filled / jnp.maximum(filled - 1, 1)
-    size = (total**2).sum()
-    sure = 1 - jnp.clip(_SURE * found / jnp.where(size > 0, size, 1), 0, 1)
-    return jnp.where(filled > 1, sure, 1) * total / many
+def less_noise(sums: Float[Array, "K n"], counts: Float[Array, "K"], squares: Float[Array, ""]) -> Float[Array, "n"]:
+    """The mean of all folds, s/m, times 1/(1 + 8 u), where u/(1 + u) is the part of ||s||^2 that is noise.
+
+    Args:
+        sums: s_k of each fold.
+        counts: m_k, their rows.
+        squares: what s would vary by between sets of m independent rows, times (m - 1)/m.
+
+    Returns:
+        0 of a single row, which says nothing of noise.
+    """
+    total, many, filled = sums.sum(0), counts.sum(), (counts > 0).sum()
+    spread = ((sums - (counts / jnp.maximum(many, 1))[:, None] * total) ** 2).sum()
+    noise = jnp.maximum(spread * filled / jnp.maximum(filled - 1, 1), squares * many / jnp.maximum(many - 1, 1))
+    sure = jnp.maximum((total**2).sum() - noise, 0)
+    believed = sure / jnp.where(sure > 0, sure + _ALIKE * noise, 1)
+    return jnp.where(many > 1, believed, 0) * total / jnp.maximum(many, 1)
 
 
 def without(moments: Moments, noise: Float[Array, "2"], c: Any, fold: Any, centred: bool) -> Statistics:
@@ -209,7 +229,9 @@ def judged(w: Float[Array, "N n"], folds: Folds, form: Codes, fold: Any, centred
     error = residual(w, judge, form) + folds.differences[fold]
     if centred:
         own = correction(w, judge.mean_x, judge.mean_y, form)
-        taken, away = steady(w, form, moments, others), judge.mean_x - judge.mean_y
+        rest = jax.tree.map(jnp.subtract, together(moments), here)._replace(shift=here.shift)
+        squares = jnp.diagonal(finish(rest, True).gram)
+        taken, away = steady(w, form, moments, squares, others), judge.mean_x - judge.mean_y
         error += here.count.astype(w.dtype) * ((own - taken) ** 2 - dot(away, w) ** 2)
     return jnp.where((here.count > 0) & (moments.count.sum() > here.count), error, 0).sum()
 
@@ -223,22 +245,22 @@ def size(w: Float[Array, "N n"], folds: Folds) -> Float[Array, ""]:
 
 
 def parts(noise: Shaped[np.ndarray, "G 2"]) -> tuple[float, ...]:
-    """Which c are worth a trial: 0 alone where no group has noise, the others alone where all have much."""
+    """Which c are worth a trial, by the group with the least noise; 0 alone where no group has noise."""
     if (noise[:, 0] <= _NOTHING).all():
         return PARTS[:1]
-    return PARTS[1:] if (noise[:, 0] >= _NOISY).all() else PARTS
+    least = noise[:, 0].min()
+    return PARTS[2:] if least >= _LOUD else PARTS[1:4] if least >= _NOISY else PARTS[:4]
 
 
 def pick(noise: Shaped[np.ndarray, "G 2"], c: tuple[float, ...], errors: Shaped[np.ndarray, "S G"]) -> np.ndarray:
-    """Place of the chosen c for each group: the first whose error is near the least, from 1 down in noise, else from 0
-    up."""
+    """Place of the chosen c for each group: the first whose error is near the least, from the largest down in noise,
+    else from 0 up."""
     chosen = []
     for much, here in zip(noise[:, 0], np.asarray(errors, np.float64).T, strict=True):
-        order = list(range(len(c)))
-        if much >= _NOISY and len(c) > 1:
-            order = [i for i in reversed(order) if c[i] > 0]
-        least = min(here[i] for i in order)
-        chosen.append(next((i for i in order if here[i] <= least * (1 + _BETTER)), order[0]))
+        loud = much >= _NOISY and len(c) > 1
+        order = [i for i in reversed(range(len(c))) if c[i] > 0] if loud else list(range(len(c)))
+        enough = (1 + (_BETTER if loud else _OVERSTATED * much)) * min(here[i] for i in order)
+        chosen.append(next((i for i in order if here[i] <= enough), order[0]))
     return np.asarray(chosen)
 
 

@@ -105,7 +105,7 @@ class Sums(NamedTuple):
 
     def correction(self, form: Codes) -> Array:
         if self.careful:
-            return _steady(self.w, form, self.folds.moments)
+            return _steady(self.w, form, self.folds.moments, self.squares)
         return _correction(self.w, self.statistics.mean_x, self.statistics.mean_y, form)
 
 

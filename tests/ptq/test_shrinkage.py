@@ -126,9 +126,9 @@ def test_errors_on_rows_held_back(centred):
     every = jnp.ones(len(y), bool)
     given = (jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), every, form, jnp.asarray(fold))
     other, other_size = inputs.held(*given, K, part, tried, False, centred)
-    wide = w.astype(np.float64)
+    wide, alike = w.astype(np.float64), np.array([1, 8])
     for c, here, there in zip(tried, got, other, strict=True):
-        v = np.asarray(c * K / (K - 1) * part / (1 - part), np.float64)
+        v = np.asarray(c * K / (K - 1) * part / (1 - part), np.float64) * alike
         total = 0.0
         for k in range(K):
             use = fold != k
@@ -137,24 +137,34 @@ def test_errors_on_rows_held_back(centred):
             left = x.astype(np.float64) @ wide - y.astype(np.float64) @ q
             shift = 0
             if centred:
-                means = np.stack([left[fold == j].mean(0) for j in range(K) if j != k])
+                each = np.stack([left[fold == j].sum(0) for j in range(K) if j != k])
                 counts = np.array([(fold == j).sum() for j in range(K) if j != k])
-                sums = counts[:, None] * means
-                away = ((sums - counts[:, None] / counts.sum() * sums.sum(0)) ** 2).sum() * 1.5
-                shift = max(0, 1 - 3 * away / (sums.sum(0) ** 2).sum()) * sums.sum(0) / counts.sum()
+                away = ((each - counts[:, None] / counts.sum() * each.sum(0)) ** 2).sum() * 1.5
+                own = (
+                    (y[use].var(0, dtype=np.float64)[:, None] * (wide - q) ** 2).sum()
+                    * use.sum() ** 2
+                    / (use.sum() - 1)
+                )
+                noise, seen = max(away, own), (each.sum(0) ** 2).sum()
+                shift = max(seen - noise, 0) / (seen + 7 * noise) * each.sum(0) / counts.sum()
             total += ((left - shift)[~use] ** 2).sum()
         np.testing.assert_allclose([here, there], total, rtol=2e-3)
     np.testing.assert_allclose([size, other_size], ((x.astype(np.float64) @ wide) ** 2).sum(), rtol=1e-4)
 
 
 def test_the_choice():
-    """Near the least error: from 0 up where there is little noise, from 1 down, and never 0, where there is much."""
-    quiet, loud = np.array([[0.1, 0.1]]), np.array([[0.9, 0.1]])
+    """Near the least error: from 0 up where there is little noise, from the largest down, and never 0, where there is
+    much. Where there is some, it must be clearly better not to be 0."""
+    quiet, some, noisy, loud = (np.array([[part, 0.1]]) for part in (0.1, 0.4, 0.6, 0.9))
+    four, three, large = (0.0, 0.1, 0.3, 1.0), (0.1, 0.3, 1.0), (0.3, 1.0, 3.0)
     errors = np.array([[1.0], [0.99], [1.0], [1.2]])
-    assert shrinkage.pick(quiet, shrinkage.PARTS, errors) == 0
-    assert shrinkage.pick(loud, shrinkage.PARTS, errors) == 2
-    assert shrinkage.pick(quiet, shrinkage.PARTS, errors * [[2], [1], [1], [1]]) == 1
-    assert shrinkage.parts(np.array([[0.001, 1.0]])) == (0.0,) and shrinkage.parts(quiet) == shrinkage.PARTS
+    assert shrinkage.pick(quiet, four, errors) == 0
+    assert shrinkage.pick(noisy, four, errors) == 2 and shrinkage.pick(noisy, three, errors[1:]) == 1
+    assert shrinkage.pick(quiet, four, errors * [[2], [1], [1], [1]]) == 1
+    overstated = np.array([[1.0], [0.95], [0.96], [1.1]])
+    assert shrinkage.pick(some, four, overstated) == 0 and shrinkage.pick(quiet, four, overstated) == 1
+    tried = [shrinkage.parts(noise) for noise in (quiet, some, noisy, loud, np.concatenate([loud, some]))]
+    assert tried == [four, four, three, large, four] and shrinkage.parts(np.array([[0.001, 1.0]])) == (0.0,)
 
 
 def new_rows(many, seed=11):
@@ -165,6 +175,42 @@ def new_rows(many, seed=11):
 
 def square(a, b):
     return float(((a - b) ** 2).sum() / (b**2).sum())
+
+
+def tokens(size, many, seed):
+    """w, X and new rows: eight after each other share a part, and inputs are of very different size."""
+    rng = np.random.default_rng(seed)
+    mix, scale = rng.normal(size=(size, size)) / size**0.5, np.exp(0.8 * rng.normal(size=size))
+
+    def draw(many):
+        shared = np.repeat(rng.normal(size=(many // 8, size)), 8, 0)
+        return ((shared + rng.normal(size=(many, size))) @ mix * scale).astype("f4")
+
+    return rng.normal(size=(size, 24)).astype("f4"), draw(many), draw(2000)
+
+
+def on_new_rows(w, x, new, method, bias, **settings):
+    """The error of a quantized layer over that of `lcq.compress`."""
+    params = {"w": jnp.asarray(w)} | ({"b": jnp.zeros(24)} if bias else {})
+    rule = [lcq.Rule("w", FORM)]
+    done = lcq.quantize(lambda p, x: x @ p["w"] + p.get("b", 0), params, [x], rule, method, **settings).forms
+    errors = [
+        square(new @ np.asarray(f["w"].dense()) + np.asarray(f.get("b", 0)), new @ w)
+        for f in (done, lcq.compress(params, rule))
+    ]
+    return errors[0] / errors[1]
+
+
+@pytest.mark.parametrize(("method", "bias"), [("gpfq", False), ("descent", True)])
+def test_eight_rows_that_share_a_part(method, bias):
+    """Folds of them agree on a mean that new rows do not have: neither the bias nor the codes may follow it."""
+    assert on_new_rows(*tokens(64, 8, seed=12), method, bias) < 1.15
+
+
+def test_with_four_rows_an_input_nothing_is_lost():
+    """Codes of fewer rows ask for a shrinking that those of all do not need."""
+    case = tokens(64, 256, seed=16)
+    assert on_new_rows(*case, "descent", False) < 1.02 * on_new_rows(*case, "descent", False, shrink=0.0)
 
 
 def test_a_bias_does_not_follow_noise():
