@@ -77,7 +77,11 @@ def _warnings_in_a_line(name: str) -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lcq", description=lcq.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="lcq",
+        description="Compress the parameters of any JAX function, and run the result.",
+        epilog="lcq COMMAND --help has all options of a command; lcq demo is a first look, about a minute on a CPU.",
+    )
     version = f"lcq {importlib.metadata.version('lcq')} (jax {jax.__version__})"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -119,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         f"{', '.join(SCHEMES)} or None, with '; joint', '; stacked=N' or '; layout=oi' after it. "
         "The first rule that matches decides.",
     )
-    sub.add_argument("checkpoint", type=Path, metavar="IN")
+    sub.add_argument("checkpoint", type=Path, metavar="IN", help="the checkpoint")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
     sub.set_defaults(run=_compress, usage_error=sub.error)
