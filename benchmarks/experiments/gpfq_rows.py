@@ -84,7 +84,7 @@ def measure(kind, size, rows, bits, per, bias, method, seed):
 
     compressed = error(lcq.compress(params, rules))
     done = lcq.quantize(layer, params, [x], rules, method)
-    plain = lcq.quantize(layer, params, [x], rules, method, shrink=0.0)
+    plain = lcq.quantize(layer, params, [x], rules, lcq.ptq.ROUNDING_METHODS[method](shrink=0.0))
     found = done.records[0]
     return {
         "ratio": error(done.forms) / compressed,

@@ -53,7 +53,7 @@ def cost(name: str, inputs: int, neurons: int, rows: int) -> dict[str, Any]:
     rules = [lcq.Rule("w", lcq.Uniform(4, per="channel"))]
     for _ in range(2):  # the first compiles
         start = time.perf_counter()
-        done = lcq.quantize(lambda w, x: x @ w["w"], w, [x], rules, search=False).records[0]
+        done = lcq.quantize(lambda w, x: x @ w["w"], w, [x], rules, lcq.Descent(search=False)).records[0]
         seconds = time.perf_counter() - start
     return {
         "layer": name,

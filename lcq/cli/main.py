@@ -29,7 +29,7 @@ from lcq.io.checkpoints import checkpoint
 from lcq.io.file import LIMIT, read_metadata
 from lcq.plans.dry_run import dry_run
 from lcq.plans.text import parse_rule
-from lcq.ptq.rounding import ROUNDING_METHODS
+from lcq.ptq.rounding import ROUNDING_METHODS, SPFQ
 from lcq.reporting.summary import table
 from lcq.schemes import SCHEMES
 from lcq.tree.aliases import Params
@@ -298,6 +298,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
         check_output(arguments.out, arguments.checkpoint, arguments.data)
     plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
     batches = batches_of(arguments.data, arguments.batch, arguments.limit, arguments.mask)
+    make = ROUNDING_METHODS[arguments.method]
+    method = SPFQ(seed=arguments.seed) if make is SPFQ else make()
     with function_of(*arguments.function) as function:
         if arguments.dry_run:
             return show(dry_run(params, plan, function, batches[0], rtn=arguments.rtn))
@@ -308,11 +310,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
                 params,
                 batches,
                 plan,
-                arguments.method,
+                method,
                 rtn=arguments.rtn,
                 mask=arguments.mask,
                 bias_correction=not arguments.no_bias_correction,
-                key=jax.random.key(arguments.seed),
                 progress=lambda number, total, record: advance(record.path, 1, total),
             )
     products = [products_of(done)] if done.records else []

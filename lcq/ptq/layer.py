@@ -5,7 +5,7 @@ How far the statistics are believed is chosen first, on rows held back, see `lcq
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,6 @@ from lcq.ptq.sums import Sums
 from lcq.ptq.two_stream import Use
 from lcq.schemes.levels import mirrored
 from lcq.tree.rules import Rule, Task
-
-Recursion = Literal["auto", "blocked", "follow"]
 
 _COARSE = np.float32(1.15) ** np.arange(-4, 5, dtype=np.float32)
 """Factors of the scale that are tried first, 1 among them, .."""
@@ -76,10 +74,6 @@ def round_product(
     method: Rounding,
     *,
     centred: bool,
-    search: bool,
-    shrink: float | None,
-    recursion: Recursion,
-    key: Any,
 ) -> Rounded:
     """Rounds the weights of one product, or of several with the same weights.
 
@@ -88,36 +82,26 @@ def round_product(
             net; the statistics of all are summed.
         w: the weights in the canonical layout.
         rule: its scheme gives the codebook.
-        method: how to round.
+        method: how to round, and how the scale and the shrinkage are chosen.
         centred: whether a bias is free to follow.
-        search: whether to search the scale.
-        shrink: see `lcq.quantize`.
-        recursion: see `lcq.quantize`.
-        key: for methods that draw.
 
     Raises:
-        ValueError: NaN or infinite activations, `recursion="follow"` for another method than GPFQ, or statistics that
-            the method cannot factorise.
+        ValueError: NaN or infinite activations, or statistics that the method cannot factorise.
     """
     product = uses[0].product
     form, tied = _codebook(product.path, w, rule)
-    search = search and not (form.scale is None and form.levels is None)
-    if recursion == "follow" and not isinstance(method, GPFQ):
-        raise ValueError(f"expected recursion='blocked' for {method}, which needs statistics; only GPFQ follows inputs")
-    if recursion == "auto":
-        _, _, many, neurons = product.shape
-        runs = sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1
-        count = sum(use.product.shape[1] * len(use.inputs) for use in uses)
-        able = isinstance(method, GPFQ) and product.kind != "ragged"  # each expert would follow the rows of all
-        recursion = cheaper(count, many, neurons, runs) if able else "blocked"
-    problem: Inputs | Sums = (Inputs if recursion == "follow" else Sums).of(uses, method, w, centred)
+    search = method.search and not (form.scale is None and form.levels is None)
+    recursion = _recursion(uses, method, sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1)
+    key = method.random_key(product.number)
+    alike = dataclasses.replace(method, search=True, shrink=None)  # what programs do not depend on
+    problem: Inputs | Sums = (Inputs if recursion == "follow" else Sums).of(uses, alike, w, centred)
     if not problem.finite:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(
             f"{product.path}: expected finite inputs, got NaN or infinite activations {where} at {product.source}; "
             "look at the batches, or at the weights before"
         )
-    problem, held_out = _settled(problem, form, shrink, key)
+    problem, held_out = _settled(problem, form, method.shrink, key)
     factor, columns = jnp.ones((1, 1)), 1 if tied else w.shape[2]
     for sets in (_coarse(form), (_FINE,)) if search else ():
         losses = []
@@ -142,6 +126,19 @@ def round_product(
     median, dead = float(np.median(np.abs(factor))), int((~lives).sum())
     rows = int(problem.counts.max())
     return Rounded(form, shift, recursion, median, dead, rows, silent, share, held_out, damping)
+
+
+def _recursion(uses: Sequence[Use], method: Rounding, runs: int) -> str:
+    """blocked, or follow; `runs` is how many codes are chosen."""
+    if not isinstance(method, GPFQ):
+        return "blocked"
+    if method.recursion != "auto":
+        return method.recursion
+    product, count = uses[0].product, sum(use.product.shape[1] * len(use.inputs) for use in uses)
+    if product.kind == "ragged":  # each expert would follow the rows of all
+        return "blocked"
+    _, _, many, neurons = product.shape
+    return cheaper(count, many, neurons, runs)
 
 
 def _coarse(form: Codes) -> tuple[np.ndarray, ...]:

@@ -15,7 +15,7 @@ from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import nearest_number
 from lcq.ptq.batches import Mask, checked_batches, traced
 from lcq.ptq.gathering import everywhere
-from lcq.ptq.layer import Recursion, Rounded, round_product
+from lcq.ptq.layer import Rounded, round_product
 from lcq.ptq.leaf_assembly import Assembly, placed
 from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
@@ -37,7 +37,7 @@ class Record(NamedTuple):
         shape: Shape (G, M, N, n) of the product for one batch: groups, rows, inputs and neurons, see
             `lcq.tracing.im2col`.
         levels: Number of levels of the codebook.
-        method: The rounding method with its settings, such as GPFQ(act_order=False).
+        method: The rounding method with those of its settings that are not as usual, such as GPFQ(act_order=True).
         recursion: "blocked" on statistics, or "follow" on the inputs themselves.
         bias_correction: Whether a bias or a batch-norm mean took up the change of the mean.
         factor: Median over neurons of the size of the factor that the exact residual chose for the scale.
@@ -106,10 +106,6 @@ def quantize(
     rtn: Rules = (),
     mask: Mask = None,
     bias_correction: bool = True,
-    search: bool = True,
-    shrink: float | None = None,
-    recursion: Recursion = "auto",
-    key: Array | None = None,
     offload: bool = True,
     progress: Callable[[int, int, Record], None] | None = None,
 ) -> Quantized:
@@ -148,7 +144,8 @@ def quantize(
             product whatever the leaf's layout, and per=g groups of g of its inputs. Other schemes, such as `Cast`,
             are projected as `compress` does.
         method: "descent", best on most nets that were measured, from Qronos's codes; "qronos", "gptq", "gpfq" as its
-            paper has it, "rtn" (round to nearest), "spfq"; or a `Rounding` with settings of your own.
+            paper has it, "rtn" (round to nearest); or a `Rounding` with settings of your own, such as SPFQ(seed=0) or
+            GPTQ(damping=0.1, shrink=0), see `lcq.ptq.Rounding` for those that all have.
         rtn: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
         mask: which positions of a batch count; None for all. Either a function of the batch that gives a boolean array
             (or 0 and 1) of the leading axes of its leaves, such as lambda tokens: tokens != 0, or a tree with such an
@@ -158,12 +155,6 @@ def quantize(
             `Record.lost` keeps it; then all rows count.
         bias_correction: whether biases and batch-norm means that are added to a product, and nothing else, absorb the
             change of its mean; weights are then rounded on centred statistics.
-        search: whether to search the scale; else the scheme's own is kept.
-        shrink: by which part the products of two different inputs in H and D are made smaller; 0 as the papers have it;
-            by default chosen on rows held back, and the change of a bias then leaves out the part that is noise.
-        recursion: "blocked" on H and D, or "follow" the inputs themselves (GPFQ only); "auto" counts operations and
-            bytes.
-        key: a random key, for methods that draw.
         offload: whether activations between products are kept in the host's memory.
         progress: called with each record, its number from 1 and how many there are; for weights whose uses depend on
             each other when the last of them are rounded.
@@ -187,8 +178,6 @@ def quantize(
     Source: Lybrand & Saab, arXiv 2010.15979; the walk, centring and the choice of scales are lcq's.
     """
     method, batches = _method(method), checked_batches(calibration)
-    if shrink is not None and not 0 <= shrink <= 1:
-        raise ValueError(f"expected shrink between 0 and 1, or None to choose it, got {shrink}")
     leaves, structure = flatten(params)
     check_numbers(leaves)
     for path, leaf in leaves.items():
@@ -231,10 +220,6 @@ def quantize(
             chosen[product.path],
             method,
             centred=shift is not None,
-            search=search,
-            shrink=shrink,
-            recursion=recursion,
-            key=None if key is None else jax.random.fold_in(key, product.number),
         )
         assembly = assemblies[product.path]
         assembly.put(product, rounded.form)

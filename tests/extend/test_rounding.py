@@ -42,11 +42,13 @@ def net(params, x):
 
 
 def test_by_name_and_as_a_value():
-    by_name = lcq.quantize(net, PARAMS, [BATCH], RULES, "lowest", search=False, shrink=0.0)
-    assert by_name.records[0].method.startswith("Lowest")
-    form = by_name.forms["w"]
+    by_name = lcq.quantize(net, PARAMS, [BATCH], RULES, "lowest")
+    assert by_name.records[0].method == "Lowest()"
+    as_value = lcq.quantize(net, PARAMS, [BATCH], RULES, Lowest(search=False, shrink=0.0))
+    assert as_value.records[0].method == "Lowest(search=False, shrink=0.0)"
+    form = as_value.forms["w"]
     assert ((form.dense() <= PARAMS["w"] + 1e-6) | (form.codes == 0)).all()
-    lower = lcq.quantize(net, PARAMS, [BATCH], RULES, Lowest(1), search=False, shrink=0.0).forms["w"]
+    lower = lcq.quantize(net, PARAMS, [BATCH], RULES, Lowest(1, search=False, shrink=0.0)).forms["w"]
     assert (lower.codes <= form.codes).all() and (lower.codes < form.codes).any()
 
 

@@ -321,7 +321,7 @@ def test_dry_run_with_a_function_is_what_quantize_costs(case, per):
     near = [lcq.Rule("table", lcq.Uniform(4, per="channel"))] if "table" in shapes else []
     structs = jax.eval_shape(lambda: (tree, batch))
     planned = dry_run(structs[0], rules, fn, structs[1], rtn=near)
-    done = lcq.quantize(fn, tree, [batch], rules, "rtn", rtn=near, search=False, bias_correction=False)
+    done = lcq.quantize(fn, tree, [batch], rules, lcq.ptq.RTN(search=False), rtn=near, bias_correction=False)
     real = lcq.table(done.forms)
     assert [(r.path, r.shape, r.form, r.bits, r.blocks) for r in planned.rows] == [
         (r.path, r.shape, r.form, r.bits, r.blocks) for r in real.rows

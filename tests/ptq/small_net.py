@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lcq
+from lcq.ptq.rounding import ROUNDING_METHODS
 from lcq.ptq.statistics import Statistics
 
 SIZE = 8
@@ -30,11 +31,18 @@ def problem():
     return params, [(draw(30, SIZE, seed=i) + 0.5) @ mix / 4 for i in (4, 5)]
 
 
-def quantize(fn=net, params=None, batches=None, rules=RULES, method="gpfq", search=False, shrink=0.0, **settings):
+def bare(method="gpfq", search=False, shrink=0.0, **settings):
     """Without the search, whose compilation is long, and without the choice of how far statistics are believed."""
+    return ROUNDING_METHODS[method](search=search, shrink=shrink, **settings)
+
+
+BARE = bare()
+
+
+def quantize(fn=net, params=None, batches=None, rules=RULES, method=BARE, **settings):
     whole = problem()
     params, batches = params or whole[0], whole[1] if batches is None else batches
-    return lcq.quantize(fn, params, batches, rules, method, search=search, shrink=shrink, **settings)
+    return lcq.quantize(fn, params, batches, rules, method, **settings)
 
 
 @functools.cache

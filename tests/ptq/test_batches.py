@@ -62,12 +62,12 @@ def test_padded_texts_are_those_without_padding(recursion):
         row[length:] = 0
     net = Texts()
     params = net.init(jax.random.key(0), tokens)
-    how = {"method": "gpfq", "search": False, "shrink": 0.0, "recursion": recursion}
-    padded = lcq.quantize(net.apply, params, [tokens], KERNELS, mask=lambda tokens: tokens != 0, **how)
+    how = lcq.GPFQ(search=False, shrink=0.0, recursion=recursion)
+    padded = lcq.quantize(net.apply, params, [tokens], KERNELS, how, mask=lambda tokens: tokens != 0)
     each = [tokens[i : i + 1, :length] for i, length in enumerate(LENGTHS)]
-    assert_same(padded, lcq.quantize(net.apply, params, each, KERNELS, **how))
+    assert_same(padded, lcq.quantize(net.apply, params, each, KERNELS, how))
     assert [record.rows for record in padded.records] == [15] * 6 + [3]
-    plain = lcq.quantize(net.apply, params, [tokens], KERNELS, **how)
+    plain = lcq.quantize(net.apply, params, [tokens], KERNELS, how)
     assert any((a.codes != b.codes).any() for a, b in zip(*map(codes, (padded, plain)), strict=True))
 
 
@@ -93,10 +93,10 @@ def test_steps_of_a_recurrent_cell(before):
     there = (np.arange(7 + before) - before < np.array(LENGTHS)[:, None]) & (np.arange(7 + before) >= before)
     x[~there] = 0
     padded = lcq.quantize(
-        fn, params, [{"x": x, "mask": there}], KERNELS, mask="mask", method="gpfq", search=False, shrink=0.0
+        fn, params, [{"x": x, "mask": there}], KERNELS, mask="mask", method=lcq.GPFQ(search=False, shrink=0.0)
     )
     each = [{"x": x[i : i + 1, before : before + length]} for i, length in enumerate(LENGTHS)]
-    assert_same(padded, lcq.quantize(fn, params, each, KERNELS, method="gpfq", search=False, shrink=0.0))
+    assert_same(padded, lcq.quantize(fn, params, each, KERNELS, method=lcq.GPFQ(search=False, shrink=0.0)))
 
 
 def test_examples_of_a_convolutional_net():
@@ -111,16 +111,14 @@ def test_examples_of_a_convolutional_net():
 
     x = draw(8, 6, 6, 2) + 1
     filled = np.concatenate([x[5:], np.full((2, 6, 6, 2), np.nan, np.float32)])
-    full = lcq.quantize(fn, params, [x[:5], x[5:]], KERNELS, method="gpfq", search=False, shrink=0.0)
+    full = lcq.quantize(fn, params, [x[:5], x[5:]], KERNELS, method=lcq.GPFQ(search=False, shrink=0.0))
     done = lcq.quantize(
         fn,
         params,
         [x[:5], filled],
         KERNELS,
         mask=lambda x: ~jnp.isnan(x).any((1, 2, 3)),
-        method="gpfq",
-        search=False,
-        shrink=0.0,
+        method=lcq.GPFQ(search=False, shrink=0.0),
     )
     assert_same(done, full)
     assert [record.rows for record in done.records] == [8 * 36, 8] and done.records[0].bias_correction
@@ -139,10 +137,11 @@ def test_tokens_of_experts():
 
     x, there = draw(20, 4), np.random.default_rng(2).random(20) < 0.6
     masked = lcq.quantize(
-        fn, params, [(x, expert)], KERNELS, mask=lambda batch: there, method="gpfq", search=False, shrink=0.0
+        fn, params, [(x, expert)], KERNELS, mask=lambda batch: there, method=lcq.GPFQ(search=False, shrink=0.0)
     )
     assert_same(
-        masked, lcq.quantize(fn, params, [(x[there], expert[there])], KERNELS, method="gpfq", search=False, shrink=0.0)
+        masked,
+        lcq.quantize(fn, params, [(x[there], expert[there])], KERNELS, method=lcq.GPFQ(search=False, shrink=0.0)),
     )
 
 

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 
 import lcq
-from tests.ptq.small_net import SIZE, UNIFORM, draw, net, problem, quantize, standard
+from tests.ptq.small_net import SIZE, UNIFORM, bare, draw, net, problem, quantize, standard
 
 
 def test_search_finds_a_better_scale_and_gpfq_is_better_than_nearest():
-    found = {method: quantize(method=method, search=True).records for method in ("gpfq", "rtn")}
+    found = {method: quantize(method=bare(method, search=True)).records for method in ("gpfq", "rtn")}
     fixed = standard().records
     assert all(record.factor != 1 for record in found["gpfq"]) and all(record.factor == 1 for record in fixed)
     assert found["gpfq"][0].error < fixed[0].error and found["gpfq"][1].error < fixed[1].error
     params = {"w1": draw(24, 24, seed=1) / 2, "b1": draw(24), "w2": draw(24, 24, seed=2)}
     batches = [(draw(60, 4, seed=i) @ draw(4, 24, seed=3) + 0.3 * draw(60, 24, seed=i)) / 5 for i in (4, 5)]
-    found = {m: quantize(net, params, batches, method=m, search=True).records for m in ("gpfq", "rtn")}
+    found = {m: quantize(net, params, batches, method=bare(m, search=True)).records for m in ("gpfq", "rtn")}
     assert found["gpfq"][1].error < 0.7 * found["rtn"][1].error, found
 
 
 def test_fixed_tables_are_not_searched():
-    done = quantize(rules=[lcq.Rule("w.", lcq.Levels((-1.0, 0.0, 1.0)))], method="rtn", search=True)
+    done = quantize(rules=[lcq.Rule("w.", lcq.Levels((-1.0, 0.0, 1.0)))], method=bare("rtn", search=True))
     np.testing.assert_array_equal(done.forms["w1"].dense(), np.clip(np.round(problem()[0]["w1"]), -1, 1))
     assert [(record.factor, record.scale) for record in done.records] == [(1, 1)] * 2
 
@@ -30,7 +30,7 @@ def test_fixed_tables_are_not_searched():
 def test_alphabets_are_the_products(per, blocks):
     """Of a weight on the left: a row is a neuron."""
     scheme, w = lcq.Uniform(3, per=per), draw(6, 8)
-    done = quantize(lambda p, x: p["w"] @ x.T, {"w": w}, [draw(5, 8)], [lcq.Rule("w", scheme)], "rtn")
+    done = quantize(lambda p, x: p["w"] @ x.T, {"w": w}, [draw(5, 8)], [lcq.Rule("w", scheme)], bare("rtn"))
     np.testing.assert_array_equal(done.forms["w"].dense(), scheme.project(jnp.asarray(w.T)).dense().T)
     assert done.forms["w"].scale.shape == blocks
 
@@ -42,7 +42,7 @@ def test_alphabets_of_experts(per, stacked, blocks):
     """One product of three experts: one codebook for all, one each, one for each neuron."""
     w, scheme = draw(3, 8, 4), lcq.Uniform(3, per=per)
     rule = lcq.Rule("w", scheme, stacked=stacked)
-    done = quantize(lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]), {"w": w}, [draw(3, 5, 8)], [rule], "rtn")
+    done = quantize(lambda p, x: jnp.einsum("ecd,edf->ecf", x, p["w"]), {"w": w}, [draw(3, 5, 8)], [rule], bare("rtn"))
     assert done.forms["w"].scale.shape == blocks
     alone = lcq.compress({"w": w}, [lcq.Rule("w", scheme, stacked=1 if per else stacked)])["w"]
     np.testing.assert_allclose(done.forms["w"].dense(), alone.dense(), rtol=1e-6)
@@ -57,7 +57,7 @@ def test_the_search_tries_the_scale_of_the_scheme_too():
     x = jnp.asarray(rng.normal(size=(60, 12)) @ rng.normal(size=(12, 12)), jnp.float32)
     rules = [lcq.Rule("w", lcq.Ternary(per="channel"))]
     errors = [
-        lcq.quantize(lambda p, x: x @ p["w"], params, [x], rules, search=search).records[0].error
+        lcq.quantize(lambda p, x: x @ p["w"], params, [x], rules, lcq.Descent(search=search)).records[0].error
         for search in (True, False)
     ]
     assert errors[0] < errors[1]
@@ -143,11 +143,11 @@ def test_damping_too_small_for_the_data():
     def fn(p, x):
         return x @ p["w"]
 
-    for method in (lcq.GPTQ(damping=1e-8), lcq.Qronos(damping=1e-8)):
-        done = lcq.quantize(fn, params, [x], rule, method, search=False, shrink=0.0)
+    for method in (bare("gptq", damping=1e-8), bare("qronos", damping=1e-8)):
+        done = lcq.quantize(fn, params, [x], rule, method)
         assert done.records[0].error < 0.01 and 1e-6 < done.records[0].damping < 1e-2, done.records[0]
     with pytest.raises(ValueError, match=r"w: expected H \+ delta I with a root at .*test_layer.*raise damping="):
-        lcq.quantize(fn, params, [x], rule, lcq.GPTQ(1e-8, max_damping=1e-8), search=False, shrink=0.0)
+        lcq.quantize(fn, params, [x], rule, bare("gptq", damping=1e-8, max_damping=1e-8))
 
 
 @pytest.mark.parametrize("method", ["gpfq", "descent"])
@@ -162,22 +162,22 @@ def test_fewer_samples_than_inputs(method):
     def held(forms):
         return square(new @ np.asarray(forms["w"].dense()), new @ w)
 
-    plain, done = held(lcq.compress(params, rule)), lcq.quantize(fn, params, [x], rule, method, search=False)
+    plain, done = held(lcq.compress(params, rule)), lcq.quantize(fn, params, [x], rule, bare(method, shrink=None))
     record = done.records[0]
     assert held(done.forms) < 1.15 * plain and record.held_out > 0.5 * plain, (held(done.forms), plain, record)
     assert record.shrink > 0.5
-    bare = lcq.quantize(fn, params, [x], rule, method, search=False, shrink=0.0)
-    assert held(bare.forms) > 1.3 * plain and bare.records[0].held_out is None
+    plainly = lcq.quantize(fn, params, [x], rule, bare(method))
+    assert held(plainly.forms) > 1.3 * plain and plainly.records[0].held_out is None
 
 
 def test_following_inputs_chooses_the_same_shrinkage():
     """With a bias, and rows of two batches that do not make equal folds."""
     batches = [batch[:many] for batch, many in zip(problem()[1], (13, 9), strict=True)]
-    one, two = (quantize(batches=batches, shrink=None, recursion=r) for r in ("blocked", "follow"))
+    one, two = (quantize(batches=batches, method=bare(shrink=None, recursion=r)) for r in ("blocked", "follow"))
     for name in ("w1", "w2"):
         np.testing.assert_array_equal(one.forms[name].codes, two.forms[name].codes)
     np.testing.assert_allclose(one.forms["b1"], two.forms["b1"], atol=1e-5)
     for a, b in zip(one.records, two.records, strict=True):
         np.testing.assert_allclose([a.shrink, a.held_out], [b.shrink, b.held_out], rtol=1e-3)
     with pytest.raises(ValueError, match="shrink between 0 and 1"):
-        quantize(shrink=1.5)
+        bare(shrink=1.5)

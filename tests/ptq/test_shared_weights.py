@@ -9,7 +9,7 @@ from jax import lax
 
 import lcq
 from lcq.ptq.rounding import ROUNDING_METHODS
-from tests.ptq.small_net import RULES, SIZE, UNIFORM, dense, draw, net, problem, quantize, statistics
+from tests.ptq.small_net import RULES, SIZE, UNIFORM, bare, dense, draw, net, problem, quantize, statistics
 
 
 def test_all_uses_choose_the_codes():
@@ -207,7 +207,7 @@ def test_ragged_layers_one_after_another(recursion):
         return jnp.einsum("emk,ekn->emn", jnp.tanh(jnp.einsum("emk,ekn->emn", x, p["up"])), p["down"])
 
     rules = [lcq.Rule(".*", lcq.Uniform(3, per="channel"), stacked=1)]
-    one, two = (quantize(fn, params, batches, rules, recursion=recursion) for fn in (ragged, plain))
+    one, two = (quantize(fn, params, batches, rules, bare(recursion=recursion)) for fn in (ragged, plain))
     for name in params:
         np.testing.assert_array_equal(one.forms[name].codes, two.forms[name].codes)
     np.testing.assert_allclose([r.error for r in one.records], [r.error for r in two.records], rtol=1e-4)

@@ -41,7 +41,36 @@ from lcq.ptq.statistics import Statistics
 
 @dataclasses.dataclass(frozen=True)
 class Rounding(abc.ABC):
-    """A way to choose the codes of weights w [N, n]; final subclasses have hashable settings, static under jit."""
+    """A way to choose the codes of weights w [N, n]; final subclasses have hashable settings, static under jit.
+
+    What `lcq.quantize` does around every method is set here, for `codes` it does not count:
+
+    Attributes:
+        search: Whether the scale is searched by the exact residual; else the scheme's own is kept.
+        shrink: By which part, 0 to 1, the products of two different inputs in H and D are made smaller; 0 as the papers
+            have it; None to choose it on rows held back, and the change of a bias then leaves out the part that is
+            noise.
+
+    Raises:
+        ValueError: shrink out of range.
+    """
+
+    search: bool = dataclasses.field(default=True, kw_only=True)
+    shrink: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.shrink is not None and not 0 <= self.shrink <= 1:
+            raise ValueError(f"expected shrink between 0 and 1, or None to choose it, got {self.shrink}")
+
+    def __str__(self) -> str:
+        """The method with those of its settings that are not as usual."""
+        given = []
+        for field in dataclasses.fields(self):
+            usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            value = getattr(self, field.name)
+            if field.init and value != usual:
+                given.append(f"{field.name}={value if isinstance(value, Rounding) else repr(value)}")
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def codes(self, w: Float[Array, "N n"], statistics: Statistics, form: Codes, key: Any = None) -> Codes:
         """Chooses codes for the codebook of a form.
@@ -85,13 +114,18 @@ class Rounding(abc.ABC):
     def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
         """`codes`, from what `prepare` gave."""
 
+    def random_key(self, number: int) -> Array | None:
+        """The random key for product `number` of a net; None for methods that draw nothing."""
+        del number
+        return None
+
     def damped(self, prepared: Any) -> Array | None:
         """The damping of H, in units of the mean of its diagonal, infinite if that failed; None without damping."""
         del prepared
         return None
 
 
-ROUNDING_METHODS: Registry[Callable[[], Rounding]] = Registry(
+ROUNDING_METHODS: Registry[Callable[..., Rounding]] = Registry(
     "rounding methods", "or pass one with settings of your own, such as lcq.GPFQ(act_order=True)"
 )
 """Classes of rounding methods by name; called without settings they have their usual ones."""

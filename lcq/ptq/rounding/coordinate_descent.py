@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from lcq.forms import Codes
 from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding, wide
 from lcq.ptq.rounding.codebook import choose
+from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.qronos import Qronos
 from lcq.ptq.rounding.sequential import Recursion, alive, dot, recurse
 from lcq.ptq.statistics import Statistics
@@ -41,12 +42,12 @@ class Descent(Rounding):
     same signs and better.
 
     Attributes:
-        before: The method that gives the first codes.
+        before: The method that gives the first codes, on the same statistics; `search` and `shrink` are this one's.
         sweeps: Number of sweeps over all inputs.
         refit: Whether to re-fit the scales after each sweep but the last.
 
     Raises:
-        ValueError: no sweep.
+        ValueError: no sweep; a method before with a search, shrinkage or recursion of its own.
 
     Source: coordinate descent as in QuantEase (arXiv 2309.01885), there for X = Y and with fixed scales.
     """
@@ -56,8 +57,13 @@ class Descent(Rounding):
     refit: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sweeps < 1:
             raise ValueError(f"expected at least one sweep, got {self.sweeps}; without any, take {self.before}")
+        if not self.before.search or self.before.shrink is not None:
+            raise ValueError(f"expected before= without search= and shrink=, got {self.before}; pass them to Descent")
+        if isinstance(self.before, GPFQ) and self.before.recursion == "follow":
+            raise ValueError(f"expected before= on statistics, got {self.before}; only GPFQ alone follows inputs")
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
         before = self.before.prepare(w, statistics)
@@ -82,6 +88,9 @@ class Descent(Rounding):
             return recurse(now, form, lambda z, row, _: choose(z, row))
 
         return jax.lax.fori_loop(0, self.sweeps, sweep, self.before.solve(first, form, key))
+
+    def random_key(self, number: int) -> Array | None:
+        return self.before.random_key(number)
 
     def damped(self, prepared: Any) -> Array | None:
         return self.before.damped(prepared.before)

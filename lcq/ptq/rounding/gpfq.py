@@ -24,11 +24,22 @@ class GPFQ(Rounding):
 
     Attributes:
         act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        recursion: "blocked" on H and D, or "follow" the inputs themselves, which `lcq.quantize` can; "auto" takes what
+            costs less, by operations and bytes.
+
+    Raises:
+        ValueError: another recursion.
 
     Source: Lybrand & Saab, arXiv 2010.15979, equation 6; here in terms of H and D.
     """
 
     act_order: bool = False
+    recursion: Literal["auto", "blocked", "follow"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recursion not in ("auto", "blocked", "follow"):
+            raise ValueError(f"expected recursion='auto', 'blocked' or 'follow', got {self.recursion!r}")
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
         return follow_path(w, statistics, self.act_order)
@@ -62,6 +73,7 @@ class SparseGPFQ(Rounding):
     act_order: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.threshold < 0 or (self.kind == "hard" and not self.threshold > 0):
             raise ValueError(f"expected a threshold above 0, got {self.threshold}")
 

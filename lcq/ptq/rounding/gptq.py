@@ -45,6 +45,7 @@ class GPTQ(Rounding):
     max_damping: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_damping(self.damping)
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import lcq
 from lcq.ptq.rounding import ROUNDING_METHODS, base
+from lcq.ptq.rounding.coordinate_descent import Descent
 from lcq.ptq.rounding.gpfq import GPFQ, SparseGPFQ
 from lcq.ptq.rounding.qronos import Qronos
 from lcq.ptq.rounding.sequential import follow
@@ -144,3 +145,21 @@ def test_every_product_is_of_the_highest_precision():
 def test_program_does_not_grow_with_the_inputs():
     lengths = {tuple(len(list(equations(p))) for p in programs(size)) for size in (1100, 2300)}
     assert len(lengths) == 1
+
+
+@pytest.mark.parametrize(
+    "make", [*(ROUNDING_METHODS[name] for name in ROUNDING_METHODS)], ids=lambda make: make.__name__
+)
+def test_settings_that_all_methods_have(make):
+    plain = make(search=False, shrink=0)
+    assert (plain.search, plain.shrink, make().search, make().shrink) == (False, 0, True, None)
+    assert plain == make(search=False, shrink=0) != make() and hash(plain) == hash(make(search=False, shrink=0))
+    assert str(make()) == f"{make.__name__}()" and str(plain) == f"{make.__name__}(search=False, shrink=0)"
+    for shrink in (1.5, -0.1, np.nan):
+        with pytest.raises(ValueError, match="expected shrink between 0 and 1, or None to choose it, got"):
+            make(shrink=shrink)
+
+
+def test_the_text_of_a_method_has_what_is_not_as_usual():
+    assert str(SparseGPFQ(0.5, search=False)) == "SparseGPFQ(search=False, threshold=0.5)"
+    assert str(Descent(GPFQ(act_order=True), 2)) == "Descent(before=GPFQ(act_order=True), sweeps=2)"

@@ -10,6 +10,7 @@ from lcq.ptq.rounding.coordinate_descent import Descent, refitted
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.qronos import Qronos
 from lcq.ptq.rounding.rtn import RTN
+from lcq.ptq.rounding.spfq import SPFQ
 from lcq.ptq.statistics import finish, gather
 from lcq.schemes.levels import Levels
 from lcq.schemes.uniform import Uniform
@@ -78,6 +79,26 @@ def test_same_inputs_dead_inputs_and_groups():
 def test_wants_a_sweep():
     with pytest.raises(ValueError, match="at least one sweep"):
         Descent(sweeps=0)
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (GPFQ(recursion="follow"), "on statistics, got GPFQ.*only GPFQ alone follows inputs"),
+        (Qronos(search=False), r"without search= and shrink=, got Qronos\(search=False\); pass them to Descent"),
+        (Qronos(shrink=0.0), r"got Qronos\(shrink=0.0\)"),
+    ],
+    ids=str,
+)
+def test_settings_of_the_method_before_that_would_not_count(before, message):
+    with pytest.raises(ValueError, match=message):
+        Descent(before)
+
+
+def test_a_method_before_may_draw():
+    assert Descent(RTN()).random_key(3) is None
+    key = Descent(SPFQ(seed=1)).random_key(3)
+    assert key == SPFQ(seed=1).random_key(3) and key != SPFQ(seed=1).random_key(2)
 
 
 def test_scales_are_the_least_squares_of_their_codes():
