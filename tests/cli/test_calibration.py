@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -144,7 +143,10 @@ def test_quantize_makes_batches_of_all_examples(net, more, lengths, monkeypatch)
     used = np.concatenate(given["batches"])
     np.testing.assert_array_equal(used, tokens[: sum(lengths)])
     assert (
-        options["bias_correction"] and given["method"] == "descent" and options["rtn"] == [] and options["mask"] is None
+        options["bias_correction"]
+        and given["method"] == lcq.Descent()
+        and options["rtn"] == []
+        and options["mask"] is None
     )
 
 
@@ -157,8 +159,8 @@ def test_quantize_hands_on_several_arrays_and_the_options(net, monkeypatch):
         {"tokens": (length, 3), "mask": (length, 3)} for length in (9, 9, 3)
     ]
     np.testing.assert_array_equal(given["batches"][1]["mask"], tokens[9:18] > 3)
-    assert given["method"] == "spfq" and not options["bias_correction"]
-    assert options["rtn"] == [lcq.Rule("embedding", lcq.Cast())] and jnp.all(options["key"] == jax.random.key(5))
+    assert given["method"] == lcq.ptq.SPFQ(seed=5) and not options["bias_correction"]
+    assert options["rtn"] == [lcq.Rule("embedding", lcq.Cast())]
 
 
 def test_quantize_leaves_out_what_the_mask_does(net, capsys):
