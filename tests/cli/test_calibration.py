@@ -195,6 +195,7 @@ def test_quantize_leaves_out_what_the_mask_does(net, capsys):
 
 def test_quantize_dry_run_writes_nothing(net, capsys, monkeypatch):
     monkeypatch.setattr(lcq, "quantize", None)
+    monkeypatch.setenv("COLUMNS", "200")
     command = [
         "quantize",
         "tinynet:apply",
@@ -250,7 +251,7 @@ def asked(monkeypatch, *more, **where):
         ({"rule": "embedding=Ternary"}, "embedding: expected a leaf that only products use"),
         (
             {"rule": ".*/kernel=KMeans(2); joint"},
-            "dense0/kernel, dense1/kernel: each product has an alphabet of its own",
+            "dense0/kernel, dense1/kernel: each product has a codebook of its own",
         ),
     ],
 )
