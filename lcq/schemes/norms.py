@@ -86,7 +86,7 @@ class L1Penalty(Sparsifier):
             weights in groups.
 
     Example:
-        >>> L1Penalty(1.0).project(jnp.array([0.5, -3.0, 1.0, 2.0]), mu=1.0).dense()
+        >>> L1Penalty(1.0).project(jnp.array([0.5, -3.0, 1.0, 2.0]), mu=1.0).dense().round(3)
         Array([ 0., -2.,  0.,  1.], dtype=float32)
 
     Source: Carreira-Perpinan & Idelbayev, CVPR 2018; groups: Yuan & Lin, J. R. Statist. Soc. B 68, 2006.
