@@ -8,6 +8,7 @@ import ast
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,16 @@ def test_checks_accept_what_is_fine(path, source):
 
 
 def banned(path, source):
-    command = ["ruff", "check", "--select", "TID251", "--no-cache", "--stdin-filename", path, "-"]
+    command = [
+        Path(sys.executable).with_name("ruff"),
+        "check",
+        "--select",
+        "TID251",
+        "--no-cache",
+        "--stdin-filename",
+        path,
+        "-",
+    ]
     return subprocess.run(command, cwd=REPOSITORY, input=source, capture_output=True, text=True).stdout
 
 
@@ -156,7 +166,7 @@ def test_what_is_like_the_banned_is_fine():
 
 
 def lint_imports(folder, **environment):
-    command, settings = ["lint-imports", "--no-cache"], os.environ | environment
+    command, settings = [Path(sys.executable).with_name("lint-imports"), "--no-cache"], os.environ | environment
     run = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
     return run.returncode, run.stdout
 

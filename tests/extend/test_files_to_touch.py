@@ -155,6 +155,6 @@ def test_one_of_each_is_added_by_the_files_of_the_table(tmp_path):
             settings = settings.replace(*change)
     (tmp_path / "pyproject.toml").write_text(settings)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    for command in (["lint-imports", "--no-cache"], [sys.executable, "-c", PROGRAM]):
+    for command in ([Path(sys.executable).with_name("lint-imports"), "--no-cache"], [sys.executable, "-c", PROGRAM]):
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-1500:] + run.stderr[-1500:]
