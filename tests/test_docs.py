@@ -1,7 +1,9 @@
 """The documentation covers what there is, and its code blocks run."""
 
+import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
@@ -29,6 +31,17 @@ def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
 def test_every_namespace_has_a_page():
     namespaces = {name for name in lcq.__all__ if inspect.ismodule(getattr(lcq, name))} - {"cli"}
     assert namespaces == {page.stem for page in DOCS.glob("api/*.md")} - {"index"}
+
+
+def test_a_namespace_shows_what_is_public():
+    names = [name for _, name, package in pkgutil.walk_packages(lcq.__path__, "lcq.") if package]
+    spaces = [lcq, *map(importlib.import_module, names)]
+    of_modules = {space.__name__ for space in spaces if not hasattr(space, "__all__")}
+    assert of_modules == {"lcq.cli", "lcq.examples", "lcq.io.entropy_coding", "lcq.layers"}
+    for space in spaces:
+        if space.__name__ not in of_modules:
+            assert dir(space) == sorted(space.__all__), f"{space.__name__}: give it the __dir__ of the others"
+            assert all(hasattr(space, name) for name in dir(space)), space.__name__
 
 
 def test_every_name_of_the_face_is_in_one_namespace():

@@ -32,3 +32,7 @@ __all__ = [
     "register_form",
     "static",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

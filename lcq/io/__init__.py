@@ -18,3 +18,7 @@ __all__ = [
     "save",
     "write",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

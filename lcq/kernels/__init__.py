@@ -6,3 +6,7 @@ from lcq.kernels.api import binary_matmul, matmul
 from lcq.kernels.base import KERNELS, Kernel
 
 __all__ = ["KERNELS", "Kernel", "binary_matmul", "matmul"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,3 +19,7 @@ __all__ = [
     "curvature",
     "quantize",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

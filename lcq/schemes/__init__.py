@@ -30,3 +30,7 @@ __all__ = [
     "Ternary",
     "Uniform",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

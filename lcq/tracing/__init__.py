@@ -5,3 +5,7 @@ from lcq.tracing.flops import Flops, flops
 from lcq.tracing.param_flow import Program, trace
 
 __all__ = ["Flops", "Product", "Program", "flops", "trace"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -44,3 +44,7 @@ __all__ = [
     "straight_through",
     "straight_through_training",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

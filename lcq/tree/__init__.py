@@ -22,3 +22,7 @@ __all__ = [
     "resolve",
     "sizes",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

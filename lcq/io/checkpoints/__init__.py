@@ -7,3 +7,7 @@ from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFo
 from lcq.io.checkpoints.checkpoint import read, read_checkpoint, write
 
 __all__ = ["CHECKPOINT_FORMATS", "Checkpoint", "CheckpointFormat", "nested", "read", "read_checkpoint", "write"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,3 +8,7 @@ DEFAULT = ("rans",)
 """Names of those that `save` tries unless told otherwise."""
 
 __all__ = ["CODECS", "DEFAULT", "Codec", "Rans", "Raw", "Stream"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,3 +9,7 @@ from lcq.ptq.rounding.rtn import RTN
 from lcq.ptq.rounding.spfq import SPFQ
 
 __all__ = ["GPFQ", "GPTQ", "ROUNDING_METHODS", "RTN", "SPFQ", "Descent", "Qronos", "Rounding", "SparseGPFQ"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,3 +3,7 @@
 from lcq.schemes.kmeans.kmeans import KMeans
 
 __all__ = ["KMeans"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
