@@ -45,7 +45,8 @@ def inspect_file(path: Path, limit: float = LIMIT) -> None:
     ]
     size, streams, raw = path.stat().st_size, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
     print(f"{path}: format lcq {held.version}, {len(held.structs)} streams")
-    print(f"{size:,} bytes: {streams:,} of streams ({raw:,} before coding), {size - streams:,} of header and index")
+    print(f"{size:,} bytes: {streams:,} of streams, {size - streams:,} of header and index")
+    print(f"{raw:,} bytes of streams before coding")
     show(Columns(columns))
     if held.metadata:
         print(f"metadata: {', '.join(f'{key!r}: {value!r:.200}' for key, value in held.metadata.items())}")

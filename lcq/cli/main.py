@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "for flax write a function of three lines in a file of the current folder. Rules are those of compress.",
     )
     sub.add_argument("function", type=_reference, metavar="MODULE:FUNCTION", help="such as mynet:apply, for mynet.py")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    sub.add_argument("checkpoint", type=Path, metavar="IN", help="the checkpoint")
     sub.add_argument(
         "--data",
         type=Path,
@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "table", parents=[force, limit], help="what each leaf of an .lcq file costs, as text or a page"
     )
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
-    sub.add_argument("--reference", type=Path, metavar="CHECKPOINT", help="the weights before, to tell how far it is")
+    sub.add_argument("--reference", type=Path, metavar="IN", help="the weights before, to tell how far it is")
     sub.add_argument("--html", type=Path, metavar="PAGE.html", help="also write one page with plots, for a browser")
     sub.set_defaults(run=lambda a: table_of_file(a.file, a.reference, a.html, force=a.force, limit=a.limit))
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import re
 import types
@@ -23,7 +24,8 @@ def parse_scheme(text: str) -> Scheme:
     tuples; a scheme without arguments needs no parentheses.
 
     Raises:
-        ValueError: anything else, or settings that the scheme refuses; lists the schemes and their settings.
+        ValueError: anything else, or settings that the scheme refuses; lists the schemes, or the
+            settings of the one that is meant.
 
     Example:
         >>> parse_scheme("powers_of_two(3)")
@@ -32,9 +34,9 @@ def parse_scheme(text: str) -> Scheme:
     try:
         node = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"expected a scheme, got {text!r}, which does not parse; {_known()}") from error
+        raise ValueError(f"expected a scheme, got {text!r}, which does not parse; {_known(text)}") from error
     if not _names_scheme(node):
-        raise ValueError(f"expected a scheme, got {text!r}; {_known()}")
+        raise ValueError(f"expected a scheme, got {text!r}; {_known(text)}")
     try:
         return _made(node, text)
     except RecursionError as error:
@@ -104,7 +106,8 @@ def parse_rule(text: str) -> Rule:
         if named and not inside and (is_none(named[1]) or _spelt(named[1])):
             break
     else:
-        raise ValueError(f"expected PATTERN=SCHEME, such as '(.*/)?kernel=KMeans(4)', got {text!r}; {_known()}")
+        known = _known(_RULE.split(text, 1)[-1])
+        raise ValueError(f"expected PATTERN=SCHEME, such as '(.*/)?kernel=KMeans(4)', got {text!r}; {known}")
     chosen: dict[str, Any] = {}
     for option in options:
         key, _, value = (part.strip() for part in option.partition("="))
@@ -178,8 +181,12 @@ def _usage(name: str) -> str:
     return f"{name}({', '.join(words)})"
 
 
-def _known() -> str:
-    return f"known schemes: {', '.join(map(_usage, SCHEMES))}"
+def _known(text: str = "") -> str:
+    """The schemes that there are, and the settings of the one whose name is nearest to that in front of a text."""
+    names = {_plain(name): name for name in SCHEMES}
+    given = re.match(r"\s*(?:lcq\.)?(\w+)", text)
+    near = difflib.get_close_matches(_plain(given[1]), names, 1) if given else []
+    return f"known schemes: {', '.join(SCHEMES)}" + "".join(f"; nearest: {_usage(names[name])}" for name in near)
 
 
 def _names_scheme(node: ast.expr) -> str | None:
@@ -194,10 +201,10 @@ def _made(node: ast.expr, text: str) -> Scheme:
     """The scheme of an expression that names one."""
     name, call = _names_scheme(node), node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     assert name is not None
-    given = [_setting(argument, text) for argument in call.args]
-    by_name = {str(k.arg): _setting(k.value, text) for k in call.keywords if k.arg}
+    given = [_setting(argument, text, name) for argument in call.args]
+    by_name = {str(k.arg): _setting(k.value, text, name) for k in call.keywords if k.arg}
     if len(by_name) < len(call.keywords):
-        raise ValueError(f"{text}: {_PLAIN}; {_known()}")
+        raise ValueError(f"{text}: {_PLAIN}; {_usage(name)}")
     scheme = SCHEMES[name]
     signature, hints = inspect.signature(scheme), typing.get_type_hints(scheme)
     try:
@@ -213,16 +220,18 @@ def _made(node: ast.expr, text: str) -> Scheme:
         return make(scheme, settings)
 
 
-def _setting(node: ast.expr, text: str) -> Any:
-    """A literal, a scheme, or a tuple of such."""
+def _setting(node: ast.expr, text: str, name: str) -> Any:
+    """A literal, a scheme, or a tuple of such, as a setting of the scheme of a name."""
     if isinstance(node, ast.List | ast.Tuple):
-        return tuple(_setting(each, text) for each in node.elts)
+        return tuple(_setting(each, text, name) for each in node.elts)
     if _names_scheme(node):
         return _made(node, text)
+    if isinstance(node, ast.Name):
+        raise ValueError(f'{text}: {_PLAIN}, got the name {node.id}; put it in quotes: "{node.id}"')
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text}: {_PLAIN}; {_known()}") from error
+        raise ValueError(f"{text}: {_PLAIN}; {_usage(name)}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:

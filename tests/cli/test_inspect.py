@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from rich.text import Text
 
 import lcq
 from lcq.cli.main import main
@@ -23,3 +24,13 @@ def test_inspect_makes_nothing_dense(tmp_path, capsys, monkeypatch):
     assert "131072x1" in capsys.readouterr().out
     assert run("inspect", tmp_path / "large.lcq", "--limit", "0.9M") == 1
     assert run("inspect", tmp_path / "large.lcq", "--limit", "1.5MiB") == 0
+
+
+def test_inspect_fits_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    lcq.save("net.lcq", {f"dense{i}": {"kernel": np.full((1200 * i, 300), i, np.float32)} for i in (1, 2)})
+    assert run("inspect", "net.lcq") == 0
+    lines = Text.from_ansi(capsys.readouterr().out).plain.splitlines()
+    assert any("dense2" in line for line in lines) and max(map(len, lines)) <= 80

@@ -1,6 +1,7 @@
 """The command line, through `main` and once through a process."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -62,8 +63,8 @@ def test_there_and_back(tmp_path, kind, capsys):
     least = -(share * np.log2(share)).sum() * expected["dense0"]["kernel"].codes.size / 8
     assert [line[4] for line in streams if line[-2] == "rans" and line[0] == "dense0/kernel.codes"] == [f"{least:.0f}"]
     size = packed.stat().st_size
-    parts = f"{held:,} of streams ({raw:,} before coding), {size - held:,} of header and index"
-    assert f"{size:,} bytes: {parts}" in out
+    assert f"{size:,} bytes: {held:,} of streams, {size - held:,} of header and index\n" in out
+    assert f"\n{raw:,} bytes of streams before coding\n" in out
     assert run("decompress", packed, "-o", back) == 0
     same(checkpoint.read(back), expected)
 
@@ -202,7 +203,8 @@ def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys
         (("explode",), "invalid choice"),
         (("compress", "in.npz", "-o", "x.lcq"), "--rule"),
         (("compress", "in.npz", "--rule", RULE), "expected -o OUT.lcq, or --dry-run"),
-        (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: Additive(*parts), "),
+        (("compress", "in.npz", "--rule", "kernel=Kmeens(4)", "-o", "x.lcq"), "known schemes: Additive, Cast, "),
+        (("compress", "in.npz", "--rule", "bias=Cast(bfloat16)", "-o", "x.lcq"), 'put it in quotes: "bfloat16"'),
         (
             ("compress", "in.npz", "--rule", RULE, "--plan", "plan.toml", "-o", "x.lcq"),
             "not allowed with argument --rule",
@@ -287,6 +289,10 @@ def test_help_is_status_0(capsys):
     assert run("compress", "--help") == 0
     shown = capsys.readouterr().out
     assert "PATTERN=SCHEME" in shown and "layout=oi" in shown
+    for command in ("compress", "quantize"):
+        assert run(command, "--help") == 0
+        shown = capsys.readouterr().out
+        assert re.search(r"^  IN +the checkpoint$", shown, re.MULTILINE) and "CHECKPOINT" not in shown, command
 
 
 def test_a_reader_that_leaves_is_no_error(source, tmp_path):

@@ -39,7 +39,7 @@ def test_text_and_plans():
     assert parse_scheme("Additive(Clipped(most=2.0), KMeans(2))").parts[0] == Clipped(2.0)
     plan = lcq.Plan([lcq.Rule("w", Clipped(0.5))])
     assert lcq.plans.parse_plan(str(plan)) == plan
-    with pytest.raises(ValueError, match=r"known schemes: .*Clipped\(most=1.0\)"):
+    with pytest.raises(ValueError, match=r"known schemes: .*, Clipped; nearest: Clipped\(most=1.0\)"):
         parse_scheme("Cliped")
 
 
