@@ -237,6 +237,13 @@ def join_leafwise(rest: Form, arrays: Sequence[Array]) -> Form:
     return _map_leafwise(lambda _: next(left), rest)
 
 
+def is_split(form: Form) -> bool:
+    """Whether `split_leafwise` may have made this: a form with leafwise fields that holds nothing in any of them."""
+    found: list[Any] = []
+    _map_leafwise(found.append, form)
+    return bool(found) and all(part is None for part in found)
+
+
 def cast_masks(form: _F, dtype: Any) -> _F:
     """A working form with its masks, and those of the forms in it, in another dtype.
 

@@ -4,6 +4,7 @@ It is a safetensors file (`container`), whose streams lie one to a tensor or ent
 """
 
 import contextlib
+import errno
 import math
 import os
 import reprlib
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lcq.forms.base import is_form
+from lcq.forms.base import Form, is_form, is_split
 from lcq.forms.restored import check_restored
 from lcq.forms.validate import named
 from lcq.io.codecs import CODECS, DEFAULT
@@ -71,7 +72,10 @@ def save(
         ValueError: a leaf that is no number or not on this host, a NaN or an infinity in a form, or keys that a file
             cannot hold, or a dict that was a form; names the leaf. A plan that is no TOML, or longer than 4 MiB;
             metadata that are no strings, or as long. Codecs that are not registered, or of a file that is not coded.
+        OSError: the folder is not there, or the file cannot be written.
     """
+    if jax.process_index() == 0:
+        _check_folder(path)
     check_restored(tree)
     said: Said = {} if plan is None else {"plan": _plan_text(plan)}
     if metadata:
@@ -183,6 +187,7 @@ def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tu
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file open for writing that takes the place of `path` when the block ends, and vanishes if the block fails."""
+    _check_folder(path)
     target = os.path.realpath(path)
     temporary = f"{target}.{secrets.token_hex(6)}.tmp"
     try:
@@ -202,6 +207,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
+def _check_folder(path: str | os.PathLike[str]) -> None:
+    """Raises unless the folder of a file is there."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(errno.ENOENT, "no such folder; make it, or choose another name", folder)
+
+
 def _to_host(leaf: Leaf) -> Leaf:
     """The leaf with its form stored and its arrays in this host's memory."""
     if is_empty(leaf):
@@ -211,8 +223,20 @@ def _to_host(leaf: Leaf) -> Leaf:
     for array in jax.tree.leaves(leaf.value):
         host_array(leaf.path, array, look=False)
     with named(leaf.path):
-        form = leaf.value.pack()
+        form = _packed(leaf.value)
     return leaf._replace(value=jax.tree.map(lambda array: host_array(leaf.path, array), form))
+
+
+def _packed(form: Form) -> Form:
+    if is_split(form):
+        try:
+            form.check_stored()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"expected forms or arrays, got an optimizer state, which holds the {type(form).__name__} in two "
+                "parts; call lcq.extract(state, params) and save what it gives"
+            ) from error
+    return form.pack()
 
 
 def host_array(path: str, leaf: Any, look: bool = True) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The batches a function is walked with: their checks, which of their positions count, and a trace for each shape."""
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -136,15 +137,35 @@ def _boolean(given: Any, number: int) -> Any:
 def traced(
     fn: Callable[[Any, Any], Any], params: Params, batches: Sequence[Any], selected: Collection[str], mask: Mask = None
 ) -> tuple[list[Program], list[Any]]:
-    """For every batch the trace of fn on its shapes, one object for equal shapes, and the inputs of that trace."""
+    """For every batch the trace of fn on its shapes, one object for equal shapes, and the inputs of that trace.
+
+    An error of fn on a batch that is a tuple or a list has a note on how fn is called.
+    """
     programs: list[Program] = []
     kinds: list[Any] = []
     inputs = []
     for number, batch in enumerate(batches):
         counts = counts_of(mask, batch, number)
         kind = jax.tree.flatten(jax.tree.map(jax.typeof, (batch, counts)), is_leaf=lambda a: a is None)
-        seen = kind in kinds
-        programs.append(programs[kinds.index(kind)] if seen else trace(fn, params, batch, selected, counts=counts))
+        if kind in kinds:
+            programs.append(programs[kinds.index(kind)])
+        else:
+            with _told_how_called(batch):
+                programs.append(trace(fn, params, batch, selected, counts=counts))
         kinds.append(kind)
         inputs.append((batch, counts))
     return programs, inputs
+
+
+@contextlib.contextmanager
+def _told_how_called(batch: Batch) -> Iterator[None]:
+    """Adds to errors of a function on a batch of several parts that it gets them as one argument."""
+    try:
+        yield
+    except (TypeError, AttributeError) as error:
+        if isinstance(batch, tuple | list):
+            error.add_note(
+                f"the function is called as fn(params, batch), and here batch is a {type(batch).__name__} of "
+                f"{len(batch)}; if it takes the parts one by one pass lambda params, batch: fn(params, *batch)"
+            )
+        raise

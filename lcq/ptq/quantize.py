@@ -137,6 +137,8 @@ def quantize(
 
     Args:
         fn: (params, batch) -> anything; any function of jax arrays: linen's `apply`, nnx through `split` and `merge`.
+            Its second argument is a whole batch, as `calibration` has it: of tuples (x, y) pass
+            lambda params, batch: fn(params, *batch).
         params: a tree of arrays; leaves that are forms already stay as they are.
         calibration: batches of unlabelled inputs of fn, all kept until the end; may be sharded over a mesh. Of any
             shapes: a trace and a compilation for each.

@@ -24,7 +24,7 @@ from lcq.forms.base import Form, cast_masks, join_leafwise, split_leafwise
 from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import nearest_number, own_promotion
 from lcq.forms.serialization import register_empty
-from lcq.training.given import slope_of, weights_of
+from lcq.training.given import named, slope_of, weights_of
 from lcq.training.objective import Term
 from lcq.training.penalty import gradient, penalty, proximal
 from lcq.training.schedules import Geometric, Scheduled
@@ -186,10 +186,32 @@ def _when(true: Any, f: Callable[[Any], Any], before: Any) -> Any:
 
 def theta(state: Lagrangian) -> list[tuple[Form, ...]]:
     """Theta, put together from the state: the forms of every task."""
+    return [tuple(cast_masks(form, bool) for form in forms) for forms in _joined(state)]
+
+
+def check_shapes(state: Lagrangian, params: Params) -> None:
+    """Refuses parameters of other shapes than those that the state was made for.
+
+    Raises:
+        ValueError: names the leaf.
+    """
+    leaves, _ = flatten(params)
+    for task, forms in zip(state.problem.tasks, _joined(state), strict=True):
+        for path, form in zip(task.paths, forms, strict=True):
+            w = weights_of(leaves, path, "lc")
+            if w.shape != form.shape:
+                raise ValueError(
+                    f"{named(path)}: expected the shape {list(form.shape)} that lc was given in init, got "
+                    f"{w.dtype}{list(w.shape)}; call init with these parameters for a state of their shapes"
+                )
+
+
+def _joined(state: Lagrangian) -> list[tuple[Form, ...]]:
+    """The forms of every task, masks as the state keeps them."""
     codes = [flatten(tree)[0] for tree in state.codes]
     return [
         tuple(
-            cast_masks(join_leafwise(rest, [jnp.asarray(tree[path]) for tree in codes if path in tree]), bool)
+            join_leafwise(rest, [jnp.asarray(tree[path]) for tree in codes if path in tree])
             for path, rest in zip(task.paths, codebooks, strict=True)
         )
         for task, codebooks in zip(state.problem.tasks, state.codebooks, strict=True)

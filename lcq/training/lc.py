@@ -11,6 +11,7 @@ Source: Carreira-Perpinan, arXiv 1707.01209; Carreira-Perpinan & Idelbayev, arXi
 """
 
 import functools
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,8 +24,18 @@ from jaxtyping import PyTree
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import native_tree
-from lcq.training.augmented_lagrangian import Info, Lagrangian, Problem, check_slopes, coupling_term, pull, solve, start
-from lcq.training.given import RESTORED, OptimizerOrFactory, Schedule, abstract, check_state, start_inner, weights_of
+from lcq.training.augmented_lagrangian import (
+    Info,
+    Lagrangian,
+    Problem,
+    check_shapes,
+    check_slopes,
+    coupling_term,
+    pull,
+    solve,
+    start,
+)
+from lcq.training.given import RESTORED, OptimizerOrFactory, Schedule, abstract, check_state, start_inner
 from lcq.training.objective import add_term, keeps_value, refuse_used, take_term
 from lcq.training.penalty import linear_step
 from lcq.training.schedules import Penalty, as_schedule
@@ -109,8 +120,9 @@ def lc(
 
     Raises:
         ValueError: at construction for settings that do not fit together; in `init` for rules that do not fit the
-            parameters and for weights that are not finite; in `update` for a leaf without a gradient, a state that
-            lost its types, and an optimizer that uses `value` and the like under a proximal coupling.
+            parameters and for weights that are not finite; in `update` for a leaf without a gradient, or of another
+            shape than in `init`, a state that lost its types, and an optimizer that uses `value` and the like under a
+            proximal coupling.
 
     Example:
         >>> import jax, lcq, optax
@@ -159,6 +171,7 @@ def lc(
         grads, params = native_tree((grads, params))
         check_state(state, LCState, "lc", sound=_is_sound(getattr(state, "lagrangian", None)))
         inner_state, steps, lagrangian = state
+        check_shapes(lagrangian, params)
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
             lagrangian = jax.lax.cond(due, lambda: solve(lagrangian, params)[1], lambda: lagrangian)
@@ -195,9 +208,9 @@ def c_step(opt_state: OptState, params: Params) -> OptState:
         nnx.update(optimizer.opt_state, nnx.state(result)).
 
     Raises:
-        ValueError: no LC state in `opt_state`, or several.
+        ValueError: no LC state in `opt_state`, or several; parameters of another shape than in `init`.
     """
-    find_lagrangian(opt_state)
+    check_shapes(find_lagrangian(opt_state), params)
     return jax.tree.map(
         lambda node: solve(node, params)[1] if _is_lagrangian(node) else node,
         nnx.as_pure(opt_state),
@@ -209,15 +222,16 @@ def lc_forms(state: Lagrangian, params: Params) -> tuple[tuple[Task, ...], list[
     """The tasks of a run of `lc`, and their forms after one more C step on a copy.
 
     Raises:
-        ValueError: weights that are not finite, now or at an earlier C step.
+        ValueError: weights of another shape than in `init`, or not finite, now or at an earlier C step.
 
     Warns:
         UserWarning: ||w - Delta(Theta)||^2 > 1 % of ||w||^2.
     """
+    check_shapes(state, params)
     leaves, _ = flatten(params)
     for task in state.problem.tasks:
         for path in task.paths:
-            check_finite(path, weights_of(leaves, path, "lc"))
+            check_finite(path, leaves[path])
     if skipped := int(state.info.skipped):
         raise ValueError(
             f"expected finite weights at every C step; {skipped} were skipped for NaN or infinite ones: the run "
@@ -271,12 +285,12 @@ def _periods(every: Any) -> tuple[int, int]:
     periods = every if isinstance(every, tuple) else (every, every)
     if every is None:
         return 1, 1
-    if len(periods) != 2 or not all(isinstance(n, int) and n > 0 for n in periods):
+    if len(periods) != 2 or not all(isinstance(n, numbers.Integral) and int(n) > 0 for n in periods):
         raise ValueError(
             f"expected every= a positive int, a pair (first, rest) of them, or None, got {every!r}; "
             "under optax.inject_hyperparams name it in static_args"
         )
-    return periods
+    return int(periods[0]), int(periods[1])
 
 
 def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rate: Any, coupling: Any) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lcq.training.given import RESTORED
 from lcq.training.hemp import find_hemp, hemp_states
 from lcq.training.hemp_forms import NEARLY_ALL, warn_of_lost
 from lcq.training.lc import find_lagrangian, lagrangians
@@ -49,7 +50,13 @@ def metrics(opt_state: OptState) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     with_hemp = bool(hemp_states(opt_state))
-    if lagrangians(opt_state) or not with_hemp:
+    with_lc = bool(lagrangians(opt_state))
+    if not with_lc and not with_hemp:
+        raise ValueError(
+            "expected a state of lc or hemp in the optimizer state, got none: was the optimizer made by lcq.lc or "
+            f"lcq.hemp? {RESTORED}"
+        )
+    if with_lc:
         state = find_lagrangian(opt_state)
         weight = state.problem.mu.at(state.c_steps)
         found |= {**state.info._asdict(), "penalty_weight": weight, "c_steps": state.c_steps}

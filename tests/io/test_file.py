@@ -288,8 +288,10 @@ def test_links_and_permissions_are_as_for_any_file(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"no such folder; make it, or choose another name: '[^']*/no'$"):
         save(tmp_path / "no" / "net.lcq", {"w": 1})
+    with pytest.raises(FileNotFoundError, match=r"no such folder; make it, or choose another name: '[^']*/no'$"):
+        lcq.io.write(tmp_path / "no" / "net.npz", {"w": np.ones(1)})
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "net.lcq")
 

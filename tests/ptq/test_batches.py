@@ -218,3 +218,17 @@ def test_masks_that_fit_none(case):
     mask, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         counts_of(mask, BATCH, 1)
+
+
+def test_a_function_that_takes_the_parts_of_a_batch_one_by_one():
+    params, x = {"w": jnp.ones((4, 3))}, jnp.ones((8, 4))
+    rules = [lcq.Rule("w", lcq.Uniform(4))]
+    with pytest.raises((TypeError, AttributeError)) as caught:
+        lcq.quantize(lambda params, x, y: (x @ params["w"], y), params, [(x, x)], rules)
+    words = (
+        "and here batch is a tuple of 2; if it takes the parts one by one pass lambda params, batch: fn(params, *batch)"
+    )
+    assert any(words in note for note in caught.value.__notes__)
+    with pytest.raises(TypeError) as caught:
+        lcq.quantize(lambda params, x: x @ "w", params, [x], rules)
+    assert not any("batch" in note for note in getattr(caught.value, "__notes__", []))

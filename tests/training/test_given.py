@@ -177,3 +177,32 @@ def test_a_state_that_was_restored_into_one_goes_on(name):
     back = fs.from_bytes(tx.init(PARAMS), fs.to_bytes(state))
     for a, b in zip(*(jax.tree.leaves(tx.update(PARAMS, s, PARAMS)) for s in (state, back)), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-6)
+
+
+SCHEMES = [lcq.KMeans(2), lcq.Cast("bfloat16"), lcq.Prune(count=3), lcq.Additive(lcq.KMeans(2), lcq.Prune(count=2))]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_state_is_not_what_is_saved(scheme, tmp_path):
+    tx = lc(scheme=scheme)
+    words = r"0: expected forms or arrays, got an optimizer state, .*; call lcq.extract\(state, params\)"
+    with pytest.raises(ValueError, match=words):
+        lcq.save(tmp_path / "net.lcq", tx.init(PARAMS))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.LowRank(2)])
+def test_parameters_of_another_shape(scheme):
+    """Whatever the form, and with or without multipliers, before anything is computed."""
+    larger = {"kernel": jnp.ones((6, 9)), "bias": PARAMS["bias"]}
+    for multipliers in (True, False):
+        tx = lc(scheme=scheme, multipliers=multipliers)
+        state = tx.init(PARAMS)
+        words = r"kernel: expected the shape \[6, 8\] that lc was given in init, got float32\[6, 9\]; call init"
+        for function in (
+            lambda tx=tx, state=state: jax.eval_shape(tx.update, larger, state, larger),
+            lambda state=state: lcq.training.c_step(state, larger),
+            lambda state=state: lcq.extract(state, larger),
+        ):
+            with pytest.raises(ValueError, match=words):
+                function()

@@ -265,10 +265,17 @@ def test_the_state_is_found_anywhere_and_must_be_one():
     assert lcq.metrics(chained)["c_steps"] == 0
     assert lcq.metrics(lcq.training.c_step(chained, params))["c_steps"] == 1
     for state, count in ((optax.sgd(0.1).init(params), 0), ((tx.init(params), tx.init(params)), 2)):
-        for function in (lcq.metrics, lambda s: lcq.training.c_step(s, params)):
-            with pytest.raises(ValueError, match=f"expected one LC state in the optimizer state, got {count}"):
-                function(state)
-        words = "expected one LC state .* got 2" if count else "expected a state of lc, hemp, .* got none: was the"
+        one = f"expected one LC state in the optimizer state, got {count}"
+        either = "expected a state of lc or hemp in the optimizer state, got none: .* lcq.lc or lcq.hemp"
+        with pytest.raises(ValueError, match=one):
+            lcq.training.c_step(state, params)
+        with pytest.raises(ValueError, match=one if count else either):
+            lcq.metrics(state)
+        words = (
+            "expected one LC state .* got 2"
+            if count
+            else r"expected a state of lc, hemp, .* got none: the order is extract\(state, params\); was the"
+        )
         with pytest.raises(ValueError, match=words):
             lcq.extract(state, params)
 
@@ -283,7 +290,7 @@ RULES = [lcq.Rule("w", lcq.Binary())]
         ({"rules": [lcq.Rule("w", None)]}, "wants a rule with a scheme"),
         ({"every": 0}, r"every= a positive int, a pair.*static_args"),
         ({"every": (3, 0)}, r"every= a positive int, a pair"),
-        ({"mu": -1.0}, "start > 0"),
+        ({"mu": -1.0}, "expected mu= a positive number, got -1.0"),
         ({"rules": [lcq.Rule("w", lcq.KMeans(2, exact=True))]}, "every=None, call lcq.training.c_step"),
         ({"coupling": "proximate"}, "'gradient', 'proximal' or a function"),
         ({"learning_rate": 0.1}, "pass optax.sgd or lambda eta"),
@@ -315,6 +322,13 @@ def test_hyperparameters_that_were_traced_say_the_remedy():
     for check, value in ((as_schedule, jnp.float32(0.1)), (_periods, jnp.int32(3))):
         with pytest.raises(ValueError, match=r"under optax\.inject_hyperparams name it in static_args"):
             check(value)
+
+
+def test_every_is_any_integral_number():
+    assert _periods(np.int64(10)) == (10, 10) and _periods((np.uint8(3), 2)) == (3, 2)
+    assert [type(n) for n in _periods(np.int64(10))] == [int, int]
+    with pytest.raises(ValueError, match="expected every= a positive int"):
+        _periods(np.float32(10))
 
 
 def test_exact_schemes_run_in_c_steps_by_hand():
