@@ -224,14 +224,14 @@ def share(form: Form, name: str | None) -> Form:
     return dataclasses.replace(form, **{**changed, "shared": name})
 
 
-def split_leafwise(form: Form) -> tuple[tuple[Array, ...], Form]:
+def split_leafwise(form: _F) -> tuple[tuple[Array, ...], _F]:
     """Takes the leaf-shaped arrays out of a working form and the forms in it; `join_leafwise` puts them back."""
     arrays: list[Array] = []
     rest = _map_leafwise(arrays.append, form)
     return tuple(arrays), rest
 
 
-def join_leafwise(rest: Form, arrays: Sequence[Array]) -> Form:
+def join_leafwise(rest: _F, arrays: Sequence[Array]) -> _F:
     """Inverse of `split_leafwise`."""
     left = iter(arrays)
     return _map_leafwise(lambda _: next(left), rest)

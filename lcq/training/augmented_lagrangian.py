@@ -13,12 +13,14 @@ Source: Carreira-Perpinan, arXiv 1707.01209, figure 3.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from lcq.forms.base import Form, cast_masks, join_leafwise, split_leafwise
 from lcq.forms.blocks import compute_dtype
@@ -28,10 +30,12 @@ from lcq.training.given import named, slope_of, weights_of
 from lcq.training.objective import Term
 from lcq.training.penalty import gradient, penalty, proximal
 from lcq.training.schedules import Geometric, Scheduled
-from lcq.tree.aliases import Params
+from lcq.tree.aliases import Leaves, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
+
+_T = TypeVar("_T")
 
 _ROUNDING = 1e-4
 """Relative rise of an objective that float32 sums explain."""
@@ -52,11 +56,11 @@ class Problem:
 class Info(NamedTuple):
     """Scalars of the last C step, see `lcq.metrics`."""
 
-    gap: Any
-    distortion: Any
-    multiplier_norm: Any
-    kept_back: Any
-    skipped: Any
+    gap: Float[Array, ""]
+    distortion: Float[Array, ""]
+    multiplier_norm: Float[Array, ""]
+    kept_back: Int[Array, ""]
+    skipped: Int[Array, ""]
 
 
 class Lagrangian(NamedTuple):
@@ -72,12 +76,12 @@ class Lagrangian(NamedTuple):
         info: Scalars of the last C step.
     """
 
-    problem: Any
-    c_steps: Any
+    problem: Problem
+    c_steps: Int[Array, ""]
     multipliers: PyTree
-    codes: tuple[Any, ...]
+    codes: tuple[PyTree, ...]
     codebooks: PyTree
-    info: Any
+    info: Info
 
 
 @own_promotion()
@@ -98,19 +102,23 @@ def start(params: Params, problem: Problem, multipliers: bool, blank: bool = Fal
         for task, ws in zip(problem.tasks, all_ws, strict=True)
         for path, w in zip(task.paths, ws, strict=True)
     }
-    away, zero = sum(map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
+    away, zero = functools.reduce(jnp.add, map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
     state = Lagrangian(
         problem=problem,
         c_steps=zero,
         multipliers=_like(params, lagrange if multipliers else {}),
         codes=tuple(_like(params, chosen) for chosen in codes),
         codebooks=codebooks,
-        info=_info(_Sums(away, away, jnp.float32(0), zero), sum(map(_square, all_ws)), zero, zero),
+        info=_info(
+            _Sums(away, away, jnp.float32(0), zero), functools.reduce(jnp.add, map(_square, all_ws)), zero, zero
+        ),
     )
     return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
 
 
-def first_forms(task: Task, ws: tuple[Any, ...], blank: bool, mu: Any = None) -> tuple[Form, ...]:
+def first_forms(
+    task: Task, ws: tuple[Array | np.ndarray, ...], blank: bool, mu: ArrayLike | None = None
+) -> tuple[Form, ...]:
     """Pi(w). Where only shapes are expected a scheme that is solved on the host gets zeros: it cannot be traced."""
     if not (blank and task.scheme.host):
         return task.project(ws, mu=mu)
@@ -126,7 +134,7 @@ def solve(state: Lagrangian, params: Params) -> tuple[list[tuple[Form, ...]], La
     """
     mu, leaves, lagrange = state.problem.mu.at(state.c_steps), flatten(params)[0], flatten(state.multipliers)[0]
     all_ws = [_wide(leaves, task) for task in state.problem.tasks]
-    size = sum(map(_square, all_ws))
+    size = functools.reduce(jnp.add, map(_square, all_ws))
     finite = jnp.isfinite(size)
     nothing = _Sums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
     all_forms, all_sums = [], []
@@ -153,13 +161,17 @@ def solve(state: Lagrangian, params: Params) -> tuple[list[tuple[Form, ...]], La
 class _Sums(NamedTuple):
     """||w - Delta||^2, ||x - Delta||^2, ||lambda||^2 and projections dropped, over the leaves of tasks."""
 
-    away: Any
-    distortion: Any
-    multipliers: PyTree
-    kept_back: Any
+    away: Float[Array, ""]
+    distortion: Float[Array, ""]
+    multipliers: Float[Array, ""]
+    kept_back: Int[Array, ""]
 
 
-def _solve_task(task: Task, ws: tuple[Any, ...], mu: Any, before: Any) -> Any:
+_Solved = tuple[tuple[Form, ...], dict[str, Array], _Sums]
+"""Forms and multipliers of a task, and their sums."""
+
+
+def _solve_task(task: Task, ws: tuple[Array, ...], mu: Array, before: _Solved) -> _Solved:
     """The C step of one task; a projection with a higher objective than the Theta before is dropped."""
     previous, lagrange, _ = before
     xs = tuple(w - lagrange[p] / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
@@ -177,7 +189,7 @@ def _solve_task(task: Task, ws: tuple[Any, ...], mu: Any, before: Any) -> Any:
     return forms, lagrange, sums
 
 
-def _when(true: Any, f: Callable[[Any], Any], before: Any) -> Any:
+def _when(true: Bool[Array, ""], f: Callable[[_T], _T], before: _T) -> _T:
     """f(before) if true, else `before`. In a trace a branch, which keeps the memory of tasks apart."""
     if isinstance(true, jax.core.Tracer):
         return jax.lax.cond(true, f, lambda kept: kept, before)
@@ -218,24 +230,24 @@ def _joined(state: Lagrangian) -> list[tuple[Form, ...]]:
     ]
 
 
-def coupling_term(state: Lagrangian, mu: Any) -> Term:
+def coupling_term(state: Lagrangian, mu: Array) -> Term:
     """The coupling mu/2 ||w - Delta - lambda/mu||^2 of the L step, as a function of the parameters."""
     fixed = _targets(state)
 
-    def coupled(params: Params) -> dict[str, tuple[Any, Any, Any]]:
+    def coupled(params: Params) -> dict[str, tuple[Array, Array, Array | None]]:
         ws = _wide_by_path(state, params)
         return {path: (ws[path], *parts) for path, parts in fixed.items()}
 
     @own_promotion()
-    def value(params: Params) -> Any:
+    def value(params: Params) -> Float[Array, ""]:
         return functools.reduce(jnp.add, (penalty(*parts, mu) for parts in coupled(params).values()))
 
     @own_promotion()
-    def slope(params: Params) -> dict[str, Any]:
+    def slope(params: Params) -> dict[str, Array]:
         return {path: gradient(*parts, mu) for path, parts in coupled(params).items()}
 
     @own_promotion()
-    def add(grads: optax.Updates, params: Params) -> Any:
+    def add(grads: optax.Updates, params: Params) -> optax.Updates:
         slopes, structure = flatten(grads)
         for path, more in slope(params).items():
             given = slope_of(slopes, path, more)
@@ -253,7 +265,7 @@ def check_slopes(grads: optax.Updates, state: Lagrangian, params: Params) -> Non
 
 
 @own_promotion()
-def pull(updates: optax.Updates, state: Lagrangian, params: Params, mu: Any, s: Any) -> Any:
+def pull(updates: optax.Updates, state: Lagrangian, params: Params, mu: Array, s: PyTree) -> optax.Updates:
     """Follows the inner optimizer's updates by the proximal step at the selected leaves; s as in `proximal`."""
     moves, structure = flatten(updates)
     sizes, ws = flatten(s)[0], _wide_by_path(state, params)
@@ -264,7 +276,7 @@ def pull(updates: optax.Updates, state: Lagrangian, params: Params, mu: Any, s: 
     return jax.tree.unflatten(structure, moves.values())
 
 
-def _targets(state: Lagrangian) -> dict[str, tuple[Any, Any]]:
+def _targets(state: Lagrangian) -> dict[str, tuple[Array, Array | None]]:
     """(Delta(Theta), lambda or None) of every selected leaf, by path."""
     lagrange = flatten(state.multipliers)[0]
     return {
@@ -274,21 +286,21 @@ def _targets(state: Lagrangian) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _wide_by_path(state: Lagrangian, params: Params) -> dict[str, Any]:
+def _wide_by_path(state: Lagrangian, params: Params) -> dict[str, Array]:
     """Every selected weight in float32 or wider, by path."""
     leaves = flatten(params)[0]
     return {path: w for task in state.problem.tasks for path, w in zip(task.paths, _wide(leaves, task), strict=True)}
 
 
-def _wide(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
+def _wide(leaves: Leaves, task: Task) -> tuple[Array, ...]:
     """The weights of a task in float32 or wider."""
     ws = (weights_of(leaves, path, "lc") for path in task.paths)
     return tuple(jnp.asarray(w, compute_dtype(w.dtype)) for w in ws)
 
 
-def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Any]], Any]:
+def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Array]], PyTree]:
     """The leaf-shaped arrays of all forms by path, and the rest by task; inverse of `theta`."""
-    codes: list[dict[str, Any]] = [{} for _ in range(max(task.scheme.leaf_arrays for task in problem.tasks))]
+    codes: list[dict[str, Array]] = [{} for _ in range(max(task.scheme.leaf_arrays for task in problem.tasks))]
     codebooks = []
     for task, of_task in zip(problem.tasks, forms, strict=True):
         parts = [split_leafwise(cast_masks(form, jnp.uint8)) for form in of_task]
@@ -299,23 +311,23 @@ def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[s
     return codes, tuple(codebooks)
 
 
-def _like(tree: PyTree, chosen: dict[str, Any]) -> Any:
+def _like(tree: PyTree, chosen: Leaves) -> PyTree:
     """`tree` with the chosen arrays at its leaves, and masks where there is none."""
     leaves, structure = flatten(tree)
     return jax.tree.unflatten(structure, [chosen.get(path, optax.MaskedNode()) for path in leaves])
 
 
-def _distance(xs: tuple[Any, ...], forms: tuple[Form, ...]) -> Any:
+def _distance(xs: tuple[Array, ...], forms: tuple[Form, ...]) -> Float[Array, ""]:
     """||x - Delta(Theta)||^2 over the leaves of a task."""
-    return sum(jnp.sum((x - form.dense()) ** 2) for x, form in zip(xs, forms, strict=True))
+    return functools.reduce(jnp.add, (jnp.sum((x - form.dense()) ** 2) for x, form in zip(xs, forms, strict=True)))
 
 
-def _square(arrays: Iterable[Any]) -> Any:
+def _square(arrays: Iterable[Array]) -> Float[Array, ""]:
     """The sum of all squares."""
-    return sum((jnp.sum(a**2) for a in arrays), jnp.float32(0))
+    return functools.reduce(jnp.add, (jnp.sum(a**2) for a in arrays), jnp.float32(0))
 
 
-def _info(sums: _Sums, size: Any, kept_back: Any, skipped: Any) -> Info:
+def _info(sums: _Sums, size: Array, kept_back: Array, skipped: Array) -> Info:
     return Info(
         gap=(sums.away / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)).astype(jnp.float32),
         distortion=sums.distortion.astype(jnp.float32),

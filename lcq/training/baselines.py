@@ -6,13 +6,13 @@ either wrapper.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from lcq.forms.base import Form, cast_masks, is_form
 from lcq.forms.dtypes import native_tree
@@ -21,7 +21,7 @@ from lcq.training.augmented_lagrangian import first_forms
 from lcq.training.given import Optimizer, abstract, check_arrays, check_state, slope_of, start_inner, weights_of
 from lcq.training.objective import at, forget
 from lcq.training.straight_through import straight_through
-from lcq.tree.aliases import Forms, OptState, Params
+from lcq.tree.aliases import Forms, Leaves, OptState, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rules, Task, checked, resolve
@@ -37,7 +37,7 @@ class IteratedState(NamedTuple):
     """State of `iterated_direct`: the inner state, updates made, tasks, Theta of each task."""
 
     inner: PyTree
-    steps: Any
+    steps: Int[Array, ""]
     tasks: Tasks
     forms: tuple[tuple[Form, ...], ...]
 
@@ -70,7 +70,9 @@ def iterated_direct(inner: Optimizer, rules: Rules, *, every: int) -> optax.Grad
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> tuple[Any, IteratedState]:
+    def update(
+        grads: optax.Updates, state: PyTree, params: Params = None, **extra: object
+    ) -> tuple[optax.Updates, IteratedState]:
         _check(grads, state, params, IteratedState, "iterated_direct")
         grads, params = native_tree((grads, params))
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
@@ -90,7 +92,7 @@ class StraightThroughState(NamedTuple):
     """State of `straight_through_training`: the inner state, latent weights, tasks, Theta of each task."""
 
     inner: PyTree
-    latent: Any
+    latent: Params
     tasks: Tasks
     forms: tuple[tuple[Form, ...], ...]
 
@@ -124,11 +126,13 @@ def straight_through_training(inner: Optimizer, rules: Rules) -> optax.GradientT
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> Any:
+    def update(
+        grads: optax.Updates, state: PyTree, params: Params = None, **extra: object
+    ) -> tuple[optax.Updates, StraightThroughState]:
         _check(grads, state, params, StraightThroughState, "straight_through_training")
         grads, params = native_tree((grads, params))
 
-        def compressed(latent: Any) -> Any:
+        def compressed(latent: Params) -> Params:
             return _put(state.tasks, latent, _project(state.tasks, latent, state.forms), straight_through)
 
         updates, inner_state = inner.update(grads, state.inner, state.latent, **at(extra, compressed))
@@ -204,7 +208,7 @@ def _project(tasks: Tasks, params: Params, previous: tuple[tuple[Form, ...], ...
     return _kept(task.project(take(leaves, task), p) for task, p in zip(tasks, warm, strict=True))
 
 
-def _finite(tasks: Tasks, params: Params) -> dict[str, Any]:
+def _finite(tasks: Tasks, params: Params) -> Leaves:
     """The leaves by path, those of tasks looked at."""
     leaves, _ = flatten(params)
     for task in tasks:
@@ -217,7 +221,11 @@ def _kept(forms: Iterable[tuple[Form, ...]]) -> tuple[tuple[Form, ...], ...]:
     return tuple(tuple(cast_masks(form, jnp.uint8) for form in of_task) for of_task in forms)
 
 
-def _put(tasks: Tasks, params: Params, forms: Forms, join: Callable[[Any, Any], Any] = lambda w, delta: delta) -> Any:
+Join = Callable[[Array, Array], Array]
+"""(w, Delta(Theta)) -> what takes the place of w."""
+
+
+def _put(tasks: Tasks, params: Params, forms: Forms, join: Join = lambda w, delta: delta) -> Params:
     """The parameters with Delta(Theta), or join(w, Delta(Theta)), at the selected leaves."""
     leaves, structure = flatten(params)
     for task, of_task in zip(tasks, forms, strict=True):

@@ -1,16 +1,18 @@
 """Batch-norm statistics, re-estimated with compressed weights in place."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lcq.forms.dtypes import native_tree
 from lcq.tree.aliases import Batch
 
 
-def recalibrate_batch_norm(step: Callable[[Any, Any], Any], statistics: Any, batches: Iterable[Batch]) -> Any:
+def recalibrate_batch_norm(
+    step: Callable[[PyTree, Batch], PyTree], statistics: PyTree, batches: Iterable[Batch]
+) -> PyTree:
     """Batch-norm statistics of the compressed net: the mean of the statistics of single batches.
 
     Statistics belong to the weights they were gathered with; with Delta(Theta) in place of w they are wrong, and a deep

@@ -21,12 +21,12 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from lcq.forms import Codes
 from lcq.forms.base import Form, is_form
@@ -48,7 +48,7 @@ _LANES = 16
 
 
 def block_entropy(
-    params: Params, centres: Any, order: int, *, pooled: bool = True, layout: Layout = "jax"
+    params: Params, centres: PyTree, order: int, *, pooled: bool = True, layout: Layout = "jax"
 ) -> Float[Array, ""]:
     """The n-th order entropy of quantized weights, in bits per weight, as a differentiable function of both.
 
@@ -102,7 +102,7 @@ def block_entropy(
     return _entropy(pairs, order, pooled, layout)
 
 
-def entropy_centres(params: Params, forms: Forms) -> Any:
+def entropy_centres(params: Params, forms: Forms) -> PyTree:
     """The centres of `block_entropy`: the levels of every form, and an empty centre on either side.
 
     With N levels c_1..c_N the outer two are min - .01 - |c_2 - c_1| and max + .01 + |c_N - c_{N-1}|, of the least and
@@ -180,7 +180,7 @@ def _bits_of(p: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 @_bits.defjvp
-def _bits_slope(size: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _bits_slope(size: int, primals: PyTree, tangents: PyTree) -> tuple[Array, Array]:
     """Moving weight i of a block moves mass between the corners with b_i - 1 and those with b_i; sum p stays."""
     taus, cells = primals
     p, order = _histogram(taus, cells, size), taus[0].shape[1]
@@ -306,7 +306,7 @@ def nearest(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> tupl
     return index + above.astype(index.dtype), jnp.where(above, upper, lower)
 
 
-def check_order(order: Any) -> int:
+def check_order(order: object) -> int:
     """An order, if it is a whole number from 1."""
     if isinstance(order, bool) or not isinstance(order, int | np.integer) or order < 1:
         raise ValueError(f"expected order= an int >= 1, got {order!r}")
@@ -321,7 +321,7 @@ def check_bins(size: int, order: int) -> None:
         )
 
 
-def _check_centres(path: str, w: Any, centres: Any) -> None:
+def _check_centres(path: str, w: PyTree, centres: PyTree) -> None:
     if is_form(w) or not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
         got = type(w).__name__ if is_form(w) else getattr(w, "dtype", type(w).__name__)
         raise ValueError(f"{path}: expected a floating-point array of weights, got {got}")

@@ -1,11 +1,10 @@
 """The one verb for the end of a run: whatever trained the parameters, `extract` gives the forms to ship."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from lcq.forms.base import Form, is_form
 from lcq.training.baselines import baseline_forms, baseline_states, find_baseline
@@ -24,7 +23,7 @@ def extract(
     params: Params,
     *,
     levels: str = "trained",
-    alphas: Any = None,
+    alphas: Mapping[str, Array] | None = None,
 ) -> Forms:
     """The compressed net that a run ends with, packed: what `lcq.save` writes. Right at any moment of a run.
 

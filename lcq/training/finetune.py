@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from lcq.forms import Codes
@@ -17,7 +17,7 @@ from lcq.forms.base import is_form
 from lcq.forms.dtypes import native_tree, nearest_number, own_promotion
 from lcq.training.given import Optimizer
 from lcq.training.straight_through import straight_through
-from lcq.tree.aliases import Batch, Forms, Function
+from lcq.tree.aliases import Batch, Forms, Function, Leaves, Params
 from lcq.tree.paths import flatten
 
 
@@ -82,8 +82,8 @@ def finetune(
     update = optax.with_extra_args_support(tx).update
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(numbers: Any, state: PyTree, rest: Any, batch: Batch) -> Any:
-        def objective(numbers: Any) -> Any:
+    def step(numbers: dict[str, Array], state: PyTree, rest: PyTree, batch: Batch) -> tuple[PyTree, PyTree, Array]:
+        def objective(numbers: dict[str, Array]) -> Array:
             return loss(net.dense(numbers, rest), batch)
 
         value, grads = jax.value_and_grad(objective)(numbers)
@@ -106,7 +106,7 @@ class _Slot:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype
 
     def fill(self, numbers: dict[str, Array]) -> Array:
         return numbers[self.name].reshape(self.shape)
@@ -123,7 +123,7 @@ class _Net:
     """
 
     def __init__(self, tree: PyTree, arrays: bool, fixed: tuple[float, ...]) -> None:
-        self.given: dict[str, Any] = {}
+        self.given: Leaves = {}
         self.still: dict[str, np.ndarray] = {}
         self._owners: dict[tuple[str, str], str] = {}
         self._fixed = np.asarray(fixed, np.float32)
@@ -142,7 +142,7 @@ class _Net:
         self.slots = [a if isinstance(a, _Slot) else None for a in flat]
         self.rest = [None if isinstance(a, _Slot) else a for a in flat]
 
-    def _visit(self, path: str, inside: str, node: PyTree) -> Any:
+    def _visit(self, path: str, inside: str, node: PyTree) -> PyTree:
         """A form with slots in it; what leaves share is as in files: arrays of shared forms but their own."""
         if isinstance(node, tuple):
             return tuple(self._visit(path, f"{inside}.{i}", part) for i, part in enumerate(node))
@@ -160,7 +160,7 @@ class _Net:
                 changed[field.name] = self._slot(path, name, shared, value)
         return dataclasses.replace(node, **changed)
 
-    def _slot(self, path: str, inside: str, shared: str | None, array: Any) -> Any:
+    def _slot(self, path: str, inside: str, shared: str | None, array: Array | np.ndarray) -> PyTree:
         """The slot of a floating-point array, anything else as it is."""
         if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.floating):
             return array
@@ -192,7 +192,7 @@ class _Net:
         return numbers | {name: jnp.where(still, there[name], numbers[name]) for name, still in self.still.items()}
 
     @own_promotion()
-    def _put(self, numbers: dict[str, Array], rest: list[Any], rounded: bool) -> list[Any]:
+    def _put(self, numbers: dict[str, Array], rest: Sequence[Array | None], rounded: bool) -> list[PyTree]:
         """Working forms and arrays with these numbers, in float32 or as they are stored."""
         flat = []
         for slot, other in zip(self.slots, rest, strict=True):
@@ -202,7 +202,7 @@ class _Net:
                 flat.append(nearest_number(slot.fill(numbers), slot.dtype) if rounded else slot.fill(numbers))
         return jax.tree.unflatten(self._forms, flat)
 
-    def dense(self, numbers: dict[str, Array], rest: list[Any]) -> Any:
+    def dense(self, numbers: dict[str, Array], rest: Sequence[Array | None]) -> Params:
         """The parameters as they will be stored, differentiable as if numbers were not rounded."""
         numbers = self.hold(numbers, jax.lax.stop_gradient(numbers))
         pairs = zip(self._put(numbers, rest, False), self._put(numbers, rest, True), strict=True)
@@ -210,7 +210,7 @@ class _Net:
         return jax.tree.unflatten(self._structure, leaves)
 
     @own_promotion()
-    def finish(self, numbers: dict[str, Array], steps: int) -> Any:
+    def finish(self, numbers: dict[str, Array], steps: int) -> Forms:
         """The tree with stored forms."""
         bad = [name for name, a in numbers.items() if not bool(jnp.isfinite(a).all())]
         if bad:
@@ -222,12 +222,12 @@ class _Net:
         return jax.tree.unflatten(self._structure, [_ascending(a).pack() if is_form(a) else a for a in leaves])
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> DTypeLike:
     """float32 or wider; floats of 8 bits, which numpy and jax do not promote, included."""
     return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32
 
 
-def _ascending(node: PyTree) -> Any:
+def _ascending(node: PyTree) -> PyTree:
     """A working form with the levels in it in ascending order, and codes that follow; it has the same `dense()`."""
     if isinstance(node, tuple):
         return tuple(map(_ascending, node))

@@ -1,15 +1,14 @@
 """What a training wrapper is given, looked at once at its door: parameters, gradients, states."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from typing_extensions import TypeAliasType
 
-from lcq.tree.aliases import Params
+from lcq.tree.aliases import Leaves, OptState, Params
 from lcq.tree.paths import flatten, leave_out
 
 Optimizer = TypeAliasType("Optimizer", optax.GradientTransformation)
@@ -39,7 +38,7 @@ def named(path: str) -> str:
     return path or "the only leaf"
 
 
-def start_inner(inner: optax.GradientTransformation, params: Params) -> Any:
+def start_inner(inner: optax.GradientTransformation, params: Params) -> OptState:
     """`inner.init(params)`.
 
     Raises:
@@ -66,14 +65,14 @@ def check_arrays(params: Params, cause: Exception | None = None) -> None:
             ) from cause
 
 
-def weights_of(leaves: dict[str, Any], path: str, method: str) -> Any:
+def weights_of(leaves: Leaves, path: str, method: str) -> Array | np.ndarray:
     """The leaf at a path.
 
     Raises:
         ValueError: there is none.
     """
-    leaf: Any = leaves.get(path)
-    if not hasattr(leaf, "dtype"):
+    leaf: Array | np.ndarray | None = leaves.get(path)
+    if leaf is None or not hasattr(leaf, "dtype"):
         got = "they have no such leaf" if leaf is None else f"it is {type(leaf).__name__}"
         raise ValueError(
             f"{named(path)}: expected the parameters that {method} was given in init; {got}; pass them in the same tree"
@@ -81,14 +80,16 @@ def weights_of(leaves: dict[str, Any], path: str, method: str) -> Any:
     return leaf
 
 
-def slope_of(slopes: dict[str, Any], path: str, w: Any, what: str = "the gradient of the loss") -> Any:
+def slope_of(
+    slopes: Leaves, path: str, w: Array | np.ndarray, what: str = "the gradient of the loss"
+) -> Array | np.ndarray:
     """The gradient of the leaf w at a path.
 
     Raises:
         ValueError: there is none, or one of another shape.
     """
-    slope: Any = slopes.get(path)
-    if not hasattr(slope, "dtype") or slope.dtype == jax.dtypes.float0:
+    slope: Array | np.ndarray | None = slopes.get(path)
+    if slope is None or not hasattr(slope, "dtype") or slope.dtype == jax.dtypes.float0:
         got = "none" if slope is None else getattr(slope, "dtype", type(slope).__name__)
         raise ValueError(
             f"{named(path)}: expected {what}, got {got}; differentiate with respect to this leaf, or exclude it "

@@ -9,13 +9,13 @@ Source: Tartaglione, Lathuiliere, Fiandrotti, Cagnazzo & Grangetto, arXiv 2107.0
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Integer, PyTree
+from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from lcq.forms import Codes
 from lcq.forms.base import is_form, join_leafwise, split_leafwise
@@ -36,9 +36,9 @@ from lcq.training.block_entropy import (
     nearest,
 )
 from lcq.training.given import RESTORED, Optimizer, Schedule, abstract, check_state, slope_of, start_inner, weights_of
-from lcq.training.lc import Placeholder
+from lcq.training.lc import NO_PARAMETER, Placeholder
 from lcq.training.objective import refuse_used
-from lcq.tree.aliases import OptState, Params
+from lcq.tree.aliases import Leaves, OptState, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Rules, Task, checked, resolve
@@ -65,11 +65,11 @@ class HempState(NamedTuple):
     """
 
     inner: PyTree
-    steps: Any
-    tasks: Any
+    steps: Int[Array, ""]
+    tasks: Tasks
     codebooks: PyTree
-    entropy: Any
-    shares: Any
+    entropy: Float[Array, ""]
+    shares: tuple[tuple[Float[Array, ""], ...], ...]
 
 
 def hemp(
@@ -158,7 +158,7 @@ def hemp(
     def first_state(params: Params, blank: bool) -> HempState:
         inner_state = start_inner(inner, params)
         if isinstance(params, Placeholder):
-            return HempState(inner_state, 0, 0, 0, 0, 0)
+            return HempState(inner_state, *(NO_PARAMETER,) * 5)
         tasks, leaves = Tasks(resolve(rules, params)), flatten(params)[0]
         for task in tasks:
             for path in task.paths:
@@ -187,7 +187,9 @@ def hemp(
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> tuple[Any, HempState]:
+    def update(
+        grads: optax.Updates, state: PyTree, params: Params = None, **extra: object
+    ) -> tuple[optax.Updates, HempState]:
         if params is None:
             raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
         check_state(state, HempState, "hemp", sound=is_sound(state))
@@ -238,7 +240,7 @@ def share_of(ranks: Integer[Array, "*leaf"], levels: Float[Array, "*counts k"]) 
     counts = levels.shape[:-1] or (1,) * ranks.ndim
     cut, within = cut_axes(ranks, counts), blocks(ranks.shape, counts)
 
-    def most(k: Any, most: Array) -> Array:
+    def most(k: Int[Array, ""], most: Array) -> Array:
         return jnp.maximum(most, jnp.sum(cut == k, within.axes, keepdims=True, dtype=jnp.int32))
 
     largest = jax.lax.fori_loop(0, levels.shape[-1], most, jnp.zeros(within.stat, jnp.int32))
@@ -273,13 +275,13 @@ def hemp_states(opt_state: OptState) -> list[HempState]:
     return [node for node in nodes if isinstance(node, HempState)]
 
 
-def _levels_by_path(tasks: Tasks, codebooks: Any) -> dict[str, Array]:
+def _levels_by_path(tasks: Tasks, codebooks: PyTree) -> dict[str, Array]:
     """The levels of every selected leaf."""
     pairs = zip(tasks, codebooks, strict=True)
     return {path: levels_of(path, form) for task, forms in pairs for path, form in zip(task.paths, forms, strict=True)}
 
 
-def _estimate(tasks: Tasks, leaves: dict[str, Any], codebooks: Any) -> Any:
+def _estimate(tasks: Tasks, leaves: Leaves, codebooks: PyTree) -> PyTree:
     """The codebooks of the leaves, from earlier ones, which stay if weights are not finite."""
     new = []
     for task, warm in zip(tasks, codebooks, strict=True):
@@ -290,9 +292,9 @@ def _estimate(tasks: Tasks, leaves: dict[str, Any], codebooks: Any) -> Any:
     return tuple(new)
 
 
-def nearest_forms(task: Task, leaves: dict[str, Any], codebooks: Any) -> tuple[Codes, ...]:
+def nearest_forms(task: Task, leaves: Leaves, codebooks: PyTree) -> tuple[Codes, ...]:
     """The forms of a task with these codebooks, forms without codes, and the nearest level of each weight."""
-    forms: list[Any] = []
+    forms: list[Codes] = []
     for path, table in zip(task.paths, codebooks, strict=True):
         w, levels = jnp.asarray(leaves[path]), levels_of(path, table)
         codes = codes_of(table, nearest(w, levels)[0]).astype(code_dtype(levels.shape[-1]))
@@ -300,12 +302,12 @@ def nearest_forms(task: Task, leaves: dict[str, Any], codebooks: Any) -> tuple[C
     return tuple(forms)
 
 
-def _counted(leaves: dict[str, Any], levels: dict[str, Array], small: float, order: int) -> list[str]:
+def _counted(leaves: Leaves, levels: dict[str, Array], small: float, order: int) -> list[str]:
     """The paths of leaves that H_n is of."""
     return [p for p, c in levels.items() if leaves[p].size > small * c.shape[-1] and leaves[p].size >= order]
 
 
-def _check_settings(rules: tuple[Any, ...], order: Any, every: Any, small: Any, layout: Any) -> None:
+def _check_settings(rules: tuple[Rule, ...], order: object, every: object, small: object, layout: object) -> None:
     schemes = [rule.scheme for rule in rules if isinstance(rule, Rule) and rule.scheme is not None]
     if not schemes:
         raise ValueError("hemp wants a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.KMeans(4))")

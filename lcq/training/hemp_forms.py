@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ def hemp_forms(state: HempState, params: Params, levels: str) -> tuple[Tasks, li
     return state.tasks, all_forms
 
 
-def warn_of_lost(shares: dict[str, Any], stacklevel: int) -> None:
+def warn_of_lost(shares: dict[str, Array], stacklevel: int) -> None:
     """Warns of leaves with nearly all weights on one level; in a trace nothing can be looked at."""
     if any(isinstance(share, jax.core.Tracer) for share in shares.values()):
         return
@@ -74,7 +73,7 @@ def warn_of_lost(shares: dict[str, Any], stacklevel: int) -> None:
         )
 
 
-def _fit(task: Task, ws: tuple[Any, ...], forms: tuple[Codes, ...]) -> tuple[Codes, ...]:
+def _fit(task: Task, ws: tuple[Array | np.ndarray, ...], forms: tuple[Codes, ...]) -> tuple[Codes, ...]:
     """The forms with the numbers that make sum (w - Delta)^2 least for the codes as they are; leaves share them."""
     if forms[0].levels is None and forms[0].scale is None:
         return forms

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Int, PyTree
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import native_tree
@@ -51,10 +52,12 @@ _PROXIMAL = (
     "function that could be searched; use coupling='gradient'"
 )
 
-_placeholders: list[Any] = []
+_placeholders: list[object] = []
 optax.tree.map_params(lambda params: _placeholders.append(params), lambda leaf: leaf, None)
 Placeholder = type(_placeholders[0])
 """What `optax.tree.map_params` passes to `init` in place of the parameters."""
+NO_PARAMETER: Any = 0
+"""What the state then has in place of all else."""
 
 
 class LCState(NamedTuple):
@@ -67,7 +70,7 @@ class LCState(NamedTuple):
     """
 
     inner: PyTree
-    steps: Any
+    steps: Int[Array, ""]
     lagrangian: Lagrangian
 
 
@@ -78,7 +81,7 @@ def lc(
     mu: Penalty,
     every: int | tuple[int, int] | None,
     learning_rate: Schedule | None = None,
-    coupling: str | Callable[..., Any] = "gradient",
+    coupling: str | Callable[..., PyTree] = "gradient",
     multipliers: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that the parameters converge to compressed ones.
@@ -144,17 +147,17 @@ def lc(
     _check_settings(inner, rules, every, learning_rate, coupling)
     step_size: Any = linear_step(inner) if coupling == "proximal" else coupling
 
-    def optimizer_at(eta: Any) -> optax.GradientTransformationExtraArgs:
+    def optimizer_at(eta: ArrayLike | None) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(inner if learning_rate is None else inner(eta))
 
-    def learning_rate_at(steps: Any) -> Any:
+    def learning_rate_at(steps: Array) -> ArrayLike | None:
         return learning_rate(steps) if callable(learning_rate) else learning_rate
 
     def first_state(params: Params, blank: bool) -> LCState:
         steps = jnp.zeros([], jnp.int32)
         inner_state = start_inner(optimizer_at(learning_rate_at(steps)), params)
         if isinstance(params, Placeholder):
-            return LCState(inner_state, 0, _placeholder(params, rules))
+            return LCState(inner_state, NO_PARAMETER, _placeholder(params, rules))
         if learning_rate is not None:
             _check_learning_rate_is_not_kept(inner_state)
         problem = Problem(resolve(rules, params), schedule)
@@ -165,7 +168,9 @@ def lc(
             return jax.eval_shape(functools.partial(first_state, blank=True), params)
         return first_state(native_tree(params), blank=False)
 
-    def update(grads: optax.Updates, state: PyTree, params: Params = None, **extra: Any) -> tuple[Any, LCState]:
+    def update(
+        grads: optax.Updates, state: PyTree, params: Params = None, **extra: object
+    ) -> tuple[optax.Updates, LCState]:
         if params is None:
             raise ValueError("lc couples the gradients to the parameters: call update(grads, state, params)")
         grads, params = native_tree((grads, params))
@@ -272,7 +277,7 @@ def find_lagrangian(opt_state: OptState) -> Lagrangian:
     return found[0]
 
 
-def _is_sound(lagrangian: Any) -> bool:
+def _is_sound(lagrangian: PyTree) -> bool:
     """Whether a state's types are there, which a checkpoint may have lost at any depth."""
     if not _is_lagrangian(lagrangian) or not isinstance(lagrangian.problem, Problem):
         return False
@@ -293,7 +298,9 @@ def _periods(every: Any) -> tuple[int, int]:
     return int(periods[0]), int(periods[1])
 
 
-def _check_settings(inner: Any, rules: tuple[Any, ...], every: Any, learning_rate: Any, coupling: Any) -> None:
+def _check_settings(
+    inner: object, rules: tuple[Rule, ...], every: object, learning_rate: object, coupling: object
+) -> None:
     schemes = [rule.scheme for rule in rules if isinstance(rule, Rule) and rule.scheme is not None]
     if not schemes:
         raise ValueError("lc wants a rule with a scheme, such as lcq.Rule('(.*/)?kernel', lcq.Ternary())")
@@ -333,4 +340,5 @@ def _check_learning_rate_is_not_kept(inner_state: PyTree) -> None:
 def _placeholder(params: Params, rules: tuple[Rule, ...]) -> Lagrangian:
     """The state of `optax.tree.map_params`, in which `params` stands for every tree shaped like the parameters."""
     trees = max(rule.scheme.leaf_arrays for rule in rules if rule.scheme is not None)
-    return Lagrangian(0, 0, params, (params,) * trees, 0, Info(0, 0, 0, 0, 0))
+    info = Info(*(NO_PARAMETER,) * len(Info._fields))
+    return Lagrangian(NO_PARAMETER, NO_PARAMETER, params, (params,) * trees, NO_PARAMETER, info)

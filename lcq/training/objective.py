@@ -7,14 +7,15 @@ those of the function whose gradient the optimizer is given, or it searches one 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PyTree
 
-from lcq.tree.aliases import Params
+from lcq.tree.aliases import ExtraArgs, Params
 from lcq.tree.paths import flatten
 
 _VALUES, _SLOPES = ("value_fn", "obj_fn"), ("grad_fn",)
@@ -34,12 +35,12 @@ class Term(NamedTuple):
         add: Maps (gradients, parameters) to the gradients of the sum.
     """
 
-    value: Callable[[Any], Any]
-    slope: Callable[[Any], dict[str, Any]]
-    add: Callable[[Any, Any], Any]
+    value: Callable[[Params], Float[Array, ""]]
+    slope: Callable[[Params], dict[str, Array]]
+    add: Callable[[optax.Updates, Params], optax.Updates]
 
 
-def add_term(extra: dict[str, Any], params: Params, term: Term) -> dict[str, Any]:
+def add_term(extra: ExtraArgs, params: Params, term: Term) -> ExtraArgs:
     """Extra arguments of `update` that describe the loss, as those of loss + term.
 
         value + term(w),   grad + term'(w),   value_fn(.) + term(.),   obj_fn(.) + term(.),   grad_fn(.) + term'(.)
@@ -60,39 +61,39 @@ def add_term(extra: dict[str, Any], params: Params, term: Term) -> dict[str, Any
     return changed
 
 
-def _sum(value: Any, term: Any) -> Any:
+def _sum(value: ArrayLike, term: Array) -> Array:
     """Both in the wider of their dtypes."""
     value = jnp.asarray(value)
     wide = jnp.promote_types(value.dtype, term.dtype)
     return value.astype(wide) + term.astype(wide)
 
 
-def _after(function: Callable[..., Any], change: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+def _after(function: Callable[..., PyTree], change: Callable[[PyTree, Params], PyTree]) -> Callable[..., PyTree]:
     """change(function(w, ...), w), with the signature of `function`."""
 
     @functools.wraps(function)
-    def changed(w: Any, *args: Any, **kwargs: Any) -> Any:
+    def changed(w: Params, *args: object, **kwargs: object) -> PyTree:
         return change(function(w, *args, **kwargs), w)
 
     return changed
 
 
-def at(extra: dict[str, Any], place: Callable[[Any], Any]) -> dict[str, Any]:
+def at(extra: ExtraArgs, place: Callable[[Params], Params]) -> ExtraArgs:
     """Extra arguments whose functions are of v as those given are of w = place(v)."""
 
-    def moved(function: Callable[..., Any]) -> Callable[..., Any]:
+    def moved(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
         return functools.wraps(function)(lambda v, *args, **kwargs: function(place(v), *args, **kwargs))
 
     return extra | {key: moved(extra[key]) for key in (*_VALUES, *_SLOPES) if extra.get(key) is not None}
 
 
-def take_term(inner_state: PyTree, params: Params, term: Term) -> Any:
+def take_term(inner_state: PyTree, params: Params, term: Term) -> PyTree:
     """The inner state with the value and gradient that line searches keep, at `params`, again those of the loss.
 
     `optax.value_and_grad_from_state` hands them to the next update, which adds the term: the next one, if it changed.
     """
 
-    def bare(node: PyTree) -> Any:
+    def bare(node: PyTree) -> PyTree:
         if not isinstance(node, SEARCHES):
             return node
         value = (node.value - term.value(params)).astype(node.value.dtype)
@@ -107,10 +108,10 @@ def take_term(inner_state: PyTree, params: Params, term: Term) -> Any:
     return jax.tree.map(bare, inner_state, is_leaf=_is_search)
 
 
-def forget(inner_state: PyTree, when: Any) -> Any:
+def forget(inner_state: PyTree, when: Bool[Array, ""]) -> PyTree:
     """The inner state without the value that line searches keep, where parameters were moved away from it."""
 
-    def without(node: PyTree) -> Any:
+    def without(node: PyTree) -> PyTree:
         if not isinstance(node, SEARCHES):
             return node
         return node._replace(value=jnp.where(when, jnp.inf, node.value).astype(node.value.dtype))
@@ -127,7 +128,7 @@ def _is_search(node: PyTree) -> bool:
     return isinstance(node, SEARCHES)
 
 
-def refuse_used(update: Callable[..., Any], extra: dict[str, Any], why: str) -> None:
+def refuse_used(update: Callable[..., PyTree], extra: ExtraArgs, why: str) -> None:
     """Refuses extra arguments that describe the loss where an optimizer makes use of them and they would be wrong.
 
     Args:
@@ -154,8 +155,8 @@ def refuse_used(update: Callable[..., Any], extra: dict[str, Any], why: str) -> 
         raise ValueError(_message(used[0], why))
 
 
-def _refused(key: str, why: str) -> Callable[..., Any]:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+def _refused(key: str, why: str) -> Callable[..., NoReturn]:
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise ValueError(_message(key, why))
 
     return refuse

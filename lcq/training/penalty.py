@@ -7,11 +7,11 @@ Functions on arrays; `lc` applies them to the selected leaves of a tree.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from lcq.forms.dtypes import own_promotion
@@ -21,7 +21,10 @@ _SETTLE = 1 << 13
 
 
 def gradient(
-    w: Float[Array, "*leaf"], delta: Float[Array, "*leaf"], multiplier: Float[Array, "*leaf"] | None, mu: Any
+    w: Float[Array, "*leaf"],
+    delta: Float[Array, "*leaf"],
+    multiplier: Float[Array, "*leaf"] | None,
+    mu: Float[Array, ""] | float,
 ) -> Float[Array, "*leaf"]:
     """Gradient of the coupling mu/2 ||w - Delta - lambda/mu||^2: mu (w - Delta) - lambda."""
     pull = mu * (w - delta)
@@ -29,7 +32,10 @@ def gradient(
 
 
 def penalty(
-    w: Float[Array, "*leaf"], delta: Float[Array, "*leaf"], multiplier: Float[Array, "*leaf"] | None, mu: Any
+    w: Float[Array, "*leaf"],
+    delta: Float[Array, "*leaf"],
+    multiplier: Float[Array, "*leaf"] | None,
+    mu: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
     """The coupling itself, mu/2 ||w - Delta - lambda/mu||^2 >= 0; `gradient` is its gradient."""
     away = w - delta if multiplier is None else w - delta - multiplier / mu
@@ -40,8 +46,8 @@ def proximal(
     v: Float[Array, "*leaf"],
     delta: Float[Array, "*leaf"],
     multiplier: Float[Array, "*leaf"] | None,
-    mu: Any,
-    s: Any,
+    mu: Float[Array, ""] | float,
+    s: Array | float,
 ) -> Float[Array, "*leaf"]:
     """The proximal step w = (v + s mu t)/(1 + s mu) from v, the inner optimizer's result, to t = Delta + lambda/mu.
 
@@ -53,7 +59,7 @@ def proximal(
 
 
 @own_promotion()
-def linear_step(inner: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, Any], Any]:
+def linear_step(inner: Callable[[Array], optax.GradientTransformation]) -> Callable[[PyTree, Array], Array]:
     """s(inner state, eta) of an optimizer that is linear in the gradient, found by giving it a constant one.
 
     s/eta = lim_t -u_t / g: 1 for SGD, 1/(1 - beta) for `optax.sgd` with momentum, Nesterov or not.
@@ -62,11 +68,11 @@ def linear_step(inner: Callable[[Any], optax.GradientTransformation]) -> Callabl
         ValueError: -u_t/g does not settle, or depends on g.
     """
 
-    def per_gradient(g: Any) -> Any:
+    def per_gradient(g: Float[Array, ""]) -> Float[Array, "2"]:
         tx = optax.with_extra_args_support(inner(jnp.float32(1.0)))
         w = jnp.zeros([])
 
-        def step(_: Any, carry: Any) -> Any:
+        def step(_: Array, carry: PyTree) -> PyTree:
             return tx.update(g, carry[1], w)
 
         half = jax.lax.fori_loop(0, _SETTLE, step, (w, tx.init(w)))
@@ -87,7 +93,7 @@ def linear_step(inner: Callable[[Any], optax.GradientTransformation]) -> Callabl
     return lambda inner_state, eta: eta * slope
 
 
-def adam_step(b2: float = 0.999, eps: float = 1e-8) -> Callable[[Any, Any], Any]:
+def adam_step(b2: float = 0.999, eps: float = 1e-8) -> Callable[[PyTree, Array], PyTree]:
     """Adam's step per unit of gradient, s = eta / (sqrt(nu / (1 - b2^t)) + eps), for `lc(coupling=...)`.
 
     Args:
@@ -98,7 +104,7 @@ def adam_step(b2: float = 0.999, eps: float = 1e-8) -> Callable[[Any, Any], Any]
         ValueError: when used, if the optimizer's state has no `optax.ScaleByAdamState`, or several.
     """
 
-    def step(inner_state: PyTree, eta: Any) -> Any:
+    def step(inner_state: PyTree, eta: ArrayLike) -> PyTree:
         nodes = jax.tree.leaves(inner_state, is_leaf=_is_adam)
         found = [node for node in nodes if _is_adam(node)]
         if len(found) != 1:

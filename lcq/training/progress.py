@@ -1,8 +1,7 @@
 """How far a run of `lc` or `hemp` is: scalars for a logger."""
 
-from typing import Any
-
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from lcq.training.given import RESTORED
 from lcq.training.hemp import find_hemp, hemp_states
@@ -11,7 +10,7 @@ from lcq.training.lc import find_lagrangian, lagrangians
 from lcq.tree.aliases import OptState
 
 
-def metrics(opt_state: OptState) -> dict[str, Any]:
+def metrics(opt_state: OptState) -> dict[str, Array]:
     """Scalars for a logger, of the last C step of `lc` (of direct compression before the first) or update of `hemp`.
 
     Args:
@@ -48,7 +47,7 @@ def metrics(opt_state: OptState) -> dict[str, Any]:
         >>> {name: float(value) for name, value in metrics(state).items() if name != "entropy"}
         {'largest_share': 0.5, 'collapsed': 0.0}
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Array] = {}
     with_hemp = bool(hemp_states(opt_state))
     with_lc = bool(lagrangians(opt_state))
     if not with_lc and not with_hemp:

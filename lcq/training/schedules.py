@@ -5,11 +5,12 @@ Small at first, so that the loss decides, large in the end, so that w arrives at
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array
 from typing_extensions import TypeAliasType
 
@@ -32,7 +33,7 @@ class Geometric:
     steps: int
     wait: int = 0
 
-    def at(self, k: Any) -> Array:
+    def at(self, k: ArrayLike) -> Array:
         """mu_k as float32; k counts the C steps made."""
         k = jnp.clip(k - self.wait, 0, self.steps).astype(jnp.float32)
         return jnp.float32(self.start) * jnp.exp(k * jnp.float32(math.log(self.factor)))
@@ -82,7 +83,7 @@ class Scheduled:
 
     schedule: optax.Schedule
 
-    def at(self, k: Any) -> Array:
+    def at(self, k: ArrayLike) -> Array:
         """mu_k as float32; k counts the C steps made."""
         return jnp.asarray(self.schedule(k), jnp.float32)
 
@@ -149,7 +150,7 @@ Penalty = TypeAliasType("Penalty", Geometric | optax.ScalarOrSchedule)
 """Penalty weights: `geometric(...)`, a number, or a function of the number of C steps made."""
 
 
-def as_schedule(mu: Any) -> Geometric | Scheduled:
+def as_schedule(mu: object) -> Geometric | Scheduled:
     """What `lc` was given as its penalty weights.
 
     Raises:

@@ -11,19 +11,20 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from lcq.forms import Codes
+from lcq.forms.base import Form
 from lcq.forms.blocks import Per, block_counts, blocks, compute_dtype
 from lcq.forms.validate import named
 from lcq.schemes.levels import Binary
 from lcq.training.given import abstract
 from lcq.training.straight_through import straight_through
-from lcq.tree.aliases import Params
+from lcq.tree.aliases import Forms, Leaves, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Rules, checked, resolve
@@ -67,7 +68,7 @@ class Binarization(abc.ABC):
         return jnp.full((1,) * x.ndim, math.sqrt(2 / fan_in), x.dtype)
 
     def __call__(
-        self, w: Float[Array, "..."], t: Any, group: Per = None, alpha: Float[Array, "..."] | None = None
+        self, w: Float[Array, "..."], t: ArrayLike, group: Per = None, alpha: Float[Array, "..."] | None = None
     ) -> Float[Array, "..."]:
         """W = alpha_G b(w; t), in w's dtype.
 
@@ -233,6 +234,10 @@ class AnnealedTanh(Binarization):
         return alpha * jnp.tanh(beta * _standardised(x, axes, self.guard))
 
 
+_Binarize = Callable[[Array, Per, Array | None], Array | Form]
+"""(w, group, alpha) -> what takes the place of w."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SmoothBinary:
     """A binarization of the leaves that rules select, see `smooth_binary`. It holds settings only."""
@@ -240,7 +245,7 @@ class SmoothBinary:
     rules: tuple[Rule, ...]
     binarization: Binarization
 
-    def __call__(self, params: Params, t: Any, alphas: Mapping[str, Any] | None = None) -> Any:
+    def __call__(self, params: Params, t: ArrayLike, alphas: Mapping[str, Array] | None = None) -> Params:
         """The tree with W in place of w at the selected leaves.
 
         Args:
@@ -255,7 +260,7 @@ class SmoothBinary:
             raise ValueError(f"expected t, progress from 0 to 1, got {t}; pass the step over the number of steps")
         return self._put(params, alphas, lambda w, group, alpha: self.binarization(w, t, group, alpha))
 
-    def compress(self, params: Params, alphas: Mapping[str, Any] | None = None) -> Any:
+    def compress(self, params: Params, alphas: Mapping[str, Array] | None = None) -> Forms:
         """What is deployed: the tree with forms of alpha_G sign(x), working layout, at the selected leaves.
 
         It may be traced; `lcq.extract(binary, params)` is the packed tree for a file. With batch norm,
@@ -270,14 +275,14 @@ class SmoothBinary:
                 check_finite(task.name, leaves[task.name])
         return self._put(params, alphas, self.binarization.project)
 
-    def deviation(self, params: Params, t: Any) -> dict[str, Any]:
+    def deviation(self, params: Params, t: ArrayLike) -> Leaves:
         """How far W is from binary, by path and for each group: mean_G b^4 / (mean_G b^2)^2 - 1.
 
         Zero just where all |b| of a group are equal, and else positive; -1 for a group of b = 0. (Of `GroupPower`
         mean_G b^2 is 1.) The largest is small before the end, or what is deployed is not what was trained.
         """
 
-        def deviation(w: Array, group: Per, _: Any) -> Array:
+        def deviation(w: Array, group: Per, _: Array | None) -> Array:
             counts = block_counts(group, w.shape)
             cut = blocks(w.shape, counts)
             wide = w.astype(compute_dtype(w.dtype))
@@ -288,14 +293,14 @@ class SmoothBinary:
         leaves, _ = flatten(self._put(params, None, deviation))
         return {path: leaves[path] for path in self._paths(params)}
 
-    def alphas(self, params: Params) -> dict[str, Any]:
+    def alphas(self, params: Params) -> Leaves:
         """An alpha for every group of every selected leaf, by path, to be trained beside the parameters.
 
         They start at what the setting gives. Give the optimizer both, as {"params": params, "alphas": alphas}, and keep
         alphas out of L2.
         """
 
-        def start(w: Array, group: Per, _: Any) -> Array:
+        def start(w: Array, group: Per, _: Array | None) -> Array:
             scale = self.binarization.project(w, group).scale
             return jnp.broadcast_to(scale, block_counts(group, w.shape))
 
@@ -305,7 +310,7 @@ class SmoothBinary:
     def _paths(self, params: Params) -> list[str]:
         return [task.name for task in resolve(self.rules, params)]
 
-    def _put(self, params: Params, alphas: Mapping[str, Any] | None, f: Callable[[Array, Per, Any], Any]) -> Any:
+    def _put(self, params: Params, alphas: Mapping[str, Array] | None, f: _Binarize) -> Forms:
         """The tree with f(w, group, alpha) at the selected leaves; of shape structs, the shapes of it."""
         if abstract(params):
             return jax.eval_shape(lambda params, alphas: self._put(params, alphas, f), params, alphas)
@@ -322,7 +327,7 @@ class SmoothBinary:
         return jax.tree.unflatten(structure, leaves.values())
 
 
-def _stacked(f: Callable[[Array, Per, Any], Any], group: Per, stacked: int) -> Callable[[Array, Any], Any]:
+def _stacked(f: _Binarize, group: Per, stacked: int) -> Callable[[Array, Array | None], Array | Form]:
     """f(., group, .), mapped over the leading axes."""
     if not stacked:
         return lambda w, alpha: f(w, group, alpha)

@@ -17,8 +17,14 @@ Forms = TypeAliasType("Forms", Any)
 Batch = TypeAliasType("Batch", Any)
 """A tree of arrays, one batch of a function's data."""
 
+Leaves = TypeAliasType("Leaves", dict[str, Any])
+"""What is at the leaves of a tree, by path: arrays, forms, or what stands for them."""
+
 OptState = TypeAliasType("OptState", Any)
 """The state of an optimizer, with those of wrappers anywhere inside."""
+
+ExtraArgs = TypeAliasType("ExtraArgs", dict[str, Any])
+"""What an optimizer's `update` is given beside gradients, state and parameters, by name."""
 
 Function = TypeAliasType("Function", Callable[[Any, Any], Any])
 """A function of (params, batch)."""

@@ -3,20 +3,22 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.restored import check_restored
-from lcq.tree.aliases import Forms, Params
+from lcq.tree.aliases import Forms, Leaves, Params
 from lcq.tree.paths import check_numbers, flatten, leave_out
 from lcq.tree.rules import Rules, Task, resolve
 
 
-def compress(params: Params, rules: Rules, *, importance: Mapping[str, Any] | None = None) -> Forms:
+def compress(params: Params, rules: Rules, *, importance: Mapping[str, ArrayLike] | None = None) -> Forms:
     """Direct compression: every selected leaf becomes its nearest form, Theta = Pi(w).
 
     Args:
@@ -55,7 +57,7 @@ def compress(params: Params, rules: Rules, *, importance: Mapping[str, Any] | No
     return replace(structure, leaves, tasks, [_project(task, leaves, importance or {}) for task in tasks])
 
 
-def _project(task: Task, leaves: dict[str, Any], importance: Mapping[str, Any]) -> tuple[Form, ...]:
+def _project(task: Task, leaves: Leaves, importance: Mapping[str, ArrayLike]) -> tuple[Form, ...]:
     xs = take(leaves, task)
     if not any(path in importance for path in task.paths):
         return task.project(xs)
@@ -77,12 +79,14 @@ def decompress(tree: Forms) -> Params:
     return jax.tree.map(lambda leaf: leaf.dense() if is_form(leaf) else leaf, tree, is_leaf=is_form)
 
 
-def take(leaves: dict[str, Any], task: Task) -> tuple[Any, ...]:
+def take(leaves: Leaves, task: Task) -> tuple[Array | np.ndarray, ...]:
     """The leaves of one task, in its order."""
     return tuple(leaves[path] for path in task.paths)
 
 
-def replace(structure: Any, leaves: dict[str, Any], tasks: Sequence[Task], forms: Sequence[tuple[Form, ...]]) -> Any:
+def replace(
+    structure: jax.tree_util.PyTreeDef, leaves: Leaves, tasks: Sequence[Task], forms: Sequence[tuple[Form, ...]]
+) -> Forms:
     """The tree of `structure` with each task's forms at its leaves."""
     new = dict(leaves)
     for task, of_task in zip(tasks, forms, strict=True):
@@ -90,7 +94,7 @@ def replace(structure: Any, leaves: dict[str, Any], tasks: Sequence[Task], forms
     return jax.tree.unflatten(structure, new.values())
 
 
-def check_finite(path: str, leaf: Any) -> None:
+def check_finite(path: str, leaf: Array | np.ndarray | jax.ShapeDtypeStruct) -> None:
     """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
     if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return

@@ -2,19 +2,20 @@
 
 import collections
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
 from lcq.forms.dtypes import native
+from lcq.tree.aliases import Leaves
 
 
-def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(tree: PyTree) -> tuple[Leaves, jax.tree_util.PyTreeDef]:
     """Leaves of a parameter tree by path, forms counting as leaves, and the tree's structure.
 
     Raises:
@@ -25,7 +26,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
         ['dense0/bias', 'dense0/kernel']
     """
     pairs, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_form)
-    leaves: dict[str, Any] = {}
+    leaves: Leaves = {}
     for keys, (_, leaf) in zip(bare_keys([keys for keys, _ in pairs]), pairs, strict=True):
         path = "/".join(str(key_of(key)) for key in keys)
         leaf = native(leaf)
@@ -35,7 +36,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     return leaves, structure
 
 
-def check_numbers(leaves: Mapping[str, Any]) -> None:
+def check_numbers(leaves: Leaves) -> None:
     """Refuses leaves that are neither arrays (or shape structs, or keys) nor forms nor numbers.
 
     Raises:
@@ -50,13 +51,13 @@ def check_numbers(leaves: Mapping[str, Any]) -> None:
             )
 
 
-def is_number(leaf: Any) -> bool:
+def is_number(leaf: object) -> bool:
     """Whether a leaf is an array of numbers, a shape struct, a key, a form or a number."""
     known = hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex) or is_form(leaf)
     return known and not (isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "OSUMm")
 
 
-def bare_keys(all_keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def bare_keys(all_keys: Sequence[KeyPath]) -> list[KeyPath]:
     """The keys of every leaf, without the one that a flax.nnx variable adds: a last attribute "value" with nothing
     beside it. So a parameter has one path whether it comes inside its variable or bare."""
     below = collections.Counter(keys[:i] for keys in all_keys for i in range(len(keys)))
@@ -66,7 +67,7 @@ def bare_keys(all_keys: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     ]
 
 
-def key_of(key: Any) -> Any:
+def key_of(key: object) -> Any:
     """The plain key, a string or a number, of one entry of a jax tree path."""
     match key:
         case DictKey() | FlattenedIndexKey():

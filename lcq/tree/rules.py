@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 from typing_extensions import TypeAliasType
 
 from lcq.forms.axes import check_layout, mixes_layers, warning
@@ -100,10 +102,10 @@ class Task:
 
     def project(
         self,
-        xs: tuple[Any, ...],
+        xs: tuple[Array | np.ndarray, ...],
         previous: tuple[Form, ...] | None = None,
-        mu: Any = None,
-        importance: tuple[Any, ...] | None = None,
+        mu: ArrayLike | None = None,
+        importance: PyTree = None,
     ) -> tuple[Form, ...]:
         """The C step of this task: `scheme.project`, mapped over the stacked axes.
 
@@ -129,19 +131,23 @@ class Task:
         return forms
 
 
-def _project_mapped(scheme: Scheme, xs: Any, previous: Any, mu: Any, importance: Any, stacked: int) -> tuple[Form, ...]:
+def _project_mapped(
+    scheme: Scheme, xs: PyTree, previous: PyTree, mu: ArrayLike | None, importance: PyTree, stacked: int
+) -> tuple[Form, ...]:
     """Absent warm starts and importances are trees without leaves to map over."""
     if not stacked:
         return scheme.project(xs, previous, mu=mu, importance=importance)
     return jax.vmap(lambda x, p, h: _project_mapped(scheme, x, p, mu, h, stacked - 1))(xs, previous, importance)
 
 
-def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, importance: Any, stacked: int) -> tuple[Form, ...]:
+def _project_each(
+    scheme: Scheme, xs: PyTree, previous: PyTree, mu: ArrayLike | None, importance: PyTree, stacked: int
+) -> tuple[Form, ...]:
     """The same for solvers on the host, which cannot be mapped: one after another, then stacked."""
     if not stacked:
         return scheme.project(xs, previous, mu=mu, importance=importance)
 
-    def at(i: int) -> Any:
+    def at(i: int) -> PyTree:
         return jax.tree.map(lambda a: a[i], (xs, previous, importance))
 
     each = []
@@ -151,7 +157,7 @@ def _project_each(scheme: Scheme, xs: Any, previous: Any, mu: Any, importance: A
     return jax.tree.map(lambda *a: jnp.stack(a), *each)
 
 
-def checked(rules: Any) -> tuple[Rule, ...]:
+def checked(rules: object) -> tuple[Rule, ...]:
     """Rules as a tuple.
 
     Raises:
@@ -227,7 +233,7 @@ def resolve(rules: Sequence[Rule], tree: PyTree) -> tuple[Task, ...]:
     return tuple(sorted(tasks, key=lambda task: order[task.name]))
 
 
-def _warn(rule: Rule, paths: Sequence[str], leaves: Mapping[str, Any]) -> None:
+def _warn(rule: Rule, paths: Sequence[str], leaves: Mapping[str, object]) -> None:
     """Says which leaves seem to be stacks of layers that share what `per` should give each of them."""
     assert rule.scheme is not None
     named = [per for per in rule.scheme.cuts if per is not None and not isinstance(per, tuple)]
