@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import TypeAliasType
 
 from lcq.forms.validate import check_shape
 
@@ -41,6 +42,9 @@ DTYPES = {
     "C64": np.dtype(np.complex64),
 }
 """Dtypes by their names in a safetensors header."""
+
+Json = TypeAliasType("Json", Any)
+"""What JSON can hold, as a file has it: nothing of it has been looked at."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """And the other way round."""
@@ -90,7 +94,7 @@ def header(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int])
     Raises:
         ValueError: a header that is too long.
     """
-    entries: dict[str, Any] = {}
+    entries: dict[str, object] = {}
     begin = 0
     for name, tensor in tensors.items():
         if isinstance(tensor, int):
@@ -148,7 +152,7 @@ def open_container(file: BufferedReader, size: int) -> Container:
     return Container(file, metadata, tensors)
 
 
-def _tensor(name: str, entry: Any, start: int) -> Tensor:
+def _tensor(name: str, entry: object, start: int) -> Tensor:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end], **rest} if not rest:
             if all(type(n) is int for n in (begin, end)):
@@ -160,7 +164,7 @@ def _tensor(name: str, entry: Any, start: int) -> Tensor:
     )
 
 
-def struct_of(dtype: Any, shape: list[Any]) -> jax.ShapeDtypeStruct | None:
+def struct_of(dtype: object, shape: list[int]) -> jax.ShapeDtypeStruct | None:
     """What a dtype's name and a shape from a file declare; None if they declare nothing."""
     if dtype not in DTYPES or not all(type(n) is int for n in shape):
         return None
@@ -194,15 +198,15 @@ def digest(data: Any, size: int = 16) -> str:
     return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """JSON without spaces; no NaN."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def parse(text: str) -> Any:
+def parse(text: str) -> Json:
     """JSON without NaN, and without keys that occur twice."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a key occurs twice in its JSON")
         return dict(pairs)

@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ from lcq.forms.base import Form, is_form, is_split
 from lcq.forms.restored import check_restored
 from lcq.forms.validate import named
 from lcq.io.codecs import CODECS, DEFAULT
-from lcq.io.container import NAMES, bytes_of, open_container
+from lcq.io.container import NAMES, Json, bytes_of, open_container
 from lcq.io.index import Contents, Said, check_metadata, check_plan, coded_layout, contents_of, plain_layout
 from lcq.io.records import Encoder, decode
 from lcq.io.tree_paths import Leaf, check_paths, flatten, is_empty, nest
+from lcq.tree.aliases import Forms
 
 LIMIT = 16 * 2**30
 """Bytes that a file may declare unless told otherwise: its streams, and its forms made dense."""
@@ -41,7 +42,7 @@ def save(
     path: str | os.PathLike[str],
     tree: PyTree,
     *,
-    plan: Any = None,
+    plan: object = None,
     metadata: Mapping[str, str] | None = None,
     coded: bool = True,
     codecs: Sequence[str] | None = None,
@@ -96,7 +97,7 @@ def save(
     return sum(map(len, pieces))
 
 
-def load(path: str | os.PathLike[str], like: PyTree = None, limit: float = LIMIT, *, on_device: bool = False) -> Any:
+def load(path: str | os.PathLike[str], like: PyTree = None, limit: float = LIMIT, *, on_device: bool = False) -> Forms:
     """Reads what `save` wrote: a tree of stored forms and numpy arrays.
 
     Everything the file declares is checked before memory is taken for it, and every byte by a digest.
@@ -157,7 +158,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return read_index(path).metadata
 
 
-def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tuple[Any, Leaf]]:
+def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tuple[Json, Leaf]]:
     """Every leaf of a file with its record, one after another; nothing is made dense, and only one is held.
 
     All that `load` checks is checked, every digest among it, but the size of all leaves together and of their dense
@@ -239,7 +240,7 @@ def _packed(form: Form) -> Form:
     return form.pack()
 
 
-def host_array(path: str, leaf: Any, look: bool = True) -> np.ndarray:
+def host_array(path: str, leaf: object, look: bool = True) -> np.ndarray:
     """A leaf as a numpy array of a dtype that files can hold; `look=False` only checks that this will work."""
     match leaf:
         case jax.core.Tracer():
@@ -279,7 +280,7 @@ def _codec_names(codecs: Sequence[str] | None, coded: bool) -> Sequence[str]:
     return DEFAULT if codecs is None else codecs
 
 
-def _plan_text(plan: Any) -> str:
+def _plan_text(plan: object) -> str:
     """The text of a plan, looked at as far as this floor can: it is TOML and not too long."""
     text = str(plan)
     try:
@@ -329,7 +330,7 @@ def _declared(file: BufferedReader, limit: int) -> tuple[Contents, list[Leaf]]:
     return held, leaves
 
 
-def _memory(record: Any, held: Contents) -> int:
+def _memory(record: Json, held: Contents) -> int:
     """Bytes that the streams of one leaf and their decoding take."""
     used: set[str] = set()
 
@@ -341,7 +342,7 @@ def _memory(record: Any, held: Contents) -> int:
     return sum(bytes_of(held.structs[name]) + held.decoding[name] for name in used)
 
 
-def _restore(leaves: list[Leaf], like: PyTree) -> Any:
+def _restore(leaves: list[Leaf], like: PyTree) -> Forms:
     wanted, structure = flatten(like)
     stored = {leaf.path: leaf.value for leaf in leaves if not is_empty(leaf)}
     paths = {leaf.path for leaf in wanted if not is_empty(leaf)}

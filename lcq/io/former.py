@@ -7,17 +7,18 @@ metadata, and a stream [name, dtype, shape, bytes, digest] if raw, [.., [levels,
 """
 
 import reprlib
-from typing import Any
+
+from lcq.io.container import Json
 
 
-def current_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+def current_metadata(metadata: dict[str, Json]) -> dict[str, Json]:
     """The metadata of a header of any version as version 3 has them."""
     if metadata["version"] != "2":
         return metadata
     return {"coded" if name == "index" else name: value for name, value in metadata.items()}
 
 
-def current_stream(version: str, stream: Any) -> Any:
+def current_stream(version: str, stream: Json) -> Json:
     """The entry of a stream in the index of any version as version 3 has it.
 
     Raises:

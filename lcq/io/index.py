@@ -26,10 +26,11 @@ checkpoint that was compressed, if it had any: {.., "metadata": {name: string, .
 import reprlib
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from lcq.forms import bitpack
 from lcq.io.codecs.base import CODECS, Stream, decode, encode
@@ -37,6 +38,7 @@ from lcq.io.container import (
     LONGEST_HEADER,
     NAMES,
     Container,
+    Json,
     bytes_of,
     digest,
     flat,
@@ -76,7 +78,7 @@ class Contents(NamedTuple):
     """
 
     version: str
-    records: list[Any]
+    records: list[Json]
     plan: str | None
     metadata: dict[str, str]
     structs: dict[str, jax.ShapeDtypeStruct]
@@ -84,17 +86,19 @@ class Contents(NamedTuple):
     codecs: dict[str, str]
     decoding: dict[str, int]
     bytes: int
-    read: Callable[[str, bool], Any]
+    read: Callable[[str, bool], Array | np.ndarray]
 
 
-Said = dict[str, Any]
+_T = TypeVar("_T")
+
+Said = dict[str, Json]
 """What a file says beside its leaves: "plan" and "metadata", as far as there are such."""
 
 Progress = Callable[[int, int, str], None] | None
 """Called after each stream with its number from 1, how many there are, and its name."""
 
 
-def plain_layout(records: list[Any], encoder: Encoder, said: Said) -> list[Any]:
+def plain_layout(records: list[Json], encoder: Encoder, said: Said) -> list[Any]:
     """A file with a tensor for each stream, in pieces."""
     streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
     digests = {name: digest(flat(array)) for name, array in streams.items()}
@@ -103,7 +107,7 @@ def plain_layout(records: list[Any], encoder: Encoder, said: Said) -> list[Any]:
 
 
 def coded_layout(
-    records: list[Any], encoder: Encoder, said: Said, codecs: Sequence[str], progress: Progress = None
+    records: list[Json], encoder: Encoder, said: Said, codecs: Sequence[str], progress: Progress = None
 ) -> list[Any]:
     """A file with all streams in one block, each by the codec of these that makes it shortest; in pieces."""
     entries, pieces = [], []
@@ -186,7 +190,7 @@ def _coded(container: Container, limit: int) -> Contents:
     if begin - start != container.tensors["data"].size:
         raise ValueError(f"expected {begin - start} bytes of data; the file has {container.tensors['data'].size}")
 
-    def read(name: str, on_device: bool) -> Any:
+    def read(name: str, on_device: bool) -> Array | np.ndarray:
         entry = entries[name]
         data = np.empty(entry.size, np.uint8)
         container.file.seek(entry.begin)
@@ -201,7 +205,7 @@ def _coded(container: Container, limit: int) -> Contents:
     return Contents(version, records, plan, metadata, structs, sizes, codecs, decoding, memory, read)
 
 
-def _inflated(container: Container, limit: int) -> Any:
+def _inflated(container: Container, limit: int) -> Json:
     """The index of a coded file, within the memory that it may take."""
     structs = {name: tensor.struct.dtype for name, tensor in container.tensors.items()}
     wanted = dict.fromkeys(("index", "data"), np.dtype(np.uint8))
@@ -223,7 +227,7 @@ def _inflated(container: Container, limit: int) -> Any:
     return parse(text.decode("utf-8"))
 
 
-def _entry(written: Any, begin: int) -> tuple[str, _Entry]:
+def _entry(written: Json, begin: int) -> tuple[str, _Entry]:
     match written:
         case [str(name), str(codec), size, str(stated), first, second] if type(size) is int and size >= 0:
             stream = _stream(first, second)
@@ -237,7 +241,7 @@ def _entry(written: Any, begin: int) -> tuple[str, _Entry]:
         raise ValueError(f"{name[:200]}: {error}") from error
 
 
-def _stream(first: Any, second: Any) -> Stream | None:
+def _stream(first: Json, second: Json) -> Stream | None:
     """What levels and count, or a dtype and a shape, of a file declare; None if they declare nothing."""
     if type(first) is type(second) is int and 2 <= first <= 65536 and 0 <= second < 1 << 48:
         words = bitpack.word_count(second, bitpack.width(first))
@@ -248,7 +252,7 @@ def _stream(first: Any, second: Any) -> Stream | None:
     return None if struct is None else Stream(struct)
 
 
-def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callable[[], Any]) -> Any:
+def _verified(name: str, data: np.ndarray, stated: str, size: int, made: Callable[[], _T]) -> _T:
     if digest(data, size) != stated:
         raise ValueError(f"{name}: its data is damaged: the digest differs")
     try:
@@ -257,7 +261,7 @@ def _verified(name: str, data: np.ndarray, stated: Any, size: int, made: Callabl
         raise ValueError(f"{name}: {error}") from error
 
 
-def _plan(index: dict[str, Any]) -> str | None:
+def _plan(index: dict[str, Json]) -> str | None:
     plan = index.get("plan")
     if "plan" in index and not isinstance(plan, str):
         raise ValueError(f"expected a plan that is text, got {reprlib.repr(plan)}")
@@ -266,13 +270,13 @@ def _plan(index: dict[str, Any]) -> str | None:
     return plan
 
 
-def _kept(index: dict[str, Any]) -> dict[str, str]:
+def _kept(index: dict[str, Json]) -> dict[str, str]:
     metadata = index.get("metadata", {})
     check_metadata(metadata)
     return metadata
 
 
-def check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: object) -> None:
     """Raises ValueError unless metadata are strings by name, and not too long."""
     if not isinstance(metadata, dict) or not all(type(s) is str for pair in metadata.items() for s in pair):
         raise ValueError(f"expected metadata= a dict of strings by name, got {reprlib.repr(metadata)}")

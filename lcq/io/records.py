@@ -28,14 +28,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lcq.forms.base import FORMS, Form, is_form
 from lcq.forms.validate import named
+from lcq.io.container import Json
 from lcq.io.tree_paths import DEPTH, Leaf, is_empty
 
 _NESTED = 8  # forms inside each other
 _FAR = 1 << 31
 _KEYS: dict[str, tuple[type, ...]] = {"d": (str, int), "s": (int,), "a": (str,)}
+
+
+ReadStream = Callable[[str], jax.Array | np.ndarray | jax.ShapeDtypeStruct]
+"""The array of a stream, or its shape and dtype, by name."""
 
 
 class Encoder:
@@ -49,26 +55,26 @@ class Encoder:
     def __init__(self) -> None:
         self.streams: dict[str, np.ndarray] = {}
         self.codes: dict[str, tuple[int, int]] = {}
-        self._shared: dict[tuple[str, ...], tuple[str, Any, np.ndarray | None]] = {}
+        self._shared: dict[tuple[str, ...], tuple[str, Json, np.ndarray | None]] = {}
 
-    def encode(self, leaf: Leaf) -> dict[str, Any]:
+    def encode(self, leaf: Leaf) -> dict[str, Json]:
         """The record of a leaf: a host array, a stored form of host arrays, or an empty container.
 
         Raises:
             ValueError: a form that is not well-formed, a NaN or an infinity in a form, or leaves of a joint task that
                 disagree in what they share; names the leaf.
         """
-        where: dict[str, Any] = {"path": list(leaf.keys), "kinds": leaf.kinds}
+        where: dict[str, Json] = {"path": list(leaf.keys), "kinds": leaf.kinds}
         if is_form(leaf.value):
             with named(leaf.path):
                 check_form(leaf.value)
             return where | self._form(leaf.path, "", leaf.value)
         if is_empty(leaf):
-            empty: Any = None if leaf.value is None else [] if isinstance(leaf.value, list | tuple) else {}
+            empty: Json = None if leaf.value is None else [] if isinstance(leaf.value, list | tuple) else {}
             return where | {"empty": empty}
         return where | {"array": self._add(leaf.path, leaf.value)}
 
-    def _form(self, path: str, inside: str, form: Form) -> dict[str, Any]:
+    def _form(self, path: str, inside: str, form: Form) -> dict[str, Json]:
         if (kind := FORMS.name_of(type(form))) is None:
             raise ValueError(
                 f"{path}: expected a form that files have a name for, got {type(form).__name__}; decorate its class by "
@@ -93,7 +99,7 @@ class Encoder:
                 self.codes[written] = form.alphabets[field.name]
         return {"form": kind, "static": static, "arrays": arrays}
 
-    def _value(self, path: str, name: str, value: Any) -> Any:
+    def _value(self, path: str, name: str, value: PyTree) -> Json:
         if value is None:
             return None
         if is_form(value):
@@ -102,7 +108,7 @@ class Encoder:
             return {"tuple": [self._value(path, f"{name}.{i}", v) for i, v in enumerate(value)]}
         return self._add(path + name, value)
 
-    def _common(self, path: str, name: str, value: np.ndarray | None, shared: str) -> Any:
+    def _common(self, path: str, name: str, value: np.ndarray | None, shared: str) -> Json:
         """What a joint task has in common: stored at the first of its leaves."""
         if (shared, name) not in self._shared:
             self._shared[shared, name] = (path, self._value(path, name, value), value)
@@ -136,7 +142,7 @@ def check_form(form: Form) -> None:
                 raise ValueError(f"{name}: expected finite numbers, got {int((~finite).sum())} NaN or infinite")
 
 
-def code_streams(record: Any, form: Any) -> dict[str, tuple[np.ndarray, int, int]]:
+def code_streams(record: Json, form: PyTree) -> dict[str, tuple[np.ndarray, int, int]]:
     """Of a leaf's record and value the streams that are packed codes: these, of how many levels, and how many codes."""
     if isinstance(form, tuple):
         parts = zip(record["tuple"], form, strict=True)
@@ -151,7 +157,7 @@ def code_streams(record: Any, form: Any) -> dict[str, tuple[np.ndarray, int, int
     return found
 
 
-def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
+def decode(record: Json, stream: ReadStream) -> Leaf:
     """The leaf of a record.
 
     Args:
@@ -180,7 +186,7 @@ def decode(record: Any, stream: Callable[[str], Any]) -> Leaf:
     return leaf._replace(value=form)
 
 
-def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
+def _decode_form(record: Json, stream: ReadStream, depth: int) -> Form:
     match record:
         case {"form": str(name), "static": dict(static), "arrays": dict(arrays), **rest} if not rest and depth:
             static, arrays = dict(static), dict(arrays)
@@ -202,7 +208,7 @@ def _decode_form(record: Any, stream: Callable[[str], Any], depth: int) -> Form:
     return cls(**values)
 
 
-def _decode_value(written: Any, stream: Callable[[str], Any], depth: int) -> Any:
+def _decode_value(written: Json, stream: ReadStream, depth: int) -> PyTree:
     match written:
         case str(name):
             return stream(name)
@@ -218,7 +224,7 @@ def _decode_value(written: Any, stream: Callable[[str], Any], depth: int) -> Any
     return _decode_form(written, stream, depth - 1 if depth else 0)
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Json) -> Json:
     if not isinstance(value, tuple):
         return value
     if len(value) > 2 and isinstance(value[0], float) and abs(value[0]) < _FAR and value[0].is_integer():
@@ -228,7 +234,7 @@ def _to_json(value: Any) -> Any:
     return [_to_json(v) for v in value]
 
 
-def _from_json(written: Any) -> Any:
+def _from_json(written: Json) -> Json:
     match written:
         case {"first": int(first), "last": int(last), **rest} if (
             not rest and abs(first) < _FAR and 0 <= last - first < 65536
@@ -242,11 +248,11 @@ def _from_json(written: Any) -> Any:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls)
 
 
-def _matches(value: Any, hint: Any) -> bool:
+def _matches(value: object, hint: object) -> bool:
     """Whether a value from a file has the type that a form's field is annotated with; Any means an array."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

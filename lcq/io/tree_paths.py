@@ -5,7 +5,7 @@ A kind is a letter per key: d a dict's key, s a place in a sequence, a an attrib
 
 import collections
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.tree_util import DictKey
@@ -23,7 +23,7 @@ class Leaf(NamedTuple):
 
     keys: tuple[str | int, ...]
     kinds: str
-    value: Any
+    value: PyTree
 
     @property
     def path(self) -> str:
@@ -52,11 +52,11 @@ def is_empty(leaf: Leaf) -> bool:
     return not is_form(leaf.value) and _is_empty(leaf.value)
 
 
-def _is_empty(node: Any) -> bool:
+def _is_empty(node: PyTree) -> bool:
     return not jax.tree.leaves(node, is_leaf=lambda n: n is not node)
 
 
-def _kind(key: Any) -> str:
+def _kind(key: object) -> str:
     if isinstance(key, DictKey):
         return "d"
     return "s" if isinstance(key_of(key), int) else "a"
@@ -69,7 +69,7 @@ def check_paths(leaves: Sequence[Leaf]) -> None:
             raise ValueError(f"{path[:200]!r}: {count} leaves have this path; rename all but one")
 
 
-def nest(leaves: Sequence[Leaf], above: str = "") -> Any:
+def nest(leaves: Sequence[Leaf], above: str = "") -> PyTree:
     """Leaves as nested dicts: an attribute is a string key; a sequence, also a tuple, is a list.
 
     Raises:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Shaped
 
 from lcq.tracing import im2col
+from lcq.tracing.equation import Content, Primitive
 from lcq.tracing.jaxpr import IN_PLACE
 
 
 class Step(NamedTuple):
     """One change of layout: output `out` of a primitive applied to an array and to constants."""
 
-    primitive: Any
-    params: dict[str, Any]
-    rest: tuple[Any, ...]
+    primitive: Primitive
+    params: dict[str, Content]
+    rest: tuple[Content, ...]
     out: int
 
-    def __call__(self, a: Any) -> Any:
+    def __call__(self, a: Content) -> Content:
         result = self.primitive.bind(a, *self.rest, **self.params)
         return result[self.out] if self.primitive.multiple_results else result
 
@@ -42,14 +43,14 @@ class ParamSite:
     index: tuple[int, ...] = ()
     steps: tuple[Step, ...] = ()
 
-    def of(self, leaf: Any) -> Any:
+    def of(self, leaf: Content) -> Content:
         """The array that reaches the product, of the leaf's array or of another in its place."""
         leaf = jnp.asarray(leaf)
         for i in self.index:
             leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
         return functools.reduce(lambda a, step: step(a), self.steps, leaf)
 
-    def moved(self, leaf: Any) -> Any:
+    def moved(self, leaf: Content) -> Content:
         """The elements that reach the product in the leaf's own dtype, before any cast."""
         moves = (step for step in self.steps if step.primitive.name not in IN_PLACE)
         return dataclasses.replace(self, steps=tuple(moves)).of(leaf)
@@ -88,9 +89,9 @@ class Operand(NamedTuple):
         counts: Which rows of the result count, boolean, broadcasts against it; None for all.
     """
 
-    x: Any
-    sizes: Any = None
-    counts: Any = None
+    x: Array
+    sizes: Content = None
+    counts: Content = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,8 +116,8 @@ class Product:
 
     number: int
     weight: ParamSite
-    primitive: Any
-    params: dict[str, Any]
+    primitive: Primitive
+    params: dict[str, Content]
     side: int
     x: jax.ShapeDtypeStruct
     w: jax.ShapeDtypeStruct
@@ -133,7 +134,7 @@ class Product:
         return {"dot_general": "dot", "conv_general_dilated": "conv"}.get(self.primitive.name, "ragged")
 
     @property
-    def structure(self) -> tuple[Any, ...]:
+    def structure(self) -> tuple[object, ...]:
         """Equal for products whose methods do the same to arrays of equal shapes."""
         return self.primitive, self.params, self.side, len(self.x.shape), self.w.shape
 
@@ -305,7 +306,9 @@ class BiasSite(NamedTuple):
     elements: np.ndarray
 
 
-def per_neuron(product: Product, steps: tuple[Step, ...], places: np.ndarray, onto: tuple[int, ...]) -> Any:
+def per_neuron(
+    product: Product, steps: tuple[Step, ...], places: np.ndarray, onto: tuple[int, ...]
+) -> np.ndarray | None:
     """The place in the bias of each neuron [G, n]; None unless neurons and places go one to one."""
     g, _, _, n = product.shape
     moves = [step for step in steps if step.primitive.name not in IN_PLACE]

@@ -1,6 +1,6 @@
 """What following and running equations of a jaxpr asks of them, and names of what goes in and out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from typing_extensions import TypeAliasType
@@ -11,8 +11,17 @@ Content = TypeAliasType("Content", Any)
 Body = TypeAliasType("Body", Any)
 """A jaxpr, closed or not."""
 
-Frame = TypeAliasType("Frame", tuple[Any, ...])
-"""The calls around an equation, which tell apart its uses in each of them."""
+
+@runtime_checkable
+class Primitive(Protocol):
+    """The operation of an equation, as jax names and runs it."""
+
+    name: str
+    multiple_results: bool
+
+    def bind(self, *arrays: Content, **params: Content) -> Content: ...
+
+    def get_bind_params(self, params: Mapping[str, Content]) -> dict[str, Content]: ...
 
 
 @runtime_checkable
@@ -20,7 +29,7 @@ class Equation(Protocol):
     """An equation of a jaxpr."""
 
     @property
-    def primitive(self) -> Any: ...
+    def primitive(self) -> Primitive: ...
 
     @property
     def invars(self) -> Sequence[Any]: ...
@@ -32,7 +41,11 @@ class Equation(Protocol):
     def params(self) -> Mapping[str, Any]: ...
 
     @property
-    def effects(self) -> Any: ...
+    def effects(self) -> Collection[object]: ...
 
     @property
     def source_info(self) -> Any: ...
+
+
+Frame = TypeAliasType("Frame", tuple[Any, ...])
+"""The calls around an equation, which tell apart its uses in each of them."""

@@ -1,10 +1,9 @@
 """What a function costs: the floating-point operations of its products."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lcq.tracing.param_flow import trace
-from lcq.tree.aliases import Batch, Params
+from lcq.tree.aliases import Batch, Function, Params
 from lcq.tree.paths import flatten
 
 
@@ -24,7 +23,7 @@ class Flops(NamedTuple):
     flops: int
 
 
-def flops(fn: Callable[[Any, Any], Any], params: Params, batch: Batch) -> list[Flops]:
+def flops(fn: Function, params: Params, batch: Batch) -> list[Flops]:
     """Floating-point operations of every product of data with a parameter: 2 G M N n.
 
     Products under a scan are listed once for each of its rounds. Products of data with data (attention scores) or with

@@ -4,15 +4,17 @@ With `trace` the only file that uses jax's internal names.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.export
 from jax.extend import core, source_info_util  # noqa: TID251
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
-from lcq.tracing.equation import Body, Content, Equation
+from lcq.tracing.equation import Body, Content, Equation, Primitive
 
 CALLS = {
     *("jit", "pjit", "closed_call", "call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"),
@@ -43,11 +45,11 @@ OPAQUE = {"while", "cond", "shard_map", "pallas_call", "scan"}
 
 def primitive(
     name: str,
-    compute: Callable[..., Any],
-    shape: Callable[..., Any],
-    slopes: Sequence[Callable[..., Any] | None],
-    mapped: Callable[..., Any],
-) -> Any:
+    compute: Callable[..., Array],
+    shape: Callable[..., tuple[Sequence[int], DTypeLike]],
+    slopes: Sequence[Callable[..., Array] | None],
+    mapped: Callable[..., tuple[Array, int]],
+) -> Primitive:
     """A function of arrays as a primitive of its own, whose rules hold wherever it gets to.
 
     Those of jax.custom_jvp do not: JAX forgets them once it has differentiated a function in a scan, and then looks for
@@ -73,16 +75,16 @@ def primitive(
 
 
 @functools.cache
-def _compiled(compute: Callable[..., Any], static: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+def _compiled(compute: Callable[..., Array], static: tuple[tuple[str, Hashable], ...]) -> Callable[..., Array]:
     return jax.jit(functools.partial(compute, **dict(static)))
 
 
-def opened(closed: Body) -> tuple[Any, Sequence[Any]]:
+def opened(closed: Body) -> tuple[Body, Sequence[Content]]:
     """(jaxpr, constants) of a jaxpr that is closed or has none."""
     return getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
 
 
-def inner(eqn: Equation) -> Any:
+def inner(eqn: Equation) -> Body:
     """The one jaxpr among an equation's parameters, or None."""
     found = [value for value in eqn.params.values() if hasattr(value, "eqns")]
     return found[0] if len(found) == 1 else None
@@ -91,8 +93,8 @@ def inner(eqn: Equation) -> Any:
 def evaluate(
     closed: Body,
     args: Sequence[Content],
-    equation: Callable[[Any, list[Any]], Sequence[Any]],
-    constant: Callable[[Any], Any] = lambda value: value,
+    equation: Callable[[Equation, list[Content]], Sequence[Content]],
+    constant: Callable[[Content], Content] = lambda value: value,
 ) -> list[Content]:
     """Runs a jaxpr; a value is dropped after its last use.
 
@@ -103,10 +105,10 @@ def evaluate(
         constant: makes an input of a constant or a literal.
     """
     jaxpr, consts = opened(closed)
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
+    env: dict[Hashable, Content] = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(var: Any) -> Any:
+    def read(var: Hashable) -> Content:
         return constant(var.val) if isinstance(var, core.Literal) else env[var]
 
     uses = [[var for var in eqn.invars if not isinstance(var, core.Literal)] for eqn in jaxpr.eqns]
@@ -136,7 +138,7 @@ class Scan(NamedTuple):
         carries: number of carries.
     """
 
-    body: Any
+    body: Body
     fixed: int
     carries: int
 
@@ -175,7 +177,7 @@ def _has_experts(eqn: Equation) -> bool:
     )
 
 
-def seen_at(closed: Body, eqn: Equation) -> Any:
+def seen_at(closed: Body, eqn: Equation) -> Body:
     """A jaxpr whose equations come from where another equation does."""
     jaxpr, _ = opened(closed)
     placed = jaxpr.replace(eqns=[each.replace(source_info=eqn.source_info) for each in jaxpr.eqns])
@@ -192,7 +194,7 @@ def is_experts(eqn: Equation) -> bool:
     return dims == (((1,), (1,)), ((), ())) and named == ((0,), (0,)) and eqn.params.get("group_offset") is None
 
 
-def struct(aval: Any) -> jax.ShapeDtypeStruct:
+def struct(aval: jax.core.ShapedArray) -> jax.ShapeDtypeStruct:
     """Shape and dtype."""
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 

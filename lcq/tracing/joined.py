@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Moved(NamedTuple):
     """
 
     axis: int
-    pieces: tuple[tuple[int, Callable[[Any], Any]], ...]
+    pieces: tuple[tuple[int, Callable[[Content], Content]], ...]
 
 
 def moved(eqn: Equation, joint: Joint, shape: Sequence[int], rest: Sequence[Content] = ()) -> list[Moved] | None:
@@ -59,7 +59,7 @@ def moved(eqn: Equation, joint: Joint, shape: Sequence[int], rest: Sequence[Cont
     """
     name, params = eqn.primitive.name, eqn.params
 
-    def all_by(function: Callable[[Any], Any], axis: int = joint.axis, turned: bool = False) -> list[Moved]:
+    def all_by(function: Callable[[Content], Content], axis: int = joint.axis, turned: bool = False) -> list[Moved]:
         pieces = [(i, function) for i in range(len(joint.lengths))]
         return [Moved(axis, tuple(pieces[::-1] if turned else pieces))]
 
@@ -134,11 +134,11 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def product(eqn: Equation, side: int, joint: Joint) -> Callable[..., Any] | None:
+def product(eqn: Equation, side: int, joint: Joint) -> Callable[..., Content] | None:
     """A product whose operand `side` is joined, as a function of the other operand and of each piece."""
     params = eqn.primitive.get_bind_params(eqn.params)
 
-    def one(x: Any, w: Any) -> Any:
+    def one(x: Content, w: Content) -> Content:
         return eqn.primitive.bind(*((x, w) if side else (w, x)), **params)
 
     found = (_dot if eqn.primitive.name == "dot_general" else _convolution)(eqn, side, joint.axis)
@@ -146,7 +146,7 @@ def product(eqn: Equation, side: int, joint: Joint) -> Callable[..., Any] | None
         return None
     axis, onto = found
 
-    def whole(x: Any, *pieces: Any) -> Any:
+    def whole(x: Content, *pieces: Content) -> Content:
         cuts = [x if axis is None else jax.lax.slice_in_dim(x, a, b, axis=axis) for a, b in _spans(joint.lengths)]
         results = [one(a, w) for a, w in zip(cuts, pieces, strict=True)]
         return sum(results[1:], results[0]) if onto is None else jnp.concatenate(results, onto)

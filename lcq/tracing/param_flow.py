@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core  # noqa: TID251
+from jaxtyping import PyTree
 
 from lcq.tracing import joined, positions, shards
 from lcq.tracing.contraction import BiasSite, ParamSite, Product, Step, Unit, per_neuron, uses_of_each
@@ -39,7 +40,7 @@ from lcq.tracing.jaxpr import (
 from lcq.tracing.obstacles import cannot_follow
 from lcq.tracing.units import Units
 from lcq.tracing.values import Result, Value, carried, count, stack, unstack
-from lcq.tree.aliases import Batch, Params
+from lcq.tree.aliases import Batch, Function, Leaves, Params
 from lcq.tree.paths import check_numbers, flatten
 
 
@@ -56,8 +57,8 @@ class Program:
         bias_sites: By product, the bias or mean that can take a constant added to its result.
     """
 
-    jaxpr: Any
-    consts: Sequence[Any]
+    jaxpr: Body
+    consts: Sequence[Content]
     paths: tuple[str, ...]
     products: tuple[Product, ...]
     units: tuple[Unit, ...]
@@ -79,13 +80,13 @@ _product_p.def_abstract_eval(lambda x, w, *rest, number, aval, extras: aval)
 
 
 def trace(
-    fn: Callable[[Any, Any], Any],
+    fn: Function,
     params: Params,
     batch: Batch,
     selected: Collection[str],
     *,
     strict: bool = True,
-    counts: Sequence[Any] | None = None,
+    counts: Sequence[Content] | None = None,
 ) -> Program:
     """Follows parameters of fn to the products that use them.
 
@@ -104,7 +105,7 @@ def trace(
     leaves, structure = flatten(params)
     check_numbers(leaves)
 
-    def flat(values: Sequence[Content], batch: Batch) -> Any:
+    def flat(values: Sequence[Content], batch: Batch) -> PyTree:
         return fn(jax.tree.unflatten(structure, values), batch)
 
     values = list(leaves.values())
@@ -126,17 +127,21 @@ def trace(
     )
 
 
+_Added = tuple[Value, int, tuple[int, ...]]
+"""A result that a parameter is added to, with the sign, and the shape of the sum."""
+
+
 class _Use(NamedTuple):
     """Where a followed leaf ends that is not selected; `added` says to which result."""
 
     site: ParamSite
-    added: tuple[Value, int, tuple[int, ...]] | None
+    added: _Added | None
 
 
 class _Follower:
     """Runs equations again, under a trace, so that calls disappear and products stand out."""
 
-    def __init__(self, leaves: dict[str, Any], selected: frozenset[str], strict: bool) -> None:
+    def __init__(self, leaves: Leaves, selected: frozenset[str], strict: bool) -> None:
         self.leaves, self.selected, self.strict = leaves, selected, strict
         self.products: list[Product] = []
         self.uses: dict[str, list[_Use]] = {path: [] for path in leaves}
@@ -144,7 +149,7 @@ class _Follower:
         self.source: str | None = None
 
     def run_whole(
-        self, closed: Body, values: Sequence[Content], batch: Sequence[Any], masks: Sequence[Any]
+        self, closed: Body, values: Sequence[Content], batch: Sequence[Content], masks: Sequence[Content]
     ) -> list[Content]:
         params = [
             Value(value, param=True, site=ParamSite(path) if jnp.issubdtype(value.dtype, jnp.floating) else None)
@@ -216,14 +221,14 @@ class _Follower:
         arrays = bind(eqn, arrays)
         return [self._part(eqn, value, out, array) for out, array in zip(moved, arrays, strict=True)]
 
-    def _part(self, eqn: Equation, value: Value, part: joined.Moved, array: Any) -> Value:
+    def _part(self, eqn: Equation, value: Value, part: joined.Moved, array: Content) -> Value:
         """A moved concatenation, or the one piece that is left of it."""
         pieces = [made for i, move in part.pieces for made in self._within(eqn, move, value.pieces[i])]
         if len(pieces) == 1:
             return pieces[0]
         return Value(array, value.data, value.param, pieces=tuple(pieces), axis=part.axis)
 
-    def _within(self, eqn: Equation, function: Callable[..., Any], *values: Value) -> list[Value]:
+    def _within(self, eqn: Equation, function: Callable[..., PyTree], *values: Value) -> list[Value]:
         """The equations of a function, run in the place of another equation."""
         outer, self.source = self.source, self.source or where(eqn)
         results = self.run(jax.make_jaxpr(function)(*(value.array for value in values)), values)
@@ -249,7 +254,7 @@ class _Follower:
         data, param = any(v.data for v in ins), any(v.param for v in ins)
         return self._counted(eqn, ins, [Value(out, data, param) for out in outs])
 
-    def _end(self, value: Value, eqn: Equation | None, added: Any = None, *, within: str = "") -> None:
+    def _end(self, value: Value, eqn: Equation | None, added: _Added | None = None, *, within: str = "") -> None:
         """A value is used by an equation, or returned (None): if it is a parameter, its way ends."""
         value.reads += 1
         for piece in value.pieces:
@@ -261,7 +266,7 @@ class _Follower:
             raise ValueError(cannot_follow(value.site.path, value.site.chain() + within, eqn, self.source))
         self.uses[value.site.path].append(_Use(value.site, added))
 
-    def _addition(self, eqn: Equation, ins: list[Value], i: int) -> Any:
+    def _addition(self, eqn: Equation, ins: list[Value], i: int) -> _Added | None:
         """(result, sign, shape) if operand i is a parameter added to the result of a product, in that order or not."""
         if eqn.primitive.name not in ("add", "add_any", "sub") or ins[i].site is None:
             return None

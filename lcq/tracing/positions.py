@@ -13,7 +13,6 @@ What is joined to masked positions and has no mask of its own (a class token) co
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +72,12 @@ def both(*masks: Content) -> Content:
     return functools.reduce(jnp.logical_and, found) if found else None
 
 
-def reduced(mask: Content, axes: Sequence[Any]) -> Content:
+def reduced(mask: Content, axes: Sequence[int]) -> Content:
     """Without these axes: what is left counts where anything did."""
     return None if mask is None else mask.any(tuple(axes))
 
 
-def varies(mask: Content, axes: Sequence[Any]) -> bool:
+def varies(mask: Content, axes: Sequence[int]) -> bool:
     """Whether it depends on one of these axes."""
     return mask is not None and any(mask.shape[axis] > 1 for axis in axes)
 
@@ -287,7 +286,9 @@ def _ragged_dot(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Se
     return [_product(masks[:2], shapes, (contract[0], (*contract[1], *groups)), batch)]
 
 
-def _product(masks: Masks, shapes: Sequence[tuple[int, ...]], contract: Any, batch: Batch) -> Content:
+def _product(
+    masks: Masks, shapes: Sequence[tuple[int, ...]], contract: Sequence[Sequence[int]], batch: Batch
+) -> Content:
     """Of [batch, rows, columns]: rows and columns that count, in batches that do."""
     free = [
         [axis for axis in range(len(shape)) if axis not in (*contract[side], *batch[side])]

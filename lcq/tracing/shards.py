@@ -7,10 +7,11 @@ So parameters can be followed into it: to vmap, collectives are sums and copies 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
 from lcq.tracing.equation import Body, Content, Equation
 from lcq.tracing.jaxpr import CALLS, OPAQUE, bind, inner, opened, scan_of
@@ -19,7 +20,7 @@ _IDLE = {"pvary", "pbroadcast", "pcast"}
 """What only says over which axes a value varies, which vmap knows itself."""
 
 
-def whole(eqn: Equation) -> Callable[..., Any] | None:
+def whole(eqn: Equation) -> Callable[..., Sequence[Content]] | None:
     """A shard_map as a function of its arrays.
 
     None on a mesh with explicit axes, whose arrays cannot be cut freely, and where there is control flow other than
@@ -45,18 +46,18 @@ def whole(eqn: Equation) -> Callable[..., Any] | None:
     return function
 
 
-def _axes_of(entry: Any) -> tuple[str, ...]:
+def _axes_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a partition spec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _used(spec: Any, names: Sequence[str]) -> list[str]:
+def _used(spec: PartitionSpec, names: Sequence[str]) -> list[str]:
     """The mesh axes over which an array is split, in the order of `names`."""
     used = {name for entry in spec for name in _axes_of(entry)}
     return [name for name in names if name in used]
 
 
-def _split(array: Content, spec: Any, names: Sequence[str], sizes: dict[str, int]) -> Any:
+def _split(array: Content, spec: PartitionSpec, names: Sequence[str], sizes: dict[str, int]) -> Array:
     """The parts of an array, an axis in front for each mesh axis over which it is split."""
     shape: list[int] = []
     places: dict[str, int] = {}
@@ -70,7 +71,7 @@ def _split(array: Content, spec: Any, names: Sequence[str], sizes: dict[str, int
     return array.reshape(shape).transpose(*front, *(i for i in range(len(shape)) if i not in front))
 
 
-def _joined(array: Content, spec: Any, names: Sequence[str]) -> Any:
+def _joined(array: Content, spec: PartitionSpec, names: Sequence[str]) -> Array:
     """The array of parts that have an axis in front for every mesh axis; those that are all the same count once."""
     used = _used(spec, names)
     for i in reversed(range(len(names))):
@@ -89,7 +90,7 @@ def _run(closed: Body, *arrays: Content) -> list[Content]:
     jaxpr, consts = opened(closed)
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arrays], strict=True))
 
-    def read(var: Any) -> Any:
+    def read(var: Hashable) -> Content:
         return var.val if hasattr(var, "val") else env[var]
 
     for eqn in jaxpr.eqns:
@@ -114,7 +115,7 @@ def _equation(eqn: Equation, ins: list[Content]) -> list[Content]:
 def _scan(eqn: Equation, ins: list[Content]) -> list[Content]:
     body, fixed, carries = scan_of(eqn)
 
-    def step(carry: list[Content], x: list[Any]) -> tuple[list[Content], list[Content]]:
+    def step(carry: list[Content], x: list[Content]) -> tuple[list[Content], list[Content]]:
         results = _run(body, *ins[:fixed], *carry, *x)
         return results[:carries], results[carries:]
 

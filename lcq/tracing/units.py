@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcq.tracing.contraction import Product, Unit
 from lcq.tracing.obstacles import not_whole, shared_in_part
@@ -18,7 +18,7 @@ class Units:
     Two products share all of their weights or none; a part of those that another one uses together is no unit.
     """
 
-    def __init__(self, leaves: Mapping[str, Any]) -> None:
+    def __init__(self, leaves: Mapping[str, ArrayLike | jax.ShapeDtypeStruct]) -> None:
         self._shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
         self._owner = {path: np.full(math.prod(shape), -1) for path, shape in self._shapes.items()}
         self.units: list[Unit] = []

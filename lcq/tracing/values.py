@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from lcq.tracing import joined, positions
 from lcq.tracing.contraction import ParamSite, Step
-from lcq.tracing.equation import Equation
+from lcq.tracing.equation import Content, Equation
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,19 +29,19 @@ class Value:
         reads: equations that use it.
     """
 
-    array: Any
+    array: Content
     data: bool = False
     param: bool = False
     site: ParamSite | None = None
     result: "Result | None" = None
-    mask: Any = None
+    mask: Content = None
     lost: str = ""
     pieces: "tuple[Value, ...]" = ()
     axis: int = 0
     reads: int = 0
 
     @property
-    def examples(self) -> Any:
+    def examples(self) -> Content:
         """Its mask along the first axis, if it depends on no other; else None."""
         if self.mask is None or not self.mask.ndim or positions.varies(self.mask, range(1, self.mask.ndim)):
             return None
@@ -76,7 +76,7 @@ def count(eqn: Equation, ins: Sequence[Value], results: list[Value], source: str
     return results
 
 
-def carried(value: Value, examples: Any) -> Value:
+def carried(value: Value, examples: Content) -> Value:
     """The state of a scan over positions, of which these examples count; others as they are."""
     shape = np.shape(value.array)
     if value.site is not None or value.pieces or value.lost or not shape or shape[0] != len(examples):
@@ -88,7 +88,7 @@ def carried(value: Value, examples: Any) -> Value:
 def unstack(value: Value) -> list[Value]:
     """Its slices along the first axis."""
     arrays = jnp.unstack(value.array)
-    masks: Sequence[Any] = [None] * len(arrays)
+    masks: Sequence[Content] = [None] * len(arrays)
     if value.mask is not None:
         masks = jnp.unstack(jnp.broadcast_to(value.mask, (len(arrays), *value.mask.shape[1:])))
     return [Value(a, value.data, value.param, mask=m, lost=value.lost) for a, m in zip(arrays, masks, strict=True)]

@@ -2,7 +2,7 @@
 
 import abc
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
@@ -78,7 +78,7 @@ CHECKPOINT_FORMATS: Registry[type[CheckpointFormat]] = Registry("checkpoint form
 """How other tools write parameters; the newest that recognises a checkpoint reads it."""
 
 
-def nested(path: Path, arrays: dict[str, np.ndarray]) -> Any:
+def nested(path: Path, arrays: dict[str, np.ndarray]) -> PyTree:
     """Nested dicts of arrays by name, "a/b" being b in a.
 
     Raises:

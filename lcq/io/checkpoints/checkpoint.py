@@ -8,7 +8,7 @@ matched against the name as it is in the file, and what is read is written under
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Never
+from typing import Never
 
 from jaxtyping import PyTree
 
@@ -23,7 +23,7 @@ _HINTS = {".lcq": "; lcq.load and lcq.save are for .lcq files", ".json": "; an i
 _HINTS |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _TORCH)
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+def read(path: str | os.PathLike[str]) -> PyTree:
     """Nested dicts of numpy arrays from a .safetensors or .npz file, or a folder that orbax wrote.
 
     A safetensors checkpoint in shards is read whole: give its folder or its index, see

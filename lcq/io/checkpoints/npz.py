@@ -3,7 +3,6 @@
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,7 @@ class Npz(CheckpointFormat):
     suffix = ".npz"
 
     def read(self, path: Path) -> Checkpoint:
-        arrays, name = dict[str, Any](), ""
+        arrays, name = dict[str, np.ndarray](), ""
         with open(path, "rb") as file:
             try:
                 with np.load(file, allow_pickle=False) as archive:

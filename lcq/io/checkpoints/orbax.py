@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ class Orbax(CheckpointFormat):
             checkpointer.save(path.absolute(), nest(leaves))
 
 
-def _orbax(path: Path) -> Any:
+def _orbax(path: Path) -> ModuleType:
     if any(importlib.util.find_spec(name) is None for name in ("orbax", "orbax.checkpoint")):
         raise ValueError(f"{path}: a folder needs orbax; pip install orbax-checkpoint, or use .safetensors")
     import orbax.checkpoint

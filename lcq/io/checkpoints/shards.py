@@ -11,7 +11,7 @@ else. Strings that the files' headers hold as metadata are kept; those on which 
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -127,5 +127,5 @@ def _read_file(path: Path) -> Tensors:
 
 def _metadata(data: bytes) -> dict[str, str]:
     """The strings in the header of a file that has been read."""
-    header: Any = parse(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
+    header = parse(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
     return dict(header.get("__metadata__") or {})

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -78,7 +78,7 @@ class Codec(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, data: np.ndarray, stream: Stream, on_device: bool) -> Any:
+    def decode(self, data: np.ndarray, stream: Stream, on_device: bool) -> jax.Array | np.ndarray:
         """The array, whose bytes in the file are `data`, a uint8 array.
 
         Args:
@@ -115,7 +115,7 @@ def _bytes(name: str, data: Any) -> np.ndarray:
     return data
 
 
-def decode(name: str, data: np.ndarray, stream: Stream, on_device: bool) -> Any:
+def decode(name: str, data: np.ndarray, stream: Stream, on_device: bool) -> jax.Array | np.ndarray:
     """The array of a stream.
 
     Raises:

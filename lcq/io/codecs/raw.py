@@ -1,7 +1,5 @@
 """Arrays as they are: little-endian, in C order."""
 
-from typing import Any
-
 import numpy as np
 
 from lcq.io.codecs.base import CODECS, Codec, Stream
@@ -21,6 +19,6 @@ class Raw(Codec):
             raise ValueError(f"expected {bytes_of(stream.struct)} raw bytes, got {size}")
         return 0
 
-    def decode(self, data: np.ndarray, stream: Stream, on_device: bool) -> Any:
+    def decode(self, data: np.ndarray, stream: Stream, on_device: bool) -> np.ndarray:
         del on_device  # nothing has to be decoded
         return view(data, stream.struct)

@@ -20,13 +20,12 @@ Source: Duda, Asymmetric numeral systems, arXiv 1311.2540; lanes as in Giesen, a
 
 import functools
 from array import array
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt, UInt16, UInt32
+from jaxtyping import Array, Bool, Int, PyTree, UInt, UInt16, UInt32
 
 START = 1 << 16
 """The state of a lane before its last symbol is put, and after it is taken."""
@@ -217,7 +216,7 @@ def _take_on_device(
     lanes, mask = states.shape[0], (jnp.uint32(1) << precision) - 1
     lane = jnp.arange(lanes, dtype=jnp.uint32)
 
-    def row(first: Any, x: Any, used: Any) -> Any:
+    def row(first: Array, x: Array, used: Array) -> tuple[Array, Array, Array]:
         slot = x & mask
         step = table.at[slot].get(mode="promise_in_bounds")
         x = jnp.where(first + lane < count, ((step >> 16) + 1) * (x >> precision) + (step & 0xFFFF), x)
@@ -226,7 +225,7 @@ def _take_on_device(
         word = words.at[used + before].get(mode="clip")
         return slot.astype(jnp.uint16), jnp.where(empty, x << 16 | word, x), used + total
 
-    def some(i: Any, carry: Any) -> Any:
+    def some(i: Array, carry: PyTree) -> PyTree:
         x, used, slots = carry
         rows = []
         for j in range(_UNROLL):

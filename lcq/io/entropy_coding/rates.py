@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from lcq.forms import bitpack
 from lcq.forms.base import Form, is_form
@@ -26,7 +27,7 @@ class Rate(NamedTuple):
         return Rate(self.entropy + other.entropy, self.coded + other.coded)
 
 
-def rate(leaf: Any) -> Rate:
+def rate(leaf: PyTree) -> Rate:
     """The rate of a form or an array; of what a joint task shares, all.
 
     Example:
@@ -53,12 +54,12 @@ def rate(leaf: Any) -> Rate:
     return total
 
 
-def _fields(form: Form) -> dict[str, Any]:
+def _fields(form: Form) -> dict[str, PyTree]:
     """Fields that are arrays, forms or tuples of them, by name."""
     return {name: value for name, value in vars(form).items() if _holds_arrays(value)}
 
 
-def _holds_arrays(value: Any) -> bool:
+def _holds_arrays(value: object) -> bool:
     return (
         is_form(value)
         or isinstance(value, np.ndarray | jax.Array)
