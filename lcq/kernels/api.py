@@ -1,7 +1,7 @@
 """The one door to products with forms: chooses how by the form, the shape and the platform."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "
 
 
 @functools.cache
-def _signs(size: int, platform: str) -> Any:
+def _signs(size: int, platform: str) -> Callable[[Array, Array], Array]:
     mapped = code_product.mapped_over_rows
     if platform == "xla":
         return mapped(lambda a, words: xnor_xla.xnor(a, words, size))

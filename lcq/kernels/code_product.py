@@ -1,7 +1,8 @@
 """Products that read codes: words one by one, Pallas on TPU and GPU, or tiles, whichever is best where it runs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -115,7 +116,11 @@ def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> 
     return jax.lax.platform_dependent(x, words, tpu=tpu, cuda=gpu, default=anywhere)
 
 
-def _mapped_product(operands: Any, axes: Any, **how: Any) -> Any:
+_RowsAndWords = Callable[[Array, Array], Array]
+"""A product of rows of numbers with words down the columns."""
+
+
+def _mapped_product(operands: Sequence[Array], axes: Sequence[int | None], **how: Any) -> tuple[Array, int]:
     return jax.vmap(mapped_over_rows(functools.partial(code_product, **how)), axes)(*operands), 0
 
 
@@ -128,19 +133,19 @@ _PRODUCT = jaxpr.primitive(
 )
 
 
-def pallas_kernels() -> tuple[Any, Any]:
+def pallas_kernels() -> tuple[ModuleType, ModuleType]:
     """The kernels for TPU and GPU."""
     from lcq.kernels import pallas_gpu, pallas_tpu  # here, as they take a sixth of the time of `import lcq`
 
     return pallas_tpu, pallas_gpu
 
 
-def mapped_over_rows(product: Any) -> Any:
+def mapped_over_rows(product: _RowsAndWords) -> _RowsAndWords:
     """A product of rows and words; mapped over rows alone it has more rows."""
     mapped = jax.custom_batching.custom_vmap(product)
 
     @mapped.def_vmap
-    def _(size: int, batched: Any, rows: Any, words: Any) -> Any:
+    def _(size: int, batched: Sequence[bool], rows: Array, words: Array) -> tuple[Array, bool]:
         if batched[1]:
             rows = rows if batched[0] else jnp.broadcast_to(rows, (size, *rows.shape))
             return jax.lax.map(lambda one: mapped(*one), (rows, words)), True

@@ -10,6 +10,7 @@ costs little beside its product, and no more than one is ever there.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from lcq.forms.base import Form
 from lcq.forms.column_words import fields
 from lcq.forms.columns import Columns
 from lcq.kernels.base import KERNELS, Kernel
+
+_Parts = dict[str, Any]
+"""Arrays of a form by the names of their fields."""
 
 FEW = 2
 """Rows up to which codes are summed word by word."""
@@ -61,13 +65,13 @@ def word_by_word(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, each * count - x.shape[1])))
     rows = x.reshape(x.shape[0], count, each)
 
-    def add(sums: Any, i: Any) -> Any:
+    def add(sums: Array, i: Array | int) -> Array:
         word = jax.lax.dynamic_index_in_dim(words, i, 0, keepdims=False)
         row = jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)
         terms = [_in_mantissa(word, j, width) * row[:, j, None] for j in range(each)]
         return sums + sum(sum(terms[chain::_CHAINS]) for chain in range(min(_CHAINS, each)))
 
-    def add_some(i: Any, sums: Any) -> Any:
+    def add_some(i: Array, sums: Array) -> Array:
         return functools.reduce(add, [_WORDS * i + j for j in range(_WORDS)], sums)
 
     whole, sums = count // _WORDS, jnp.zeros((x.shape[0], words.shape[1]), jnp.float32)
@@ -86,7 +90,7 @@ def _in_mantissa(word: UInt32[Array, " n"], j: int, width: int) -> Float[Array, 
 def in_tiles(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int) -> Float[Array, "m n"]:
     """The same a tile at a time; a function of x that JAX can transpose."""
 
-    def dense(part: dict[str, Any]) -> Any:
+    def dense(part: _Parts) -> Array:
         return fields(part["words"], width)[: x.shape[1]].astype(jnp.int32).astype(jnp.float32)
 
     return tile_by_tile(x.astype(jnp.float32), words.shape[1], {"words": words}, dense)
@@ -95,7 +99,7 @@ def in_tiles(x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int) ->
 def matrix_product(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]:
     """y = x Delta(form) in float32, one tile of columns after another."""
 
-    def dense(part: dict[str, Any]) -> Any:
+    def dense(part: _Parts) -> Array:
         tail = (x.shape[1], part["words"].shape[-1])
         return Columns(**part, lowest=form.lowest, width=form.width, tail=tail, axes=(0, 1)).matrix()
 
@@ -104,7 +108,9 @@ def matrix_product(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]
     return tile_by_tile(x.astype(jnp.float32), form.columns, parts, dense)
 
 
-def tile_by_tile(x: Float[Array, "m k"], n: int, parts: dict[str, Any], dense: Any) -> Float[Array, "m n"]:
+def tile_by_tile(
+    x: Float[Array, "m k"], n: int, parts: _Parts, dense: Callable[[_Parts], Array]
+) -> Float[Array, "m n"]:
     """x times the columns that `dense` makes of a tile of the parts; made again, not kept, for a gradient."""
     tiles = -(-n // _TILE)
     axes = {name: a.ndim - 1 - (name == "levels") for name, a in parts.items()}
@@ -112,7 +118,7 @@ def tile_by_tile(x: Float[Array, "m k"], n: int, parts: dict[str, Any], dense: A
     filled = {name: _filled(a, cut[name], tiles * _TILE) if name in cut else a for name, a in parts.items()}
 
     @jax.checkpoint
-    def one(x: Any, filled: Any, tile: Any) -> Any:
+    def one(x: Array, filled: _Parts, tile: Array) -> Array:
         part = {
             name: jax.lax.dynamic_slice_in_dim(a, tile * _TILE, _TILE, cut[name]) if name in cut else a
             for name, a in filled.items()

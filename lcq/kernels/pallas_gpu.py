@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 
 from lcq.kernels.reference import check_bits, check_signs
@@ -84,7 +85,7 @@ def _xnor_popcount(a: Array, words: Array, k: int, interpret: bool) -> Array:
     def kernel(a: Any, words: Any, out: Any) -> None:
         here = _below(m, pl.program_id(0), rows), _below(n, pl.program_id(1), _FEW_COLUMNS)
 
-        def step(i: Any, count: Array) -> Array:
+        def step(i: Array, count: Array) -> Array:
             piece, there = pl.ds(i * _COUNTED_WORDS, _COUNTED_WORDS), _below(length, i, _COUNTED_WORDS)
             left = plgpu.load(a.at[:, piece], mask=here[0][:, None] & there, other=0)
             right = plgpu.load(words.at[piece, :], mask=there[:, None] & here[1], other=0)
@@ -132,7 +133,9 @@ def bit_product(
     return _product("bit_product", step, lambda total: total, x, 32 * _WORDS, words, jnp.float32, interpret)
 
 
-def _product(name: str, step: Any, end: Any, x: Array, width: int, words: Array, dtype: Any, interpret: bool) -> Array:
+def _product(
+    name: str, step: Any, end: Any, x: Array, width: int, words: Array, dtype: DTypeLike, interpret: bool
+) -> Array:
     """Sums `step` over pieces of x, `width` of its columns, and the words of as many elements of K."""
     (m, length), (height, n) = x.shape, words.shape
     rows = min(max(pl.next_power_of_2(m), 16), _ROWS)
@@ -141,7 +144,7 @@ def _product(name: str, step: Any, end: Any, x: Array, width: int, words: Array,
     def kernel(x: Any, words: Any, out: Any) -> None:
         here = _below(m, pl.program_id(0), rows), _below(n, pl.program_id(1), columns)
 
-        def body(i: Any, total: Array) -> Array:
+        def body(i: Array, total: Array) -> Array:
             piece, there = x.at[:, pl.ds(i * width, width)], _below(length, i, width)
             left = plgpu.load(piece, mask=here[0][:, None] & there, other=0)
             piece, there = words.at[pl.ds(i * _WORDS, _WORDS), :], _below(height, i, _WORDS)
@@ -153,7 +156,9 @@ def _product(name: str, step: Any, end: Any, x: Array, width: int, words: Array,
     return _call(name, kernel, x, words, (rows, columns), dtype, interpret)
 
 
-def _call(name: str, kernel: Any, x: Array, words: Array, block: tuple[int, int], dtype: Any, interpret: bool) -> Array:
+def _call(
+    name: str, kernel: Any, x: Array, words: Array, block: tuple[int, int], dtype: DTypeLike, interpret: bool
+) -> Array:
     """Runs a kernel on every block of rows of x and of columns of words; each goes along all of K."""
     (m, length), (height, n), (rows, columns) = x.shape, words.shape, block
     return pl.pallas_call(
@@ -171,12 +176,12 @@ def _call(name: str, kernel: Any, x: Array, words: Array, block: tuple[int, int]
     )(x, words)
 
 
-def _below(size: int, i: Any, block: int) -> Array:
+def _below(size: int, i: Array | int, block: int) -> Array:
     """Which places of block i are inside an axis of `size`."""
     return i * block + jnp.arange(block) < size
 
 
-def _dot(x: Array, bits: Array, dtype: Any) -> Array:
+def _dot(x: Array, bits: Array, dtype: DTypeLike) -> Array:
     """x times bits, exact but for the sum; a higher precision that a user may have chosen adds nothing."""
     return jnp.dot(x, bits, precision=lax.Precision.DEFAULT, preferred_element_type=dtype)
 

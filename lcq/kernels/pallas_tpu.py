@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 
 from lcq.kernels.reference import check_bits, check_signs
@@ -209,7 +210,7 @@ def _block(words: int, limit: int) -> int:
     return max(size for size in range(_GROUP, min(words, limit) + 1, _GROUP) if words % size == 0)
 
 
-def _dot(x: Array, bits: Array, dtype: Any, axis: int) -> Array:
+def _dot(x: Array, bits: Array, dtype: DTypeLike, axis: int) -> Array:
     """Sums over an axis of x and the rows of bits; of these dtypes Mosaic refuses any precision but the default."""
     along = ((axis,), (0,)), ((), ())
     return lax.dot_general(x, bits, along, precision=lax.Precision.DEFAULT, preferred_element_type=dtype)
@@ -231,7 +232,7 @@ def _bfloat16(words: Array) -> Array:
     return _stack([(words << 14 - p if p < 15 else words >> 1) & 0x40004000 for p in range(16)], jnp.bfloat16)
 
 
-def _stack(planes: list[Array], dtype: Any) -> Array:
+def _stack(planes: list[Array], dtype: DTypeLike) -> Array:
     rows, n = planes[0].shape
     parts = [pltpu.bitcast(plane, dtype).reshape(rows // _GROUP, 1, -1, n) for plane in planes]
     return jnp.concatenate(parts, axis=1).reshape(32 * rows, n)

@@ -6,7 +6,6 @@ expert needs are skipped.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ def ragged_product(
     x: Num[Array, "m k"],
     experts: Form,
     sizes: Int[Array, " e"],
-    multiply: Callable[[Any, Form], Array],
+    multiply: Callable[[Array, Form], Array],
 ) -> Num[Array, "m n"]:
     """y[i] = x[i] Delta(experts)[e] for the rows i of expert e; rows behind those of the last expert are zero.
 
@@ -43,7 +42,7 @@ def ragged_product(
     x = jnp.pad(x, ((0, length), (0, 0)))
     one = jax.eval_shape(lambda x, form: multiply(x[:length], jax.tree.map(lambda a: a[0], form)), x, experts)
 
-    def window(y: Array, number: Any) -> tuple[Array, None]:
+    def window(y: Array, number: Int[Array, ""]) -> tuple[Array, None]:
         expert = jnp.searchsorted(before + windows, number, side="right")
         expert = jnp.minimum(expert, count - 1)
         start = ends[expert] - sizes[expert] + (number - before[expert]) * length

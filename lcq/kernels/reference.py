@@ -1,7 +1,5 @@
 """What the kernels mean, in plain jax.numpy, slow and as short as the definition; and what they refuse."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt32
 
@@ -29,7 +27,7 @@ def xnor(a: UInt32[Array, "m w"], b: UInt32[Array, "n w"], size: int) -> Int32[A
     return jnp.matmul(signs[0].T, signs[1])
 
 
-def check_bits(x: Any, words: Any) -> None:
+def check_bits(x: Array, words: Array) -> None:
     """Raises ValueError unless x [M, K] can be multiplied by words down the columns of K bits."""
     if words.shape[0] != -(-x.shape[1] // 32) or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(
@@ -38,7 +36,7 @@ def check_bits(x: Any, words: Any) -> None:
         )
 
 
-def check_signs(a: Any, words: Any, size: int, unit: str | None) -> None:
+def check_signs(a: Array, words: Array, size: int, unit: str | None) -> None:
     """Raises ValueError unless words along rows, and others down columns, hold `size` signs; or of another unit."""
     if unit not in (None, "matrix", "popcount"):
         raise ValueError(f"expected unit='matrix', 'popcount' or None, got {unit!r}")

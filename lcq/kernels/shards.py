@@ -1,9 +1,8 @@
 """How forms lie on meshes with explicit axes: that of a form says that of its dense array, and the reverse."""
 
-from typing import Any
-
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
+from jaxtyping import Array, PyTree
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.meshes import explicit_mesh, placed_on, spec_of
@@ -36,8 +35,8 @@ def shardings_of(ready: Form, form: Form, axes: tuple[int, ...]) -> list[NamedSh
     mesh = explicit_mesh(form)
     if isinstance(ready, Prepacked) and not isinstance(form, Prepacked):
         return _columns_on(mesh, ready, form, axes)
-    parts: list[Any]
-    structure: Any
+    parts: list[PyTree]
+    structure: jax.tree_util.PyTreeDef
     parts, structure = jax.tree.flatten(form, is_leaf=lambda node: node is not form and is_form(node))
     found = zip(parts, structure.flatten_up_to(ready), strict=True)
     each = [
@@ -46,13 +45,13 @@ def shardings_of(ready: Form, form: Form, axes: tuple[int, ...]) -> list[NamedSh
     return [sharding for part in each for sharding in part]
 
 
-def _columns_on(mesh: Any, ready: Prepacked, form: Form, axes: tuple[int, ...]) -> list[NamedSharding]:
+def _columns_on(mesh: AbstractMesh | None, ready: Prepacked, form: Form, axes: tuple[int, ...]) -> list[NamedSharding]:
     spec, lead = form.spec(mesh), len(ready.stacked)
     across = column_axes(tuple(form.shape[lead:]), axes, ready.columns)
     named = [spec[lead + axis] for axis in across]
     name = named[0] if named and not any(named[1:]) else None
 
-    def each(a: Any, field_axis: int) -> NamedSharding:
+    def each(a: Array, field_axis: int) -> NamedSharding:
         own = [None] * len(a.shape)
         own[:lead] = spec[:lead]
         if a.shape[field_axis] == ready.columns:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import rich.table
+from jax.typing import ArrayLike
 from rich import box
 from rich.text import Text
 
@@ -124,7 +125,7 @@ def pareto(
     *,
     bytes: int | None = None,
     bits_per_weight: float | None = None,
-    importance: Mapping[str, Any] | None = None,
+    importance: Mapping[str, ArrayLike] | None = None,
     coded: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Allocation:
@@ -239,7 +240,7 @@ def _budget(size: int | None, bits_per_weight: float | None, numbers: int) -> in
     return math.floor(bits)
 
 
-def _point(leaf: Any, task: Task | None, h: Any, coded: bool) -> Point:
+def _point(leaf: Any, task: Task | None, h: ArrayLike | None, coded: bool) -> Point:
     """What a candidate costs, and sum h (w - Delta(Theta))^2 in float64."""
     if task is None:
         return Point(leaf.size * leaf.dtype.itemsize * 8, 0.0)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Array
 
 from lcq.forms import Codes
 from lcq.forms.base import Form, is_form
@@ -15,7 +17,7 @@ from lcq.plans.text import make, right_side, settings_of
 from lcq.ptq.preview import preview
 from lcq.reporting.summary import Row, Table, rows
 from lcq.schemes.base import Quantizer, Scheme
-from lcq.tree.aliases import Batch, Function, Params
+from lcq.tree.aliases import Batch, Function, Leaves, Params
 from lcq.tree.compress import replace, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Rules, Task, checked, resolve
@@ -85,7 +87,7 @@ def dry_run(
     return Table(tuple(map(with_rule, rows(replace(structure, leaves, tasks, forms)))))
 
 
-def _only_for_products(decided: dict[str, Rule], leaves: dict[str, Any]) -> dict[str, Rule]:
+def _only_for_products(decided: dict[str, Rule], leaves: Leaves) -> dict[str, Rule]:
     """Rules of leaves with groups that `compress` cannot cut, and products may; warns of them."""
     found = {}
     for path, rule in decided.items():
@@ -123,7 +125,7 @@ def _counted(leaf: Any, rule: Rule) -> Form:
     return dataclasses.replace(one, codes=codes, scale=many(one.scale), zero=many(one.zero), levels=many(one.levels))
 
 
-def _shapes(xs: tuple[Any, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _shapes(xs: tuple[Array | np.ndarray | jax.ShapeDtypeStruct, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
     return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs)
 
 

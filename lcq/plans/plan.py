@@ -164,7 +164,7 @@ def _quoted(text: str, literal: bool = False) -> str:
     return f'"{"".join(words)}"'
 
 
-def _rule(number: int, table: Any) -> Rule:
+def _rule(number: int, table: object) -> Rule:
     """The rule of what TOML has in its place."""
     try:
         if not isinstance(table, dict):

@@ -81,7 +81,7 @@ def settings_of(scheme: Scheme) -> dict[str, Any]:
     return {field.name: getattr(scheme, field.name) for field in dataclasses.fields(made) if field.init}
 
 
-def make(scheme: Callable[..., Scheme], settings: dict[str, Any]) -> Scheme:
+def make(scheme: Callable[..., Scheme], settings: dict[str, object]) -> Scheme:
     """scheme(**settings), where a setting may also be the name of its `*args`."""
     bound = inspect.BoundArguments(inspect.signature(scheme), dict(settings))
     return scheme(*bound.args, **bound.kwargs)
@@ -234,7 +234,7 @@ def _setting(node: ast.expr, text: str, name: str) -> Any:
         raise ValueError(f"{text}: {_PLAIN}; {_usage(name)}") from error
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: Any) -> bool:
     """Whether a literal is of an annotated type; True is no int, an int is a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -250,7 +250,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     """repr, with whole floats in tuples as ints, as one would write levels."""
     if isinstance(value, Scheme):
         return format_scheme(value)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from lcq.reporting.row import Row
@@ -50,7 +50,7 @@ def grouped(rows: Sequence[Row]) -> tuple[Group, ...]:
         >>> [(group.row.path, len(group.rows), group.row.bits) for group in grouped(rows)]
         [('layer0..5/a', 6, 576), ('layer0..5/b', 6, 576)]
     """
-    groups: dict[Any, list[Row]] = {}
+    groups: dict[Hashable, list[Row]] = {}
     for row in rows:
         kind, _, more = row.form.partition(", ")
         words = (_skeleton(row.path), _skeleton(more, _AMOUNT), row.rule is not None and _skeleton(row.rule))
@@ -71,7 +71,7 @@ def pattern(paths: Sequence[str]) -> str:
 
 def by_pattern(paths: Iterable[str]) -> dict[str, list[str]]:
     """Paths under the pattern of those that differ only in numbers."""
-    groups: dict[Any, list[str]] = {}
+    groups: dict[Hashable, list[str]] = {}
     for path in paths:
         groups.setdefault(_skeleton(path), []).append(path)
     return {pattern(alike): alike for alike in groups.values()}
@@ -95,7 +95,7 @@ def _ranges(forms: Sequence[str]) -> str:
     return _merged(forms, _AMOUNT, lambda numbers: f"{numbers[0]}..{numbers[-1]}")
 
 
-def _merged(words: Sequence[str], number: str, join: Any) -> str:
+def _merged(words: Sequence[str], number: str, join: Callable[[list[str]], str]) -> str:
     """Words of one skeleton; different numbers at one place are joined, ascending."""
     parts = zip(*(re.split(f"({number})", each) for each in words), strict=True)
     merged = []

@@ -4,8 +4,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import PyTree
@@ -16,6 +16,7 @@ from lcq.reporting.groups import WHOLE, Group, by_pattern, grouped
 from lcq.reporting.row import Row
 from lcq.reporting.summary import Table, table
 from lcq.reporting.svg import LEVELS, Point, escape, histogram, notable, scatter
+from lcq.tree.aliases import Leaves
 from lcq.tree.paths import flatten
 
 _LAYERS = 24
@@ -73,8 +74,8 @@ class _Leaf(NamedTuple):
     """A row of the table with what it is about."""
 
     row: Row
-    value: Any
-    original: Any
+    value: PyTree
+    original: PyTree
 
     @property
     def weights(self) -> int:
@@ -105,7 +106,7 @@ class _Size(NamedTuple):
 def write_page(
     path: str | os.PathLike[str],
     tree: PyTree,
-    reference: Any = None,
+    reference: PyTree = None,
     *,
     title: str = "Compressed parameters",
     on_disk: int | None = None,
@@ -141,7 +142,7 @@ def write_page(
     """
     report = table(tree, reference, on_disk=on_disk, progress=progress)
     values = flatten(tree)[0]
-    originals: Mapping[str, Any] = {} if reference is None else flatten(reference)[0]
+    originals: Leaves = {} if reference is None else flatten(reference)[0]
     leaves = [_Leaf(row, values[row.path], originals.get(row.path)) for row in report.rows]
     compressed = sum(is_form(leaf.value) for leaf in leaves)
     parts = [

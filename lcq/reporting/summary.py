@@ -4,12 +4,11 @@ import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
@@ -130,7 +129,7 @@ class Table:
 
 def table(
     tree: PyTree,
-    reference: Any = None,
+    reference: PyTree = None,
     *,
     on_disk: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -189,13 +188,13 @@ def rows(tree: PyTree) -> tuple[Row, ...]:
     )
 
 
-def _dtype(leaf: Any) -> Any:
+def _dtype(leaf: PyTree) -> np.dtype:
     if not hasattr(leaf, "dtype"):
         return np.asarray(leaf).dtype
     return jnp.dtype(jnp.uint32 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype)
 
 
-def describe(leaf: Any) -> str:
+def describe(leaf: PyTree) -> str:
     """What is stored for a leaf, in a few words.
 
     Example:
@@ -208,7 +207,7 @@ def describe(leaf: Any) -> str:
     return leaf.describe() if leaf.shared is None else f"{leaf.describe()}, shared with {leaf.shared}"
 
 
-def dense_of(form: Form) -> Any:
+def dense_of(form: Form) -> Array:
     """Delta(Theta), by one program for all forms of one structure and shape; step by step of what is no pytree."""
     return _dense(form) if FORMS.name_of(type(form)) else form.dense()
 
@@ -218,7 +217,7 @@ def _dense(form: Form) -> jax.Array:
     return form.dense()
 
 
-def text(renderable: Any) -> str:
+def text(renderable: RenderableType) -> str:
     """A rich renderable as plain text: a `Table` as wide as the terminal, other things as wide as they need to be."""
     width = terminal_width() if isinstance(renderable, Table) else 10_000
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, force_jupyter=False)
@@ -227,7 +226,7 @@ def text(renderable: Any) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def _priced(row: Row, leaf: Any, seen: set[str]) -> Row:
+def _priced(row: Row, leaf: PyTree, seen: set[str]) -> Row:
     """The row with entropy and coded size; what joint leaves share counts at the first of them, and is then `seen`."""
     price, shared = rate(leaf), getattr(leaf, "shared", None)
     again = leaf.shared_bits if shared in seen else 0
@@ -236,7 +235,7 @@ def _priced(row: Row, leaf: Any, seen: set[str]) -> Row:
     return row._replace(entropy=price.entropy - again, coded=price.coded - again)
 
 
-def _measured(row: Row, leaf: Any, original: Any) -> Row:
+def _measured(row: Row, leaf: PyTree, original: PyTree) -> Row:
     if row.shape != tuple(np.shape(original)):
         raise ValueError(f"{row.path}: expected a reference of shape {list(row.shape)}, got {list(np.shape(original))}")
     if hasattr(original, "dtype") and jnp.issubdtype(original.dtype, jax.dtypes.prng_key):

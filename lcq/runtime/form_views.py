@@ -7,7 +7,6 @@ the caller's to make dense.
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Int
@@ -19,7 +18,7 @@ from lcq.tracing import jaxpr
 
 
 @own_promotion()
-def relayout(form: Form, function: Callable[[Any], Any]) -> Form | None:
+def relayout(form: Form, function: Callable[[Array], Array]) -> Form | None:
     """The form of function(form.dense()), for a function that only moves or drops elements.
 
     Args:
@@ -75,7 +74,7 @@ def unstack(form: Form) -> Form | None:
     return form.unstack()
 
 
-def order_of(function: Callable[[Any], Any], shape: tuple[int, ...], lead: int) -> tuple[int, ...] | None:
+def order_of(function: Callable[[Array], Array], shape: tuple[int, ...], lead: int) -> tuple[int, ...] | None:
     """The order of a leaf's axes behind the first `lead` in which a function only reshapes it; None if there is none.
 
     Example:

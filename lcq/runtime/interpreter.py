@@ -7,11 +7,11 @@ makes its own dense array where it is used.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from lcq.forms.relayout import MatrixView
 from lcq.runtime.loops import CONTROL
@@ -22,7 +22,7 @@ from lcq.tracing.equation import Body, Content, Equation, Frame
 from lcq.tracing.jaxpr import CALLS, CUSTOM_GRADIENT, DATA_MOVEMENT, PRODUCTS, REMAT
 
 
-def value_of(leaf: Content) -> Any:
+def value_of(leaf: Content) -> Content:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
 
 
@@ -31,16 +31,16 @@ class Runner:
 
     def __init__(self, held: int) -> None:
         self.held = held
-        self.uses: dict[Any, Use] = {}
-        self.views: dict[Any, MatrixView | None] = {}
-        self.latest: Any = None
+        self.uses: dict[Hashable, Use] = {}
+        self.views: dict[Hashable, MatrixView | None] = {}
+        self.latest: Content = None
         self.room = held
         self.looping = False
-        self.split: dict[Any, Any] = {}
+        self.split: dict[Hashable, Content] = {}
         """Products with concatenations, as those with their pieces."""
-        self.done: dict[Any, list[Any]] = {}
+        self.done: dict[Hashable, list[Content]] = {}
         """What equations in loops give, done before them."""
-        self.decoded: dict[Any, Any] = {}
+        self.decoded: dict[Hashable, Content] = {}
         """Operands of equations in loops, dense since before them."""
 
     def run(self, closed: Body, ins: Sequence[Content], frame: Frame = ()) -> list[Content]:
@@ -58,7 +58,7 @@ class Runner:
         made = {id(value): self.dense(value, (*frame, i)) for i, value in enumerate(values)}
         return [made[id(value)] for value in values]
 
-    def dense(self, value: Content, frame: Frame) -> Any:
+    def dense(self, value: Content, frame: Frame) -> Content:
         if not isinstance(value, TracedForm | Pieces):
             return value
         if frame in self.decoded:
@@ -116,11 +116,11 @@ class Runner:
             return self.inline(closed, ins, frame)
 
         @jax.custom_jvp
-        def call(*ins: Any) -> list[Content]:
+        def call(*ins: Content) -> list[Content]:
             return self.run(closed, ins, frame)
 
         @call.defjvp
-        def rule(ins: Any, tangents: Any) -> Any:
+        def rule(ins: Sequence[Content], tangents: Sequence[Content]) -> PyTree:
             later = Runner(self.held)  # when this one has gone on
             return jax.jvp(lambda *ins: jaxpr.bind(eqn, later.dense_all(ins, frame)), ins, tangents)
 

@@ -29,11 +29,11 @@ _VARIES = object()
 class _Later:
     """Arrays that are the same in each round, made when a form meets them."""
 
-    def __init__(self, make: Callable[[], list[Any]], number: int) -> None:
+    def __init__(self, make: Callable[[], list[Content]], number: int) -> None:
         self.make, self.number = make, number
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Content:
         return self.make()[self.number]
 
 
@@ -94,7 +94,7 @@ def _once(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[
     return outs
 
 
-def _now(value: Content) -> Any:
+def _now(value: Content) -> Content:
     return value.value if isinstance(value, _Later) else value
 
 
@@ -144,7 +144,7 @@ def _scan(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[
     return [*carry, *ys]
 
 
-def _apart(runner: Any, value: Content, frame: Frame) -> Any:
+def _apart(runner: Any, value: Content, frame: Frame) -> Content:
     """What a scan takes apart: an array, or the stacked forms of a form's slices."""
     slices = value.stacked() if isinstance(value, TracedForm) else None
     return runner.dense(value, frame) if slices is None else slices
@@ -160,7 +160,7 @@ def _while(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list
     for closed, consts, part in ((condition, ins[:first], "cond"), (body, ins[first : first + second], "body")):
         before(runner, closed, [*consts, *[None] * len(begin)], (*frame, part))
 
-    def go_on(carry: list[Content]) -> Any:
+    def go_on(carry: list[Content]) -> Content:
         return runner.run(condition, [*ins[:first], *carry], (*frame, "cond"))[0]
 
     def step(carry: list[Content]) -> list[Content]:

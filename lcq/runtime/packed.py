@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
 from lcq.forms.dtypes import native_tree
@@ -21,14 +21,14 @@ from lcq.tree.paths import flatten, is_number
 class Packed:
     """A function that takes a tree with forms in place of its parameters; see `packed`."""
 
-    def __init__(self, fn: Callable[..., Any], held: int) -> None:
+    def __init__(self, fn: Callable[..., PyTree], held: int) -> None:
         self.fn, self.held = fn, held
 
-    def __call__(self, forms: Forms, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, forms: Forms, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         _check(forms, args, kwargs)
         return self._run(Runner(self.held), forms, args, kwargs)
 
-    def report(self, forms: Forms, /, *args: Any, **kwargs: Any) -> list[Use]:
+    def report(self, forms: Forms, /, *args: PyTree, **kwargs: PyTree) -> list[Use]:
         """What is done with every form, in the order of the uses; nothing is computed.
 
         What a scan does in each of its rounds is listed once. Shape structs do in place of arrays.
@@ -38,7 +38,7 @@ class Packed:
         jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
         return list(runner.uses.values())
 
-    def prepack(self, forms: Forms, /, *args: Any, **kwargs: Any) -> Any:
+    def prepack(self, forms: Forms, /, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """The tree with its forms prepacked for the products they are used in; once, when a net is loaded.
 
         Without, every call has to bring codes into that layout first, which takes as long as reading the dense weights,
@@ -67,7 +67,7 @@ class Packed:
                 leaves[path] = prepacked_as(leaf, view)
         return jax.tree.unflatten(structure, leaves.values())
 
-    def _run(self, runner: "Runner", forms: Forms, args: Any, kwargs: Any) -> Any:
+    def _run(self, runner: "Runner", forms: Forms, args: PyTree, kwargs: PyTree) -> PyTree:
         leaves, structure = flatten(forms)
         args, kwargs = native_tree((args, kwargs))
         shapes = [struct_of(leaf) if is_form(leaf) else leaf for leaf in leaves.values()]
@@ -80,7 +80,7 @@ class Packed:
         return jax.tree.unflatten(jax.tree.structure(out), results)
 
 
-def packed(fn: Callable[..., Any], *, held: int = 64 << 20) -> Packed:
+def packed(fn: Callable[..., PyTree], *, held: int = 64 << 20) -> Packed:
     """Makes fn(params, ...) take forms in place of parameters.
 
         packed(fn)(forms, x) = fn(decompress(forms), x)
@@ -135,7 +135,7 @@ def packed(fn: Callable[..., Any], *, held: int = 64 << 20) -> Packed:
     return Packed(fn, held)
 
 
-def _check(forms: Forms, args: Any, kwargs: Any) -> None:
+def _check(forms: Forms, args: PyTree, kwargs: PyTree) -> None:
     check_restored(forms)
     pairs, _ = jax.tree_util.tree_flatten_with_path({"params": forms, "args": args, "kwargs": kwargs})
     for keys, leaf in pairs:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from lcq.forms.base import Form
@@ -34,9 +35,9 @@ class Provenance:
     """How a form got where it is: its path, and changes of layout since that it has not made."""
 
     path: str
-    steps: tuple[Step | Callable[[Any], Any], ...] = ()
+    steps: tuple[Step | Callable[[Content], Content], ...] = ()
 
-    def __call__(self, a: Any) -> Any:
+    def __call__(self, a: Content) -> Content:
         return functools.reduce(lambda a, step: step(a), self.steps, a)
 
 
@@ -64,7 +65,7 @@ class TracedForm:
     def dtype(self) -> Any:
         return jnp.dtype(self.wide or self.form.dtype)
 
-    def dense(self, after: Any = None) -> Array:
+    def dense(self, after: Content = None) -> Array:
         """The dense array, not made before `after` is there: else all of them would be, and wait for their turns."""
         form = self.form
         if after is not None:
@@ -88,7 +89,7 @@ class TracedForm:
         taken = None if form is None else take_rows(form, numbers)
         return None if taken is None else TracedForm(taken, Provenance(self.provenance.path), self.wide)
 
-    def cast(self, dtype: Any) -> "TracedForm | None":
+    def cast(self, dtype: DTypeLike) -> "TracedForm | None":
         """In another floating-point format: narrower than all before, or at least as wide as the narrowest."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
@@ -131,12 +132,12 @@ class Pieces:
     def dtype(self) -> Any:
         return self.parts[0].dtype
 
-    def dense(self, after: Any = None) -> Array:
+    def dense(self, after: Content = None) -> Array:
         made = [part.dense(after) if isinstance(part, TracedForm) else part for part in self.parts]
         return jnp.concatenate(made, self.joint.axis)
 
 
-def _stepped(value: Content, step: Step | Callable[[Any], Any]) -> Any:
+def _stepped(value: Content, step: Step | Callable[[Content], Content]) -> Content:
     if not isinstance(value, TracedForm):
         return step(value)
     return dataclasses.replace(value, provenance=Provenance(value.provenance.path, (*value.provenance.steps, step)))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from lcq.forms.base import Form
 from lcq.forms.dtypes import wider
@@ -70,7 +70,7 @@ def _product(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> li
         runner.note((*frame, side), leaf, "decoded", product.w.shape)
         return jaxpr.bind(eqn, [runner.dense(ins[0], (*frame, 0)), leaf.dense(runner.latest)])
 
-    def matrix(w: Any) -> Any:
+    def matrix(w: Array) -> Array:
         return product.weights(leaf.provenance(w)).reshape(*lead, k, n)
 
     def multiply(x: Content, form: Form) -> list[Content] | None:
@@ -119,7 +119,7 @@ def _ragged(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> lis
     if here in runner.decoded:
         return None
 
-    def multiply(x: Content, form: Form) -> Any:
+    def multiply(x: Content, form: Form) -> Array:
         if wider(x.dtype, form.dtype) != dtype:
             x = x.astype(dtype)
         with _precision(precision):
@@ -207,13 +207,13 @@ def _product_of(eqn: Equation, side: int, path: str) -> Product:
     return Product(0, ParamSite(path), eqn.primitive, params, side, x, w, y, jaxpr.where(eqn))
 
 
-def _onto(eqn: Equation, *trees: PyTree) -> Any:
+def _onto(eqn: Equation, *trees: PyTree) -> Content:
     """How the one output of an equation lies, where a mesh has explicit axes."""
     mesh = explicit_mesh(*trees)
     return None if mesh is None else placed_on(mesh, eqn.outvars[0].aval.sharding.spec)
 
 
-def _rows_onto(some: Callable[..., Any], table: TracedForm, start: Content) -> Any:
+def _rows_onto(some: Callable[..., Content], table: TracedForm, start: Content) -> Content:
     """How rows of a form lie: each array as before, where it has the same axes but for the first."""
     mesh = explicit_mesh(table, start)
     shapes = None if mesh is None else jax.eval_shape(some, *bare((table, start)))
@@ -235,7 +235,7 @@ def _precision(chosen: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.default_matmul_precision(one.name.lower() if isinstance(one, jax.lax.Precision) else one.name)
 
 
-USES: dict[str, Callable[[Any, Any, list[Any], tuple[Any, ...]], list[Content] | None]] = {
+USES: dict[str, Callable[[Any, Equation, list[Content], Frame], list[Content] | None]] = {
     **dict.fromkeys(PRODUCTS, _product),
     RAGGED: _ragged,
     "gather": _gather,

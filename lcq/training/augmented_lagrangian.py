@@ -167,7 +167,7 @@ class _Sums(NamedTuple):
     kept_back: Int[Array, ""]
 
 
-_Solved = tuple[tuple[Form, ...], dict[str, Array], _Sums]
+_Solved = tuple[tuple[Form, ...], Leaves, _Sums]
 """Forms and multipliers of a task, and their sums."""
 
 

@@ -1,10 +1,10 @@
 """The one verb for the end of a run: whatever trained the parameters, `extract` gives the forms to ship."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from lcq.forms.base import Form, is_form
 from lcq.training.baselines import baseline_forms, baseline_states, find_baseline
@@ -13,7 +13,7 @@ from lcq.training.hemp import find_hemp, hemp_states
 from lcq.training.hemp_forms import hemp_forms
 from lcq.training.lc import find_lagrangian, lagrangians, lc_forms
 from lcq.training.smooth_binary import SmoothBinary
-from lcq.tree.aliases import Forms, OptState, Params
+from lcq.tree.aliases import Forms, Leaves, OptState, Params
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
 
@@ -23,7 +23,7 @@ def extract(
     params: Params,
     *,
     levels: str = "trained",
-    alphas: Mapping[str, Array] | None = None,
+    alphas: Leaves | None = None,
 ) -> Forms:
     """The compressed net that a run ends with, packed: what `lcq.save` writes. Right at any moment of a run.
 

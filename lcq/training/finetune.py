@@ -160,7 +160,7 @@ class _Net:
                 changed[field.name] = self._slot(path, name, shared, value)
         return dataclasses.replace(node, **changed)
 
-    def _slot(self, path: str, inside: str, shared: str | None, array: Array | np.ndarray) -> PyTree:
+    def _slot(self, path: str, inside: str, shared: str | None, array: PyTree) -> PyTree:
         """The slot of a floating-point array, anything else as it is."""
         if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.floating):
             return array
@@ -192,7 +192,7 @@ class _Net:
         return numbers | {name: jnp.where(still, there[name], numbers[name]) for name, still in self.still.items()}
 
     @own_promotion()
-    def _put(self, numbers: dict[str, Array], rest: Sequence[Array | None], rounded: bool) -> list[PyTree]:
+    def _put(self, numbers: dict[str, Array], rest: Sequence[PyTree], rounded: bool) -> list[PyTree]:
         """Working forms and arrays with these numbers, in float32 or as they are stored."""
         flat = []
         for slot, other in zip(self.slots, rest, strict=True):
@@ -202,7 +202,7 @@ class _Net:
                 flat.append(nearest_number(slot.fill(numbers), slot.dtype) if rounded else slot.fill(numbers))
         return jax.tree.unflatten(self._forms, flat)
 
-    def dense(self, numbers: dict[str, Array], rest: Sequence[Array | None]) -> Params:
+    def dense(self, numbers: dict[str, Array], rest: Sequence[PyTree]) -> Params:
         """The parameters as they will be stored, differentiable as if numbers were not rounded."""
         numbers = self.hold(numbers, jax.lax.stop_gradient(numbers))
         pairs = zip(self._put(numbers, rest, False), self._put(numbers, rest, True), strict=True)

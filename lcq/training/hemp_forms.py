@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def hemp_forms(state: HempState, params: Params, levels: str) -> tuple[Tasks, li
     return state.tasks, all_forms
 
 
-def warn_of_lost(shares: dict[str, Array], stacklevel: int) -> None:
+def warn_of_lost(shares: Mapping[str, Array | np.ndarray], stacklevel: int) -> None:
     """Warns of leaves with nearly all weights on one level; in a trace nothing can be looked at."""
     if any(isinstance(share, jax.core.Tracer) for share in shares.values()):
         return

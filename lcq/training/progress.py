@@ -1,6 +1,7 @@
 """How far a run of `lc` or `hemp` is: scalars for a logger."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from lcq.training.given import RESTORED
@@ -10,7 +11,7 @@ from lcq.training.lc import find_lagrangian, lagrangians
 from lcq.tree.aliases import OptState
 
 
-def metrics(opt_state: OptState) -> dict[str, Array]:
+def metrics(opt_state: OptState) -> dict[str, Array | np.ndarray]:
     """Scalars for a logger, of the last C step of `lc` (of direct compression before the first) or update of `hemp`.
 
     Args:
@@ -47,7 +48,7 @@ def metrics(opt_state: OptState) -> dict[str, Array]:
         >>> {name: float(value) for name, value in metrics(state).items() if name != "entropy"}
         {'largest_share': 0.5, 'collapsed': 0.0}
     """
-    found: dict[str, Array] = {}
+    found: dict[str, Array | np.ndarray] = {}
     with_hemp = bool(hemp_states(opt_state))
     with_lc = bool(lagrangians(opt_state))
     if not with_lc and not with_hemp:

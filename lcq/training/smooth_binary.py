@@ -10,7 +10,7 @@ these properties. The other transformations are controls, with the same signatur
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -245,7 +245,7 @@ class SmoothBinary:
     rules: tuple[Rule, ...]
     binarization: Binarization
 
-    def __call__(self, params: Params, t: ArrayLike, alphas: Mapping[str, Array] | None = None) -> Params:
+    def __call__(self, params: Params, t: ArrayLike, alphas: Leaves | None = None) -> Params:
         """The tree with W in place of w at the selected leaves.
 
         Args:
@@ -260,7 +260,7 @@ class SmoothBinary:
             raise ValueError(f"expected t, progress from 0 to 1, got {t}; pass the step over the number of steps")
         return self._put(params, alphas, lambda w, group, alpha: self.binarization(w, t, group, alpha))
 
-    def compress(self, params: Params, alphas: Mapping[str, Array] | None = None) -> Forms:
+    def compress(self, params: Params, alphas: Leaves | None = None) -> Forms:
         """What is deployed: the tree with forms of alpha_G sign(x), working layout, at the selected leaves.
 
         It may be traced; `lcq.extract(binary, params)` is the packed tree for a file. With batch norm,
@@ -310,7 +310,7 @@ class SmoothBinary:
     def _paths(self, params: Params) -> list[str]:
         return [task.name for task in resolve(self.rules, params)]
 
-    def _put(self, params: Params, alphas: Mapping[str, Array] | None, f: _Binarize) -> Forms:
+    def _put(self, params: Params, alphas: Leaves | None, f: _Binarize) -> Forms:
         """The tree with f(w, group, alpha) at the selected leaves; of shape structs, the shapes of it."""
         if abstract(params):
             return jax.eval_shape(lambda params, alphas: self._put(params, alphas, f), params, alphas)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def decompress(tree: Forms) -> Params:
     return jax.tree.map(lambda leaf: leaf.dense() if is_form(leaf) else leaf, tree, is_leaf=is_form)
 
 
-def take(leaves: Leaves, task: Task) -> tuple[Array | np.ndarray, ...]:
+def take(leaves: Leaves, task: Task) -> tuple[Any, ...]:
     """The leaves of one task, in its order."""
     return tuple(leaves[path] for path in task.paths)
 
