@@ -19,7 +19,7 @@ from lcq.plans.plan import Plan
 from lcq.plans.text import right_side
 from lcq.reporting.summary import dense_of, text
 from lcq.schemes.base import Scheme
-from lcq.tree.aliases import Params
+from lcq.tree.aliases import Leaves, Params
 from lcq.tree.compress import check_finite, sizes
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Task, resolve
@@ -125,7 +125,7 @@ def pareto(
     *,
     bytes: int | None = None,
     bits_per_weight: float | None = None,
-    importance: Mapping[str, ArrayLike] | None = None,
+    importance: Leaves | None = None,
     coded: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Allocation:

@@ -108,7 +108,7 @@ def evaluate(
     env: dict[Hashable, Content] = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(var: Hashable) -> Content:
+    def read(var: Any) -> Content:
         return constant(var.val) if isinstance(var, core.Literal) else env[var]
 
     uses = [[var for var in eqn.invars if not isinstance(var, core.Literal)] for eqn in jaxpr.eqns]

@@ -7,7 +7,8 @@ So parameters can be followed into it: to vmap, collectives are sums and copies 
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -90,7 +91,7 @@ def _run(closed: Body, *arrays: Content) -> list[Content]:
     jaxpr, consts = opened(closed)
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arrays], strict=True))
 
-    def read(var: Hashable) -> Content:
+    def read(var: Any) -> Content:
         return var.val if hasattr(var, "val") else env[var]
 
     for eqn in jaxpr.eqns:

@@ -2,13 +2,12 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from lcq.forms.base import Form, is_form
@@ -18,7 +17,7 @@ from lcq.tree.paths import check_numbers, flatten, leave_out
 from lcq.tree.rules import Rules, Task, resolve
 
 
-def compress(params: Params, rules: Rules, *, importance: Mapping[str, ArrayLike] | None = None) -> Forms:
+def compress(params: Params, rules: Rules, *, importance: Leaves | None = None) -> Forms:
     """Direct compression: every selected leaf becomes its nearest form, Theta = Pi(w).
 
     Args:
@@ -57,7 +56,7 @@ def compress(params: Params, rules: Rules, *, importance: Mapping[str, ArrayLike
     return replace(structure, leaves, tasks, [_project(task, leaves, importance or {}) for task in tasks])
 
 
-def _project(task: Task, leaves: Leaves, importance: Mapping[str, ArrayLike]) -> tuple[Form, ...]:
+def _project(task: Task, leaves: Leaves, importance: Leaves) -> tuple[Form, ...]:
     xs = take(leaves, task)
     if not any(path in importance for path in task.paths):
         return task.project(xs)
