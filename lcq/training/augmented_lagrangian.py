@@ -327,11 +327,11 @@ def _square(arrays: Iterable[Array]) -> Float[Array, ""]:
     return functools.reduce(jnp.add, (jnp.sum(a**2) for a in arrays), jnp.float32(0))
 
 
-def _info(sums: _Sums, size: Array, kept_back: Array, skipped: Array) -> Info:
+def _info(sums: _Sums, size: Array, kept_back: Array, skipped: Array | np.ndarray) -> Info:
     return Info(
         gap=(sums.away / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)).astype(jnp.float32),
         distortion=sums.distortion.astype(jnp.float32),
         multiplier_norm=jnp.sqrt(sums.multipliers),
         kept_back=kept_back,
-        skipped=skipped,
+        skipped=jnp.asarray(skipped),
     )

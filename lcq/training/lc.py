@@ -150,7 +150,7 @@ def lc(
     def optimizer_at(eta: ArrayLike | None) -> optax.GradientTransformationExtraArgs:
         return optax.with_extra_args_support(inner if learning_rate is None else inner(eta))
 
-    def learning_rate_at(steps: Array) -> ArrayLike | None:
+    def learning_rate_at(steps: ArrayLike) -> ArrayLike | None:
         return learning_rate(steps) if callable(learning_rate) else learning_rate
 
     def first_state(params: Params, blank: bool) -> LCState:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from lcq.tree.aliases import ExtraArgs, Params
 from lcq.tree.paths import flatten
@@ -108,7 +108,7 @@ def take_term(inner_state: PyTree, params: Params, term: Term) -> PyTree:
     return jax.tree.map(bare, inner_state, is_leaf=_is_search)
 
 
-def forget(inner_state: PyTree, when: Bool[Array, ""]) -> PyTree:
+def forget(inner_state: PyTree, when: ArrayLike) -> PyTree:
     """The inner state without the value that line searches keep, where parameters were moved away from it."""
 
     def without(node: PyTree) -> PyTree:

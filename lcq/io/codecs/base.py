@@ -106,7 +106,7 @@ def encode(array: np.ndarray, codes: tuple[int, int] | None, names: Sequence[str
     raise AssertionError("raw takes every array")
 
 
-def _bytes(name: str, data: Any) -> np.ndarray:
+def _bytes(name: str, data: object) -> np.ndarray:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 1:
         raise ValueError(
             f"expected encode of codec {name!r} to return a uint8 array of one axis, or None, got "
