@@ -164,7 +164,7 @@ def _tensor(name: str, entry: object, start: int) -> Tensor:
     )
 
 
-def struct_of(dtype: object, shape: list[int]) -> jax.ShapeDtypeStruct | None:
+def struct_of(dtype: object, shape: list[Json]) -> jax.ShapeDtypeStruct | None:
     """What a dtype's name and a shape from a file declare; None if they declare nothing."""
     if dtype not in DTYPES or not all(type(n) is int for n in shape):
         return None
