@@ -99,9 +99,9 @@ def test_the_door_multiplies_packed_signs(rows):
 
 
 def test_signs_of_what_is_no_matrix_and_for_no_platform_are_refused():
-    for w, layout in ((jnp.ones(3), None), (jnp.ones((3, 2)), "cuda")):
-        with pytest.raises(ValueError, match=r"expected a matrix .* and a layout of xla, tpu, gpu or None, got .3"):
-            inspect.unwrap(signs)(w, layout)
+    for w, platform in ((jnp.ones(3), None), (jnp.ones((3, 2)), "cuda")):
+        with pytest.raises(ValueError, match=r"expected a matrix .* and a platform of xla, tpu, gpu or None, got .3"):
+            inspect.unwrap(signs)(w, platform)
 
 
 def test_the_door_wants_as_many_signs_as_there_are_weights():

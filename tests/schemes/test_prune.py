@@ -110,7 +110,7 @@ def test_huge_weights_choose_as_small_ones_do():
         (lambda: lcq.Prune(count=1, fraction=1.0), "got 1 and 1.0"),
         (lambda: lcq.Prune(count=-1), "expected count= an int >= 0, got -1"),
         (lambda: lcq.Prune(count=True), "expected count= an int >= 0, got True"),
-        (lambda: lcq.Prune(fraction=0.05), "expected count= an int >= 0, got 0.05; a part of all is fraction="),
+        (lambda: lcq.Prune(count=0.05), "expected count= an int >= 0, got 0.05; a part of all is fraction="),
         (lambda: lcq.Prune(fraction=1.5), "a part of all from 0 to 1, got 1.5; a number of them is count="),
         (lambda: lcq.Prune(fraction=np.nan), "a part of all from 0 to 1, got nan"),
         (lambda: lcq.Prune(fraction=True), "a part of all from 0 to 1, got True"),
