@@ -9,6 +9,14 @@ import pytest
 from lcq import interrupt
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_not_ignored():
+    """As they are, and are inherited, where a shell has put the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("last", ["numpy", "lcq.io.file"])
 def test_an_interrupt_while_importing_prints_no_traceback(last):
     command = [sys.executable, "-X", "importtime", "-m", "lcq", "--version"]

@@ -93,7 +93,7 @@ def replace(
     return jax.tree.unflatten(structure, new.values())
 
 
-def check_finite(path: str, leaf: Array | np.ndarray | jax.ShapeDtypeStruct) -> None:
+def check_finite(path: str, leaf: Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) -> None:
     """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
     if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return

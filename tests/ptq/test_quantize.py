@@ -391,10 +391,10 @@ def test_images_taken_part_by_part_make_no_difference(monkeypatch):
         two = {"dimension_numbers": numbers, "feature_group_count": 2}
         return jax.lax.conv_general_dilated(x, params["c"], (2, 2), "VALID", **two)
 
-    done = []
+    done, rule = [], lcq.Rule("a|c", lcq.Uniform(3, per="channel"))
     for rows in (1 << 30, 100):
         monkeypatch.setattr(gathering, "_ROWS", rows)
-        done.append(lcq.quantize(net, params, batches, [lcq.Rule("a|c", lcq.Uniform(3, per="channel"))], "qronos"))
+        done.append(lcq.quantize(net, params, batches, [rule], lcq.Qronos(shrink=0.0)))  # folds are cut in parts
     for one, two in zip(*(jax.tree.leaves(d.forms) for d in done), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
     products = trace(net, params, batches[0], ["a", "c"]).products

@@ -189,11 +189,11 @@ def tokens(size, many, seed):
     return rng.normal(size=(size, 24)).astype("f4"), draw(many), draw(2000)
 
 
-def on_new_rows(w, x, new, method, bias, **settings):
+def on_new_rows(w, x, new, method, bias):
     """The error of a quantized layer over that of `lcq.compress`."""
     params = {"w": jnp.asarray(w)} | ({"b": jnp.zeros(24)} if bias else {})
     rule = [lcq.Rule("w", FORM)]
-    done = lcq.quantize(lambda p, x: x @ p["w"] + p.get("b", 0), params, [x], rule, method, **settings).forms
+    done = lcq.quantize(lambda p, x: x @ p["w"] + p.get("b", 0), params, [x], rule, method).forms
     errors = [
         square(new @ np.asarray(f["w"].dense()) + np.asarray(f.get("b", 0)), new @ w)
         for f in (done, lcq.compress(params, rule))
@@ -210,7 +210,7 @@ def test_eight_rows_that_share_a_part(method, bias):
 def test_with_four_rows_an_input_nothing_is_lost():
     """Codes of fewer rows ask for a shrinking that those of all do not need."""
     case = tokens(64, 256, seed=16)
-    assert on_new_rows(*case, "descent", False) < 1.02 * on_new_rows(*case, "descent", False, shrink=0.0)
+    assert on_new_rows(*case, "descent", False) < 1.02 * on_new_rows(*case, lcq.Descent(shrink=0.0), False)
 
 
 def test_a_bias_does_not_follow_noise():
