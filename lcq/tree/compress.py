@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.restored import check_restored
@@ -93,7 +92,7 @@ def replace(
     return jax.tree.unflatten(structure, new.values())
 
 
-def check_finite(path: str, leaf: Array | np.ndarray | np.generic | jax.ShapeDtypeStruct) -> None:
+def check_finite(path: str, leaf: Array | np.ndarray | np.number | jax.ShapeDtypeStruct) -> None:
     """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
     if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return

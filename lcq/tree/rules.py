@@ -102,7 +102,7 @@ class Task:
 
     def project(
         self,
-        xs: tuple[Array | np.ndarray, ...],
+        xs: tuple[Array | np.ndarray | np.number, ...],
         previous: tuple[Form, ...] | None = None,
         mu: ArrayLike | None = None,
         importance: PyTree = None,
