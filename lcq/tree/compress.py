@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.restored import check_restored
