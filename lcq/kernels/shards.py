@@ -51,7 +51,7 @@ def _columns_on(mesh: AbstractMesh | None, ready: Prepacked, form: Form, axes: t
     named = [spec[lead + axis] for axis in across]
     name = named[0] if named and not any(named[1:]) else None
 
-    def each(a: Array, field_axis: int) -> NamedSharding:
+    def each(a: Array | jax.ShapeDtypeStruct, field_axis: int) -> NamedSharding:
         own = [None] * len(a.shape)
         own[:lead] = spec[:lead]
         if a.shape[field_axis] == ready.columns:
