@@ -77,7 +77,7 @@ def reduced(mask: Content, axes: Sequence[int]) -> Content:
     return None if mask is None else mask.any(tuple(axes))
 
 
-def varies(mask: Content, axes: Sequence[int]) -> bool:
+def varies(mask: Content, axes: Sequence[int | np.integer]) -> bool:
     """Whether it depends on one of these axes."""
     return mask is not None and any(mask.shape[axis] > 1 for axis in axes)
 
