@@ -11,7 +11,7 @@ ROWS = (
     (LENET, "`lc`: 2.5 % of the weights, of 8 values", "smallest_lenet300_2.5_moved"),
     (RESNET, "`lc`: 2 bits a weight", "resnet20_lc_k4_steep"),
     (RESNET, "`smooth_binary`: 1 bit a weight", "smooth_binary_resnet20_smooth_l2"),
-    (RESNET, "`quantize`: 4 levels, without training, file not entropy-coded", "gpfq_resnet20"),
+    (RESNET, "`quantize`: 4 levels, without training", "gpfq_resnet20"),
 )
 
 
