@@ -4,7 +4,7 @@ import dataclasses
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import rich.table
 from rich import box
@@ -79,8 +79,8 @@ def grid(columns: Sequence[Column], gap: int, footer: int) -> rich.table.Table:
     """A rich table, the last `footer` lines set apart in bold."""
     made = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 2, 0, 1))
     for column in columns:
-        side = "right" if column.number else "left"
-        made.add_column(column.header, justify=side, no_wrap=column.number, overflow="fold")  # type: ignore[arg-type]
+        side: Literal["left", "right"] = "right" if column.number else "left"
+        made.add_column(column.header, justify=side, no_wrap=column.number, overflow="fold")
     lines = list(zip(*(column.cells for column in columns), strict=True))
     for number, (first, *others) in enumerate(lines, 1):
         bold = "bold" if number > len(lines) - footer else ""

@@ -321,8 +321,9 @@ class SmoothBinary:
             raise ValueError(f"expected alphas of the selected leaves, got more or fewer: {', '.join(wrong)}")
         for task in tasks:
             path, alpha = task.name, None if alphas is None else alphas[task.name]
+            assert isinstance(task.scheme, Binary)
             with named(path):
-                mapped = _stacked(f, task.scheme.per, task.stacked)  # type: ignore[attr-defined]
+                mapped = _stacked(f, task.scheme.per, task.stacked)
                 leaves[path] = mapped(jnp.asarray(leaves[path]), alpha)
         return jax.tree.unflatten(structure, leaves.values())
 

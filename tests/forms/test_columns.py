@@ -7,25 +7,9 @@ import pytest
 import lcq
 from lcq.forms.column_words import pack_columns
 from lcq.kernels.api import matmul
-from tests.kernels.products import form_of
+from tests.kernels.products import CODED, form_of
 
 RNG = np.random.default_rng(0)
-
-
-CODED = [
-    lcq.Binary(scale=True),
-    lcq.KMeans(1),
-    lcq.KMeans(2),
-    lcq.KMeans(2, per="channel"),
-    lcq.KMeans(4),
-    lcq.KMeans(4, per=(10, 1)),
-    lcq.KMeans(20, per="channel"),
-    lcq.KMeans(300),
-    lcq.Ternary(),
-    lcq.PowersOfTwo(2),
-    lcq.Uniform(3, per=(35, 1), zero_point=True),
-    lcq.Uniform(8, per=(70, 5)),
-]
 
 
 @pytest.mark.parametrize("scheme", CODED, ids=repr)

@@ -1,4 +1,8 @@
-"""Forms and trees to save, and what compares them bit for bit."""
+"""Forms and trees to save, what compares them bit for bit, and files that are forged."""
+
+import copy
+import json
+import struct
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +10,7 @@ from hypothesis import strategies as st
 
 from lcq.forms import Cast, Codes
 from lcq.forms.base import is_form
+from lcq.io import container
 
 
 def same(a, b):
@@ -64,3 +69,26 @@ def arrays(seed=0):
         "plain": [w, (jnp.asarray(w, jnp.bfloat16), None), ()],
         "step": jnp.int32(7),
     }
+
+
+def parts_of(data):
+    """Header, index and streams of a file."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    return header, json.loads(header["__metadata__"]["index"]), data[8 + length :]
+
+
+def forge(header, index, streams):
+    """A file with right digests of the header and, where the header points into the streams, of these."""
+    index = copy.deepcopy(index)
+    for name, entry in header.items():
+        try:
+            begin, end = entry["data_offsets"]
+            index["digests"][name] = container.digest(streams[begin:end])
+        except (KeyError, TypeError, ValueError):
+            pass
+    metadata = header["__metadata__"] | {"index": json.dumps(index), "digest": "0" * 32}
+    raw = json.dumps(header | {"__metadata__": metadata})
+    raw = (raw + " " * (-len(raw) % 8)).encode()
+    raw = raw.replace(b"0" * 32, container.digest(raw).encode())
+    return struct.pack("<Q", len(raw)) + raw + streams

@@ -19,7 +19,7 @@ from lcq.forms import Cast, Codes
 from lcq.forms.base import is_form
 from lcq.io import container
 from lcq.io.file import ArtifactError, load, save
-from tests.io.files import arrays, codes_fields, same
+from tests.io.files import arrays, codes_fields, forge, parts_of, same
 
 plain = functools.partial(save, coded=False)
 
@@ -128,29 +128,6 @@ def test_swapped_blocks_are_refused(path, whole):
 
 def test_damage_names_the_tensor(path, whole):
     assert "plain/0: its data is damaged" in refuse(path, whole.replace(arrays()["plain"][0].tobytes(), bytes(60)))
-
-
-def parts_of(data):
-    """Header, index and streams of a file."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    return header, json.loads(header["__metadata__"]["index"]), data[8 + length :]
-
-
-def forge(header, index, streams, pad=True):
-    """A file with right digests of the header and, where the header points into the streams, of these."""
-    index = copy.deepcopy(index)
-    for name, entry in header.items():
-        try:
-            begin, end = entry["data_offsets"]
-            index["digests"][name] = container.digest(streams[begin:end])
-        except (KeyError, TypeError, ValueError):
-            pass
-    metadata = header["__metadata__"] | {"index": json.dumps(index), "digest": "0" * 32}
-    raw = json.dumps(header | {"__metadata__": metadata})
-    raw = (raw + " " * (-len(raw) % 8)).encode()
-    raw = raw.replace(b"0" * 32, container.digest(raw).encode())
-    return struct.pack("<Q", len(raw)) + raw + streams
 
 
 def test_forging_works(path, whole):

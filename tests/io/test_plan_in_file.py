@@ -1,9 +1,6 @@
 """A plan goes along with a file as text, changes nothing else in it, and is looked at with distrust."""
 
-import copy
 import functools
-import json
-import struct
 import tracemalloc
 
 import numpy as np
@@ -13,10 +10,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcq.io import container
 from lcq.io.file import ArtifactError, load, read_index, save
 from lcq.io.index import LONGEST_PLAN
-from tests.io.files import arrays, same
+from tests.io.files import arrays, forge, parts_of, same
 
 plain = functools.partial(save, coded=False)
 
@@ -120,26 +116,3 @@ def refuse(path, data, message="net.lcq"):
         load(path)
     assert str(caught.value).startswith(str(path))
     return str(caught.value)
-
-
-def parts_of(data):
-    """Header, index and streams of a file."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    return header, json.loads(header["__metadata__"]["index"]), data[8 + length :]
-
-
-def forge(header, index, streams, pad=True):
-    """A file with right digests of the header and, where the header points into the streams, of these."""
-    index = copy.deepcopy(index)
-    for name, entry in header.items():
-        try:
-            begin, end = entry["data_offsets"]
-            index["digests"][name] = container.digest(streams[begin:end])
-        except (KeyError, TypeError, ValueError):
-            pass
-    metadata = header["__metadata__"] | {"index": json.dumps(index), "digest": "0" * 32}
-    raw = json.dumps(header | {"__metadata__": metadata})
-    raw = (raw + " " * (-len(raw) % 8)).encode()
-    raw = raw.replace(b"0" * 32, container.digest(raw).encode())
-    return struct.pack("<Q", len(raw)) + raw + streams

@@ -6,7 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import lcq
 from lcq.kernels.api import matmul
+
+CODED = [
+    lcq.Binary(scale=True),
+    lcq.KMeans(1),
+    lcq.KMeans(2),
+    lcq.KMeans(2, per="channel"),
+    lcq.KMeans(4),
+    lcq.KMeans(4, per=(10, 1)),
+    lcq.KMeans(20, per="channel"),
+    lcq.KMeans(300),
+    lcq.Ternary(),
+    lcq.PowersOfTwo(2),
+    lcq.Uniform(3, per=(35, 1), zero_point=True),
+    lcq.Uniform(8, per=(70, 5)),
+]
 
 
 def near(y, x, dense, ulps=16, least=1e-30):

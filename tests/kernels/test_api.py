@@ -14,26 +14,10 @@ from lcq.forms.column_words import pack_columns
 from lcq.kernels import codes_xla, reference
 from lcq.kernels.api import matmul
 from lcq.kernels.code_product import code_product
-from tests.kernels.products import form_of, near, product
+from tests.kernels.products import CODED, form_of, near, product
 
 RNG = np.random.default_rng(0)
 MANTISSA = str(0x3F800000)  # bits of 1.0, which are in the program of the loop over words alone
-
-
-CODED = [
-    lcq.Binary(scale=True),
-    lcq.KMeans(1),
-    lcq.KMeans(2),
-    lcq.KMeans(2, per="channel"),
-    lcq.KMeans(4),
-    lcq.KMeans(4, per=(10, 1)),
-    lcq.KMeans(20, per="channel"),
-    lcq.KMeans(300),
-    lcq.Ternary(),
-    lcq.PowersOfTwo(2),
-    lcq.Uniform(3, per=(35, 1), zero_point=True),
-    lcq.Uniform(8, per=(70, 5)),
-]
 
 
 OTHERS = [
