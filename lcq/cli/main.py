@@ -1,4 +1,4 @@
-"""The command line: lcq demo, compress, quantize, inspect, table, decompress.
+"""The command line: lcq demo, compress, quantize, import, inspect, table, decompress.
 
 Exit status: 0 done; 1 bad input or data, said in one line on stderr; 2 bad usage; 130 interrupted; 141 if whoever reads
 stdout has gone. Tables go to stdout, progress, notes, warnings and errors to stderr, with remedies as they are typed.
@@ -24,6 +24,7 @@ from lcq.cli.calibration import batches_of, function_of, products_of
 from lcq.cli.console import check_output, in_words_of_the_command, progress, refuse, show
 from lcq.cli.demo import QUICK, RECIPE, demo
 from lcq.cli.inspect import inspect_file, table_of_file
+from lcq.forms.base import is_form
 from lcq.interrupt import raise_interrupts
 from lcq.io.checkpoints import checkpoint
 from lcq.io.file import LIMIT, read_metadata
@@ -117,9 +118,9 @@ def _parser() -> argparse.ArgumentParser:
         "compress",
         parents=[rules, force],
         help="checkpoint -> .lcq",
-        description="Direct compression of a checkpoint (.safetensors, .npz, a folder of safetensors shards with an "
-        "index, or an orbax folder). A rule is PATTERN=SCHEME: a regular expression for the whole path of a leaf, "
-        "keys joined by '/', and one of "
+        description="Direct compression of a checkpoint (.safetensors, .npz, .gguf, .weights.h5, a folder of "
+        "safetensors shards with an index, or an orbax folder). A rule is PATTERN=SCHEME: a regular expression for the "
+        "whole path of a leaf, keys joined by '/', and one of "
         f"{', '.join(SCHEMES)} or None, with '; joint', '; stacked=N' or '; layout=oi' after it. "
         "The first rule that matches decides.",
     )
@@ -173,6 +174,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
     sub.set_defaults(run=_quantize, usage_error=sub.error)
+
+    sub = commands.add_parser(
+        "import",
+        parents=[force],
+        help="checkpoint of codes -> .lcq, the same codes",
+        description="Weights that are codes already become forms of the same codes, scales and zeros: .gguf files, "
+        "folders of safetensors by compressed-tensors, GPTQ or fp8 (their config.json says so), orbax folders of qwix.",
+    )
+    sub.add_argument("checkpoint", type=Path, metavar="IN", help="the checkpoint")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq")
+    sub.set_defaults(run=_import)
 
     sub = commands.add_parser("inspect", help="what an .lcq file is made of: format, tensors, metadata, plan")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
@@ -241,7 +253,8 @@ def _compress(arguments: argparse.Namespace) -> None:
             arguments.usage_error("expected -o OUT.lcq, or --dry-run")
         refuse(arguments.force, arguments.out)
         check_output(arguments.out, arguments.checkpoint)
-    plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
+    plan, (params, metadata, layout) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
+    _say_layout(arguments.checkpoint, layout, plan)
     if arguments.dry_run:
         return show(dry_run(params, plan))
     tasks = resolve(plan, params)
@@ -255,6 +268,31 @@ def _compress(arguments: argparse.Namespace) -> None:
             forms.append(tuple(form.pack() for form in task.project(take(leaves, task))))
             advance("", 1)
     _save(arguments.out, replace(structure, leaves, tasks, forms), params, plan, metadata)
+
+
+def _say_layout(path: Path, layout: str | None, plan: lcq.Plan) -> None:
+    """Says so where rules with scales of channels or groups take the weights of another layout for those of JAX."""
+    plain = [(rule.pattern, rule.scheme.cuts) for rule in plan.rules if rule.scheme and rule.layout is None]
+    named = [pattern for pattern, cuts in plain if any(isinstance(per, int | str) for per in cuts)]
+    if layout is not None and named:
+        print(
+            f"lcq compress: note: {path} has weights in the layout {layout}; rules without '; layout={layout}' take "
+            f"them for inputs by outputs: {', '.join(named)}",
+            file=sys.stderr,
+        )
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    refuse(arguments.force, arguments.out)
+    check_output(arguments.out, arguments.checkpoint)
+    tree, metadata, _ = checkpoint.read_checkpoint(arguments.checkpoint, forms=True)
+    if not any(map(is_form, flatten(tree)[0].values())):
+        raise ValueError(
+            f"{arguments.checkpoint}: expected weights that are codes, got arrays alone; lcq compress makes codes"
+        )
+    with progress() as advance:
+        size = lcq.save(arguments.out, tree, metadata=metadata, progress=lambda i, n, name: advance(name, 1, n))
+    show(table(tree, on_disk=size))
 
 
 def _save(out: Path, tree: PyTree, params: Params, plan: lcq.Plan, metadata: dict[str, str], *before: Any) -> None:
@@ -296,7 +334,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             arguments.usage_error("expected -o OUT.lcq, or --dry-run")
         refuse(arguments.force, arguments.out)
         check_output(arguments.out, arguments.checkpoint, arguments.data)
-    plan, (params, metadata) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
+    plan, (params, metadata, _) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
     batches = batches_of(arguments.data, arguments.batch, arguments.limit, arguments.mask)
     make = ROUNDING_METHODS[arguments.method]
     method = SPFQ(seed=arguments.seed) if make is SPFQ else make()

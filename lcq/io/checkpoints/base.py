@@ -1,10 +1,10 @@
 """`CheckpointFormat`: one way in which other tools write parameters; and the registry of all."""
 
 import abc
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 from jaxtyping import PyTree
 
 from lcq.forms.registry import Registry
@@ -15,12 +15,15 @@ class Checkpoint(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-        tree: nested dicts of numpy arrays.
-        metadata: strings by name, of a safetensors header.
+        tree: nested dicts of numpy arrays, or of forms in place of some.
+        metadata: strings by name, of a safetensors header or the fields of a GGUF file.
+        layout: of its weights, as `lcq.Rule` has it, where the format says so: "oi", (outputs, inputs); None where it
+            does not.
     """
 
     tree: PyTree
     metadata: dict[str, str]
+    layout: str | None = None
 
 
 class CheckpointFormat(abc.ABC):
@@ -33,6 +36,7 @@ class CheckpointFormat(abc.ABC):
         suffix: how names of its files end, such as ".npz"; "" for folders.
         holds_metadata: whether strings by name can be written with the arrays.
         holds_empty: whether None and empty containers can be written.
+        only_read: whether errors name it apart, as what cannot be written.
 
     Example:
         >>> import lcq, tempfile
@@ -51,6 +55,7 @@ class CheckpointFormat(abc.ABC):
     suffix: ClassVar[str]
     holds_metadata: ClassVar[bool] = False
     holds_empty: ClassVar[bool] = False
+    only_read: ClassVar[bool] = False
 
     def recognises(self, path: Path) -> bool:
         """Whether what is at `path`, which exists, is of this format."""
@@ -63,6 +68,14 @@ class CheckpointFormat(abc.ABC):
         Raises:
             ValueError: it is damaged, or holds what numpy cannot; names it.
         """
+
+    def read_forms(self, path: Path) -> Checkpoint:
+        """The same with forms, stored, for weights that are codes in the file; of a format without codes as `read`.
+
+        Raises:
+            ValueError: as `read`, and codes that no form holds.
+        """
+        return self.read(path)
 
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
         """Writes arrays of the host, by path, whole or not at all.
@@ -78,8 +91,8 @@ CHECKPOINT_FORMATS: Registry[type[CheckpointFormat]] = Registry("checkpoint form
 """How other tools write parameters; the newest that recognises a checkpoint reads it."""
 
 
-def nested(path: Path, arrays: dict[str, np.ndarray]) -> PyTree:
-    """Nested dicts of arrays by name, "a/b" being b in a.
+def nested(path: Path, arrays: Mapping[str, Any]) -> PyTree:
+    """Nested dicts of arrays, or forms, by name, "a/b" being b in a.
 
     Raises:
         ValueError: a name that is both an array and the dict of others.

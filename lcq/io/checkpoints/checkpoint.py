@@ -1,6 +1,6 @@
-"""Parameters of other tools, in and out: .safetensors, whole or in shards, .npz, and folders of orbax.
+"""Parameters of other tools, in and out: .safetensors, whole or in shards, .npz, folders of orbax; .gguf and more in.
 
-The first two hold a flat list of named arrays. Names are split at "/", and only there, into nested dicts:
+Files hold a flat list of named arrays. Names are split at "/", and only there, into nested dicts:
 "dense0/kernel" becomes {"dense0": {"kernel": ..}}, while "layers.0.weight" stays one key. So a rule's pattern is
 matched against the name as it is in the file, and what is read is written under the same names.
 """
@@ -20,18 +20,26 @@ from lcq.io.tree_paths import Leaf, flatten, is_empty
 
 _TORCH = "; of torch's files, which may run code, make one with safetensors.torch.save_file"
 _HINTS = {".lcq": "; lcq.load and lcq.save are for .lcq files", ".json": "; an index of shards ends in " + INDEX}
+_HINTS |= {".keras": "; of a .keras file unzip model.weights.h5"}
 _HINTS |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _TORCH)
 
 
-def read(path: str | os.PathLike[str]) -> PyTree:
-    """Nested dicts of numpy arrays from a .safetensors or .npz file, or a folder that orbax wrote.
+def read(path: str | os.PathLike[str], *, forms: bool = False) -> PyTree:
+    """Nested dicts of numpy arrays from a .safetensors, .npz, .gguf or .weights.h5 file, or a folder that orbax wrote.
 
     A safetensors checkpoint in shards is read whole: give its folder or its index, see
     `lcq.io.checkpoints.shards`. Lists of an orbax checkpoint stay lists, and tuples become lists.
 
+    Weights that are codes in the file (GGUF; compressed-tensors, GPTQ and fp8 in safetensors, by the config.json beside
+    them; qwix in orbax) become forms of the same codes, or are made dense.
+
+    Args:
+        path: of the file or folder.
+        forms: whether codes stay codes, as forms, stored.
+
     Raises:
         ValueError: another kind of file, a damaged one, shards that are not whole, or arrays of a dtype without a name
-            in numpy.
+            in numpy; codes that no form holds.
         FileNotFoundError: there is nothing at `path`.
 
     Example:
@@ -39,13 +47,13 @@ def read(path: str | os.PathLike[str]) -> PyTree:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write(f"{folder}/net.safetensors", {"dense0": {"bias": np.zeros(2)}}, {"format": "np"})
         ...     read_checkpoint(folder)
-        Checkpoint(tree={'dense0': {'bias': array([0., 0.])}}, metadata={'format': 'np'})
+        Checkpoint(tree={'dense0': {'bias': array([0., 0.])}}, metadata={'format': 'np'}, layout=None)
     """
-    return read_checkpoint(path).tree
+    return read_checkpoint(path, forms=forms).tree
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """What `read` gives, with the metadata of safetensors files.
+def read_checkpoint(path: str | os.PathLike[str], *, forms: bool = False) -> Checkpoint:
+    """What `read` gives, with the metadata of the file and the layout of its weights.
 
     Raises:
         ValueError, FileNotFoundError: as `read`.
@@ -53,8 +61,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    known = next((known for known in _formats() if known.recognises(path)), None)
-    return (known or _unknown(path)).read(path)
+    known = next((known for known in _formats() if known.recognises(path)), None) or _unknown(path)
+    return known.read_forms(path) if forms else known.read(path)
 
 
 def write(path: str | os.PathLike[str], tree: PyTree, metadata: Mapping[str, str] | None = None) -> None:
@@ -100,10 +108,12 @@ def _formats() -> list[CheckpointFormat]:
 
 
 def _unknown(path: Path) -> Never:
-    *some, last = [known.suffix for known in _formats() if known.suffix]
+    both = [known for known in _formats() if known.suffix]
+    *some, last = [known.suffix for known in both if not known.only_read]
+    others = ", ".join(known.suffix for known in both if known.only_read)
     raise ValueError(
-        f"{path}: expected a {', '.join(some)} or {last} file, or an orbax folder without suffix"
-        f"{_HINTS.get(path.suffix, '')}"
+        f"{path}: expected a {', '.join(some)} or {last} file, or an orbax folder without suffix, or, to be read "
+        f"alone, {others}{_HINTS.get(path.suffix, '')}"
     )
 
 

@@ -7,7 +7,9 @@ from types import ModuleType
 import jax
 import numpy as np
 
+from lcq.forms.validate import named
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
+from lcq.io.checkpoints.qarrays import from_qwix
 from lcq.io.tree_paths import Leaf, nest
 
 
@@ -23,14 +25,16 @@ class Orbax(CheckpointFormat):
 
     def read(self, path: Path) -> Checkpoint:
         ocp = _orbax(path)
-        if not (path / "_METADATA").exists():
-            found = [file for depth in ("*", "*/*") for file in path.glob(f"{depth}/_METADATA")]
-            inside = sorted(str(file.parent.relative_to(path)) for file in found)
-            raise ValueError(f"{path}: no orbax checkpoint of a tree; those inside: {', '.join(inside[:8]) or 'none'}")
+        path = _tree_in(path)
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path.absolute()).item_metadata.tree
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             return Checkpoint(checkpointer.restore(path.absolute(), restore_args=as_numpy), {})
+
+    def read_forms(self, path: Path) -> Checkpoint:
+        found = self.read(path)
+        with named(str(path)):
+            return found._replace(tree=from_qwix(found.tree))
 
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
         del metadata
@@ -39,6 +43,17 @@ class Orbax(CheckpointFormat):
             raise ValueError(f"{path}: expected a new folder; it exists; remove it first")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), nest(leaves))
+
+
+def _tree_in(path: Path) -> Path:
+    """The folder of a tree: this one, or its only item, as orbax's v1 and the `CheckpointManager` write it."""
+    if (path / "_METADATA").exists():
+        return path
+    items = [file.parent for file in path.glob("*/_METADATA")]
+    if len(items) == 1 and (path / "_CHECKPOINT_METADATA").exists():
+        return items[0]
+    inside = sorted(str(item.relative_to(path)) for item in [*items, *(f.parent for f in path.glob("*/*/_METADATA"))])
+    raise ValueError(f"{path}: no orbax checkpoint of a tree; those inside: {', '.join(inside[:8]) or 'none'}")
 
 
 def _orbax(path: Path) -> ModuleType:

@@ -5,6 +5,7 @@ from pathlib import Path
 import safetensors.numpy
 
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
+from lcq.io.checkpoints.quantized import quantization_of, with_forms
 from lcq.io.checkpoints.shards import is_sharded, read_tensors
 from lcq.io.file import replacing
 from lcq.io.tree_paths import Leaf
@@ -21,10 +22,20 @@ class Safetensors(CheckpointFormat):
         return super().recognises(path) or (is_sharded(path) and not (path / "_METADATA").exists())
 
     def read(self, path: Path) -> Checkpoint:
-        tensors = read_tensors(path)
-        return Checkpoint(nested(path, tensors.arrays), tensors.metadata)
+        return _read(path, dense=True)
+
+    def read_forms(self, path: Path) -> Checkpoint:
+        return _read(path, dense=False)
 
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
         data = safetensors.numpy.save({leaf.path: leaf.value for leaf in leaves}, metadata or None)
         with replacing(path) as file:
             file.write(data)
+
+
+def _read(path: Path, *, dense: bool) -> Checkpoint:
+    tensors = read_tensors(path)
+    config = quantization_of(path)
+    arrays = tensors.arrays if config is None else with_forms(path, tensors.arrays, config, dense=dense)
+    of_torch = config is not None or tensors.metadata.get("format") == "pt"
+    return Checkpoint(nested(path, arrays), tensors.metadata, "oi" if of_torch else None)

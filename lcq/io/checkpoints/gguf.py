@@ -1,0 +1,109 @@
+"""Checkpoints in .gguf files of llama.cpp: made dense, or with their codes as forms."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcq.forms import Codes
+from lcq.forms.dtypes import native
+from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
+from lcq.io.checkpoints.gguf_file import GgufTensor, as_text, open_gguf
+from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType
+from lcq.io.layouts.gguf_superblocks import SUPERBLOCK_TYPES, SuperBlockType
+
+PLAIN = {number: TENSOR_DTYPES[name] for name, number in TENSOR_TYPES.items()}
+"""Types of numbers by what stands for them in a file."""
+
+BLOCKS: dict[int, BlockType | SuperBlockType] = {
+    **{block.number: block for block in BLOCK_TYPES.values()},
+    **{block.number: block for block in SUPERBLOCK_TYPES.values()},
+}
+"""Types of blocks likewise."""
+
+
+@CHECKPOINT_FORMATS.register("gguf")
+class Gguf(CheckpointFormat):
+    """A file of llama.cpp: tensors under its names, weights (out, in), fields that are no arrays as metadata."""
+
+    suffix = ".gguf"
+    only_read = True
+
+    def read(self, path: Path) -> Checkpoint:
+        return _read(path, forms=False)
+
+    def read_forms(self, path: Path) -> Checkpoint:
+        return _read(path, forms=True)
+
+
+def _read(path: Path, *, forms: bool) -> Checkpoint:
+    file = open_gguf(path)
+    tree = {}
+    for name, tensor in file.tensors.items():
+        try:
+            tree[name] = _leaf(tensor, forms)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name[:200]}: {error}") from error
+    texts = {name: as_text(field) for name, field in file.fields.items()}
+    return Checkpoint(tree, {name: text for name, text in texts.items() if text is not None}, "oi")
+
+
+def _leaf(tensor: GgufTensor, forms: bool) -> Any:
+    shape, kind = tensor.shape, tensor.type
+    if kind in PLAIN:
+        dtype = PLAIN[kind]
+        data = _bytes(tensor, int(np.prod(shape)) * dtype.itemsize)
+        return native(data.view(_little(dtype)).reshape(shape))
+    if kind not in BLOCKS:
+        known = ", ".join(block.name for block in BLOCKS.values())
+        raise ValueError(
+            f"expected a type of numbers, or one of {known}, got the type {kind}; write it again in one of these, "
+            "with llama-quantize --allow-requantize"
+        )
+    block = BLOCKS[kind]
+    if not shape or shape[-1] % block.length:
+        raise ValueError(f"expected rows of blocks of {block.length} for {block.name}, got the shape {list(shape)}")
+    rows = (*shape[:-1], shape[-1] // block.length)
+    data = _bytes(tensor, int(np.prod(rows)) * block.size).reshape(*rows, block.size)
+    blocks = block.unpack(data)
+    return form_of(blocks, block.levels, shape) if forms else block.values(blocks).reshape(shape)
+
+
+def _little(dtype: np.dtype) -> np.dtype:
+    """As the file has it; numpy's own dtypes know an order of bytes, bfloat16 does not."""
+    return dtype.newbyteorder("<") if dtype.type.__module__ == "numpy" else dtype
+
+
+def _bytes(tensor: GgufTensor, size: int) -> np.ndarray:
+    if size > tensor.data.size:
+        raise ValueError(f"expected {size} bytes before the next tensor or the end, got {tensor.data.size}")
+    return np.ascontiguousarray(tensor.data[:size])
+
+
+def form_of(blocks: Blocks, levels: tuple[float, ...], shape: tuple[int, ...]) -> Codes:
+    """The form of a tensor's blocks, stored: Delta = scale (level - zero), zero = -minimum / scale in float32.
+
+    Where a scale is 0 and the minimum is not, a block is a constant: it gets the minimum as its scale, and codes of 0.
+
+    Args:
+        blocks: along the last axis of the tensor.
+        levels: of its type.
+        shape: of the tensor.
+
+    Example:
+        >>> one = np.ones((1, 1), np.float16)
+        >>> blocks = Blocks(np.full((1, 1, 32), 3, np.uint8), one, one / 2)
+        >>> float(form_of(blocks, tuple(map(float, range(16))), (1, 32)).dense()[0, 0])
+        3.5
+    """
+    codes, scale, zero = blocks.codes.reshape(shape), blocks.scale.reshape(*shape[:-1], -1), None
+    if blocks.minimum is not None:
+        minimum = blocks.minimum.astype(np.float32).reshape(scale.shape)
+        flat = (scale == 0) & (minimum != 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            zero = np.where(scale == 0, np.float32(0), -minimum / scale.astype(np.float32))
+        if flat.any():
+            scale, zero = np.where(flat, minimum.astype(scale.dtype), scale), np.where(flat, np.float32(-1), zero)
+            spread = np.repeat(flat, shape[-1] // scale.shape[-1], axis=-1)
+            codes = np.where(spread, np.uint8(0), codes)
+    return Codes(codes, scale=scale, zero=zero, values=levels).pack()
