@@ -1,7 +1,8 @@
 """Two transformers as plain functions of nested dicts of arrays: a decoder (llama) and an encoder (BERT).
 
 Weights are (in, out) as in `x @ w`. Layers are "layer0", "layer1", ...; how many there are, and all widths, are read
-off the parameters, only the number of heads is not.
+off the parameters, only the number of heads is not. `lcq.examples.llama` is the decoder with layers stacked, a cache,
+and the names of checkpoints.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from lcq.examples.llama import attention, logits
+from lcq.examples.llama_names import Config
 
 
 def llama(
@@ -30,21 +34,12 @@ def llama(
         tokens: sentences of the same length, each from its first token on.
         heads: of the queries.
         eps: of the RMS norms.
-        theta: of the rotary embedding, see `rope`.
+        theta: of the rotary embedding of neighbours, see `lcq.examples.llama.rope`.
 
     Source: Touvron et al., arXiv 2302.13971; grouped queries: Ainslie et al., arXiv 2305.13245.
     """
-    x = jnp.take(params["tok_embeddings"], tokens, axis=0)
-    causal = jnp.tri(x.shape[1], dtype=bool)
-    for p in _layers(params):
-        y = _rms_norm(x, p["attention_norm"], eps)
-        width = p["wq"].shape[1] // heads
-        q, k, v = ((y @ p[name]).reshape(*y.shape[:2], -1, width) for name in ("wq", "wk", "wv"))
-        k, v = (jnp.repeat(a, heads // k.shape[2], axis=2) for a in (rope(k, theta), v))
-        x = x + _attend(rope(q, theta), k, v, causal) @ p["wo"]
-        y = _rms_norm(x, p["ffn_norm"], eps)
-        x = x + (jax.nn.silu(y @ p["w1"]) * (y @ p["w3"])) @ p["w2"]
-    return _rms_norm(x, params["norm"], eps) @ params["tok_embeddings"].T
+    tree = {**params, "layers": list(_layers(params))}
+    return logits(tree, tokens, Config(heads, eps, theta))
 
 
 def bert(
@@ -70,10 +65,10 @@ def bert(
     e = params["embeddings"]
     x = jnp.take(e["word"], tokens, axis=0) + e["position"][: tokens.shape[1]] + e["type"][0]
     x = _layer_norm(x, e["norm"], eps)
-    allowed = True if mask is None else mask[:, None, None, :]
+    allowed = jnp.asarray(True if mask is None else mask[:, None, None, None, :])
     for p in _layers(params):
         q, k, v = (_dense(x, p[name]).reshape(*x.shape[:2], heads, -1) for name in ("query", "key", "value"))
-        x = _layer_norm(x + _dense(_attend(q, k, v, allowed), p["output"]), p["attention_norm"], eps)
+        x = _layer_norm(x + _dense(attention(q, k, v, allowed), p["output"]), p["attention_norm"], eps)
         y = jax.nn.gelu(_dense(x, p["up"]), approximate=False)
         x = _layer_norm(x + _dense(y, p["down"]), p["norm"], eps)
     return x
@@ -99,23 +94,6 @@ def sentence_vectors(
     x = bert(params, tokens, mask, heads=heads)
     x = x.sum(1) if mask is None else (x * mask[..., None]).sum(1)
     return x / jnp.linalg.norm(x, axis=1, keepdims=True)
-
-
-def rope(x: Float[Array, "n t heads d"], theta: float = 10000.0) -> Float[Array, "n t heads d"]:
-    """Turns the pair (x_2i, x_2i+1) at position t by the angle t theta^(-2i/d), so that inner products of queries and
-    keys depend on the distance of their positions alone.
-
-    Args:
-        x: queries or keys; position t is index t of the second axis, d is even.
-        theta: the larger, the slower the last pairs turn.
-
-    Source: Su et al., arXiv 2104.09864, equation 34.
-    """
-    _, t, _, d = x.shape
-    angle = np.arange(t)[:, None] * theta ** (-np.arange(0, d, 2) / d)
-    cos, sin = (jnp.asarray(f(angle), x.dtype)[:, None] for f in (np.cos, np.sin))
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
 def llama_from_llama2c(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -165,20 +143,8 @@ def _layers(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (params[f"layer{i}"] for i in range(sum(name.startswith("layer") for name in params)))
 
 
-def _attend(
-    q: Float[Array, "n t heads d"], k: Float[Array, "n t heads d"], v: Float[Array, "n t heads d"], allowed: Any
-) -> Float[Array, "n t width"]:
-    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) / q.shape[-1] ** 0.5
-    weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf))
-    return jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(*q.shape[:2], -1)
-
-
 def _dense(x: Array, p: Mapping[str, Any]) -> Array:
     return x @ p["kernel"] + p["bias"]
-
-
-def _rms_norm(x: Array, scale: Any, eps: float) -> Array:
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
 
 def _layer_norm(x: Array, p: Mapping[str, Any], eps: float) -> Array:

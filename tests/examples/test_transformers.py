@@ -153,25 +153,6 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(vectors, transformers.sentence_vectors(params, TOKENS, heads=HEADS), atol=1e-5)
 
 
-def test_rope_leaves_the_first_position_and_all_lengths():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 8))
-    y = transformers.rope(x)
-    np.testing.assert_array_equal(y[:, 0], x[:, 0])
-    pairs = [jnp.hypot(a[..., 0::2], a[..., 1::2]) for a in (x, y)]
-    np.testing.assert_allclose(*pairs, rtol=1e-5)
-
-
-@pytest.mark.parametrize("theta", [10000.0, 100.0])
-def test_rope_depends_on_distances_alone(theta):
-    q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 8))
-    q, k = (transformers.rope(jnp.broadcast_to(a, (1, 12, 1, 8)), theta)[0, :, 0] for a in (q, k))
-    products = np.asarray(q @ k.T)
-    for distance in range(-11, 12):
-        diagonal = np.diagonal(products, distance)
-        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
-    assert np.ptp(products[0]) > 0.1
-
-
 def test_llama_from_llama2c_turns_stacks_into_layers():
     params = llama_params(2)
     layers = [params["layer0"], params["layer1"]]
