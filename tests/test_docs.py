@@ -59,6 +59,13 @@ def test_the_architecture_page_has_the_rooms_of_today():
     )
 
 
+def test_the_deploy_page_has_what_each_target_holds_today():
+    told = subprocess.run([sys.executable, DOCS / "targets.py"], capture_output=True, text=True, check=True).stdout
+    assert told in (DOCS / "guides" / "deploy.md").read_text(), (
+        "put what python docs/targets.py says into docs/guides/deploy.md"
+    )
+
+
 def test_docstrings_are_shown_as_they_are_written():
     """Equations stand as they are, stars and bars mean nothing, names in backticks are code."""
     spec = importlib.util.spec_from_file_location("plain_docstrings", DOCS / "_ext" / "plain_docstrings.py")

@@ -130,7 +130,9 @@ _OPTIONS = (
     (r"\brtn=", "--rtn-rule"),
     (r"\bstacked=(?=[\s,;.)]|$)", "the N of '; stacked=N'"),
     (r"\bdry_run\(params, rules, fn, batch\)", "lcq quantize --dry-run"),
-    (r"\b(limit|mask|method|plan|seed)=(?=[\s,;.)]|$)", r"--\1"),
+    (r"\blcq\.io\.Name\('([^']*)', '([^']*)', layout='?([\w.]+)'?\)", r"--name '\1=\2; layout=\3'"),
+    (r"\bnearest=BITS", "--nearest BITS"),
+    (r"\b(limit|mask|method|nearest|plan|seed)=(?=[\s,;.)]|$)", r"--\1"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The command line: lcq demo, compress, quantize, import, inspect, table, decompress.
+"""The command line: lcq demo, compress, quantize, import, inspect, table, decompress, export.
 
 Exit status: 0 done; 1 bad input or data, said in one line on stderr; 2 bad usage; 130 interrupted; 141 if whoever reads
 stdout has gone. Tables go to stdout, progress, notes, warnings and errors to stderr, with remedies as they are typed.
@@ -23,10 +23,12 @@ import lcq
 from lcq.cli.calibration import batches_of, function_of, products_of
 from lcq.cli.console import check_output, in_words_of_the_command, progress, refuse, show
 from lcq.cli.demo import QUICK, RECIPE, demo
+from lcq.cli.export import export_file, parse_name
 from lcq.cli.inspect import inspect_file, table_of_file
 from lcq.forms.base import is_form
 from lcq.interrupt import raise_interrupts
 from lcq.io.checkpoints import checkpoint
+from lcq.io.exports import EXPORT_FORMATS, Name
 from lcq.io.file import LIMIT, read_metadata
 from lcq.plans.dry_run import dry_run
 from lcq.plans.text import parse_rule
@@ -205,6 +207,28 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--html", type=Path, metavar="PAGE.html", help="also write one page with plots, for a browser")
     sub.set_defaults(run=lambda a: table_of_file(a.file, a.reference, a.html, force=a.force, limit=a.limit))
 
+    sub = commands.add_parser(
+        "export",
+        parents=[force, limit],
+        help=".lcq -> what another program reads",
+        description="Codes go out as they are. What a format cannot hold is refused by leaf; what it rounds is shown. "
+        "A name is PATTERN=TENSOR: a regular expression for the whole path of a leaf, and what it is called in the "
+        "other program's file, with '; layout=io', '; stacked=N', '; heads=N' or '; type=int8' after it. The first "
+        "that matches decides; without a tensor the leaf is left out.",
+    )
+    sub.add_argument("file", type=Path, metavar="FILE.lcq")
+    sub.add_argument("--to", choices=EXPORT_FORMATS, required=True, help="what reads it")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the file or folder")
+    sub.add_argument("--name", dest="names", action="append", default=[], type=_name, metavar="PATTERN=TENSOR")
+    sub.add_argument("--llama", action="store_true", help="GGUF's names of a llama with those of Hugging Face")
+    sub.add_argument(
+        "--config", type=Path, metavar="CONFIG.json", help="of the model, metadata of GGUF, or the dense model in ONNX"
+    )
+    sub.add_argument(
+        "--nearest", type=_positive, metavar="BITS", help="write a grid for tables that are none, and masks dense"
+    )
+    sub.set_defaults(run=export_file)
+
     sub = commands.add_parser("decompress", parents=[force, limit], help=".lcq -> checkpoint, dense again")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help=".safetensors, .npz, or a folder")
@@ -215,6 +239,13 @@ def _parser() -> argparse.ArgumentParser:
 def _rule(words: str) -> Rule:
     try:
         return parse_rule(words)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _name(words: str) -> Name:
+    try:
+        return parse_name(words)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

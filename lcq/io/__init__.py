@@ -1,4 +1,4 @@
-"""Files: the .lcq format, and checkpoints of other tools."""
+"""Files: the .lcq format, checkpoints of other tools, and files that other programs run."""
 
 from lcq.io.checkpoints import (
     CHECKPOINT_FORMATS,
@@ -15,26 +15,48 @@ from lcq.io.checkpoints import (
     write,
 )
 from lcq.io.codecs import CODECS, Codec, Stream
+from lcq.io.exports import (
+    EXPORT_FORMATS,
+    Encoded,
+    ExportFormat,
+    Item,
+    Name,
+    Report,
+    Tensor,
+    export,
+    llama_names,
+    to_qwix,
+)
 from lcq.io.file import ArtifactError, load, save
 
 __all__ = [
     "CHECKPOINT_FORMATS",
     "CODECS",
+    "EXPORT_FORMATS",
     "ArtifactError",
     "Checkpoint",
     "CheckpointFormat",
     "Codec",
+    "Encoded",
+    "ExportFormat",
     "GgufField",
     "GgufFile",
     "GgufTensor",
+    "Item",
+    "Name",
+    "Report",
     "Stream",
+    "Tensor",
+    "export",
     "from_qwix",
+    "llama_names",
     "load",
     "nested",
     "open_gguf",
     "read",
     "read_checkpoint",
     "save",
+    "to_qwix",
     "write",
 ]
 

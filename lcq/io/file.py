@@ -135,6 +135,20 @@ def load(path: str | os.PathLike[str], like: PyTree = None, limit: float = LIMIT
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
 
+def declared_leaves(path: str | os.PathLike[str]) -> list[Leaf]:
+    """The leaves of a file with shape structs for arrays; of the file only the index is read, and checked.
+
+    Raises:
+        ArtifactError: as `load`, for the index.
+        OSError: the file cannot be opened or read.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _declared(file, LIMIT)[1]
+        except (ValueError, RecursionError) as error:
+            raise ArtifactError(f"{os.fspath(path)}: {error}") from error
+
+
 def read_index(path: str | os.PathLike[str]) -> Contents:
     """What a file says it holds; of the file only the index is read, and checked, and no stream.
 

@@ -1,0 +1,89 @@
+"""Folders as Hugging Face's libraries read them: model.safetensors, written a tensor at a time, and files of JSON."""
+
+import abc
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from lcq.io.container import DTYPES, NAMES, Json, flat, to_json
+from lcq.io.exports.base import Encoded, ExportFormat, Tensor
+from lcq.io.exports.grids import as_matrix, matrix_shape, rotary_order
+from lcq.io.exports.leaves import Item
+from lcq.io.file import replacing
+
+
+class SafetensorsFolder(ExportFormat):
+    """model.safetensors, and what `files` says."""
+
+    suffix = ""
+
+    @abc.abstractmethod
+    def files(self) -> dict[str, Json]:
+        """What stands in the other files, by name, after everything has been declared."""
+
+    def write(
+        self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
+    ) -> tuple[str, ...]:
+        path.mkdir(exist_ok=True)
+        write_safetensors(path / "model.safetensors", tensors, arrays, {"format": "pt"})
+        for name, content in self.files().items():
+            with replacing(path / name) as file:
+                file.write((json.dumps(content, indent=2) + "\n").encode())
+        return ()
+
+
+def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """One of a dtype by its name in numpy.
+
+    Raises:
+        ValueError: a dtype that no safetensors file holds.
+    """
+    if (known := np.dtype(dtype)) not in NAMES:
+        raise ValueError(f"expected one of {', '.join(map(str, NAMES))}, got {dtype}; make it another first")
+    return Tensor(shape, NAMES[known], int(np.prod(shape, dtype=np.int64)) * known.itemsize)
+
+
+def plain(item: Item) -> dict[str, Tensor]:
+    """An array as it is, a matrix if its axes are said."""
+    shape, layout = item.value.shape, item.rule.layout
+    if layout is not None and len(shape) > 1:
+        shape = matrix_shape(shape, layout)
+    return {item.name: tensor(shape, str(item.value.dtype))}
+
+
+def encode_plain(item: Item) -> Encoded:
+    """The same with its numbers."""
+    array, rule = item.value, item.rule
+    assert isinstance(array, np.ndarray)
+    if rule.layout is not None and array.ndim > 1:
+        array = as_matrix(array, rule.layout)
+        array = array[rotary_order(len(array), rule.heads)]
+    return Encoded({item.name: array}, str(array.dtype))
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file, its tensors in any order; those of wide dtypes lie first, so that all are aligned."""
+    order = sorted(tensors, key=lambda name: -DTYPES[tensors[name].kind].itemsize)
+    begin, starts = 0, dict[str, int]()
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    for name in order:
+        shape, kind, size = tensors[name]
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, begin + size]}
+        starts[name] = begin
+        begin += size
+    raw = to_json(entries).encode()
+    raw += b" " * (-len(raw) % 8)
+    with replacing(path) as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + begin)
+        for name, array in arrays:
+            file.seek(8 + len(raw) + starts[name])
+            file.write(flat(np.ascontiguousarray(array)).data)

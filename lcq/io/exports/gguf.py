@@ -1,0 +1,177 @@
+"""GGUF: what llama.cpp and its kin read. A file of metadata and tensors [outputs, inputs], weights in blocks.
+
+    value = d (code + lowest) + m         one d, and of some types one m, in float16, for 32 or 256 inputs
+
+Codes are those of the form; the package's own quantizer is not asked. Without zeros TQ2_0 takes levels from -1 to 2
+where a scale is for 256 inputs or more, Q4_0 from -8 to 7, Q5_0 from -16 to 15, Q8_0 from -128 to 127;
+with zeros Q4_1 and Q5_1 take codes below 16 and 32, m = -d z. If a name says so, TQ1_0 takes levels from -1 to 1, and
+MXFP4 those of e2m1 with scales that are powers of two. All else is F32, F16, BF16 or whole numbers; vectors are F32.
+
+Source: the layouts are in `lcq.io.layouts.gguf_blocks`; gguf-py/gguf/constants.py has names and keys.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from lcq.forms import Codes
+from lcq.io.container import Json, flat
+from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
+from lcq.io.exports.gguf_metadata import metadata_of
+from lcq.io.exports.grids import Kind, as_matrix, grid_of, kind_of, matrix_shape, moved, rotary_order, rounded, turned
+from lcq.io.exports.leaves import Item
+from lcq.io.file import replacing
+from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType, gguf_header
+
+_FLOATS = ("F32", "F16", "BF16")
+_PLAIN, _SHIFTED = ("TQ2_0", "Q4_0", "Q5_0", "Q8_0"), ("Q4_1", "Q5_1")
+
+
+@EXPORT_FORMATS.register("gguf")
+class Gguf(ExportFormat):
+    """A .gguf file. `config` is its metadata by key, or the config.json of a llama beside keys with dots."""
+
+    suffix = ".gguf"
+
+    def __init__(self, config: Mapping[str, Json]) -> None:
+        super().__init__(config)
+        self._metadata = metadata_of(config)
+
+    def declare(self, item: Item) -> dict[str, Tensor]:
+        if isinstance(item.value, Codes):
+            kind, block = block_of(item)
+            blocks = kind.outputs * (kind.inputs // block.length)
+            return {item.name: Tensor((kind.outputs, kind.inputs), block.name, blocks * block.size)}
+        shape, name = item.value.shape, _type_of(item)
+        if item.rule.layout is not None and len(shape) > 1:
+            shape = matrix_shape(shape, item.rule.layout)
+        return {item.name: Tensor(shape, name, int(np.prod(shape, dtype=np.int64)) * TENSOR_DTYPES[name].itemsize)}
+
+    def encode(self, item: Item) -> Encoded:
+        if isinstance(item.value, Codes):
+            return _encode_blocks(item)
+        array, rule, name = item.value, item.rule, _type_of(item)
+        assert isinstance(array, np.ndarray)
+        if rule.layout is not None and array.ndim > 1:
+            outputs, _ = matrix_shape(array.shape, rule.layout)
+            array = as_matrix(array, rule.layout)[rotary_order(outputs, rule.heads)]
+        made = _cast(array, TENSOR_DTYPES[name])
+        error = _distance(made, array)
+        return Encoded({item.name: made}, name, error, f"{array.dtype} to {name}" if error else "")
+
+    def write(
+        self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
+    ) -> tuple[str, ...]:
+        numbers = TENSOR_TYPES | {name: block.number for name, block in BLOCK_TYPES.items()}
+        head = gguf_header(self._metadata, {n: (t.shape, numbers[t.kind], t.size) for n, t in tensors.items()})
+        with replacing(path) as file:
+            file.write(head)
+            for _, array in arrays:
+                file.write(flat(np.ascontiguousarray(array)).data)
+                file.write(bytes(-array.nbytes % 32))
+        lacks = [] if "tokenizer.ggml.tokens" in self._metadata else ["tokenizer.ggml.model and .tokens"]
+        return tuple(f"note: without {key} in its metadata llama.cpp does not load a file" for key in lacks)
+
+
+def _type_of(item: Item) -> str:
+    """The type of an array that is no codes.
+
+    Raises:
+        ValueError: a dtype, or a type that the name says, that a file cannot hold.
+    """
+    dtype = np.dtype(item.value.dtype)
+    known = next((name for name, each in TENSOR_DTYPES.items() if each == dtype), None)
+    if known is None:
+        have = ", ".join(map(str, TENSOR_DTYPES.values()))
+        raise ValueError(f"expected one of {have}, got {dtype}; make it another, or leave it out: name=None")
+    if item.rule.type is not None:
+        if item.rule.type not in _FLOATS or known not in _FLOATS:
+            raise ValueError(f"expected type= one of {', '.join(_FLOATS)} for an array, got {item.rule.type!r}")
+        return item.rule.type
+    return "F32" if known in _FLOATS and len(item.value.shape) < 2 else known
+
+
+def block_of(item: Item) -> tuple[Kind, BlockType]:
+    """The kind of a grid, turned round if that fits, and the type of blocks that holds it in the fewest bytes.
+
+    Raises:
+        ValueError: none does; says why.
+    """
+    assert isinstance(item.value, Codes)
+    kind = kind_of(item.value, item.rule.layout)
+    known: tuple[str, ...] = _SHIFTED if kind.steps.shifted else _PLAIN
+    if item.rule.type is not None:
+        if item.rule.type not in BLOCK_TYPES:
+            raise ValueError(f"expected type= one of {', '.join(BLOCK_TYPES)}, got {item.rule.type!r}")
+        known = (item.rule.type,)
+    why = []
+    for block in (BLOCK_TYPES[name] for name in known):
+        ways = [kind.steps] if kind.steps.shifted else [kind.steps, turned(kind.steps)]
+        fitting = [each for each in ways if block.minimum == kind.steps.shifted and _holds(block, each.levels)]
+        if not fitting:
+            why.append(f"{block.name} has no such levels")
+        elif kind.group % block.length:
+            why.append(f"{block.name} has a scale for {block.length} inputs, these one for {kind.group}")
+        else:
+            return kind._replace(steps=fitting[0]), block
+    levels = f"{min(kind.steps.levels)} .. {max(kind.steps.levels)}" + (" with zeros" if kind.steps.shifted else "")
+    raise ValueError(
+        f"expected codes that a block holds, got levels {levels} {kind.words}: {'; '.join(why)}; compress with "
+        "lcq.Uniform(4, per=32) or lcq.Ternary(per=256), or leave this leaf as it is"
+    )
+
+
+def _holds(block: BlockType, levels: tuple[int, ...]) -> bool:
+    """Whether all levels are among those of a type; of MXFP4 in halves."""
+    return {level * _unit(block) for level in levels} <= set(block.levels)
+
+
+def _unit(block: BlockType) -> float:
+    return 0.5 if block.name == "MXFP4" else 1.0
+
+
+def _encode_blocks(item: Item) -> Encoded:
+    assert isinstance(item.value, Codes)
+    kind, block = block_of(item)
+    unit, rows = _unit(block), kind.outputs
+    places = {level: code for code, level in enumerate(block.levels)}
+    table = np.asarray([places[level * unit] for level in kind.steps.levels], np.uint8)
+    grid = grid_of(item.value, item.rule.layout, kind, table, item.rule.heads)
+    codes = grid.codes.reshape(rows, -1, block.length)
+    scale = np.repeat(grid.scale.astype(np.float64) / unit, kind.group // block.length, axis=1)
+    if block.name == "MXFP4":  # a scale has no sign there, codes do
+        codes = np.where(scale[..., None] < 0, np.uint8(14) - codes, codes)
+        return Encoded({item.name: block.pack(Blocks(codes, np.abs(scale).astype(np.float32)))}, f"MXFP4 {kind.words}")
+    least = None
+    if grid.zero is not None:
+        least = -np.repeat(grid.zero.astype(np.float64), kind.group // block.length, axis=1) * scale
+    made = Blocks(codes, rounded(scale, "float16"), None if least is None else _cast(least, np.dtype(np.float16)))
+    error = moved(codes, np.asarray(block.levels), (made.scale, made.minimum), (scale, least))
+    words = "scales" if least is None else "scales and minima"
+    return Encoded(
+        {item.name: block.pack(made)}, f"{block.name} {kind.words}", error, f"{words} to float16" if error else ""
+    )
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Numbers in another format.
+
+    Raises:
+        ValueError: some that overflow.
+    """
+    with np.errstate(over="ignore"):
+        made = array.astype(dtype)
+    if not np.isfinite(made).all() and np.isfinite(array).all():
+        most = np.abs(array).max()
+        raise ValueError(f"expected numbers that {dtype} holds, got some up to {most:.1e}; say type='BF16'")
+    return made
+
+
+def _distance(made: np.ndarray, array: np.ndarray) -> float:
+    if made.dtype == array.dtype:
+        return 0.0
+    before = array.astype(np.float64)
+    norm = float(np.linalg.norm(before))
+    return float(np.linalg.norm(made.astype(np.float64) - before)) / norm if norm else 0.0

@@ -1,0 +1,121 @@
+"""GPTQ's safetensors, version 1 (auto_gptq) and 2 (GPTQModel): what vLLM, ExLlama and transformers read.
+
+    value[i, o] = scale[i // g, o] (q[i, o] - z[i // g, o]),    q of 2, 3, 4 or 8 bits, z = 2^(b-1) without zeros
+
+    NAME.qweight   int32 [in b / 32, out]      q, a bit stream down each column
+    NAME.qzeros    int32 [in / g, out b / 32]  zeros, a bit stream along each row; version 1 stores (z - 1) mod 2^b
+    NAME.scales    float16 [in / g, out]
+    NAME.g_idx     int32 [in]                  i // g
+
+Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda.py.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from lcq.forms import Codes
+from lcq.io.container import Json
+from lcq.io.exports.base import EXPORT_FORMATS, Encoded, Tensor
+from lcq.io.exports.folder import SafetensorsFolder, encode_plain, plain, tensor
+from lcq.io.exports.grids import kind_of, offset_of, whole_zeros
+from lcq.io.exports.leaves import Item
+from lcq.io.exports.linear import bits_of, encoded, stem_of
+from lcq.io.layouts import pack_rows
+
+_BITS = (2, 3, 4, 8)
+
+
+class _Gptq(SafetensorsFolder):
+    """model.safetensors, quantize_config.json, and the same in config.json; one width and one group for all layers."""
+
+    version: ClassVar[str]
+    before: ClassVar[int]
+    """What is taken from zeros before they are stored."""
+
+    def __init__(self, config: Mapping[str, Json]) -> None:
+        super().__init__(config)
+        self._settings: tuple[int, int] | None = None
+        self._first, self._shifted, self._head = "", False, False
+
+    def declare(self, item: Item) -> dict[str, Tensor]:
+        if not isinstance(item.value, Codes):
+            return plain(item)
+        stem, kind, bits = stem_of(item), kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
+        settings = bits, -1 if kind.group == kind.inputs else kind.group
+        if self._settings is not None and self._settings != settings:
+            raise ValueError(
+                f"expected codes of {self._settings[0]} bits in groups of {self._settings[1]}, as {self._first} has, "
+                f"got {settings[0]} and {settings[1]}, and one file has one of both; compress them alike, or choose "
+                "compressed-tensors"
+            )
+        if self._settings is None:
+            self._settings, self._first = settings, item.path
+        for axis, length in (("inputs", kind.inputs), ("outputs", kind.outputs)):
+            if length * bits % 32:
+                raise ValueError(
+                    f"expected {axis} whose {bits} bits fill words of 32, got {length}; leave this leaf out of the "
+                    "rules, or choose compressed-tensors"
+                )
+        self._shifted |= kind.steps.shifted
+        self._head |= stem == "lm_head"
+        groups = kind.inputs // kind.group
+        made = {
+            "qweight": tensor((kind.inputs * bits // 32, kind.outputs), "int32"),
+            "qzeros": tensor((groups, kind.outputs * bits // 32), "int32"),
+            "scales": tensor((groups, kind.outputs), "float16"),
+            "g_idx": tensor((kind.inputs,), "int32"),
+        }
+        return {f"{stem}.{name}": each for name, each in made.items()}
+
+    def encode(self, item: Item) -> Encoded:
+        if not isinstance(item.value, Codes):
+            return encode_plain(item)
+        stem, kind, bits = stem_of(item), kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
+        before = "float32" if item.value.scale is None else str(item.value.scale.dtype)
+        grid, error = encoded(item, bits, "float16")
+        zero = np.full(grid.scale.shape, offset_of(kind.steps, bits), np.uint8)
+        if grid.zero is not None:
+            zero = whole_zeros(grid.zero, bits)
+        stored = (zero - np.uint8(self.before)) & np.uint8((1 << bits) - 1)
+        made = {
+            "qweight": pack_rows(grid.codes, bits).T,
+            "qzeros": pack_rows(np.ascontiguousarray(stored.T), bits),
+            "scales": grid.scale.T,
+            "g_idx": np.arange(kind.inputs, dtype=np.int32) // kind.group,
+        }
+        why = f"scales {before} to float16" if error else ""
+        return Encoded({f"{stem}.{name}": each for name, each in made.items()}, f"int{bits} {kind.words}", error, why)
+
+    def files(self) -> dict[str, Json]:
+        bits, group = self._settings or (4, -1)
+        said = {
+            "bits": bits,
+            "group_size": group,
+            "desc_act": False,
+            "static_groups": False,
+            "sym": not self._shifted,
+            "lm_head": self._head,
+            "true_sequential": True,
+            "damp_percent": 0.01,
+            "quant_method": "gptq",
+            "checkpoint_format": self.version,
+        }
+        return {"quantize_config.json": said, "config.json": {**self.config, "quantization_config": said}}
+
+
+@EXPORT_FORMATS.register("gptq")
+class GptqV1(_Gptq):
+    """Zeros are stored less one, as by auto_gptq."""
+
+    version = "gptq"
+    before = 1
+
+
+@EXPORT_FORMATS.register("gptq_v2")
+class GptqV2(_Gptq):
+    """Zeros are stored as they are, as by GPTQModel."""
+
+    version = "gptq_v2"
+    before = 0

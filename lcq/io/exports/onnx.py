@@ -1,0 +1,222 @@
+"""ONNX: a model of the dense function, as jax2onnx or torch.onnx wrote it, with codes in the place of its weights.
+
+    MatMul(x, W), Gemm(x, W, c), Einsum("..k,kn->..n", x, W)  ->  MatMulNBits(x, codes, scales, zeros) (+ c)
+
+    codes   uint8 [out, ceil(in / g), g b / 8]   b of 2, 4 or 8 bits, the first in the lowest; g a power of 2 from 16
+    scales  float32 [out, ceil(in / g)]
+    zeros   uint8 [out, ceil(ceil(in / g) b / 8)], packed likewise; without, 2^(b-1)
+
+`accuracy_level=1`: ONNX Runtime then computes with the activations as they are, where its default for DequantizeLinear
+rounds them to 8 bits. Neither the package onnx nor protobuf is needed.
+
+Source: ContribOperators.md of onnxruntime 1.32.
+"""
+
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped, UInt, UInt8
+
+from lcq.forms import Codes, bitpack
+from lcq.io.container import Json, flat
+from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
+from lcq.io.exports.grids import kind_of, whole_zeros
+from lcq.io.exports.leaves import Item
+from lcq.io.exports.linear import bits_of, encoded
+from lcq.io.exports.names import Name
+from lcq.io.exports.onnx_graph import (
+    GRAPH,
+    INITIALIZER,
+    INPUT,
+    MICROSOFT,
+    NODE,
+    OPSETS,
+    is_product,
+    name_of,
+    node,
+    node_of,
+)
+from lcq.io.file import replacing
+from lcq.io.layouts.protobuf import Field, field, fields, opened
+
+_BITS = (2, 4, 8)
+_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int16": 5, "int32": 6, "int64": 7, "bool": 9, "float16": 10}
+_MOST = 1 << 31
+
+
+@EXPORT_FORMATS.register("onnx")
+class Onnx(ExportFormat):
+    """An .onnx file. `config` is {"model": path} of the dense one, whose initializers or inputs have the names."""
+
+    suffix = ".onnx"
+    names = (Name(".*", r"\g<0>", layout="io"),)
+
+    def __init__(self, config: Mapping[str, Json]) -> None:
+        super().__init__(config)
+        if "model" not in config:
+            raise ValueError(
+                "expected config={'model': path} of the dense function in ONNX, got none; write it with "
+                "jax2onnx.to_onnx, its weights being arguments or constants"
+            )
+        path = Path(config["model"])
+        with open(path, "rb") as file:
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            self._model = list(fields(memoryview(self._data)))
+            graphs = [each.value for each in self._model if each.number == GRAPH]
+            if len(graphs) != 1 or isinstance(graphs[0], int):
+                raise ValueError("no graph in it")
+            self._graph = list(fields(graphs[0]))
+            self._nodes = [node_of(f.value) for f in self._graph if f.number == NODE and not isinstance(f.value, int)]
+            holders = [(name_of(f), f) for f in self._graph if f.number in (INITIALIZER, INPUT)]
+        except (ValueError, StopIteration) as error:
+            raise ValueError(f"{path}: expected an ONNX model, got another file: {error}") from error
+        self._known = {name.replace("/", "."): name for name, _ in holders}
+        self._layers: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {}
+        self._replaced: set[str] = set()
+
+    def declare(self, item: Item) -> dict[str, Tensor]:
+        name = self._name(item)
+        self._replaced.add(name)
+        if not isinstance(item.value, Codes):
+            return {name: _declared(_dtype(item), *item.value.shape)}
+        used = [each for each in self._nodes if name in each.inputs or name in each.inner]
+        for each in used:
+            if not is_product(each, name):
+                raise ValueError(
+                    f"expected {name!r} to be used in products x W alone, got {each.op} too; leave this leaf out of "
+                    "the rules, or make it dense"
+                )
+        if not used:
+            raise ValueError(f"expected {name!r} to be used in a product, got no use; leave it out: Name(.., None)")
+        kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
+        group = block_length(kind.group, kind.inputs)
+        blocks = -(-kind.inputs // group)
+        made = {
+            f"{name}_codes": _declared("uint8", kind.outputs, blocks, group * bits // 8),
+            f"{name}_scales": _declared("float32", kind.outputs, blocks),
+        }
+        if kind.steps.shifted:
+            made[f"{name}_zeros"] = _declared("uint8", kind.outputs, -(-blocks * bits // 8))
+        settings = {"K": kind.inputs, "N": kind.outputs, "bits": bits, "block_size": group, "accuracy_level": 1}
+        self._layers[name] = tuple(made), settings
+        return made
+
+    def encode(self, item: Item) -> Encoded:
+        name = self._name(item)
+        if not isinstance(item.value, Codes):
+            return Encoded({name: np.asarray(item.value).astype(_dtype(item))}, _dtype(item))
+        kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
+        grid, error = encoded(item, bits, "float32")
+        group = block_length(kind.group, kind.inputs)
+        blocks = -(-kind.inputs // group)
+        padded = np.pad(grid.codes, ((0, 0), (0, blocks * group - kind.inputs)))
+        made = {
+            f"{name}_codes": _packed(padded, bits).reshape(kind.outputs, blocks, group * bits // 8),
+            f"{name}_scales": _each_block(grid.scale, kind.group, group, blocks),
+        }
+        if grid.zero is not None:
+            made[f"{name}_zeros"] = _packed(_each_block(whole_zeros(grid.zero, bits), kind.group, group, blocks), bits)
+        return Encoded(made, f"MatMulNBits of {bits} bits, blocks of {group}", error)
+
+    def write(
+        self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
+    ) -> tuple[str, ...]:
+        pieces: list[bytes | memoryview] = [piece for entry in self._graph for piece in self._entry(entry)]
+        heads = {name: _tensor_head(name, each) for name, each in tensors.items()}
+        inner = sum(map(len, pieces)) + sum(len(heads[name]) + each.size for name, each in tensors.items())
+        around: list[bytes | memoryview] = [each.raw for each in self._model if each.number != GRAPH]
+        if self._layers and not any(f.number == OPSETS and MICROSOFT.encode() in bytes(f.raw) for f in self._model):
+            around.append(field(OPSETS, field(1, MICROSOFT) + field(2, 1)))
+        if inner + sum(map(len, around)) >= _MOST:
+            raise ValueError(f"expected a model below 2 GiB, as protobuf holds, got {inner:,} bytes; use fewer bits")
+        with replacing(path) as file:
+            for piece in (*around, opened(GRAPH, inner), *pieces):
+                file.write(piece)
+            for name, array in arrays:
+                file.write(heads[name])
+                file.write(flat(np.ascontiguousarray(array)).data)
+        return ()
+
+    def _entry(self, entry: Field) -> Iterator[bytes | memoryview]:
+        """What takes the place of an entry of the graph."""
+        if entry.number in (INITIALIZER, INPUT) and name_of(entry) in self._replaced:
+            return
+        if entry.number == NODE and not isinstance(entry.value, int):
+            old = node_of(entry.value)
+            if old.inputs[1:2] and (layer := self._layers.get(old.inputs[1])) is not None:
+                bias = old.inputs[2:3] if old.op == "Gemm" and old.inputs[2:3] != ("",) else ()
+                out = (f"{old.outputs[0]}_product",) if bias else old.outputs
+                yield node("MatMulNBits", (old.inputs[0], *layer[0]), out, MICROSOFT, **layer[1])
+                if bias:
+                    yield node("Add", (*out, *bias), old.outputs)
+                return
+        yield entry.raw
+
+    def _name(self, item: Item) -> str:
+        if item.name not in self._known:
+            raise ValueError(
+                f"expected the name of an initializer or input of the model, got {item.name!r}; these are "
+                f"{', '.join(list(self._known)[:6])}; say lcq.io.Name({item.path!r}, 'NAME', layout='io')"
+            )
+        return self._known[item.name]
+
+
+def _declared(dtype: str, *shape: int) -> Tensor:
+    return Tensor(shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize)
+
+
+def _dtype(item: Item) -> str:
+    """That of an array in the model; shorter floating-point ones are float32 there."""
+    dtype = str(item.value.dtype)
+    if dtype == "bfloat16":
+        return "float32"
+    if dtype not in _TYPES:
+        raise ValueError(f"expected one of {', '.join(_TYPES)}, got {dtype}; make it another first")
+    return dtype
+
+
+def block_length(group: int, inputs: int) -> int:
+    """The blocks that groups are cut into: powers of 2 from 16; of a channel 128, the last one filled.
+
+    Raises:
+        ValueError: groups that cannot be.
+
+    Example:
+        >>> block_length(96, 192), block_length(100, 100)
+        (32, 128)
+    """
+    if group == inputs:
+        return 128
+    length = group & -group
+    if length < 16:
+        raise ValueError(
+            f"expected groups that are multiples of 16, or a scale for each output, got groups of {group}; compress "
+            "with per=32 or per='channel'"
+        )
+    return length
+
+
+def _each_block(numbers: Shaped[np.ndarray, "out groups"], group: int, length: int, blocks: int) -> np.ndarray:
+    """One for each block of the numbers of groups; of a channel all the same."""
+    many = blocks if numbers.shape[1] == 1 else group // length
+    return np.repeat(numbers, many, axis=1)
+
+
+def _packed(codes: UInt[np.ndarray, "rows n"], bits: int) -> UInt8[np.ndarray, "rows bytes"]:
+    """Codes of 2, 4 or 8 bits in bytes, the first in the lowest bits; rows are filled to whole bytes."""
+    rows, n = codes.shape
+    each = 8 // bits
+    wide = np.pad(codes, ((0, 0), (0, -n % each)))
+    words = bitpack.pack(np.pad(wide.reshape(-1), (0, -wide.size * bits % 32 // bits)), bits)
+    return words.view(np.uint8)[: wide.size // each].reshape(rows, wide.shape[1] // each)
+
+
+def _tensor_head(name: str, each: Tensor) -> bytes:
+    """An initializer up to its bytes."""
+    said = b"".join(field(1, n) for n in each.shape) + field(2, _TYPES[each.kind]) + field(8, name)
+    body = said + opened(9, each.size)
+    return opened(INITIALIZER, len(body) + each.size) + body

@@ -1,0 +1,32 @@
+"""Forms of random codes, and their weights in float64: nothing has to be compressed, or compiled."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcq.forms import Codes
+
+
+def grid(low, high):
+    return tuple(map(float, range(low, high + 1)))
+
+
+def codes(shape, blocks, values, *, zeros=False, scale="bfloat16", seed=0):
+    """A form in the working layout, in numpy, with so many blocks along the axes, and its weights."""
+    rng = np.random.default_rng(seed)
+    k = len(values)
+    numbers = None if scale is None else rng.normal(size=blocks).astype(jnp.dtype(scale)) / np.asarray(64, scale)
+    zero = rng.integers(0, k, blocks).astype(np.uint8) if zeros else None
+    form = Codes(rng.integers(0, k, shape).astype(np.uint8 if k <= 256 else np.uint16), None, numbers, zero, values)
+    return form, weights(form)
+
+
+def weights(form):
+    """scale (table[codes] - zero), each block's number repeated."""
+    made = np.asarray(form.values, np.float64)[form.codes]
+    for number, change in ((form.zero, np.subtract), (form.scale, np.multiply)):
+        if number is not None:
+            spread = np.asarray(number).astype(np.float64)
+            for axis, n in enumerate(form.codes.shape):
+                spread = np.repeat(spread, n // spread.shape[axis], axis)
+            made = change(made, spread)
+    return made

@@ -1,0 +1,240 @@
+"""GGUF: files read by a reader of our own and decoded; types are chosen, metadata typed, rows turned."""
+
+import dataclasses
+import struct
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lcq
+from lcq.io import Name, export, llama_names
+from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES
+from tests.io.exports.made import codes, grid, weights
+
+RNG = np.random.default_rng(0)
+W = RNG.normal(size=(512, 6)).astype(np.float32)
+LLAMA = {"general.architecture": "llama"}
+KINDS = ["u1", "i1", "u2", "i2", "u4", "i4", "f4", "?", None, None, "u8", "i8", "f8"]
+
+
+class Reader:
+    """A GGUF file by ggml/docs/gguf.md: metadata with types, and weights in float32."""
+
+    def __init__(self, path):
+        self.data, self.at = path.read_bytes(), 4
+        assert self.data[:4] == b"GGUF"
+        version, tensors, keys = self.take("<IQQ")
+        assert version == 3
+        self.metadata = {self.text(): self.value() for _ in range(keys)}
+        entries = [(self.text(), self.take(f"<{self.take('<I')[0]}Q"), self.take("<IQ")) for _ in range(tensors)]
+        start = -(-self.at // 32) * 32
+        names = {number: name for name, number in TENSOR_TYPES.items()}
+        names |= {block.number: name for name, block in BLOCK_TYPES.items()}
+        self.kinds = {name: names[number] for name, _, (number, _) in entries}
+        self.tensors, end = {}, start
+        for name, axes, (_, offset) in entries:
+            assert offset % 32 == 0 and start + offset == end
+            self.tensors[name], end = self.weights(name, axes[::-1], end)
+            end = -(-end // 32) * 32
+        assert end == len(self.data)
+
+    def take(self, form):
+        found = struct.unpack_from(form, self.data, self.at)
+        self.at += struct.calcsize(form)
+        return found
+
+    def text(self):
+        (size,) = self.take("<Q")
+        self.at += size
+        return self.data[self.at - size : self.at].decode()
+
+    def value(self, kind=None):
+        kind = self.take("<I")[0] if kind is None else kind
+        if kind == 8:
+            return self.text()
+        if kind == 9:
+            inner, count = self.take("<IQ")
+            return [self.value(inner) for _ in range(count)]
+        dtype = np.dtype(KINDS[kind])
+        self.at += dtype.itemsize
+        return np.frombuffer(self.data, dtype, 1, self.at - dtype.itemsize)[0]
+
+    def weights(self, name, shape, begin):
+        kind, count = self.kinds[name], int(np.prod(shape))
+        if kind in TENSOR_DTYPES:
+            size = count * TENSOR_DTYPES[kind].itemsize
+            return np.frombuffer(self.data[begin : begin + size], TENSOR_DTYPES[kind]).reshape(shape), begin + size
+        block = BLOCK_TYPES[kind]
+        size = count // block.length * block.size
+        data = np.frombuffer(self.data[begin : begin + size], np.uint8).reshape(-1, block.size)
+        return block.values(block.unpack(data)).reshape(shape), begin + size
+
+
+E2M1 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+IO, BY_32 = (512, 6), (16, 6)
+GRIDS = {
+    "Q4_0": codes(IO, BY_32, grid(-8, 7)),
+    "Q4_0 of 3 bits": codes(IO, (8, 6), grid(-4, 3)),
+    "Q4_0 of binary": codes(IO, BY_32, (-1.0, 1.0)),
+    "Q4_0 by channel": codes(IO, (1, 6), grid(-8, 7), scale="float32"),
+    "Q4_1": codes(IO, BY_32, grid(0, 15), zeros=True),
+    "Q5_0": codes(IO, BY_32, grid(-16, 15)),
+    "Q5_0 of e2m1": codes(IO, BY_32, E2M1, scale="float32"),
+    "Q5_1": codes(IO, BY_32, grid(0, 31), zeros=True, scale="float32"),
+    "Q8_0": codes(IO, BY_32, grid(-128, 127)),
+    "TQ2_0": codes(IO, (2, 6), grid(-1, 1)),
+    "TQ2_0 of four levels": codes(IO, (2, 6), grid(-1, 2)),
+    "TQ2_0 turned": codes(IO, (1, 1), grid(-2, 1)),
+    "Q4_0 of ternary": codes(IO, BY_32, grid(-1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_blocks_decode_to_the_same_weights_but_for_float16(name, tmp_path):
+    form, dense = GRIDS[name]
+    (row,) = export({"up": {"kernel": form}}, tmp_path / "net.gguf", format="gguf", config=LLAMA).rows
+    file = Reader(tmp_path / "net.gguf")
+    assert file.kinds["up.weight"] == name.split()[0]
+    moved = np.linalg.norm(file.tensors["up.weight"] - dense.T) / np.linalg.norm(dense)
+    assert moved < 5e-4
+    np.testing.assert_allclose(row.error, moved, rtol=0.02, atol=2e-7)
+
+
+@pytest.mark.parametrize("name", ["TQ1_0", "MXFP4", "Q8_0"])
+def test_a_type_may_be_chosen(name, tmp_path):
+    form, _ = codes(IO, BY_32, E2M1) if name == "MXFP4" else codes(IO, (2, 6), grid(-1, 1))
+    if name == "MXFP4":
+        scale = np.exp2(RNG.integers(-3, 3, BY_32)).astype(np.float32) * RNG.choice([-1, 1], BY_32)
+        form = dataclasses.replace(form, scale=scale.astype(np.float32))
+    names = [Name("w", "w.weight", "io", type=name)]
+    export({"w": form}, tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA)
+    file = Reader(tmp_path / "net.gguf")
+    assert file.kinds["w.weight"] == name
+    np.testing.assert_allclose(file.tensors["w.weight"], weights(form).T, rtol=5e-4)
+
+
+def test_golden_bytes(tmp_path):
+    whole = np.arange(32, dtype=np.uint8).reshape(32, 1) % 16
+    form = lcq.forms.Codes(whole, scale=np.full((1, 1), -0.5, np.float32), values=grid(-8, 7))
+    export({"kernel": form}, tmp_path / "net.gguf", format="gguf", config={"general.architecture": "x"})
+    one, key, name = "0100000000000000", b"general.architecture".hex(), b"weight".hex()
+    expected = "4747554603000000" + 2 * one + f"1400000000000000{key}08000000{one}78"
+    expected += f"0600000000000000{name}020000002000000000000000{one}02000000" + "00" * 8
+    data = (tmp_path / "net.gguf").read_bytes()
+    assert data.hex().startswith(expected)
+    assert data[-32:].hex() == "00b8" + "".join(f"{i:x}{i:x}" for i in range(16)) + "00" * 14
+
+
+def test_zeros_of_any_size_are_minima(tmp_path):
+    """Codes that came from Q4_1, m / d not whole, go out as they came in."""
+    scale = RNG.normal(size=(1, 16, 6)).astype(np.float16).reshape(16, 6)
+    minimum = RNG.normal(size=(16, 6)).astype(np.float16)
+    whole = RNG.integers(0, 16, IO).astype(np.uint8)
+    form = lcq.forms.Codes(whole, scale=scale, zero=-minimum.astype(np.float32) / scale, values=grid(0, 15))
+    export({"kernel": form}, tmp_path / "net.gguf", format="gguf", config=LLAMA)
+    data = np.frombuffer((tmp_path / "net.gguf").read_bytes()[-20 * 96 :], np.uint8).reshape(6, 16, 20)
+    blocks = BLOCK_TYPES["Q4_1"].unpack(data)
+    np.testing.assert_array_equal(blocks.scale, scale.T)
+    np.testing.assert_array_equal(blocks.minimum, minimum.T)
+    np.testing.assert_array_equal(blocks.codes.reshape(6, 512), whole.T)
+
+
+def test_arrays_and_their_types(tmp_path):
+    tree = {
+        "norm": {"scale": np.ones(5, jnp.bfloat16)},
+        "half": {"kernel": W.astype(np.float16)},
+        "cast": {"kernel": lcq.forms.Cast(W.astype(jnp.bfloat16))},
+        "forced": {"kernel": W},
+        "whole": np.arange(3, dtype=np.int32),
+    }
+    names = [Name("forced/kernel", "forced.weight", "io", type="F16")]
+    rows = export(tree, tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA).rows
+    file = Reader(tmp_path / "net.gguf")
+    kinds = {"norm.weight": "F32", "half.weight": "F16", "cast.weight": "BF16", "forced.weight": "F16", "whole": "I32"}
+    assert file.kinds == kinds and [row.leaf for row in rows if row.error] == ["forced/kernel"]
+    np.testing.assert_array_equal(file.tensors["forced.weight"], W.T.astype(np.float16))
+    np.testing.assert_array_equal(file.tensors["whole"], np.arange(3))
+
+
+def test_metadata_keep_their_types(tmp_path):
+    given = {
+        "general.architecture": "llama",
+        "a.flag": True,
+        "a.count": 7,
+        "a.below": -7,
+        "a.byte": np.uint8(3),
+        "a.part": 0.5,
+        "a.names": ["x", "é"],
+        "a.kinds": [1, 2],
+        "a.scores": np.float32([0.5, 1]),
+    }
+    export({"w": np.ones(2, np.float32)}, tmp_path / "net.gguf", format="gguf", config=given)
+    found = Reader(tmp_path / "net.gguf").metadata
+    kinds = [str(np.asarray(value).dtype) for value in list(found.values())[1:6]]
+    assert kinds == ["bool", "uint32", "int32", "uint8", "float32"]
+    assert found["a.names"] == ["x", "é"] and found["a.kinds"] == [1, 2] and found["a.scores"] == [0.5, 1]
+    with pytest.raises(ValueError, match=r"a.b: expected a string, a number, or a list of either, got \{\}"):
+        export({"w": W}, tmp_path / "net.gguf", format="gguf", config={**LLAMA, "a.b": {}})
+
+
+CONFIG = {
+    "model_type": "llama",
+    "max_position_embeddings": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}
+
+
+def test_a_llama_has_its_names_keys_and_order_of_pairs(tmp_path):
+    q, dense_q = codes((64, 64), (64, 2), grid(-128, 127))
+    k, dense_k = RNG.normal(size=(2, 32, 64)).astype(np.float32)
+    layer = "model.layers.0.self_attn."
+    tree = {
+        "model.embed_tokens.weight": W[:8, :4],
+        layer + "q_proj.weight": q,
+        layer + "k_proj.weight": dense_k,
+        layer + "v_proj.weight": k,
+        "model.layers.0.mlp.down_proj.weight": q,
+        "model.layers.0.input_layernorm.weight": np.ones(4, np.float32),
+        "model.norm.weight": np.ones(4, np.float32),
+    }
+    report = export(tree, tmp_path / "net.gguf", format="gguf", names=llama_names(4, 2), config=CONFIG)
+    file = Reader(tmp_path / "net.gguf")
+    assert [row.name for row in report.rows] == list(file.tensors)
+    turned = dense_q.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64)
+    np.testing.assert_allclose(file.tensors["blk.0.attn_q.weight"], turned, rtol=5e-4)
+    np.testing.assert_allclose(file.tensors["blk.0.ffn_down.weight"], dense_q, rtol=5e-4)
+    turned = dense_k.reshape(2, 2, 8, 64).swapaxes(1, 2).reshape(32, 64)
+    np.testing.assert_array_equal(file.tensors["blk.0.attn_k.weight"], turned)
+    np.testing.assert_array_equal(file.tensors["blk.0.attn_v.weight"], k)
+    assert file.metadata["llama.attention.head_count_kv"] == 2 and file.metadata["llama.rope.freq_base"] == 1e4
+    assert len(report.notes) == 1 and "without tokenizer.ggml.model and .tokens" in report.notes[0]
+
+
+FOUR = codes(IO, BY_32, grid(-8, 7))[0]
+REFUSED = [
+    (codes(IO, (32, 6), grid(-8, 7))[0], {}, r"kernel: expected codes that .* levels -8 .. 7 in groups of 16"),
+    (codes((48, 6), (1, 6), grid(-8, 7))[0], {}, r"Q4_0 has a scale for 32 inputs, these one for 48; Q5_0"),
+    (codes(IO, BY_32, grid(0, 255), zeros=True)[0], {}, r"levels 0 .. 255 with zeros .*: Q4_1 has no such levels"),
+    (FOUR, {"names": [Name(".*", "w", "io", type="Q4_2")]}, r"kernel: expected type= one of Q4_0"),
+    (FOUR, {"names": [Name(".*", "w", "io", type="Q4_1")]}, r"Q4_1 has no such levels"),
+    (W > 0, {}, r"kernel: expected one of float32, .* got bool"),
+    (W * 1e9, {"names": [Name(".*", "w", "io", type="F16")]}, r"kernel: expected numbers that float16 holds"),
+    (W, {"config": {}}, r"config: expected general.architecture, or model_type 'llama', got None"),
+    (W, {"config": {"model_type": "llama"}}, r"config: expected max_position_embeddings, hidden_size, .* got none"),
+    (W, {"path": "net.bin"}, r"net.bin: expected a name that ends in .gguf"),
+]
+
+
+@pytest.mark.parametrize(("form", "options", "message"), REFUSED)
+def test_what_is_refused(form, options, message, tmp_path):
+    options = {"format": "gguf", "config": LLAMA, **options}
+    with pytest.raises(ValueError, match=message):
+        export({"kernel": form}, tmp_path / options.pop("path", "net.gguf"), **options)
+    assert not list(tmp_path.glob("*"))
