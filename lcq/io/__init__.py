@@ -28,6 +28,7 @@ from lcq.io.exports import (
     to_qwix,
 )
 from lcq.io.file import ArtifactError, load, save
+from lcq.io.mapped import MappedArray
 
 __all__ = [
     "CHECKPOINT_FORMATS",
@@ -43,6 +44,7 @@ __all__ = [
     "GgufFile",
     "GgufTensor",
     "Item",
+    "MappedArray",
     "Name",
     "Report",
     "Stream",

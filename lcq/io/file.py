@@ -29,6 +29,7 @@ from lcq.io.index import Contents, Said, check_metadata, check_plan, coded_layou
 from lcq.io.records import Encoder, decode
 from lcq.io.tree_paths import Leaf, check_paths, flatten, is_empty, nest
 from lcq.tree.aliases import Forms
+from lcq.tree.lazy import whole
 
 LIMIT = 16 * 2**30
 """Bytes that a file may declare unless told otherwise: its streams, and its forms made dense."""
@@ -234,7 +235,7 @@ def _to_host(leaf: Leaf) -> Leaf:
     if is_empty(leaf):
         return leaf
     if not is_form(leaf.value):
-        return leaf._replace(value=host_array(leaf.path, leaf.value))
+        return leaf._replace(value=host_array(leaf.path, whole(leaf.value)))
     for array in jax.tree.leaves(leaf.value):
         host_array(leaf.path, array, look=False)
     with named(leaf.path):

@@ -24,6 +24,7 @@ from lcq.forms.blocks import compute_dtype, explicit_sharding
 from lcq.forms.dtypes import own_promotion, wider
 from lcq.ptq.pieces import Structure
 from lcq.ptq.rounding.sequential import dot
+from lcq.ptq.shrinkage import aligned
 from lcq.ptq.statistics import Moments, counted, gather, mean
 from lcq.ptq.two_stream import Use
 from lcq.tracing.contraction import Operand, Product
@@ -41,32 +42,105 @@ def fold_count(inputs: int) -> int:
 
 
 @own_promotion()
-def folded(uses: Sequence[Use], w: Float[Array, "G N n"]) -> tuple[Moments, Array]:
+def folded(uses: Sequence[Use]) -> Moments:
     """Sums over the rows of each fold, of all uses and batches.
 
     Args:
         uses: of the same weights in the same layout.
-        w: the weights.
 
     Returns:
-        Moments with leading axes [G, K], each shifted by a mean of its own; the sum of ((X - Y) w)^2 of each fold and
-        neuron, [G, K, n].
+        Moments with leading axes [G, K], each shifted by a mean of its own.
     """
+    return _summed(uses, None)
+
+
+@own_promotion()
+def differences(uses: Sequence[Use], w: Float[Array, "G N n"]) -> Array:
+    """The sum of ((X - Y) w)^2 over the rows of each fold of `folded`, for every neuron, [G, K, n].
+
+    Args:
+        uses: of the weights w, in the same layout.
+        w: the weights.
+    """
+    if _are_same(uses):
+        y = uses[0].inputs[0][1].x
+        return jnp.zeros((len(w), fold_count(w.shape[1]), w.shape[2]), wider(jnp.float32, y.dtype))
+    return _summed(uses, w)
+
+
+def _are_same(uses: Sequence[Use]) -> bool:
+    """Whether X is Y in all uses and batches."""
+    return all(one is two for use in uses for one, two in use.inputs)
+
+
+def _summed(uses: Sequence[Use], w: Array | None) -> Any:
+    """The moments, or given weights the differences."""
     sums: Any = None
     pairs = [pair for use in uses for pair in use.inputs]
-    same = all(one is two for one, two in pairs)
+    same = _are_same(uses)
     alone = all(len(a.sharding.device_set) == 1 for a in jax.tree.leaves(pairs) if isinstance(a, jax.Array))
     number = 0
     for use in uses:
-        key = Structure(use.product.structure, use.product)
+        alike = w is None and all(operand.counts is None for pair in use.inputs for operand in pair)
+        key = Structure(use.product.reading if alike else use.product.structure, use.product)
         parts = use.product.parts(_ROWS) if alone else 1
-        add = _gather(key, parts, fold_count(w.shape[1]))
+        add = _gather(key, parts, fold_count(use.product.shape[2]))
         for x, y in use.inputs:
             sums = add(y, None if same else x, w, sums, number)
             number += parts
-    moments, differences = sums
-    shape = (*moments.count.shape, w.shape[2])
-    return moments, jnp.zeros(shape, moments.shift.dtype) if differences is None else differences
+    return sums
+
+
+class LastMoments:
+    """`folded` of the inputs that were asked for last: products of the same inputs share them.
+
+    Queries, keys and values multiply one array; so do the gate of a GLU and what it gates.
+
+    Attributes:
+        wanted: whether those of the next call may be asked for again.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._uses: list[Use] = []
+        self._moments: Moments | None = None
+
+    def of(self, uses: Sequence[Use]) -> Moments:
+        """The sums over folds, all of the same shift, see `lcq.ptq.shrinkage.aligned`."""
+        moments = self._moments
+        if moments is None or not _have_same_inputs(self._uses, uses):
+            self.forget()  # before there are two of them
+            moments = _aligned(folded(uses))
+        self._uses, self._moments = (list(uses), moments) if self.wanted else ([], None)
+        return moments
+
+    def forget(self) -> None:
+        """Drops what is held, the inputs too."""
+        self._uses, self._moments = [], None
+
+
+_aligned = jax.jit(jax.vmap(aligned))
+
+
+def _have_same_inputs(one: Sequence[Use], two: Sequence[Use]) -> bool:
+    """Whether uses read the same arrays in the same way; masks, which each product has of its own, are compared."""
+    if len(one) != len(two):
+        return False
+    for a, b in zip(one, two, strict=True):
+        if len(a.inputs) != len(b.inputs) or Structure(a.product.reading, None) != Structure(b.product.reading, None):
+            return False
+        pairs = zip(a.inputs, b.inputs, strict=True)
+        if not all(_is_same(p, q) for first, second in pairs for p, q in zip(first, second, strict=True)):
+            return False
+    return True
+
+
+def _is_same(one: Operand, two: Operand) -> bool:
+    if one.x is not two.x or one.sizes is not two.sizes:
+        return False
+    return one.counts is two.counts or (
+        one.counts is not None and two.counts is not None and np.array_equal(one.counts, two.counts)
+    )
 
 
 @own_promotion()
@@ -148,7 +222,7 @@ def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
     """
     product: Product = key.thing
 
-    def experts(y: Operand, x: Operand | None, w: Any, sums: Any, number: Any) -> Any:
+    def experts(y: Operand, x: Operand | None, w: Array | None, sums: Any, number: Any) -> Any:
         ys, xs, counts = product.inputs(y.x), None if x is None else product.inputs(x.x), _counts(product, y, x)
         members, paired = _members(product, y, x)
         each = len(members) // len(ys)
@@ -169,7 +243,7 @@ def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
 
     def sums(y: Operand, x: Operand | None, w: Any, before: Any, number: Any) -> Any:
         if before is None:
-            before = _nothing(w, folds, wider(jnp.float32, y.x.dtype), x is not None)
+            before = _nothing(product, y, w, folds, x is not None)
         if product.kind == "ragged":
             return experts(y, x, w, before, number)
         counts = _counts(product, y, x)
@@ -196,46 +270,48 @@ def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
     return add
 
 
-def _nothing(w: Array, folds: int, wide: Any, drift: bool) -> Any:
+def _nothing(product: Product, y: Operand, w: Array | None, folds: int, drift: bool) -> Any:
     """Sums of no rows."""
-    groups, many, neurons = w.shape
+    groups, _, many = jax.eval_shape(product.inputs, y.x).shape
+    if product.kind == "ragged":
+        groups = jax.eval_shape(product.members, y).shape[0]
 
     def zeros(*shape: int) -> Array:
-        return jnp.zeros((groups, folds, *shape), wide)
+        return jnp.zeros((groups, folds, *shape), wider(jnp.float32, y.x.dtype))
 
+    if w is not None:
+        return zeros(w.shape[2])
     count = jnp.zeros((groups, folds), jnp.int32)
     square = zeros(many, many)
-    moments = Moments(count, zeros(many), zeros(many), zeros(many), square, zeros(many, many) if drift else None)
-    return moments, zeros(neurons) if drift else None
+    return Moments(count, zeros(many), zeros(many), zeros(many), square, zeros(many, many) if drift else None)
 
 
 def _add(
     y: Array, x: Array | None, rows: Array | None, w: Any, sums: Any, number: Any, folds: int, ragged: bool = False
 ) -> Any:
-    """Adds the rows of one group to the sums of its folds [K, ...]."""
+    """Adds the rows of one group to the sums of its folds [K, ...]: moments, or differences where there are weights."""
     each = len(y) // folds
 
-    def fold(moments: Any, differences: Any, y: Any, x: Any, rows: Any) -> Any:
-        wide = moments.shift.dtype
-        shift = jnp.where(moments.count > 0, moments.shift, mean(y.astype(wide), rows))
-        moments = gather(y, x, moments._replace(shift=shift), rows=rows)
-        if x is None:
-            return moments, None
-        away = counted(x.astype(wide) - y.astype(wide), rows)
-        return moments, differences + (dot(away, w.astype(wide)) ** 2).sum(0)
+    def fold(before: Any, y: Any, x: Any, rows: Any) -> Any:
+        if w is not None:
+            wide = before.dtype
+            away = counted(x.astype(wide) - y.astype(wide), rows)
+            return before + (dot(away, w.astype(wide)) ** 2).sum(0)
+        shift = jnp.where(before.count > 0, before.shift, mean(y.astype(before.shift.dtype), rows))
+        return gather(y, x, before._replace(shift=shift), rows=rows)
 
     def cut(a: Any) -> Any:
         return None if a is None else a[: each * folds].reshape(folds, each, *a.shape[1:])
 
     if ragged:
         places, rows = _by_rank(rows, folds, number)
-        return jax.lax.map(lambda part: fold(*part), (*sums, y[places], None if x is None else x[places], rows))
+        return jax.lax.map(lambda part: fold(*part), (sums, y[places], None if x is None else x[places], rows))
     if each:
-        sums = jax.lax.map(lambda part: fold(*part), (*sums, cut(y), cut(x), cut(rows)))
+        sums = jax.lax.map(lambda part: fold(*part), (sums, cut(y), cut(x), cut(rows)))
     if len(y) > each * folds:
         k = number % folds
         here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, keepdims=False), sums)
-        new = fold(*here, *(None if a is None else a[each * folds :] for a in (y, x, rows)))
+        new = fold(here, *(None if a is None else a[each * folds :] for a in (y, x, rows)))
         sums = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, k, 0), sums, new)
     return sums
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -71,8 +70,8 @@ def curvature(
         visit.finish()
     found = {path: np.zeros(np.shape(leaves[path]), np.float32) for path in chosen}
     for product, square, many in sums.values():
-        places = np.asarray(product.weights(jnp.asarray(product.weight.elements(found[product.path].shape))))
         mean = square / np.maximum(many, 1)[:, None]
+        places = product.places(found[product.path].shape)
         np.add.at(found[product.path].reshape(-1), places, mean[:, :, None])
     return {path: jax.device_put(values) for path, values in found.items()}
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from lcq.forms import Codes
 from lcq.forms.dtypes import own_promotion
 from lcq.ptq import shrinkage
+from lcq.ptq.gathering import LastMoments
 from lcq.ptq.inputs import Inputs
 from lcq.ptq.rounding.base import Rounding
 from lcq.ptq.rounding.codebook import block_count, every_scaled
@@ -74,6 +75,7 @@ def round_product(
     method: Rounding,
     *,
     centred: bool,
+    last: LastMoments | None = None,
 ) -> Rounded:
     """Rounds the weights of one product, or of several with the same weights.
 
@@ -84,6 +86,7 @@ def round_product(
         rule: its scheme gives the codebook.
         method: how to round, and how the scale and the shrinkage are chosen.
         centred: whether a bias is free to follow.
+        last: the statistics of the product before, which serve this one if its inputs are the same.
 
     Raises:
         ValueError: NaN or infinite activations, or statistics that the method cannot factorise.
@@ -94,7 +97,8 @@ def round_product(
     recursion = _recursion(uses, method, sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1)
     key = method.random_key(product.number)
     alike = dataclasses.replace(method, search=True, shrink=None)  # what programs do not depend on
-    problem: Inputs | Sums = (Inputs if recursion == "follow" else Sums).of(uses, alike, w, centred)
+    kind: type[Inputs] | type[Sums] = Inputs if recursion == "follow" else Sums
+    problem: Inputs | Sums = kind.of(uses, alike, w, centred, last=last, judged=method.shrink is None)
     if not problem.finite:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(

@@ -1,65 +1,121 @@
 """Codes of products put together to the form of their leaf."""
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from lcq.forms import Codes
-from lcq.tracing.contraction import Product
+from lcq.ptq.block_numbers import BlockNumbers
+from lcq.tracing.contraction import Product, slice_of
+
+
+class _Put(NamedTuple):
+    """The product whose codes were taken, and their form, but for the codes."""
+
+    product: Product
+    form: Codes
 
 
 class Assembly:
     """A leaf whose products are quantized one after another: layers of a stack, slices of a fused kernel.
 
+    It reads like the leaf, quantized where its products have been. What is read is made of the codes, a slice at a
+    time; what was put is kept until `forget`. So a byte a weight is held, or two of more than 256 levels.
+
     Attributes:
-        dense: the leaf, quantized where its products have been.
+        shape: of the leaf.
+        dtype: of the leaf.
     """
 
     def __init__(self, leaf: Any) -> None:
-        self.dense = leaf
-        self._shape, self._dtype = tuple(leaf.shape), str(leaf.dtype)
-        self._codes = np.zeros(self._shape, np.uint16)
-        self._block = np.zeros(self._shape, np.int64)
+        self.shape, self.dtype = tuple(leaf.shape), leaf.dtype
+        self._leaf = leaf
+        self._codes: np.ndarray | None = None
+        self._numbers = BlockNumbers(self.shape)
         self._rows: list[np.ndarray] = []
-        self._form: Codes | None = None
+        self._puts: list[_Put] = []
+        self._dense: dict[tuple[int, ...], Array] = {}
 
     def put(self, product: Product, form: Codes) -> None:
         """Takes the codes [G, N, n] of one product, and the numbers of its codebook: one row for each block."""
-        places = np.asarray(product.weights(jax.numpy.asarray(product.weight.elements(self._shape))))
-        codes = jax.device_get(form.codes)
-        self._codes.reshape(-1)[places] = codes
-        rows, block = _rows(jax.device_get(form), codes.shape)
-        self._block.reshape(-1)[places] = block + sum(map(len, self._rows))
+        index, host = product.weight.index, jax.device_get(form)
+        if self._codes is None or self._codes.dtype != host.codes.dtype:
+            old = 0 if self._codes is None else self._codes
+            self._codes = np.zeros(self.shape, host.codes.dtype)
+            self._codes[...] = old
+        self._codes[index].reshape(-1)[product.places(self.shape, len(index))] = host.codes
+        rows, numbers = _rows(host, host.codes.shape)
+        self._numbers.put(product, numbers + np.int32(sum(map(len, self._rows))))
         self._rows.append(rows)
-        self._form = form
-        dense = np.array(self.dense, order="C")
-        dense.reshape(-1)[places] = np.asarray(jax.vmap(Codes.dense)(form))
-        self.dense = placed(dense, self.dense)
+        before = self[index]
+        after = np.array(before, order="C")
+        self._puts.append(_Put(product, dataclasses.replace(host, codes=None)))
+        self._write(after, len(index), self._puts[-1])
+        apart = {key: part for key, part in self._dense.items() if not (_within(key, index) or _within(index, key))}
+        self._dense = apart | {index: placed(after, before)}
+
+    def forget(self, product: Product) -> None:
+        """Drops the slice that a product has put, which can be made again."""
+        self._dense.pop(product.weight.index, None)
+
+    def __getitem__(self, index: tuple[int, ...]) -> Array:
+        """leaf[index], quantized where its products have been."""
+        if index in self._dense:
+            return self._dense[index]
+        above = [put.product.weight.index for put in self._puts if _within(index, put.product.weight.index)]
+        if (first := min(above, key=len, default=index)) != index:
+            return slice_of(self[first], index[len(first) :])
+        before = slice_of(self._leaf, index)
+        inside = [put for put in self._puts if _within(put.product.weight.index, index)]
+        if not inside:
+            return before
+        part = np.array(before, order="C")
+        for put in inside:
+            self._write(part, len(index), put)
+        return placed(part, before)
+
+    @property
+    def dense(self) -> Array:
+        """The whole leaf, quantized where its products have been."""
+        return self[()]
 
     def form(self) -> Codes:
         """The form of the whole leaf, its blocks as large as equal numbers allow."""
-        assert self._form is not None
-        table, which = np.unique(np.concatenate(self._rows), axis=0, return_inverse=True)
-        block = which.reshape(-1)[self._block]
-        first = tuple(slice(None, None, period(axis, block)) for axis in range(block.ndim))
-        numbers = table[block[first]]
+        assert self._codes is not None
+        last = self._puts[-1].form
+        numbers, which = np.unique(np.concatenate(self._rows), axis=0, return_inverse=True)
+        numbers = numbers[self._numbers.equal_blocks(which.reshape(-1))]
         fields: dict[str, Any] = {}
         for name in ("scale", "zero", "levels"):
-            array = getattr(self._form, name)
+            array = getattr(last, name)
             if array is not None:
                 many = array.shape[-1] if name == "levels" else 1
                 part, numbers = numbers[..., :many], numbers[..., many:]
                 fields[name] = jax.numpy.asarray((part if name == "levels" else part[..., 0]).astype(array.dtype))
-        codes = self._codes.astype(self._form.codes.dtype)
-        return Codes(jax.numpy.asarray(codes), **fields, values=self._form.values, dtype=self._dtype)
+        return Codes(jax.numpy.asarray(self._codes), **fields, values=last.values, dtype=str(self.dtype))
+
+    def _write(self, part: np.ndarray, depth: int, put: _Put) -> None:
+        """Writes the weights of a product into leaf[index[:depth]]."""
+        assert self._codes is not None
+        product, index = put.product, put.product.weight.index
+        inside = product.places(self.shape, len(index))
+        codes = jax.numpy.asarray(self._codes[index].reshape(-1)[inside])
+        values = np.asarray(jax.vmap(Codes.dense)(dataclasses.replace(put.form, codes=codes)))
+        part[index[depth:]].reshape(-1)[inside] = values
 
 
 def placed(values: Any, like: PyTree) -> jax.Array:
     """The values on the devices of `like`, and committed to them only if it is, or programs would be compiled twice."""
     return jax.device_put(values, like.sharding if isinstance(like, jax.Array) and like.committed else None)
+
+
+def _within(index: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether leaf[index] is a part of leaf[other]."""
+    return index[: len(other)] == other
 
 
 def _rows(form: Codes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -69,15 +125,8 @@ def _rows(form: Codes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     columns = [a if a is None or i == 2 else a[..., None] for i, a in enumerate(arrays)]
     parts = [a.astype(np.float64) for a in columns if a is not None]
     if not parts:
-        return np.zeros((1, 0)), np.zeros(shape, np.int64)
+        return np.zeros((1, 0)), np.zeros(shape, np.int32)
     blocks = np.broadcast_shapes(*(a.shape[:3] for a in parts))
     rows = np.concatenate([np.broadcast_to(a, (*blocks, a.shape[-1])).reshape(math.prod(blocks), -1) for a in parts], 1)
-    number = np.arange(math.prod(blocks)).reshape(blocks).repeat(many // blocks[1], axis=1)
+    number = np.arange(math.prod(blocks), dtype=np.int32).reshape(blocks).repeat(many // blocks[1], axis=1)
     return rows, np.broadcast_to(number, shape)
-
-
-def period(axis: int, block: np.ndarray) -> int:
-    """The greatest length into which an axis can be cut so that blocks do not change inside."""
-    rows = np.moveaxis(block, axis, 0)
-    changes = np.flatnonzero((rows[1:] != rows[:-1]).any(tuple(range(1, rows.ndim)))) + 1
-    return math.gcd(len(rows), *map(int, changes))

@@ -12,11 +12,12 @@ from lcq.forms import Codes
 from lcq.forms.base import is_form
 from lcq.forms.blocks import block_counts
 from lcq.forms.validate import named
-from lcq.ptq.leaf_assembly import period
+from lcq.ptq.block_numbers import period
 from lcq.ptq.quantize import decide
 from lcq.tracing.contraction import Product
 from lcq.tracing.param_flow import trace
 from lcq.tree.aliases import Batch, Params
+from lcq.tree.lazy import shape_of
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Task
 
@@ -43,16 +44,15 @@ def preview(
     """
     leaves, structure = flatten(params)
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
-    shapes = {path: jax.eval_shape(leaf.dense) if is_form(leaf) else leaf for path, leaf in leaves.items()}
+    shapes = {path: jax.eval_shape(leaf.dense) if is_form(leaf) else shape_of(leaf) for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, shapes.values())
     chosen, direct = decide(rules, rtn, dense, given)
     blocks = {path: np.zeros(shapes[path].shape, np.int64) for path in chosen}
     for product in trace(fn, dense, batch, chosen).products:
         path = product.path
-        places = product.weights(jax.numpy.asarray(product.weight.elements(shapes[path].shape)))
-        flat = blocks[path].reshape(-1)
-        if not flat[np.asarray(places)].any():  # else an earlier product has chosen its codes
-            flat[np.asarray(places)] = _numbers(product, chosen[path]) + flat.max() + 1
+        places, flat = product.places(shapes[path].shape), blocks[path].reshape(-1)
+        if not flat[places].any():  # else an earlier product has chosen its codes
+            flat[places] = _numbers(product, chosen[path]) + flat.max() + 1
     forms = {path: _form(shapes[path], chosen[path], numbers) for path, numbers in blocks.items()}
     return jax.tree.unflatten(structure, (leaves | forms).values()), tuple(direct)
 

@@ -1,6 +1,7 @@
 """Quantization of a trained net without labels or retraining: one walk, and a rounding method at each product."""
 
 import dataclasses
+import os
 import re
 import time
 import warnings
@@ -14,16 +15,18 @@ from jaxtyping import Array
 from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import nearest_number
 from lcq.ptq.batches import Mask, checked_batches, traced
-from lcq.ptq.gathering import everywhere
+from lcq.ptq.gathering import LastMoments, everywhere
 from lcq.ptq.layer import Rounded, round_product
 from lcq.ptq.leaf_assembly import Assembly, placed
+from lcq.ptq.resume import Saved, description
 from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.schemes.base import Quantizer
-from lcq.tracing.contraction import BiasSite, region
+from lcq.tracing.contraction import BiasSite
 from lcq.tracing.param_flow import Program
 from lcq.tree.aliases import Batch, Forms, Function, Params
-from lcq.tree.compress import check_finite
+from lcq.tree.compress import check_finite, take
+from lcq.tree.lazy import is_lazy, shape_of, whole
 from lcq.tree.paths import check_numbers, flatten
 from lcq.tree.rules import Rule, Rules, Task, checked, resolve
 
@@ -107,6 +110,7 @@ def quantize(
     mask: Mask = None,
     bias_correction: bool = True,
     offload: bool = True,
+    resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, Record], None] | None = None,
 ) -> Quantized:
     """Quantizes the weights of every product of fn, each so that its results change least.
@@ -158,13 +162,17 @@ def quantize(
         bias_correction: whether biases and batch-norm means that are added to a product, and nothing else, absorb the
             change of its mean; weights are then rounded on centred statistics.
         offload: whether activations between products are kept in the host's memory.
+        resume: a folder for what has been rounded so far, made if it is not there. A run that was killed and is called
+            again goes on and gives the same bytes; the products before are made again, which rounds nothing. May be
+            removed afterwards.
         progress: called with each record, its number from 1 and how many there are; for weights whose uses depend on
             each other when the last of them are rounded.
 
     Raises:
         ValueError: no batch, batches of different structure, a leaf or a part of a batch that is no array, a mask that
             fits none, NaN activations, a leaf that cannot be followed to a product, statistics that the method
-            cannot factorise, or a rule that cannot be applied; names the leaf and the remedy.
+            cannot factorise, a rule that cannot be applied, or a folder to resume from that is of another run; names
+            the leaf and the remedy.
 
     Example:
         >>> import lcq
@@ -187,12 +195,15 @@ def quantize(
             raise ValueError(f"{path}: expected an array, whose values are rounded, got {leaf}; pass the parameters")
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
-    dense = jax.tree.unflatten(structure, original.values())
+    dense = jax.tree.unflatten(structure, map(shape_of, original.values()))
     chosen, direct = decide(rules, rtn, dense, given)
+    for path in (*chosen, *(path for task in direct for path in task.paths)):
+        if is_lazy(original[path]):
+            check_finite(path, original[path])
     result = {**original, **given}
     other = dict(original)
     for task in direct:
-        for path, form in zip(task.paths, task.project(tuple(original[p] for p in task.paths)), strict=True):
+        for path, form in zip(task.paths, task.project(take(original, task)), strict=True):
             result[path], other[path] = form, form.dense()
     programs, inputs = traced(fn, dense, batches, chosen, mask)
     _warn_of_lost(programs)
@@ -200,6 +211,11 @@ def quantize(
     updates: dict[str, np.ndarray] = {}
     records: list[Record] = []
     waiting: list[tuple[Record, Outcome]] = []
+    last = LastMoments()
+    saved = None
+    if resume is not None:
+        settings = {"rules": rules, "rtn": rtn, "method": method, "bias_correction": bias_correction}
+        saved = Saved(resume, description(programs, leaves, inputs, settings))
 
     def tell() -> None:
         while waiting and waiting[0][1].error is not None:
@@ -216,22 +232,30 @@ def quantize(
         shift = _bias_site(visit.uses, programs) if bias_correction else None
         if shift is not None and shift.path in given:
             shift = None
-        rounded = round_product(
-            visit.uses,
-            product.weights(product.weight.moved(everywhere(original[product.path]))),
-            chosen[product.path],
-            method,
-            centred=shift is not None,
-        )
+        number = len(records) + len(waiting)
+        before = saved.get(number, unit.name) if saved else None
+        if before:
+            rounded, _ = before
+        else:
+            last.wanted = visit.is_followed
+            w = product.weights(product.weight.moved(everywhere(original[product.path])))
+            rounded = round_product(visit.uses, w, chosen[product.path], method, centred=shift is not None, last=last)
         assembly = assemblies[product.path]
         assembly.put(product, rounded.form)
-        other[product.path] = assembly.dense
+        other[product.path] = assembly
         if shift is not None:
-            update = updates.setdefault(shift.path, np.array(original[shift.path], np.float32, order="C"))
+            if shift.path not in updates:
+                updates[shift.path] = np.array(whole(original[shift.path]), np.float32, order="C")
+            update = updates[shift.path]
             update.reshape(-1)[shift.elements] += shift.sign * np.asarray(rounded.correction)
-        record = _record(visit, method, rounded, np.shape(original[product.path]))
+        record = _record(visit, method, rounded)
         outcome = visit.finish(rounded.correction)
-        waiting.append((record._replace(seconds=time.perf_counter() - start), outcome))
+        if not unit.others and len(unit.uses) == 1:
+            assembly.forget(product)
+        seconds = before[1] if before else time.perf_counter() - start
+        if saved and not before:
+            saved.put(number, unit.name, rounded, seconds)
+        waiting.append((record._replace(seconds=seconds), outcome))
         del visit
         tell()
     tell()
@@ -240,8 +264,8 @@ def quantize(
         result[path] = _like(update, original[path])
     for task in direct:
         if any(path in updates for path in task.paths):
-            result.update(zip(task.paths, task.project(tuple(result[p] for p in task.paths)), strict=True))
-    return Quantized(jax.tree.unflatten(structure, result.values()), tuple(records))
+            result.update(zip(task.paths, task.project(take(result, task)), strict=True))
+    return Quantized(jax.tree.unflatten(structure, map(whole, result.values())), tuple(records))
 
 
 def _method(method: str | Rounding) -> Rounding:
@@ -316,12 +340,12 @@ def _warn_of_lost(programs: Sequence[Program]) -> None:
         )
 
 
-def _record(visit: Visit, method: Rounding, rounded: Rounded, shape: tuple[int, ...]) -> Record:
+def _record(visit: Visit, method: Rounding, rounded: Rounded) -> Record:
     """Without the error, which may not be known yet, and the time."""
     assert visit.unit is not None
     product = visit.product
     return Record(
-        product.path + region(visit.unit.places, shape, len(product.weight.index)),
+        visit.unit.name,
         product.shape,
         rounded.form.size_of_table,
         str(method),

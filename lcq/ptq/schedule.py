@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from lcq.tracing.param_flow import Program
 
 
@@ -107,7 +105,7 @@ def _check(programs: Sequence[Program]) -> None:
     for other in programs[1:]:
         paths = [[unit.path for unit in program.units] for program in (first, other)]
         if paths[0] == paths[1] and all(
-            np.array_equal(a.places, b.places) for a, b in zip(first.units, other.units, strict=True)
+            a.has_same_places(b.product) for a, b in zip(first.units, other.units, strict=True)
         ):
             continue
         missing = sorted(set(paths[0]) ^ set(paths[1])) or sorted(set(paths[0]))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lcq.forms import Codes
 from lcq.ptq import shrinkage
-from lcq.ptq.gathering import folded
+from lcq.ptq.gathering import LastMoments, differences
 from lcq.ptq.rounding.base import Rounding, correction, residual
 from lcq.ptq.rounding.codebook import every_scaled
 from lcq.ptq.shrinkage import Folds
@@ -43,9 +43,19 @@ class Sums(NamedTuple):
     careful: bool = False
 
     @classmethod
-    def of(cls, uses: Sequence[Use], method: Rounding, w: Float[Array, "G N n"], centred: bool) -> "Sums":
-        moments, differences = folded(uses, w)
-        return cls(method, w, Folds(_aligned(moments), differences), centred)
+    def of(
+        cls,
+        uses: Sequence[Use],
+        method: Rounding,
+        w: Float[Array, "G N n"],
+        centred: bool,
+        *,
+        last: LastMoments | None = None,
+        judged: bool = True,
+    ) -> "Sums":
+        """The sums of a product; `last` may have the moments already, and `judged` is whether errors are asked for."""
+        moments = (last or LastMoments()).of(uses)
+        return cls(method, w, Folds(moments, differences(uses, w) if judged else None), centred)
 
     @property
     def finite(self) -> bool:
@@ -109,7 +119,6 @@ class Sums(NamedTuple):
         return _correction(self.w, self.statistics.mean_x, self.statistics.mean_y, form)
 
 
-_aligned = jax.jit(jax.vmap(shrinkage.aligned))
 _noise = jax.jit(jax.vmap(shrinkage.noise))
 _residuals = jax.jit(jax.vmap(residual))
 _sizes = jax.jit(jax.vmap(shrinkage.size))

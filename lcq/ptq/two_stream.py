@@ -28,6 +28,7 @@ from lcq.ptq.schedule import Group, schedule
 from lcq.tracing.contraction import Operand, Product, Unit
 from lcq.tracing.equation import Content
 from lcq.tracing.param_flow import Program
+from lcq.tree.lazy import is_lazy, whole
 
 
 class Use(NamedTuple):
@@ -61,6 +62,7 @@ class Visit:
         unit: which; None for a product whose weights have been replaced before, or may not be.
         uses: products of the weights; the first of them has their layout.
         results: of each use for each batch the results of both nets; None before `finish`, and for a group.
+        is_followed: whether the next visit may have the same inputs.
     """
 
     def __init__(self, walk: "_Walk", unit: Unit | None, uses: list[Use], alone: bool) -> None:
@@ -68,6 +70,7 @@ class Visit:
         self.outcome, self.finished = Outcome(), False
         self.shift: Array | None = None
         self.results: list[list[Any]] | None = None
+        self.is_followed = False
 
     @property
     def product(self) -> Product:
@@ -136,7 +139,7 @@ class _Part:
             env.update(zip(variables, (values[path] for path in program.paths), strict=True))
             ins = [env[var] for var in shared.ins]
             if not envs or any(a is not envs[0][var] for a, var in zip(ins, shared.ins, strict=True)):
-                made = shared.function(*ins)
+                made = shared.function(*map(whole, ins))
             env.update(zip(shared.outs, made, strict=True))
             envs.append(env)
         inputs = program.jaxpr.invars[params:]
@@ -146,11 +149,15 @@ class _Part:
     def advance(self, number: int) -> Use:
         """Runs what comes before a product."""
         piece = self.pieces[number]
+        read: dict[int, Any] = {}  # once for all batches
         for stream in self.streams:
             ins = [[env[var] for var in piece.ins] for env in stream]
-            first = self.walk.keep(piece.function(*ins[0]))
+            lazy = {id(a): a for a in (*ins[0], *ins[1]) if is_lazy(a)}
+            read.update({key: jnp.asarray(whole(a)) for key, a in lazy.items() if key not in read})
+            given = [[read.get(id(a), a) for a in values] for values in ins]
+            first = self.walk.keep(piece.function(*given[0]))
             same = all(a is b for a, b in zip(*ins, strict=True))
-            second = first if same else self.walk.keep(piece.function(*ins[1]))
+            second = first if same else self.walk.keep(piece.function(*given[1]))
             for env, made in zip(stream, (first, second), strict=True):
                 env.update(zip(piece.outs, made, strict=True))
                 for var in piece.spent:
@@ -195,14 +202,20 @@ class _Walk:
         ]
 
     def run(self) -> Iterator[Visit]:
-        for group in self.groups:
-            yield from self._again(group) if group.again else self._once(group)
+        for group, after in zip(self.groups, [*self.groups[1:], None], strict=True):
+            yield from self._again(group) if group.again else self._once(group, after)
 
-    def _once(self, group: Group) -> Iterator[Visit]:
+    def _inputs(self, group: Group | None) -> list[list[Any]]:
+        """The variables that the products of a group multiply."""
+        each = () if group is None else zip(self.parts, group.products, strict=True)
+        return [[part.pieces[n].operands["x"] for n in numbers] for part, numbers in each]
+
+    def _once(self, group: Group, after: Group | None) -> Iterator[Visit]:
         """A unit whose uses do not depend on each other, or a product of other weights."""
         numbers = [(part, n) for part, each in zip(self.parts, group.products, strict=True) for n in each]
         uses = [part.advance(number) for part, number in numbers]
         visit = Visit(self, self.units[group.units[0]] if group.units else None, uses, True)
+        visit.is_followed = self._inputs(group) == self._inputs(after)
         yield from _handed(visit)
         results = visit.results
         del visit, uses

@@ -45,10 +45,7 @@ class ParamSite:
 
     def of(self, leaf: Content) -> Content:
         """The array that reaches the product, of the leaf's array or of another in its place."""
-        leaf = jnp.asarray(leaf)
-        for i in self.index:
-            leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
-        return functools.reduce(lambda a, step: step(a), self.steps, leaf)
+        return functools.reduce(lambda a, step: step(a), self.steps, slice_of(leaf, self.index))
 
     def moved(self, leaf: Content) -> Content:
         """The elements that reach the product in the leaf's own dtype, before any cast."""
@@ -57,12 +54,20 @@ class ParamSite:
 
     def elements(self, shape: tuple[int, ...]) -> np.ndarray:
         """For each element that reaches the product, its flat place in a leaf of this shape."""
-        rest = shape[len(self.index) :]
-        size = math.prod(rest)
-        first = int(np.ravel_multi_index(self.index, shape[: len(self.index)])) * size if self.index else 0
         with jax.ensure_compile_time_eval():
-            places = dataclasses.replace(self, index=()).moved(jnp.arange(size, dtype=jnp.int32).reshape(rest))
-        return np.asarray(np.asarray(places, np.int64) + first)  # of no axes it would be a number
+            places = self._inside(shape)
+        return _placed(places, self.start(shape))
+
+    def start(self, shape: tuple[int, ...], depth: int = 0) -> int:
+        """Where leaf[index] begins in leaf[index[:depth]], of a leaf of this shape."""
+        lead = shape[depth : len(self.index)]
+        return int(np.ravel_multi_index(self.index[depth:], lead)) * math.prod(shape[len(self.index) :]) if lead else 0
+
+    def _inside(self, shape: tuple[int, ...]) -> Array:
+        """Flat places in leaf[index], which 32 bits can count."""
+        rest = shape[len(self.index) :]
+        whole = dataclasses.replace(self, index=())
+        return whole.moved(jnp.arange(math.prod(rest), dtype=jnp.int32).reshape(rest))
 
     def then(self, step: Step) -> "ParamSite":
         return dataclasses.replace(self, steps=(*self.steps, step))
@@ -139,6 +144,16 @@ class Product:
         return self.primitive, self.params, self.side, len(self.x.shape), self.w.shape
 
     @property
+    def reading(self) -> tuple[object, ...]:
+        """Equal for products that make the same matrices of equal operands, whatever their number of neurons."""
+        if self.kind == "dot":
+            return self.primitive, self._axes(1 - self.side), len(self.x.shape)
+        if self.kind == "conv":
+            window = [self.w.shape[axis] for axis in self.params["dimension_numbers"].rhs_spec[1:]]
+            return self.primitive, self.params, len(self.x.shape), window
+        return self.structure
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(G, M, N, n)."""
         g, m, n_out = jax.eval_shape(self.outputs, self.y).shape
@@ -203,6 +218,16 @@ class Product:
             return im2col.flatten_axes(w, [*batch, *experts], contract, self._free(self.side))
         spec = self.params["dimension_numbers"]
         return im2col.kernel_matrix(w, spec.rhs_spec, self.params["feature_group_count"])
+
+    def places(self, shape: tuple[int, ...], depth: int = 0) -> np.ndarray:
+        """Flat places of the weights [G, N, n] in leaf[index[:depth]], of a leaf of this shape."""
+        with jax.ensure_compile_time_eval():
+            places = self.weights(self.weight._inside(shape))
+        return _placed(places, self.weight.start(shape, depth))
+
+    def is_whole(self, shape: tuple[int, ...]) -> bool:
+        """Whether its weights are all of leaf[index]: no change of layout of a followed leaf copies elements."""
+        return math.prod(self.w.shape) == math.prod(shape[len(self.weight.index) :])
 
     def outputs(self, y: Shaped[Array, "..."]) -> Shaped[Array, "G M n"]:
         """The result in its canonical layout; of a ragged product as `inputs`."""
@@ -269,27 +294,51 @@ class Product:
         return [axis for axis in range(rank) if axis not in (*contract, *batch, *experts)]
 
 
-class Unit(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Unit:
     """Weights that are rounded together, and the products that use them.
 
     Attributes:
-        path: Path of the leaf in the tree.
-        places: Flat places in the leaf of the weights of the first use, [G, N, n].
+        product: The first use, which has their layout.
+        shape: Of the leaf.
         uses: Numbers of the products that have these weights for the same inputs of the same groups: those whose inputs
             can be summed. The first is the first use.
         others: Numbers of the products that have the weights in another layout (a transpose), or together with other
             weights.
     """
 
-    path: str
-    places: np.ndarray
+    product: Product
+    shape: tuple[int, ...]
     uses: tuple[int, ...]
     others: tuple[int, ...] = ()
 
     @property
-    def order(self) -> np.ndarray:
-        """The places, by input; equal for uses whose inputs can be summed."""
-        return np.sort(self.places, axis=2)
+    def path(self) -> str:
+        """Path of the leaf in the tree."""
+        return self.product.path
+
+    @property
+    def name(self) -> str:
+        """The path, and which part of the leaf it is, see `region`."""
+        index = self.product.weight.index
+        if self.product.is_whole(self.shape):
+            return self.path + "".join(f"[{i}]" for i in index)
+        return self.path + region(self.product.places(self.shape), self.shape, len(index))
+
+    def has_same_places(self, other: Product) -> bool:
+        """Whether another product, perhaps of another trace, has the same weights in the same order."""
+        mine, theirs = _straight(self.product), _straight(other)
+        if mine is not None and theirs is not None:
+            return mine == theirs
+        return np.array_equal(self.product.places(self.shape), other.places(self.shape))
+
+    def can_sum(self, other: Product) -> bool:
+        """Whether another product of these weights has the same inputs of them, so that its own can be summed."""
+        mine, theirs = _straight(self.product), _straight(other)
+        if mine is not None and mine == theirs:
+            return True
+        one, two = (product.places(self.shape) for product in (self.product, other))
+        return one.shape == two.shape and bool((np.sort(one, axis=2) == np.sort(two, axis=2)).all())
 
 
 class BiasSite(NamedTuple):
@@ -304,6 +353,29 @@ class BiasSite(NamedTuple):
     path: str
     sign: int
     elements: np.ndarray
+
+
+def slice_of(leaf: Content, index: tuple[int, ...]) -> Array:
+    """leaf[index]; of an array on the host, or of one that is read when it is asked, no other part is touched."""
+    if not isinstance(leaf, jax.Array):
+        return jnp.asarray(leaf[index])
+    for i in index:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
+    return leaf
+
+
+def _placed(places: Array, start: int) -> np.ndarray:
+    """Places counted from the start of something larger."""
+    found = np.asarray(places)
+    small = start + int(found.max(initial=0)) < 2**31
+    return np.asarray(found + (start if small else np.int64(start)))  # of no axes it would be a number
+
+
+def _straight(product: Product) -> tuple[object, ...] | None:
+    """The layout of a dot's weights that reach it as the leaf has them, and where they are; None of any other."""
+    if product.kind != "dot" or any(step.primitive.name not in IN_PLACE for step in product.weight.steps):
+        return None
+    return product.weight.index, product.side, product.w.shape, product._axes(product.side)
 
 
 def per_neuron(

@@ -41,6 +41,7 @@ from lcq.tracing.obstacles import cannot_follow
 from lcq.tracing.units import Units
 from lcq.tracing.values import Result, Value, carried, count, stack, unstack
 from lcq.tree.aliases import Batch, Function, Leaves, Params
+from lcq.tree.lazy import shape_of
 from lcq.tree.paths import check_numbers, flatten
 
 
@@ -108,7 +109,7 @@ def trace(
     def flat(values: Sequence[Content], batch: Batch) -> PyTree:
         return fn(jax.tree.unflatten(structure, values), batch)
 
-    values = list(leaves.values())
+    values = list(map(shape_of, leaves.values()))
     closed = jax.make_jaxpr(flat)(values, batch)
     follower = _Follower(leaves, frozenset(selected), strict)
     given = jax.tree.leaves(batch)

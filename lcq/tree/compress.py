@@ -13,6 +13,7 @@ from jaxtyping import Array
 from lcq.forms.base import Form, is_form
 from lcq.forms.restored import check_restored
 from lcq.tree.aliases import Forms, Leaves, Params
+from lcq.tree.lazy import LazyLeaf, parts, whole
 from lcq.tree.paths import check_numbers, flatten, leave_out
 from lcq.tree.rules import Rules, Task, resolve
 
@@ -80,7 +81,7 @@ def decompress(tree: Forms) -> Params:
 
 def take(leaves: Leaves, task: Task) -> tuple[Any, ...]:
     """The leaves of one task, in its order."""
-    return tuple(leaves[path] for path in task.paths)
+    return tuple(whole(leaves[path]) for path in task.paths)
 
 
 def replace(
@@ -93,16 +94,17 @@ def replace(
     return jax.tree.unflatten(structure, new.values())
 
 
-def check_finite(path: str, leaf: Array | np.ndarray | np.number | jax.ShapeDtypeStruct) -> None:
+def check_finite(path: str, leaf: Array | np.ndarray | np.number | jax.ShapeDtypeStruct | LazyLeaf) -> None:
     """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
     if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     with jax.ensure_compile_time_eval():  # a concrete leaf may be met inside a trace
-        finite = bool(jnp.isfinite(leaf).all())
+        finite = all(bool(jnp.isfinite(part).all()) for part in parts(leaf))
     if not finite:
-        bad = int(np.sum(~np.isfinite(np.asarray(leaf, np.float32))))
+        bad = sum(int(np.sum(~np.isfinite(np.asarray(part, np.float32)))) for part in parts(leaf))
+        size = math.prod(leaf.shape)
         raise ValueError(
-            f"{path}: expected finite weights, got {bad} NaN or infinite of {leaf.size}; train again with a smaller "
+            f"{path}: expected finite weights, got {bad} NaN or infinite of {size}; train again with a smaller "
             f"learning rate, or exclude it with {leave_out(path)} before its rule"
         )
 

@@ -77,6 +77,17 @@ class CheckpointFormat(abc.ABC):
         """
         return self.read(path)
 
+    def read_lazily(self, path: Path) -> Checkpoint:
+        """The same with `lcq.io.MappedArray`s for arrays.
+
+        Raises:
+            ValueError: as `read`; or, as here, a format whose arrays cannot be read a part at a time.
+        """
+        raise ValueError(
+            f"{path}: expected a .safetensors file, or shards, for lazy=True, got another format; leave it out, or "
+            "write it anew: lcq.io.write('net.safetensors', tree)"
+        )
+
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
         """Writes arrays of the host, by path, whole or not at all.
 

@@ -17,6 +17,7 @@ from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFo
 from lcq.io.checkpoints.shards import INDEX
 from lcq.io.file import host_array
 from lcq.io.tree_paths import Leaf, flatten, is_empty
+from lcq.tree.lazy import whole
 
 _TORCH = "; of torch's files, which may run code, make one with safetensors.torch.save_file"
 _HINTS = {".lcq": "; lcq.load and lcq.save are for .lcq files", ".json": "; an index of shards ends in " + INDEX}
@@ -24,7 +25,7 @@ _HINTS |= {".keras": "; of a .keras file unzip model.weights.h5"}
 _HINTS |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _TORCH)
 
 
-def read(path: str | os.PathLike[str], *, forms: bool = False) -> PyTree:
+def read(path: str | os.PathLike[str], *, forms: bool = False, lazy: bool = False) -> PyTree:
     """Nested dicts of numpy arrays from a .safetensors, .npz, .gguf or .weights.h5 file, or a folder that orbax wrote.
 
     A safetensors checkpoint in shards is read whole: give its folder or its index, see
@@ -36,6 +37,8 @@ def read(path: str | os.PathLike[str], *, forms: bool = False) -> PyTree:
     Args:
         path: of the file or folder.
         forms: whether codes stay codes, as forms, stored.
+        lazy: whether leaves are `lcq.io.MappedArray`s, which are read when they are asked for, as `lcq.quantize` does
+            layer by layer; of safetensors only.
 
     Raises:
         ValueError: another kind of file, a damaged one, shards that are not whole, or arrays of a dtype without a name
@@ -49,10 +52,10 @@ def read(path: str | os.PathLike[str], *, forms: bool = False) -> PyTree:
         ...     read_checkpoint(folder)
         Checkpoint(tree={'dense0': {'bias': array([0., 0.])}}, metadata={'format': 'np'}, layout=None)
     """
-    return read_checkpoint(path, forms=forms).tree
+    return read_checkpoint(path, forms=forms, lazy=lazy).tree
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, forms: bool = False) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, forms: bool = False, lazy: bool = False) -> Checkpoint:
     """What `read` gives, with the metadata of the file and the layout of its weights.
 
     Raises:
@@ -62,6 +65,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, forms: bool = False) -> Che
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     known = next((known for known in _formats() if known.recognises(path)), None) or _unknown(path)
+    if forms and lazy:
+        raise ValueError(f"{path}: expected forms=True or lazy=True, got both; forms are read whole")
+    if lazy:
+        return known.read_lazily(path)
     return known.read_forms(path) if forms else known.read(path)
 
 
@@ -120,4 +127,4 @@ def _unknown(path: Path) -> Never:
 def _to_host(leaf: Leaf) -> Leaf:
     if is_form(leaf.value):
         raise ValueError(f"{leaf.path}: expected an array, got {type(leaf.value).__name__}; call lcq.decompress first")
-    return leaf if is_empty(leaf) else leaf._replace(value=host_array(leaf.path, leaf.value))
+    return leaf if is_empty(leaf) else leaf._replace(value=host_array(leaf.path, whole(leaf.value)))

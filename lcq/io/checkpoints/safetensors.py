@@ -27,6 +27,13 @@ class Safetensors(CheckpointFormat):
     def read_forms(self, path: Path) -> Checkpoint:
         return _read(path, dense=False)
 
+    def read_lazily(self, path: Path) -> Checkpoint:
+        tensors = read_tensors(path, lazy=True)
+        if quantization_of(path) is not None:
+            raise ValueError(f"{path}: expected arrays for lazy=True, got codes; leave it out, codes are read whole")
+        of_torch = tensors.metadata.get("format") == "pt"
+        return Checkpoint(nested(path, tensors.arrays), tensors.metadata, "oi" if of_torch else None)
+
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
         data = safetensors.numpy.save({leaf.path: leaf.value for leaf in leaves}, metadata or None)
         with replacing(path) as file:

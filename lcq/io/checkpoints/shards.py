@@ -10,13 +10,15 @@ from a set of shards that is not whole: every tensor is in the index once, and i
 else. Strings that the files' headers hold as metadata are kept; those on which shards differ are not.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 
 from lcq.io.container import DTYPES, parse
+from lcq.io.mapped import MappedArray
 
 INDEX = ".safetensors.index.json"
 """How the name of an index ends."""
@@ -27,7 +29,7 @@ _SEVERAL = 4  # names that an error lists
 class Tensors(NamedTuple):
     """Arrays by name, in the order of the file or of the index, and the metadata of the headers."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray] | dict[str, MappedArray]
     metadata: dict[str, str]
 
 
@@ -38,8 +40,12 @@ def is_sharded(path: Path) -> bool:
     return path.name.endswith(INDEX)
 
 
-def read_tensors(path: Path) -> Tensors:
+def read_tensors(path: Path, lazy: bool = False) -> Tensors:
     """All tensors of a file, of an index, or of a folder with one of either.
+
+    Args:
+        path: of it.
+        lazy: whether only the headers are read, and the arrays are `MappedArray`s.
 
     Raises:
         ValueError: none or several in the folder; an index that is none; files that are missing or damaged; tensors
@@ -47,7 +53,8 @@ def read_tensors(path: Path) -> Tensors:
     """
     if path.is_dir():
         path = _in_folder(path)
-    return _read_shards(path) if path.name.endswith(INDEX) else _read_file(path)
+    read = _map_file if lazy else _read_file
+    return _read_shards(path, read) if path.name.endswith(INDEX) else read(path)
 
 
 def _in_folder(folder: Path) -> Path:
@@ -63,7 +70,7 @@ def _in_folder(folder: Path) -> Path:
     return found[0]
 
 
-def _read_shards(path: Path) -> Tensors:
+def _read_shards(path: Path, read: Callable[[Path], Tensors]) -> Tensors:
     where = _weight_map(path)
     shards = list(dict.fromkeys(where.values()))
     if gone := [name for name in shards if not (path.parent / name).is_file()]:
@@ -71,7 +78,7 @@ def _read_shards(path: Path) -> Tensors:
             f"{path}: expected {len(shards)} shards beside the index; {len(gone)} are missing, "
             f"{', '.join(gone[:_SEVERAL])}; get the whole checkpoint"
         )
-    parts = {name: _read_file(path.parent / name) for name in shards}
+    parts = {name: read(path.parent / name) for name in shards}
     for name, part in parts.items():
         for tensor in part.arrays:
             if where.get(tensor) != name:
@@ -85,7 +92,7 @@ def _read_shards(path: Path) -> Tensors:
             f"{path}: {lost[0]}: expected this tensor in {where[lost[0]]}, which does not have it "
             f"({len(lost)} of {len(where)} are missing); get the whole checkpoint again"
         )
-    arrays = {tensor: parts[name].arrays[tensor] for tensor, name in where.items()}
+    arrays: Any = {tensor: parts[name].arrays[tensor] for tensor, name in where.items()}
     said = [item for part in parts.values() for item in part.metadata.items()]
     agreed = {key: value for key, value in said if all(v == value for k, v in said if k == key)}
     return Tensors(arrays, agreed)
@@ -117,12 +124,34 @@ def _read_file(path: Path) -> Tensors:
     arrays = {}
     for name, entry in tensors:
         if entry["dtype"] not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise ValueError(
-                f"{path}: {name}: expected one of {known}, got {entry['dtype']}; convert this tensor first"
-            )
+            raise ValueError(_unknown_dtype(path, name, entry["dtype"]))
         arrays[name] = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return Tensors(arrays, _metadata(data))
+
+
+def _map_file(path: Path) -> Tensors:
+    """The tensors of a file whose header alone is read, as the library checks it."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or damaged: {error}; get it again") from error
+    with open(path, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = parse(raw.read(length).decode())
+    arrays = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(_unknown_dtype(path, name, entry["dtype"]))
+        start = 8 + length + entry["data_offsets"][0]
+        arrays[name] = MappedArray(path, tuple(entry["shape"]), DTYPES[entry["dtype"]], start)
+    return Tensors(arrays, metadata)
+
+
+def _unknown_dtype(path: Path, name: str, dtype: str) -> str:
+    return f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {dtype}; convert this tensor first"
 
 
 def _metadata(data: bytes) -> dict[str, str]:
