@@ -21,7 +21,7 @@ import importlib
 from typing import Any
 
 from lcq import interrupt as interrupt  # first, as importing the rest takes a while
-from lcq.io import ArtifactError, load, save
+from lcq.io import ArtifactError, compress_to, load, save
 from lcq.plans import Plan, dry_run, pareto, read_plan
 from lcq.ptq import GPFQ, GPTQ, Descent, Qronos, quantize
 from lcq.reporting import table
@@ -84,6 +84,7 @@ __all__ = [
     "__version__",
     "cli",
     "compress",
+    "compress_to",
     "decompress",
     "dry_run",
     "examples",

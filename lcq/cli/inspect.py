@@ -8,21 +8,21 @@ from lcq.forms import bitpack
 from lcq.io.checkpoints import checkpoint
 from lcq.io.container import NAMES, bytes_of
 from lcq.io.entropy_coding import rans
-from lcq.io.file import LIMIT, each_leaf, read_index
+from lcq.io.file import each_leaf, read_index
 from lcq.io.records import code_streams
 from lcq.reporting.columns import Column, Columns
 from lcq.reporting.html import write_page
 from lcq.reporting.summary import table
 
 
-def inspect_file(path: Path, limit: float = LIMIT) -> None:
+def inspect_file(path: Path, limit: float | None = None) -> None:
     """Prints a file's make-up: format, streams, and the plan if it holds one; every digest is checked.
 
     Leaves are looked at one by one and never made dense, so the size of the file's dense tree does not matter.
 
     Args:
         path: of the .lcq file.
-        limit: bytes that one leaf's streams and their decoding may take.
+        limit: bytes that one leaf's streams and their decoding may take; by default as `lcq.load`.
 
     Raises:
         ArtifactError: not an lcq file, or a damaged one.
@@ -43,8 +43,11 @@ def inspect_file(path: Path, limit: float = LIMIT) -> None:
         Column("codec", tuple(held.codecs[name] for name in held.structs), number=True),
         Column("in the file", tuple(f"{held.sizes[name]:,}" for name in held.structs), number=True),
     ]
-    size, streams, raw = path.stat().st_size, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
-    print(f"{path}: format lcq {held.version}, {len(held.structs)} streams")
+    size, streams, raw = held.on_disk, sum(held.sizes.values()), sum(map(bytes_of, held.structs.values()))
+    files = f" in {len(held.shards)} files beside it" if held.shards else ""
+    print(f"{path}: format lcq {held.version}, {len(held.structs)} streams{files}")
+    for name, there in held.shards.items():
+        print(f"{name}: {there:,} bytes")
     print(f"{size:,} bytes: {streams:,} of streams, {size - streams:,} of header and index")
     print(f"{raw:,} bytes of streams before coding")
     show(Columns(columns))
@@ -55,7 +58,12 @@ def inspect_file(path: Path, limit: float = LIMIT) -> None:
 
 
 def table_of_file(
-    path: Path, reference: Path | None = None, page: Path | None = None, *, force: bool = False, limit: float = LIMIT
+    path: Path,
+    reference: Path | None = None,
+    page: Path | None = None,
+    *,
+    force: bool = False,
+    limit: float | None = None,
 ) -> None:
     """Prints what each leaf of a file costs and, with a reference, how far it is from that; writes both as a page.
 
@@ -64,7 +72,7 @@ def table_of_file(
         reference: a checkpoint with the same leaves, or another .lcq file.
         page: of the HTML file to write, if any.
         force: whether that may be replaced.
-        limit: bytes that a file's streams, and its forms made dense, may take together.
+        limit: bytes that a file's streams, and its forms made dense, may take together; by default as `lcq.load`.
 
     Raises:
         ValueError: files that are not what they should be, a reference with other leaves or shapes, a page that is
@@ -73,7 +81,7 @@ def table_of_file(
     if page is not None:
         refuse(force, page)
         check_output(page, path, *filter(None, [reference]))
-    tree, size = lcq.load(path, limit=limit), path.stat().st_size
+    tree, size = lcq.load(path, limit=limit), read_index(path).on_disk
     weights = None
     if reference is not None and reference.suffix == ".lcq":
         weights = lcq.decompress(lcq.load(reference, limit=limit))

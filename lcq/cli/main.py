@@ -29,7 +29,7 @@ from lcq.forms.base import is_form
 from lcq.interrupt import raise_interrupts
 from lcq.io.checkpoints import checkpoint
 from lcq.io.exports import EXPORT_FORMATS, Name
-from lcq.io.file import LIMIT, read_metadata
+from lcq.io.file import read_metadata
 from lcq.plans.dry_run import dry_run
 from lcq.plans.text import parse_rule
 from lcq.ptq.rounding import ROUNDING_METHODS, SPFQ
@@ -94,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     limit.add_argument(
         "--limit",
         type=_bytes,
-        default=LIMIT,
         metavar="SIZE",
-        help="what an .lcq file may take in memory, streams and dense tree, such as 40G; default: 16G",
+        help="what an .lcq file may take in memory, streams and dense tree, such as 40G; default: 16G, or 64 times the "
+        "file if that is more",
     )
     rules = argparse.ArgumentParser(add_help=False)
     either = rules.add_mutually_exclusive_group(required=True)
@@ -193,9 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--limit",
         type=_bytes,
-        default=LIMIT,
         metavar="SIZE",
-        help="what one leaf may take in memory, such as 40G; nothing is made dense; default: 16G",
+        help="what one leaf may take in memory, such as 40G; nothing is made dense; default: 16G, or 64 times the file "
+        "if that is more",
     )
     sub.set_defaults(run=lambda a: inspect_file(a.file, a.limit))
 

@@ -87,7 +87,10 @@ class Form(abc.ABC):
 
     @abc.abstractmethod
     def pack(self) -> Self:
-        """The stored layout; the form itself if it is stored already. Host only."""
+        """The stored layout; the form itself if it is stored already. Host only.
+
+        Of arrays that lie on the devices of several processes each of these packs the whole: all call it, or none.
+        """
 
     @abc.abstractmethod
     def unpack(self) -> Self:

@@ -10,6 +10,12 @@ from jaxtyping import Array, Bool, UInt, UInt32
 _ROWS = 1 << 12
 """Rows of 32 codes at a time on the host, where each code takes 8 bytes on its way."""
 
+_WHOLE = (1, 2, 4, 8)
+"""Widths of which a byte holds whole codes, which on the host are then shifted as bytes."""
+
+_CODES = 1 << 18
+"""So many of those at a time."""
+
 _FEW = 1 << 12
 """Up to so many codes it is faster to go through an array of single bits, as array operations count, not codes."""
 
@@ -45,6 +51,8 @@ def pack(codes: UInt[np.ndarray, "..."], bits: int) -> UInt32[np.ndarray, " word
         apart = np.zeros(32 * word_count(flat.size, bits), np.uint8)
         apart[: flat.size * bits].reshape(flat.size, bits)[...] = flat[:, None] >> np.arange(bits, dtype=flat.dtype) & 1
         return np.packbits(apart, bitorder="little").view("<u4").astype(np.uint32)
+    if bits in _WHOLE:
+        return _pack_bytes(flat, bits)
     rows = -(-flat.size // 32)
     packed = np.empty((rows, bits), np.uint32)
     for first in range(0, rows if bits else 0, _ROWS):
@@ -59,6 +67,32 @@ def pack(codes: UInt[np.ndarray, "..."], bits: int) -> UInt32[np.ndarray, " word
             words[:, word + 1] |= spread >> np.uint64(32)
         packed[first : first + _ROWS] = words[:, :bits]
     return packed.reshape(-1)[: word_count(flat.size, bits)]
+
+
+def _pack_bytes(flat: np.ndarray, bits: int) -> np.ndarray:
+    """`pack` where no byte holds parts of a code: 8/b codes side by side fill one."""
+    each, size = 8 // bits, flat.size
+    packed = np.zeros(4 * word_count(size, bits), np.uint8)
+    for first in range(0, size, _CODES):
+        some = flat[first : first + _CODES]
+        codes = np.zeros(-(-some.size // each) * each, np.uint8)
+        codes[: some.size] = some
+        out = packed[first // each : (first + codes.size) // each]
+        for i in range(each):
+            out |= codes[i::each] << np.uint8(i * bits)
+    return packed.view("<u4").astype(np.uint32, copy=False)
+
+
+def _unpack_bytes(words: np.ndarray, bits: int, size: int) -> np.ndarray:
+    """Inverse of `_pack_bytes`."""
+    each = 8 // bits
+    data, codes = words.astype("<u4", copy=False).view(np.uint8), np.empty(size, np.uint8)
+    for first in range(0, size, _CODES):
+        out = codes[first : first + _CODES]
+        some = data[first // each : -(-(first + out.size) // each)]
+        for i in range(each):
+            out[i::each] = (some[: len(out[i::each])] >> np.uint8(i * bits)) & np.uint8((1 << bits) - 1)
+    return codes
 
 
 def unpack(words: UInt32[Array, " words"], bits: int, shape: tuple[int, ...]) -> UInt[Array, "..."]:
@@ -121,6 +155,8 @@ def unpack_host(words: UInt32[np.ndarray, " words"], bits: int, size: int) -> UI
         apart = np.unpackbits(words.astype("<u4").view(np.uint8), count=size * bits, bitorder="little")
         places = np.arange(bits).astype(dtype)
         return np.bitwise_or.reduce(np.left_shift(apart.reshape(size, bits), places), axis=1, dtype=dtype)
+    if bits in _WHOLE:
+        return _unpack_bytes(words, bits, size)
     codes = np.zeros((-(-size // 32), 32), dtype)
     grid = np.zeros((len(codes), bits), np.uint32)
     grid.reshape(-1)[: words.size] = words

@@ -8,6 +8,7 @@ from jaxtyping import Array
 
 from lcq.forms.base import Form, leafwise, register_form
 from lcq.forms.dtypes import nearest_number
+from lcq.forms.processes import on_host
 from lcq.forms.validate import check_float, check_shape
 
 
@@ -30,7 +31,7 @@ class Cast(Form):
         return self.values.size * self.values.dtype.itemsize * 8
 
     def pack(self) -> Self:
-        return self if isinstance(self.values, np.ndarray) else jax.device_get(self)
+        return self if isinstance(self.values, np.ndarray) else jax.device_get(on_host(self))
 
     def unpack(self) -> Self:
         return self

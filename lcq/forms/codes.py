@@ -15,6 +15,7 @@ from lcq.forms.base import Decoding, Form, leafwise, register_form, static
 from lcq.forms.blocks import blocks, compute_dtype, explicit_sharding
 from lcq.forms.columns import columns, equal_steps
 from lcq.forms.dtypes import nearest_number, wider
+from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
@@ -82,7 +83,7 @@ class Codes(Form):
     def pack(self) -> Self:
         if self.packed is not None:
             return self
-        host, width = jax.device_get(self), bitpack.width(self.size_of_table)
+        host, width = jax.device_get(on_host(self)), bitpack.width(self.size_of_table)
         zero = bitpack.pack(host.zero, width) if self._whole and self.scale is not None else host.zero
         return dataclasses.replace(host, codes=bitpack.pack(host.codes, width), zero=zero, packed=self.codes.shape)
 

@@ -14,6 +14,7 @@ from lcq.forms.base import Decoding, Form, own, register_form, static
 from lcq.forms.cast import Cast
 from lcq.forms.dtypes import nearest_number, wider
 from lcq.forms.meshes import divides, spec_of
+from lcq.forms.processes import on_host
 from lcq.forms.relayout import Relayout
 from lcq.forms.validate import check_float, check_shape
 
@@ -59,7 +60,7 @@ class Factors(Form):
     def pack(self) -> Self:
         if self.rank is None:
             return self
-        host = jax.device_get(self)
+        host = jax.device_get(on_host(self))
         rows, columns = matrix_shape(self.tail, self.separable)
         r = int(host.rank.max())
         if r * (rows + columns) >= rows * columns:

@@ -16,6 +16,7 @@ from lcq.forms.base import Form, leafwise, register_form, static
 from lcq.forms.codes import Codes
 from lcq.forms.dtypes import nearest_number
 from lcq.forms.ell import lists
+from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
@@ -91,7 +92,7 @@ class Sparse(Form):
     def pack(self) -> Self:
         if self.packed is not None:
             return self
-        host = jax.device_get(self)
+        host = jax.device_get(on_host(self))
         shape = tuple(self.mask.shape)
         firsts = np.asarray(host.mask[tuple(slice(None, None, n) for n in self._lengths(shape))])
         words, gap = bitpack.pack_positions(firsts)

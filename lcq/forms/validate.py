@@ -71,6 +71,8 @@ def check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
 def check_codes(name: str, words: Any, size: int, levels: int) -> None:
     """Raises ValueError unless packed codes are below `levels`, of words on the host or a device; structs pass."""
     bits = bitpack.width(levels)
+    if levels == 1 << bits:
+        return  # every code is one
     if isinstance(words, np.ndarray):
         largest = bitpack.unpack_host(words, bits, size).max(initial=0)
     elif isinstance(words, jax.Array):

@@ -15,6 +15,7 @@ from lcq.io.checkpoints import (
     write,
 )
 from lcq.io.codecs import CODECS, Codec, Stream
+from lcq.io.compressing import compress_to
 from lcq.io.exports import (
     EXPORT_FORMATS,
     Encoded,
@@ -27,8 +28,9 @@ from lcq.io.exports import (
     llama_names,
     to_qwix,
 )
-from lcq.io.file import ArtifactError, load, save
+from lcq.io.file import ArtifactError, load
 from lcq.io.mapped import MappedArray
+from lcq.io.saving import save
 
 __all__ = [
     "CHECKPOINT_FORMATS",
@@ -49,6 +51,7 @@ __all__ = [
     "Report",
     "Stream",
     "Tensor",
+    "compress_to",
     "export",
     "from_qwix",
     "llama_names",

@@ -9,7 +9,7 @@ The header is that of safetensors,
 with strings of our own in its metadata, among them
 
     format    "lcq"
-    version   "3"; "1" and "2" are read too (see `former`)
+    version   "3"; "4" of a set of files (see `shard_files`); "1" and "2" are read too (see `former`)
     digest    of the header, with 32 zeros in the place of this digest
 
 Digests are BLAKE2b in hexadecimal. They find damage, not forgery: whoever writes a file can write its digests, so what
@@ -50,9 +50,12 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """And the other way round."""
 
 VERSION = "3"
-"""Of the files that are written."""
+"""Of a file that holds all of a tree."""
 
-VERSIONS = ("1", "2", VERSION)
+SET = "4"
+"""Of the files of a set, see `shard_files`."""
+
+VERSIONS = ("1", "2", VERSION, SET)
 """Of those that are read."""
 
 LONGEST_HEADER = 100_000_000  # as in other readers of safetensors
@@ -84,12 +87,16 @@ class Container(NamedTuple):
         return data
 
 
-def header(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int]) -> bytes:
+def header(
+    metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int], version: str = VERSION, least: int = 0
+) -> bytes:
     """The file up to its first tensor.
 
     Args:
         metadata: strings by name, beside those of every file.
         tensors: in their order in the file; a number stands for so many bytes.
+        version: of the format.
+        least: bytes that it takes, for a header that is written when its tensors are.
 
     Raises:
         ValueError: a header that is too long.
@@ -103,16 +110,19 @@ def header(metadata: Mapping[str, str], tensors: Mapping[str, np.ndarray | int])
             dtype, shape, end = NAMES[tensor.dtype], list(tensor.shape), begin + tensor.nbytes
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
         begin = end
-    whole = {"format": "lcq", "version": VERSION, **metadata, "digest": _NO_DIGEST}
-    raw = to_json({"__metadata__": whole} | entries).encode()
-    raw += b" " * (-len(raw) % 8)
+    whole = {"format": "lcq", "version": version, **metadata, "digest": _NO_DIGEST}
+
+    def text() -> bytes:
+        raw = to_json({"__metadata__": whole} | entries).encode()
+        return raw + b" " * max(-len(raw) % 8, least - 8 - len(raw))
+
+    raw = text()
     if len(raw) > LONGEST_HEADER:
         raise ValueError(
             f"expected a header of at most {LONGEST_HEADER} bytes, got {len(raw)}; save fewer leaves a file"
         )
     whole["digest"] = digest(raw)
-    raw = to_json({"__metadata__": whole} | entries).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw = text()
     return struct.pack("<Q", len(raw)) + raw
 
 

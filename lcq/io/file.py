@@ -1,121 +1,77 @@
 """The `.lcq` file: a tree of forms and arrays in one file, checked from end to end.
 
-It is a safetensors file (`container`), whose streams lie one to a tensor or entropy-coded in one block (`layouts`).
+It is a safetensors file (`container`), whose streams lie one to a tensor or entropy-coded in one block (`index`), or in
+files of a set (`shard_files`).
 """
 
-import contextlib
-import errno
+import functools
 import math
 import os
-import reprlib
-import secrets
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from io import BufferedReader
-from pathlib import Path
-from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from lcq.forms.base import Form, is_form, is_split
-from lcq.forms.restored import check_restored
+from lcq.forms.base import is_form
+from lcq.forms.placement import place
 from lcq.forms.validate import named
-from lcq.io.codecs import CODECS, DEFAULT
-from lcq.io.container import NAMES, Json, bytes_of, open_container
-from lcq.io.index import Contents, Said, check_metadata, check_plan, coded_layout, contents_of, plain_layout
-from lcq.io.records import Encoder, decode
+from lcq.io.atomic import replacing
+from lcq.io.container import Json, bytes_of, open_container
+from lcq.io.index import Contents, contents_of
+from lcq.io.records import decode
+from lcq.io.saving import save
+from lcq.io.shard_files import open_shard
 from lcq.io.tree_paths import Leaf, check_paths, flatten, is_empty, nest
 from lcq.tree.aliases import Forms
-from lcq.tree.lazy import whole
+
+__all__ = ["ArtifactError", "each_leaf", "load", "read_index", "read_metadata", "replacing", "save"]
 
 LIMIT = 16 * 2**30
-"""Bytes that a file may declare unless told otherwise: its streams, and its forms made dense."""
+"""Bytes that any file may declare unless told otherwise: its streams, and its forms made dense."""
+
+PER_BYTE = 64
+"""And for each byte that it has on disk: float32 from half a bit a weight."""
 
 
 class ArtifactError(ValueError):
     """A file is not what it should be: damaged, of another kind or version, too large, or of another tree."""
 
 
-def save(
+def load(
     path: str | os.PathLike[str],
-    tree: PyTree,
+    like: PyTree = None,
+    limit: float | None = None,
     *,
-    plan: object = None,
-    metadata: Mapping[str, str] | None = None,
-    coded: bool = True,
-    codecs: Sequence[str] | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> int:
-    """Writes a tree of forms and arrays to an `.lcq` file; working forms are packed.
+    on_device: bool = False,
+    shardings: PyTree = None,
+) -> Forms:
+    """Reads what `save` wrote, one file or a set: a tree of stored forms and numpy arrays.
 
-    The file appears whole or not at all: it is written beside its place, synced, and renamed. Equal trees give equal
-    bytes. Of several processes only the first writes; the others check the tree and return.
+    Everything the files declare is checked before memory is taken for it, and every byte by a digest.
 
     Args:
-        path: of the file, replaced if it exists.
-        tree: forms, arrays, Python numbers (stored as arrays without axes), None; in dicts, lists, tuples, dataclasses,
-            flax states, and other pytrees.
-        plan: an `lcq.Plan`, or its text, to be kept in the file: how the tree was made, for `lcq.read_plan`.
-        metadata: strings by name, such as those of a safetensors header, to be kept in the file for whoever makes it a
-            checkpoint again; `read_metadata` of this module gives them back.
-        coded: whether codes and masks are entropy-coded, which is smaller; without, every stream is a tensor that any
-            reader of safetensors opens.
-        codecs: names in `lcq.io.CODECS` of those that a coded file's streams are tried with; each stream is coded by
-            that which makes it shortest, the first of equals, and is as it is if none takes it. By default "rans".
-        progress: called after each stream of a coded file with its number from 1, how many there are, and its name.
-
-    Returns:
-        Bytes of the file.
-
-    Raises:
-        ValueError: a leaf that is no number or not on this host, a NaN or an infinity in a form, or keys that a file
-            cannot hold, or a dict that was a form; names the leaf. A plan that is no TOML, or longer than 4 MiB;
-            metadata that are no strings, or as long. Codecs that are not registered, or of a file that is not coded.
-        OSError: the folder is not there, or the file cannot be written.
-    """
-    if jax.process_index() == 0:
-        _check_folder(path)
-    check_restored(tree)
-    said: Said = {} if plan is None else {"plan": _plan_text(plan)}
-    if metadata:
-        check_metadata(kept := dict(metadata))
-        said |= {"metadata": dict(sorted(kept.items()))}
-    names = _codec_names(codecs, coded)
-    encoder = Encoder()
-    leaves, _ = flatten(tree)
-    records = [encoder.encode(_to_host(leaf)) for leaf in leaves]
-    if coded:
-        pieces = coded_layout(records, encoder, said, names, progress)
-    else:
-        pieces = plain_layout(records, encoder, said)
-    if jax.process_index() == 0:
-        with replacing(path) as file:
-            for piece in pieces:
-                file.write(piece)
-    return sum(map(len, pieces))
-
-
-def load(path: str | os.PathLike[str], like: PyTree = None, limit: float = LIMIT, *, on_device: bool = False) -> Forms:
-    """Reads what `save` wrote: a tree of stored forms and numpy arrays.
-
-    Everything the file declares is checked before memory is taken for it, and every byte by a digest.
-
-    Args:
-        path: of the file.
+        path: of the file, or of the index of a set.
         like: a tree of arrays, shape structs or forms, whose structure is restored; every leaf must be in the file with
             the same shape, and nothing else; dtypes are those of the file. By default nested dicts and lists:
             attributes come back as string keys, tuples as lists.
-        limit: bytes that the file's streams, the decoding of one, and its forms made dense may take together.
+        limit: bytes that the file's streams, the decoding of one, and its forms made dense may take together. By
+            default 16 GiB, and 64 bytes for each that the files have on disk if that is more: a small file that
+            declares much is refused, and a large net is not.
         on_device: whether codes are decoded on JAX's default device and stay there, so that only their short streams
             travel; that takes some 16 bytes of its memory a code, of one stream at a time. Other arrays stay here.
+        shardings: where leaves are to lie: a `jax.sharding.Sharding` for all, or a tree of them like the result, with
+            None for what stays here. Of several processes all call this; how many wrote the file does not matter. Forms
+            come in the working layout, their codes sharded like the leaf and what they have for each block along
+            with them where the blocks divide; leaves are read one by one, so that one is in the memory of a process.
 
     Raises:
         ArtifactError: the file is damaged, is not an `.lcq` file, declares more than `limit`, or does not fit `like`;
-            names the tensor.
-        ValueError: a limit that is no number of bytes.
+            names the tensor. A file of the set that is missing, or another's.
+        ValueError: a limit that is no number of bytes; shardings of other leaves, or that cannot cut one; names it.
         OSError: the file cannot be opened or read.
 
     Example:
@@ -126,14 +82,23 @@ def load(path: str | os.PathLike[str], like: PyTree = None, limit: float = LIMIT
         ...     load(f"{folder}/net.lcq")["bias"].dense()
         Array([1., 1.], dtype=float32)
     """
-    if not isinstance(limit, int | float) or not limit > 0:
+    if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ValueError(f"expected limit= in bytes, as {LIMIT}, got {limit!r}")
+    places = None if shardings is None else _places(shardings)
     with open(path, "rb") as file:
         try:
-            leaves = _read(file, int(min(limit, 1 << 62)), on_device)
-            return nest(leaves) if like is None else _restore(leaves, like)
+            held, declared, names = _declared(file, limit)
+            _check_size(held, declared, limit)
+            if like is not None:
+                _restore(declared, like)
         except (ValueError, RecursionError, MemoryError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
+        if places is not None:
+            _check_places(declared, places)
+        leaves = []
+        for stored_leaf in _decoded(path, held, names, on_device):
+            leaves.append(stored_leaf if places is None else _placed(stored_leaf, places))
+    return nest(leaves) if like is None else _restore(leaves, like)
 
 
 def declared_leaves(path: str | os.PathLike[str]) -> list[Leaf]:
@@ -145,7 +110,7 @@ def declared_leaves(path: str | os.PathLike[str]) -> list[Leaf]:
     """
     with open(path, "rb") as file:
         try:
-            return _declared(file, LIMIT)[1]
+            return _declared(file, None)[1]
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
@@ -159,7 +124,7 @@ def read_index(path: str | os.PathLike[str]) -> Contents:
     """
     with open(path, "rb") as file:
         try:
-            return _contents(file, LIMIT)
+            return _contents(file, None)
         except (ValueError, RecursionError) as error:
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
@@ -173,7 +138,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     return read_index(path).metadata
 
 
-def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tuple[Json, Leaf]]:
+def each_leaf(path: str | os.PathLike[str], limit: float | None = None) -> Iterator[tuple[Json, Leaf]]:
     """Every leaf of a file with its record, one after another; nothing is made dense, and only one is held.
 
     All that `load` checks is checked, every digest among it, but the size of all leaves together and of their dense
@@ -181,18 +146,19 @@ def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tu
 
     Args:
         path: of the file.
-        limit: bytes that one leaf may take.
+        limit: bytes that one leaf may take; by default as `load` for a whole file.
 
     Raises:
         ArtifactError, OSError: as `load`.
     """
     with open(path, "rb") as file:
         try:
-            held, declared = _declared(file, int(min(limit, 1 << 62)))
-            for record, leaf in zip(held.records, declared, strict=True):
-                if (size := _memory(record, held)) > limit:
+            held, declared, names = _declared(file, limit)
+            most = _most(held, limit)
+            for record, leaf, of_leaf in zip(held.records, declared, names, strict=True):
+                if (size := sum(bytes_of(held.structs[name]) + held.decoding[name] for name in of_leaf)) > most:
                     raise ValueError(
-                        f"{leaf.path[:200]}: expected at most {limit:.0f} bytes for a leaf; the file declares {size}; "
+                        f"{leaf.path[:200]}: expected at most {most:.0f} bytes for a leaf; the file declares {size}; "
                         "raise limit= if you trust it"
                     )
                 yield record, decode(record, lambda name: held.read(name, False))
@@ -200,161 +166,95 @@ def each_leaf(path: str | os.PathLike[str], limit: float = LIMIT) -> Iterator[tu
             raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file open for writing that takes the place of `path` when the block ends, and vanishes if the block fails."""
-    _check_folder(path)
-    target = os.path.realpath(path)
-    temporary = f"{target}.{secrets.token_hex(6)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # where a folder can be opened, the renaming is made to last too
-        folder = os.open(os.path.dirname(target), os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _contents(file: BufferedReader, limit: float | None) -> Contents:
+    size = os.fstat(file.fileno()).st_size
+    most = int(min(max(LIMIT, PER_BYTE * size) if limit is None else limit, 1 << 62))
+    return contents_of(open_container(file, size), size, most, functools.partial(open_shard, file.name))
 
 
-def _check_folder(path: str | os.PathLike[str]) -> None:
-    """Raises unless the folder of a file is there."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(errno.ENOENT, "no such folder; make it, or choose another name", folder)
+def _most(held: Contents, limit: float | None) -> float:
+    """Bytes that what is in a file may take."""
+    return max(LIMIT, PER_BYTE * held.on_disk) if limit is None else limit
 
 
-def _to_host(leaf: Leaf) -> Leaf:
-    """The leaf with its form stored and its arrays in this host's memory."""
-    if is_empty(leaf):
-        return leaf
-    if not is_form(leaf.value):
-        return leaf._replace(value=host_array(leaf.path, whole(leaf.value)))
-    for array in jax.tree.leaves(leaf.value):
-        host_array(leaf.path, array, look=False)
-    with named(leaf.path):
-        form = _packed(leaf.value)
-    return leaf._replace(value=jax.tree.map(lambda array: host_array(leaf.path, array), form))
-
-
-def _packed(form: Form) -> Form:
-    if is_split(form):
-        try:
-            form.check_stored()
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"expected forms or arrays, got an optimizer state, which holds the {type(form).__name__} in two "
-                "parts; call lcq.extract(state, params) and save what it gives"
-            ) from error
-    return form.pack()
-
-
-def host_array(path: str, leaf: object, look: bool = True) -> np.ndarray:
-    """A leaf as a numpy array of a dtype that files can hold; `look=False` only checks that this will work."""
-    match leaf:
-        case jax.core.Tracer():
-            raise ValueError(f"{path}: expected a concrete array, got a traced one; save outside of jit")
-        case jax.Array() if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise ValueError(
-                f"{path}: expected numbers, got a PRNG key; save jax.random.key_data(key), or leave it out"
-            )
-        case jax.Array() if leaf.is_deleted():
-            raise ValueError(f"{path}: expected an array, got a deleted one (donated?); save before it is given away")
-        case jax.Array() if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            raise ValueError(
-                f"{path}: expected an array that this process can read, got {leaf.dtype}{list(leaf.shape)} "
-                "sharded over several processes; gather it first (jax.experimental.multihost_utils.process_allgather)"
-            )
-        case jax.Array() | np.ndarray() | np.generic() | bool() | int() | float() | complex():
-            pass
-        case _:
-            raise ValueError(
-                f"{path or 'the tree'}: expected an array, a number or None, got {type(leaf).__name__}; "
-                + ("leave it out" if path else "pass save(path, tree)")
-            )
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    if dtype.newbyteorder("=") not in NAMES:
-        raise ValueError(f"{path}: expected one of {', '.join(map(str, NAMES))}, got {dtype}; convert it first")
-    return np.asarray(leaf, dtype.newbyteorder("="), order="C") if look else np.empty(0)
-
-
-def _codec_names(codecs: Sequence[str] | None, coded: bool) -> Sequence[str]:
-    """The names of codecs to try, each of which is registered."""
-    if codecs is not None and not coded:
-        raise ValueError(f"expected no codecs= for a file that is not coded, got {codecs!r}; leave one of the two out")
-    if isinstance(codecs, str):
-        raise ValueError(f"expected codecs= a list of names, got {codecs!r}; write [{codecs!r}]")
-    for name in codecs or ():
-        CODECS[name]
-    return DEFAULT if codecs is None else codecs
-
-
-def _plan_text(plan: object) -> str:
-    """The text of a plan, looked at as far as this floor can: it is TOML and not too long."""
-    text = str(plan)
-    try:
-        tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"expected plan= an lcq.Plan(rules), or its text, got {reprlib.repr(plan)} ({error})"
-        ) from error
-    check_plan(text)
-    return text
-
-
-def _contents(file: BufferedReader, limit: int) -> Contents:
-    return contents_of(open_container(file, os.fstat(file.fileno()).st_size), limit)
-
-
-def _read(file: BufferedReader, limit: int, on_device: bool) -> list[Leaf]:
-    held, leaves = _declared(file, limit)
+def _check_size(held: Contents, declared: list[Leaf], limit: float | None) -> None:
+    most = _most(held, limit)
     forms = sum(
-        math.prod(leaf.value.shape) * jnp.dtype(leaf.value.dtype).itemsize for leaf in leaves if is_form(leaf.value)
+        math.prod(leaf.value.shape) * jnp.dtype(leaf.value.dtype).itemsize for leaf in declared if is_form(leaf.value)
     )
-    if forms + held.bytes > limit:
+    if forms + held.bytes > most:
         raise ValueError(
-            f"expected at most {limit} bytes; the file declares {held.bytes} of streams and {forms} of forms made "
-            "dense; raise limit= if you trust it"
+            f"expected at most {int(min(most, 1 << 62))} bytes; the file declares {held.bytes} of streams and {forms} "
+            "of forms made dense; raise limit= if you trust it"
         )
-    arrays = {name: held.read(name, on_device) for name in held.structs}
-    return [decode(record, arrays.__getitem__) for record in held.records]
 
 
-def _declared(file: BufferedReader, limit: int) -> tuple[Contents, list[Leaf]]:
-    """What a file holds, and its leaves with shape structs for arrays, checked as far as that goes."""
+def _decoded(
+    path: str | os.PathLike[str], held: Contents, names: list[dict[str, None]], on_device: bool
+) -> Iterator[Leaf]:
+    """The leaves of a file, one after another; streams that several share are kept until the last of them."""
+    uses = Counter(name for of_leaf in names for name in of_leaf)
+    kept: dict[str, jax.Array | np.ndarray] = {}
+    try:
+        for record, of_leaf in zip(held.records, names, strict=True):
+            kept |= {name: held.read(name, on_device) for name in of_leaf if name not in kept}
+            leaf = decode(record, kept.__getitem__)
+            uses.subtract(list(of_leaf))
+            kept = {name: array for name, array in kept.items() if uses[name]}
+            yield leaf
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ArtifactError(f"{os.fspath(path)}: {error}") from error
+
+
+def _declared(file: BufferedReader, limit: float | None) -> tuple[Contents, list[Leaf], list[dict[str, None]]]:
+    """What a file holds, its leaves with shape structs for arrays, checked as far as that goes, and their streams."""
     held = _contents(file, limit)
-    used: set[str] = set()
+    used: list[dict[str, None]] = []
 
     def declared(name: str) -> jax.ShapeDtypeStruct:
         if name not in held.structs:
             raise ValueError(f"{name[:200]}: the file has no such tensor")
-        used.add(name)
+        used[-1][name] = None
         return held.structs[name]
 
-    leaves = [decode(record, declared) for record in held.records]
+    leaves = []
+    for record in held.records:
+        used.append({})
+        leaves.append(decode(record, declared))
     check_paths(leaves)
-    if unused := held.structs.keys() - used:
+    if unused := held.structs.keys() - {name for of_leaf in used for name in of_leaf}:
         raise ValueError(f"{min(unused)}: no leaf has this tensor")
     nest(leaves)
-    return held, leaves
+    return held, leaves, used
 
 
-def _memory(record: Json, held: Contents) -> int:
-    """Bytes that the streams of one leaf and their decoding take."""
-    used: set[str] = set()
+def _places(shardings: PyTree) -> dict[str, jax.sharding.Sharding | None] | jax.sharding.Sharding:
+    """Shardings by path, or one for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        return shardings
+    places = {leaf.path: leaf.value for leaf in flatten(shardings)[0]}
+    for path, place_of in places.items():
+        if not isinstance(place_of, jax.sharding.Sharding | None):
+            raise ValueError(f"{path}: expected a sharding or None in shardings=, got {type(place_of).__name__}")
+    return places
 
-    def declared(name: str) -> jax.ShapeDtypeStruct:
-        used.add(name)
-        return held.structs[name]
 
-    decode(record, declared)
-    return sum(bytes_of(held.structs[name]) + held.decoding[name] for name in used)
+def _check_places(leaves: list[Leaf], places: dict[str, jax.sharding.Sharding | None] | jax.sharding.Sharding) -> None:
+    if isinstance(places, jax.sharding.Sharding):
+        return
+    paths = {leaf.path for leaf in leaves if not is_empty(leaf)}
+    wanted = {path for path, place_of in places.items() if place_of is not None}
+    for message, some in (("shardings= has no", paths - places.keys()), ("the file has no", wanted - paths)):
+        if some:
+            raise ValueError(f"{message} {', '.join(sorted(some)[:4])} ({len(some)} of {len(paths | wanted)})")
+
+
+def _placed(leaf: Leaf, places: dict[str, jax.sharding.Sharding | None] | jax.sharding.Sharding) -> Leaf:
+    onto = places if isinstance(places, jax.sharding.Sharding) else places.get(leaf.path)
+    if is_empty(leaf) or onto is None:
+        return leaf
+    with named(leaf.path):
+        return leaf._replace(value=place(leaf.value, onto))
 
 
 def _restore(leaves: list[Leaf], like: PyTree) -> Forms:

@@ -19,44 +19,48 @@ where a stream names the codec that its bytes are of (see `codecs`), and is one 
     [name, codec, bytes, digest, dtype, shape]      any other array
 
 A stream's digest is that of its bytes in the file: 16 bytes in the plain layout, 8 in the coded one.
+A set of files (see `shard_files`) is coded, too. The file of the index has no `data`; its index says which files have
+the streams, so many each, in the order of the index: {.., "shards": [[name, streams, bytes], ..]}.
+
 Records are those of `records`. The plan, if there is one, is only text here. So is "metadata", strings by name from the
 checkpoint that was compressed, if it had any: {.., "metadata": {name: string, ..}}.
 """
 
+import itertools
 import reprlib
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
 from lcq.forms import bitpack
-from lcq.io.codecs.base import CODECS, Stream, decode, encode
+from lcq.io.codecs.base import CODECS, Stream, decode
 from lcq.io.container import (
     LONGEST_HEADER,
-    NAMES,
+    SET,
     Container,
     Json,
     bytes_of,
     digest,
-    flat,
-    header,
     parse,
     struct_of,
     to_json,
     view,
 )
 from lcq.io.former import current_metadata, current_stream
-from lcq.io.records import Encoder
 
 LONGEST_PLAN = 1 << 22
 """Bytes of the text of a plan, and of metadata."""
 
+SHORT = 8
+"""Bytes of a digest where every byte counts."""
+
 _SAID = {"plan", "metadata"}
 _METADATA = {"format", "version", "digest"}
-_SHORT = 8  # bytes of a digest where every byte counts
 _EXPANSION = 32  # bytes of memory, roughly, for a byte of parsed JSON
 _SMALL_INDEX = 1 << 16  # bytes that any limit allows
 
@@ -74,6 +78,8 @@ class Contents(NamedTuple):
         codecs: names of those that the streams are coded by.
         decoding: bytes of memory that decoding a stream takes beside it, by name.
         bytes: of memory for all streams, and for decoding the longest.
+        shards: bytes of the files that hold the streams of a set, by name; none of a single file.
+        on_disk: bytes of all files.
         read: gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
     """
 
@@ -86,57 +92,54 @@ class Contents(NamedTuple):
     codecs: dict[str, str]
     decoding: dict[str, int]
     bytes: int
+    shards: dict[str, int]
+    on_disk: int
     read: Callable[[str, bool], Array | np.ndarray]
 
+
+class Shard(NamedTuple):
+    """A file of a set, as the index has it: its name, how many streams it holds, and their bytes."""
+
+    name: str
+    streams: int
+    bytes: int
+
+
+class Data(NamedTuple):
+    """Where the bytes of so many streams are: in a file, behind its first `begin` bytes, `size` of them."""
+
+    path: str
+    begin: int
+    size: int
+    streams: int
+
+
+OpenShard = Callable[[Shard, str], Data]
+"""Finds a file of a set, whose header has this digest of its streams; raises ValueError if it is not there."""
 
 _T = TypeVar("_T")
 
 Said = dict[str, Json]
 """What a file says beside its leaves: "plan" and "metadata", as far as there are such."""
 
-Progress = Callable[[int, int, str], None] | None
-"""Called after each stream with its number from 1, how many there are, and its name."""
 
-
-def plain_layout(records: list[Json], encoder: Encoder, said: Said) -> list[Any]:
-    """A file with a tensor for each stream, in pieces."""
-    streams = dict(sorted(encoder.streams.items(), key=lambda item: -item[1].dtype.itemsize))  # keeps all aligned
-    digests = {name: digest(flat(array)) for name, array in streams.items()}
-    index = to_json({"leaves": records, "digests": digests} | said)
-    return [header({"index": index}, streams), *(flat(array).data for array in streams.values())]
-
-
-def coded_layout(
-    records: list[Json], encoder: Encoder, said: Said, codecs: Sequence[str], progress: Progress = None
-) -> list[Any]:
-    """A file with all streams in one block, each by the codec of these that makes it shortest; in pieces."""
-    entries, pieces = [], []
-    for number, (name, array) in enumerate(encoder.streams.items(), 1):
-        codes = encoder.codes.get(name)
-        codec, piece = encode(array, codes, codecs)
-        what = codes or (NAMES[array.dtype], [*array.shape])
-        entries.append([name, codec, piece.size, digest(piece, _SHORT), *what])
-        pieces.append(piece)
-        if progress is not None:
-            progress(number, len(encoder.streams), name)
-    deflate = zlib.compressobj(9, wbits=-15)
-    index = deflate.compress(to_json({"leaves": records, "streams": entries} | said).encode()) + deflate.flush()
-    tensors = {"index": len(index), "data": sum(map(len, pieces))}
-    return [header({"coded": digest(index, _SHORT)}, tensors), index, *pieces]
-
-
-def contents_of(container: Container, limit: int) -> Contents:
-    """Reads and checks the index of a file.
+def contents_of(container: Container, size: int, limit: int, open_shard: OpenShard) -> Contents:
+    """Reads and checks the index of a file of so many bytes, and of the files of its set what they are.
 
     Raises:
         ValueError: anything that is not as the module says.
     """
     container = container._replace(metadata=current_metadata(container.metadata))
-    return (_coded if "coded" in container.metadata else _plain)(container, limit)
+    if "shard" in container.metadata:
+        raise ValueError(
+            "expected a file with an index, got a shard of a set; load the file without -00001-of-.. in its name"
+        )
+    if "coded" in container.metadata:
+        return _coded(container, size, limit, open_shard)
+    return _plain(container, size)
 
 
-def _plain(container: Container, limit: int) -> Contents:
-    del limit  # the index is in the header, and its bytes in the file
+def _plain(container: Container, size: int) -> Contents:
     if container.metadata.keys() != _METADATA | {"index"} or not isinstance(container.metadata["index"], str):
         raise ValueError(f"expected the metadata of a plain or a coded file, got {reprlib.repr(container.metadata)}")
     index = parse(container.metadata["index"])
@@ -158,61 +161,119 @@ def _plain(container: Container, limit: int) -> Contents:
     sizes = {name: tensor.size for name, tensor in tensors.items()}
     raw, nothing = dict.fromkeys(structs, "raw"), dict.fromkeys(structs, 0)
     version = container.metadata["version"]
-    return Contents(version, records, plan, metadata, structs, sizes, raw, nothing, sum(sizes.values()), read)
+    return Contents(version, records, plan, metadata, structs, sizes, raw, nothing, sum(sizes.values()), {}, size, read)
 
 
 class _Entry(NamedTuple):
-    """A stream of a coded file; `begin` counts from the start of the file, `memory` is what decoding takes."""
+    """A stream of a coded file, in which data; `begin` counts from their start, `memory` is what decoding takes."""
 
     stream: Stream
     codec: str
+    data: Data
     begin: int
     size: int
     digest: str
     memory: int
 
 
-def _coded(container: Container, limit: int) -> Contents:
-    index = _inflated(container, limit)
+def _coded(container: Container, size: int, limit: int, open_shard: OpenShard) -> Contents:
+    is_set = container.metadata["version"] == SET
+    index = inflated(container, limit, {"index"} if is_set else {"index", "data"})
     match index:
-        case {"leaves": [_, *_] as records, "streams": [*streams], **rest} if rest.keys() <= _SAID:
+        case {"leaves": [_, *_] as records, "streams": [*streams], **rest} if rest.keys() - _SAID == (
+            {"shards"} if is_set else set()
+        ):
             plan, metadata = _plan(index), _kept(index)
         case _:
             raise ValueError("expected an index of leaves and streams, got another")
-    entries, version = dict[str, _Entry](), container.metadata["version"]
-    begin = container.tensors["data"].begin
-    for stream in streams:
-        name, entry = _entry(current_stream(version, stream), begin)
-        if name in entries:
-            raise ValueError(f"{name[:200]}: two streams have this name")
-        entries[name], begin = entry, begin + entry.size
-    start = container.tensors["data"].begin
-    if begin - start != container.tensors["data"].size:
-        raise ValueError(f"expected {begin - start} bytes of data; the file has {container.tensors['data'].size}")
+    version = container.metadata["version"]
+    streams = [current_stream(version, stream) for stream in streams]
+    if is_set:
+        files = _shards(index["shards"], streams, open_shard)
+    else:
+        tensor = container.tensors["data"]
+        files = [Data(container.file.name, tensor.begin, tensor.size, len(streams))]
+    entries = _entries(streams, files)
 
     def read(name: str, on_device: bool) -> Array | np.ndarray:
         entry = entries[name]
         data = np.empty(entry.size, np.uint8)
-        container.file.seek(entry.begin)
-        container.file.readinto(data.data)
-        return _verified(name, data, entry.digest, _SHORT, lambda: decode(entry.codec, data, entry.stream, on_device))
+        if is_set:
+            with open(entry.data.path, "rb") as file:
+                _read_into(file, entry.data.begin + entry.begin, data)
+        else:
+            _read_into(container.file, entry.data.begin + entry.begin, data)
+        return _verified(name, data, entry.digest, SHORT, lambda: decode(entry.codec, data, entry.stream, on_device))
 
     structs = {name: entry.stream.struct for name, entry in entries.items()}
     sizes = {name: entry.size for name, entry in entries.items()}
     codecs = {name: entry.codec for name, entry in entries.items()}
     decoding = {name: entry.memory for name, entry in entries.items()}
     memory = sum(map(bytes_of, structs.values())) + max(decoding.values(), default=0)
-    return Contents(version, records, plan, metadata, structs, sizes, codecs, decoding, memory, read)
+    shards = {Path(file.path).name: file.begin + file.size for file in files} if is_set else {}
+    on_disk = size + sum(shards.values())
+    return Contents(version, records, plan, metadata, structs, sizes, codecs, decoding, memory, shards, on_disk, read)
 
 
-def _inflated(container: Container, limit: int) -> Json:
+def _read_into(file: BinaryIO, begin: int, data: np.ndarray) -> None:
+    file.seek(begin)
+    file.readinto(data.data)  # type: ignore[attr-defined]
+
+
+def _shards(written: Json, streams: list[Json], open_shard: OpenShard) -> list[Data]:
+    """The files of a set, which are opened and found to be those that the index means."""
+    files, first = [], 0
+    match written:
+        case [*shards] if all(_is_shard(shard) for shard in shards) and len({s[0] for s in shards}) == len(shards):
+            pass
+        case _:
+            raise ValueError(f"expected shards with their streams and bytes, got {reprlib.repr(written)}")
+    if sum(shard[1] for shard in shards) != len(streams):
+        raise ValueError(f"expected shards for {len(streams)} streams, got {reprlib.repr(written)}")
+    for name, count, size in shards:
+        held = streams[first : first + count]
+        files.append(open_shard(Shard(name, count, size), digest_of_shard(held)))
+        first += count
+    return files
+
+
+def _is_shard(written: Json) -> bool:
+    match written:
+        case [str(_), count, size]:
+            return type(count) is type(size) is int and count > 0 and size >= 0
+    return False
+
+
+def digest_of_shard(streams: list[Json]) -> str:
+    """Of what the streams of a shard are, by their entries: it is in the name of the file, and in its header."""
+    return digest(to_json([stream[2:4] for stream in streams if isinstance(stream, list)]).encode(), SHORT)
+
+
+def _entries(streams: list[Json], files: list[Data]) -> dict[str, _Entry]:
+    entries, left = dict[str, _Entry](), iter(streams)
+    for data in files:
+        begin = 0
+        for stream in itertools.islice(left, data.streams):
+            name, entry = _entry(stream, data, begin)
+            if name in entries:
+                raise ValueError(f"{name[:200]}: two streams have this name")
+            entries[name], begin = entry, begin + entry.size
+        if begin != data.size:
+            raise ValueError(f"expected {begin} bytes of data; the file has {data.size}")
+    return entries
+
+
+def inflated(container: Container, limit: int, tensors: set[str]) -> Json:
     """The index of a coded file, within the memory that it may take."""
     structs = {name: tensor.struct.dtype for name, tensor in container.tensors.items()}
-    wanted = dict.fromkeys(("index", "data"), np.dtype(np.uint8))
+    wanted = dict.fromkeys(tensors, np.dtype(np.uint8))
     if container.metadata.keys() != _METADATA | {"coded"} or structs != wanted:
-        raise ValueError("expected the metadata and tensors of a coded file, index and data, got others")
+        raise ValueError(
+            f"expected the metadata and tensors of a coded file, {' and '.join(sorted(tensors, reverse=True))}, "
+            "got others"
+        )
     raw = container.read("index")
-    if digest(raw, _SHORT) != container.metadata["coded"]:
+    if digest(raw, SHORT) != container.metadata["coded"]:
         raise ValueError("index: its data is damaged: the digest differs")
     most = min(LONGEST_HEADER, max(limit // _EXPANSION, _SMALL_INDEX))
     inflate = zlib.decompressobj(wbits=-15)
@@ -227,7 +288,7 @@ def _inflated(container: Container, limit: int) -> Json:
     return parse(text.decode("utf-8"))
 
 
-def _entry(written: Json, begin: int) -> tuple[str, _Entry]:
+def _entry(written: Json, data: Data, begin: int) -> tuple[str, _Entry]:
     match written:
         case [str(name), str(codec), size, str(stated), first, second] if type(size) is int and size >= 0:
             stream = _stream(first, second)
@@ -236,7 +297,7 @@ def _entry(written: Json, begin: int) -> tuple[str, _Entry]:
     if stream is None:
         raise ValueError(f"expected a stream of the coded layout, got {reprlib.repr(written)}")
     try:
-        return name, _Entry(stream, codec, begin, size, stated, CODECS[codec]().memory(stream, size))
+        return name, _Entry(stream, codec, data, begin, size, stated, CODECS[codec]().memory(stream, size))
     except ValueError as error:
         raise ValueError(f"{name[:200]}: {error}") from error
 

@@ -55,6 +55,7 @@ class Encoder:
     def __init__(self) -> None:
         self.streams: dict[str, np.ndarray] = {}
         self.codes: dict[str, tuple[int, int]] = {}
+        self._names = {"__metadata__"}
         self._shared: dict[tuple[str, ...], tuple[str, Json, np.ndarray | None]] = {}
 
     def encode(self, leaf: Leaf) -> dict[str, Json]:
@@ -73,6 +74,11 @@ class Encoder:
             empty: Json = None if leaf.value is None else [] if isinstance(leaf.value, list | tuple) else {}
             return where | {"empty": empty}
         return where | {"array": self._add(leaf.path, leaf.value)}
+
+    def take(self) -> dict[str, np.ndarray]:
+        """The streams that came since they were last taken, which are then no longer held; their names stay taken."""
+        streams, self.streams = self.streams, {}
+        return streams
 
     def _form(self, path: str, inside: str, form: Form) -> dict[str, Json]:
         if (kind := FORMS.name_of(type(form))) is None:
@@ -125,8 +131,9 @@ class Encoder:
         return written if value is None or first is None or value.shape == first.shape else [written, [*value.shape]]
 
     def _add(self, name: str, array: np.ndarray) -> str:
-        while name in self.streams or name == "__metadata__":
+        while name in self._names:
             name += "'"
+        self._names.add(name)
         self.streams[name] = array
         return name
 
@@ -140,6 +147,31 @@ def check_form(form: Form) -> None:
             if not finite.all():
                 name = jax.tree_util.keystr(path).lstrip(".")
                 raise ValueError(f"{name}: expected finite numbers, got {int((~finite).sum())} NaN or infinite")
+
+
+def count_streams(value: PyTree, seen: set[str], inside: str = "") -> int:
+    """How many streams a leaf will take, as far as can be said before it is packed.
+
+    Args:
+        value: of the leaf, in either layout.
+        seen: what joint leaves have in common and was counted; what is counted here is added.
+        inside: of a form in a form, where.
+    """
+    if isinstance(value, tuple):
+        return sum(count_streams(part, seen, f"{inside}.{i}") for i, part in enumerate(value))
+    if not is_form(value):
+        return int(value is not None)
+    total = 0
+    for field in dataclasses.fields(value):
+        part, name = getattr(value, field.name), f"{inside}.{field.name}"
+        whole = isinstance(part, tuple) or is_form(part)
+        common = value.shared is not None and not (field.metadata.get("own") or whole)
+        if field.metadata.get("static") or (common and value.shared + name in seen):
+            continue
+        if common:
+            seen.add(value.shared + name)
+        total += count_streams(part, seen, name)
+    return total
 
 
 def code_streams(record: Json, form: PyTree) -> dict[str, tuple[np.ndarray, int, int]]:

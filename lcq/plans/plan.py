@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from lcq.io.file import read_index, replacing
+from lcq.io.atomic import replacing
+from lcq.io.file import read_index
 from lcq.plans.text import format_scheme, is_none, parse_scheme
 from lcq.tree.rules import Rule, checked
 

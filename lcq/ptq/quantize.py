@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from lcq.forms.base import Form, is_form
 from lcq.forms.dtypes import nearest_number
+from lcq.forms.processes import shared_by_processes
 from lcq.ptq.batches import Mask, checked_batches, traced
 from lcq.ptq.gathering import LastMoments, everywhere
 from lcq.ptq.layer import Rounded, round_product
@@ -193,6 +194,8 @@ def quantize(
     for path, leaf in leaves.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"{path}: expected an array, whose values are rounded, got {leaf}; pass the parameters")
+        _check_readable(path, leaf)
+    _check_readable("calibration", batches)
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, map(shape_of, original.values()))
@@ -266,6 +269,15 @@ def quantize(
         if any(path in updates for path in task.paths):
             result.update(zip(task.paths, task.project(take(result, task)), strict=True))
     return Quantized(jax.tree.unflatten(structure, map(whole, result.values())), tuple(records))
+
+
+def _check_readable(path: str, tree: Any) -> None:
+    if shared_by_processes(tree):
+        raise ValueError(
+            f"{path}: expected arrays that this process can read, got one on the devices of several processes; "
+            "quantize on the devices of one process each, the same in all: replicate it first, by "
+            "jax.experimental.multihost_utils.process_allgather(array, tiled=True)"
+        )
 
 
 def _method(method: str | Rounding) -> Rounding:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
-from lcq.io.file import replacing
+from lcq.io.atomic import replacing
 from lcq.reporting.groups import WHOLE, Group, by_pattern, grouped
 from lcq.reporting.row import Row
 from lcq.reporting.summary import Table, table

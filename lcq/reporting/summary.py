@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from lcq.forms.base import FORMS, Form
+from lcq.forms.processes import on_host
 from lcq.io.entropy_coding.rates import rate
 from lcq.reporting.columns import Column, fit, grid, terminal_width
 from lcq.reporting.groups import WHOLE, Group, grouped, sum_or_none
@@ -136,6 +137,8 @@ def table(
 ) -> Table:
     """Bits, entropy, coded bytes and distortion of every leaf of a compressed tree, and their totals.
 
+    Leaves on the devices of several processes are gathered one by one: all processes call this, or none.
+
     Args:
         tree: as given by `compress`, `extract` or `load`.
         reference: the weights it came from; adds ||w - Delta(Theta)||^2 / ||w||^2, and ratios are to their dtypes.
@@ -242,7 +245,7 @@ def _measured(row: Row, leaf: PyTree, original: PyTree) -> Row:
         return row  # no number, so no distance
     dtype = _dtype(original)
     wide = np.complex128 if jnp.issubdtype(dtype, jnp.complexfloating) else np.float64
-    w = np.asarray(original, wide)
-    delta = np.asarray(dense_of(leaf) if isinstance(leaf, Form) else leaf, wide)
+    w = np.asarray(on_host(original), wide)
+    delta = np.asarray(on_host(dense_of(leaf) if isinstance(leaf, Form) else leaf), wide)
     error, energy = (float(np.sum(np.abs(x) ** 2)) for x in (w - delta, w))
     return row._replace(error=error, energy=energy, dense=8 * w.size * dtype.itemsize, dtype=dtype.name)

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import PyTree
 
 from lcq.forms.base import Form, is_form
+from lcq.forms.processes import shared_by_processes
 from lcq.training.baselines import baseline_forms, baseline_states, find_baseline
 from lcq.training.given import RESTORED
 from lcq.training.hemp import find_hemp, hemp_states
@@ -15,7 +16,7 @@ from lcq.training.lc import find_lagrangian, lagrangians, lc_forms
 from lcq.training.smooth_binary import SmoothBinary
 from lcq.tree.aliases import Forms, Leaves, OptState, Params
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Task
+from lcq.tree.rules import Task, check_same_rules
 
 
 def extract(
@@ -45,7 +46,8 @@ def extract(
         alphas: of `smooth_binary`: the learned scales by path, if they were learned.
 
     Returns:
-        `params` with stored forms, of the leaves' dtypes, at the selected leaves.
+        `params` with stored forms, of the leaves' dtypes, at the selected leaves. Where a leaf lies on the devices of
+        several processes its form stays in the working layout, and lies likewise: `lcq.save` packs one after another.
 
     Raises:
         ValueError: no such state, several of one method, or one that lost its types; weights that are not finite, now
@@ -71,7 +73,7 @@ def extract(
         raise ValueError(f"expected levels='trained' or 'fitted', got {levels!r}")
     if isinstance(state, SmoothBinary):
         tree = state.compress(params, alphas)
-        return jax.tree.map(lambda leaf: leaf.pack() if is_form(leaf) else leaf, tree, is_leaf=is_form)
+        return jax.tree.map(lambda leaf: _stored(leaf) if is_form(leaf) else leaf, tree, is_leaf=is_form)
     if alphas is not None:
         raise ValueError("expected alphas= with what lcq.smooth_binary returned, got another state; drop it")
     if levels != "trained" and not hemp_states(state):
@@ -79,13 +81,21 @@ def extract(
     leaves, structure = flatten(params)
     stored = dict(leaves)
     for path, form in _forms(state, params, levels).items():
-        stored[path] = dataclasses.replace(form, dtype=str(leaves[path].dtype)).pack()
+        stored[path] = _stored(dataclasses.replace(form, dtype=str(leaves[path].dtype)))
     return jax.tree.unflatten(structure, stored.values())
+
+
+def _stored(form: Form) -> Form:
+    """The form packed, if one process can read it."""
+    return form if shared_by_processes(form) else form.pack()
 
 
 def _forms(state: PyTree, params: Params, levels: str) -> dict[str, Form]:
     """The forms of every method in an optimizer state, by path; the inner method's at a leaf that two select."""
     found: list[tuple[Sequence[Task], Sequence[tuple[Form, ...]]]] = []
+    if shared_by_processes(params):
+        states = [*(node.problem for node in lagrangians(state)), *baseline_states(state), *hemp_states(state)]
+        check_same_rules([task for node in states for task in node.tasks], params)
     if baseline_states(state):
         found.append(baseline_forms(find_baseline(state), params))
     if hemp_states(state):

@@ -43,7 +43,7 @@ from lcq.training.schedules import Penalty, as_schedule
 from lcq.tree.aliases import OptState, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, Rules, Task, checked, resolve
+from lcq.tree.rules import Rule, Rules, Task, check_same_rules, checked, resolve
 
 _LARGE_GAP = 0.01
 
@@ -160,6 +160,7 @@ def lc(
             return LCState(inner_state, NO_PARAMETER, _placeholder(params, rules))
         if learning_rate is not None:
             _check_learning_rate_is_not_kept(inner_state)
+        check_same_rules(rules, params)
         problem = Problem(resolve(rules, params), schedule)
         return LCState(inner_state, steps, start(params, problem, multipliers, blank))
 

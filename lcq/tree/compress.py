@@ -15,7 +15,7 @@ from lcq.forms.restored import check_restored
 from lcq.tree.aliases import Forms, Leaves, Params
 from lcq.tree.lazy import LazyLeaf, parts, whole
 from lcq.tree.paths import check_numbers, flatten, leave_out
-from lcq.tree.rules import Rules, Task, resolve
+from lcq.tree.rules import Rules, Task, check_same_rules, resolve
 
 
 def compress(params: Params, rules: Rules, *, importance: Leaves | None = None) -> Forms:
@@ -33,7 +33,7 @@ def compress(params: Params, rules: Rules, *, importance: Leaves | None = None) 
 
     Raises:
         ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN or an infinity, an importance of a leaf
-            that no rule selects; names the leaf.
+            that no rule selects; names the leaf. Arrays on the devices of several processes that have different rules.
 
     Example:
         >>> import lcq
@@ -44,6 +44,7 @@ def compress(params: Params, rules: Rules, *, importance: Leaves | None = None) 
 
     Source: Carreira-Perpinan, arXiv 1707.01209, section 3.1.
     """
+    check_same_rules(rules, params)
     tasks = resolve(rules, params)
     leaves, structure = flatten(params)
     for task in tasks:
@@ -101,7 +102,8 @@ def check_finite(path: str, leaf: Array | np.ndarray | np.number | jax.ShapeDtyp
     with jax.ensure_compile_time_eval():  # a concrete leaf may be met inside a trace
         finite = all(bool(jnp.isfinite(part).all()) for part in parts(leaf))
     if not finite:
-        bad = sum(int(np.sum(~np.isfinite(np.asarray(part, np.float32)))) for part in parts(leaf))
+        with jax.ensure_compile_time_eval():
+            bad = sum(int((~jnp.isfinite(part)).sum()) for part in parts(leaf))
         size = math.prod(leaf.shape)
         raise ValueError(
             f"{path}: expected finite weights, got {bad} NaN or infinite of {size}; train again with a smaller "

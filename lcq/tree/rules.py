@@ -18,6 +18,7 @@ from typing_extensions import TypeAliasType
 from lcq.forms.axes import check_layout, mixes_layers, warning
 from lcq.forms.base import Form, is_form, share
 from lcq.forms.blocks import block_counts
+from lcq.forms.processes import check_agreement, shared_by_processes
 from lcq.forms.validate import named
 from lcq.schemes.base import Scheme, check_importance
 from lcq.tree.paths import flatten, leave_out, places_of_none
@@ -184,6 +185,23 @@ def checked(rules: object) -> tuple[Rule, ...]:
         if not isinstance(rule, Rule):
             raise ValueError(f"expected rules such as {like}, got {rule!r}; make lcq.Rule(pattern, scheme) of it")
     return rules
+
+
+def check_same_rules(rules: Sequence[object], tree: PyTree) -> None:
+    """Raises in every process if arrays of a tree lie on the devices of several, and these have different rules.
+
+    Such processes would run different programs, and wait for each other for ever.
+
+    Args:
+        rules: rules, or tasks.
+        tree: parameters; what is traced cannot be looked at.
+
+    Raises:
+        ValueError: shows the first that differs.
+    """
+    if shared_by_processes(tree):
+        said = list(map(repr, rules if isinstance(rules, Sequence) else [rules]))
+        check_agreement("rules", said, "make them by the same code and settings in every process")
 
 
 def resolve(rules: Sequence[Rule], tree: PyTree) -> tuple[Task, ...]:

@@ -37,6 +37,17 @@ def test_pack_writes_one_bit_stream(bits, size):
     assert words.size == bitpack.word_count(size, bits)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [4097, 5003, 8192])
+def test_bytes_of_whole_codes_are_that_stream(bits, size, monkeypatch):
+    monkeypatch.setattr(bitpack, "_CODES", 1 << 11)  # so that there are several rounds
+    codes = random_codes(size, bits, seed=size + bits)
+    words = bitpack.pack(codes, bits)
+    assert words.dtype == np.uint32 and words.tolist() == words_of(codes, bits)
+    np.testing.assert_array_equal(bitpack.unpack_host(words, bits, size), codes)
+    np.testing.assert_array_equal(bitpack.pack(codes.astype(np.uint16), bits), words)
+
+
 @settings(max_examples=5)
 @given(st.integers(0, 16), st.integers(0, 200), st.integers(0, 2**32))
 @example(16, 1, 0)

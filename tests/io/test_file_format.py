@@ -72,6 +72,18 @@ def test_the_printed_reader_decodes_golden_streams(reader, name):
     np.testing.assert_array_equal(found, codes)
 
 
+def test_the_printed_reader_reads_sets(reader, tmp_path):
+    tree = {f"w{i}": np.random.default_rng(i).normal(size=(8, 16)).astype(np.float32) for i in range(4)}
+    forms = lcq.compress(tree, [lcq.Rule("w[0-2]", lcq.KMeans(4))])
+    lcq.save(tmp_path / "one.lcq", forms)
+    lcq.save(tmp_path / "net.lcq", forms, max_shard_bytes=500)
+    records, arrays = reader["read_streams"](tmp_path / "net.lcq")
+    expected, others = reader["read_streams"](tmp_path / "one.lcq")
+    assert records == expected and arrays.keys() == others.keys() and len(list(tmp_path.iterdir())) > 3
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(array, others[name])
+
+
 def test_the_printed_reader_sees_damage(reader, tmp_path):
     whole = (GOLDEN / "coded.lcq").read_bytes()
     for at in (200, 700, len(whole) - 1):

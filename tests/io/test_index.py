@@ -261,7 +261,8 @@ def test_a_hostile_container(path, whole):
     index, data = parts_of(whole)
     refuse(path, forge(index, data, metadata={"coded": "0" * 16}), "index: its data is damaged")
     refuse(path, forge(index, data, metadata={"more": ""}), "expected the metadata and tensors of a coded file")
-    refuse(path, forge(index, data, metadata={"version": "4"}), "expected format version 1, 2, 3, got '4'")
+    refuse(path, forge(index, data, metadata={"version": "5"}), "expected format version 1, 2, 3, 4, got '5'")
+    refuse(path, forge(index, data, metadata={"version": "4"}), "tensors of a coded file, index, got others")
     extra = {"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}
     refuse(path, forge(index, data, tensors=extra), "expected the metadata and tensors of a coded file")
     refuse(path, forge(index, b""), "bytes of data")

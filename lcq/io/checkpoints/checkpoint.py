@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from lcq.forms.base import is_form
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.shards import INDEX
-from lcq.io.file import host_array
+from lcq.io.host import host_array
 from lcq.io.tree_paths import Leaf, flatten, is_empty
 from lcq.tree.lazy import whole
 

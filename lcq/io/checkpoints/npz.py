@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from lcq.forms.dtypes import native
+from lcq.io.atomic import replacing
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
 from lcq.io.container import DTYPES
-from lcq.io.file import replacing
 from lcq.io.tree_paths import Leaf
 
 _DAMAGED = (

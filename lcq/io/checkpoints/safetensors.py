@@ -4,10 +4,10 @@ from pathlib import Path
 
 import safetensors.numpy
 
+from lcq.io.atomic import replacing
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
 from lcq.io.checkpoints.quantized import quantization_of, with_forms
 from lcq.io.checkpoints.shards import is_sharded, read_tensors
-from lcq.io.file import replacing
 from lcq.io.tree_paths import Leaf
 
 

@@ -113,6 +113,11 @@ def decode(data: bytes | UInt8[np.ndarray, " bytes"], size: int, levels: int) ->
     else:
         found = lanes.decode(stream.states, stream.words, stream.frequencies, stream.blocks)
     codes = np.empty(size, _dtype(levels))
+    if width := _bits_of_symbols(levels, stream.n):
+        words = np.pad(found, (0, -stream.blocks % 4)).astype(f"<u{width // 8}", copy=False).view("<u4")
+        codes[: stream.blocks * stream.n] = bitpack.unpack_host(words, width // stream.n, stream.blocks * stream.n)
+        codes[stream.blocks * stream.n :] = stream.rest
+        return codes
     for first in range(0, stream.blocks, _SOME):
         some = found[first : first + _SOME].astype(np.uint32)
         part = codes[first * stream.n : (first + some.size) * stream.n].reshape(-1, stream.n)
@@ -289,10 +294,18 @@ def _rest_bytes(left: int, levels: int) -> int:
 def _symbols(codes: np.ndarray, levels: int, n: int) -> np.ndarray:
     """Blocks as numbers in base `levels`, first code lowest."""
     whole = codes[: codes.size // n * n]
+    if width := _bits_of_symbols(levels, n):
+        return bitpack.pack(whole, width // n).view(f"<u{width // 8}")[: whole.size // n].astype(np.uint16, copy=False)
     symbols = whole[::n].astype(np.uint16)
     for i in range(1, n):
         symbols += whole[i::n] * np.uint16(levels**i)
     return symbols
+
+
+def _bits_of_symbols(levels: int, n: int) -> int:
+    """8 or 16 if blocks of n codes are numbers of so many bits, and packed codes thus symbols side by side; else 0."""
+    bits = bitpack.width(levels)
+    return bits * n if n > 1 and levels == 1 << bits and bits * n in (8, 16) else 0
 
 
 def _histogram(codes: np.ndarray, levels: int, n: int) -> np.ndarray:

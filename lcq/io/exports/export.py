@@ -13,7 +13,6 @@ from lcq.io.exports.base import EXPORT_FORMATS, Tensor
 from lcq.io.exports.leaves import items_of
 from lcq.io.exports.names import Name
 from lcq.io.exports.report import Report, Row
-from lcq.io.file import LIMIT
 
 
 def export(
@@ -24,7 +23,7 @@ def export(
     names: Sequence[Name] = (),
     config: Mapping[str, Json] | None = None,
     nearest: int | None = None,
-    limit: float = LIMIT,
+    limit: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Writes forms as another program reads them, with the codes that they have.
@@ -41,7 +40,7 @@ def export(
         config: what the format keeps beside the weights: the config.json of a Hugging Face model, or metadata of GGUF.
         nearest: bits of the grid that takes the place of tables without one (`KMeans`); masks, factors and sums are
             then made dense. None refuses them, and says what they would cost.
-        limit: bytes that one leaf of a file may take.
+        limit: bytes that one leaf of a file may take; by default as `lcq.load` for a whole file.
         progress: called after each tensor with its number from 1, how many there are, and the leaf's path.
 
     Returns:

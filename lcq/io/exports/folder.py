@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from lcq.io.atomic import replacing
 from lcq.io.container import DTYPES, NAMES, Json, flat, to_json
 from lcq.io.exports.base import Encoded, ExportFormat, Tensor
 from lcq.io.exports.grids import as_matrix, matrix_shape, rotary_order
 from lcq.io.exports.leaves import Item
-from lcq.io.file import replacing
 
 
 class SafetensorsFolder(ExportFormat):

@@ -21,7 +21,8 @@ from lcq.forms.restored import check_restored
 from lcq.forms.validate import named
 from lcq.io.exports.grids import is_grid
 from lcq.io.exports.names import Name, resolve_names
-from lcq.io.file import LIMIT, declared_leaves, each_leaf, host_array
+from lcq.io.file import declared_leaves, each_leaf
+from lcq.io.host import host_array
 from lcq.io.tree_paths import Leaf, flatten, is_empty
 from lcq.schemes import Uniform
 
@@ -65,7 +66,7 @@ def items_of(
     names: Sequence[Name],
     default: Sequence[Name],
     nearest: int | None = None,
-    limit: float = LIMIT,
+    limit: float | None = None,
 ) -> Items:
     """What goes out of a tree of forms and arrays, or of an `.lcq` file.
 
@@ -74,7 +75,7 @@ def items_of(
         names: the user's.
         default: the format's.
         nearest: bits of grids that stand for tables without one; None to refuse these, and masks, factors and sums.
-        limit: bytes that one leaf of a file may take.
+        limit: bytes that one leaf of a file may take; by default as `lcq.load` for a whole file.
 
     Raises:
         ValueError: names that do not fit, two tensors of one name, or what no other program holds; names the leaf.

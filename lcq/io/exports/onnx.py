@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt, UInt8
 
 from lcq.forms import Codes, bitpack
+from lcq.io.atomic import replacing
 from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.grids import kind_of, whole_zeros
@@ -39,7 +40,6 @@ from lcq.io.exports.onnx_graph import (
     node,
     node_of,
 )
-from lcq.io.file import replacing
 from lcq.io.layouts.protobuf import Field, field, fields, opened
 
 _BITS = (2, 4, 8)
