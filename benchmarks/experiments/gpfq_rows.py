@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lcq
-from benchmarks.harness.record import record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import record, stored
 
 METHODS = ("rtn", "gpfq", "gptq", "qronos", "descent")
 NEURONS, NEW = 64, 4000
@@ -97,6 +98,19 @@ def measure(kind, size, rows, bits, per, bias, method, seed):
 
 def jax_free(params):
     return {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+
+
+def table() -> str:
+    """The worst ratio of every method over kinds, and of all methods with shrink=0; a row for each cell of the grid."""
+    lines = []
+    for size, rows, bits, per, bias in GRID:
+        cell = {"inputs": size, "rows": rows, "bits": bits, "per": per, "bias": bias}
+        found = [row for row in stored("gpfq_rows") if cell.items() <= row.items()]
+        methods = [max(row["ratio"] for row in found if row["method"] == method) for method in METHODS]
+        plain = max(row["plain"] for row in found)
+        what = f"{size} inputs, {rows} rows, {bits} bits, {'channel' if per == 'channel' else f'groups of {per}'}"
+        lines.append([what + ", bias" * bias, *(f"{ratio:.3f}" for ratio in (*methods, plain))])
+    return grid(["", "RTN", "GPFQ", "GPTQ", "Qronos", "`descent`", "worst with `shrink=0`"], lines)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.experiments import (
     brute_force,
     gpfq_images,
+    gpfq_rows,
     gpfq_transformers_table,
     headline,
     hemp_summary,
@@ -35,6 +36,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lc_overhead": lc_overhead.table,
     "brute_force": brute_force.table,
     "gpfq_images": gpfq_images.table,
+    "gpfq_rows": gpfq_rows.table,
     "gpfq_transformers": gpfq_transformers_table.table,
     "gpfq_speed": gpfq_speed.table,
     "kernels": kernels.table,
