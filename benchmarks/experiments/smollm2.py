@@ -2,7 +2,9 @@
 
     LCQ_DATA=folder python -m benchmarks.experiments.smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-Writes results/smollm2.json.
+    ... --own      the file's own codes: kept as forms, evaluated, and packed again byte for byte
+
+Writes results/smollm2.json, or smollm2_own.json.
 
 The seven dense kernels of each of 30 layers are quantized, stacked over layers as `jax.lax.scan` takes them; embedding
 and norms stay float32. Nats a token over 16 windows of 256 tokens, the second half of the TinyStories sample, stories
@@ -15,6 +17,7 @@ import argparse
 import functools
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +70,26 @@ def q4_0(w: Array) -> Array:
     return jnp.asarray(dequantize(quants.quantize(rows, q), q).reshape(rows.shape).swapaxes(-1, -2))
 
 
-def own_codes(path: str) -> dict[str, Any]:
-    """The file's own codes as forms, their bits a weight, and whether their blocks are packed again byte for byte."""
+def own_codes(path: str, text: np.ndarray, config: llama_names.Config) -> dict[str, Any]:
+    """The file's own codes as forms: bits a weight, also coded in a file, and whether their blocks are packed again byte
+    for byte; nats when they are made dense."""
     raw, forms = lcq.io.open_gguf(path).tensors, lcq.io.read(path, forms=True)
+    with tempfile.TemporaryDirectory() as folder:
+        size = lcq.save(f"{folder}/own.lcq", forms)
     again = {name: pack(form) for name, form in forms.items() if isinstance(form, lcq.forms.Form)}
     same = all(data == raw[name].data[: len(data)].tobytes() for name, data in again.items())
     kernels = [form for name, form in forms.items() if name in again and name.startswith("blk.")]
     bits = sum(form.bits for form in kernels) / sum(np.prod(form.shape) for form in kernels)
-    return {"what": "Q4_1, the file's own codes", "bits": float(bits), "tensors": len(again), "same_bytes": same}
+    dense = llama_names.stacked(lcq.decompress(forms))
+    return {
+        "what": "Q4_1, the file's own codes",
+        "bits": float(bits),
+        "nats": nats(dense, text, config),
+        "tensors": len(again),
+        "same_bytes": same,
+        "bytes": size,
+        "gguf_bytes": Path(path).stat().st_size,
+    }
 
 
 def pack(form: Any) -> bytes:
@@ -93,9 +108,18 @@ def pack(form: Any) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", required=True)
+    parser.add_argument("--own", action="store_true")
     arguments = parser.parse_args()
     params, config, tokenizer = load(arguments.gguf)
     text = windows(tokenizer.encode)
+    rows = [{"what": "float32", "bits": 32.0, "nats": nats(params, text, config)}]
+    print(rows[-1], flush=True)
+    if arguments.own:
+        del params
+        rows.append(own_codes(arguments.gguf, text, config))
+        print(rows[-1], flush=True)
+        record("smollm2_own", rows, tokens=int(text.size))
+        return
     schemes = {
         "4 bits": lcq.Uniform(4, per=GROUP),
         "3 bits": lcq.Uniform(3, per=GROUP),
@@ -103,13 +127,6 @@ def main() -> None:
         "4 bits, zero points": lcq.Uniform(4, per=GROUP, zero_point=True),
         "3 bits, zero points": lcq.Uniform(3, per=GROUP, zero_point=True),
     }
-    own = own_codes(arguments.gguf)
-    print(own, flush=True)
-    rows = [{"what": "float32", "bits": 32.0, "nats": nats(params, text, config)}]
-    print(rows[-1], flush=True)
-    forms = llama_names.by_layers(lcq.decompress(lcq.io.read(arguments.gguf, forms=True)))
-    rows.append(own | {"nats": nats(llama_names.stacked(forms), text, config)})
-    print(rows[-1], flush=True)
     layers = params["layers"]
     rounded = params | {"layers": layers | {name: q4_0(layers[name]) for name in KERNELS}}
     rows.append({"what": "Q4_0", "bits": 4.5, "nats": nats(rounded, text, config), "error": error(params, rounded)})
