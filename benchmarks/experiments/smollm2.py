@@ -71,8 +71,8 @@ def q4_0(w: Array) -> Array:
 
 
 def own_codes(path: str, text: np.ndarray, config: llama_names.Config) -> dict[str, Any]:
-    """The file's own codes as forms: bits a weight, also coded in a file, and whether their blocks are packed again byte
-    for byte; nats when they are made dense."""
+    """The file's own codes as forms: bits a weight, bytes of an .lcq file, and whether their blocks are packed again
+    byte for byte; nats when they are made dense."""
     raw, forms = lcq.io.open_gguf(path).tensors, lcq.io.read(path, forms=True)
     with tempfile.TemporaryDirectory() as folder:
         size = lcq.save(f"{folder}/own.lcq", forms)

@@ -9,6 +9,7 @@ import pytest
 import lcq
 from lcq.cli.main import main
 from lcq.io.checkpoints.checkpoint import read, read_checkpoint
+from lcq.io.checkpoints.gguf import BLOCKS as GGUF_BLOCKS
 from tests.io.checkpoints.gguf_bytes import BLOCKS, field, gguf, random_blocks, text, values
 
 FIELDS = b"".join(
@@ -62,6 +63,17 @@ def test_blocks(tmp_path, name):
     error = ((np.asarray(form.dense(), np.float64) - expected) ** 2).sum() / (expected**2).sum()
     assert error < (1e-13 if len(halves) == 2 else 1e-30 if name != "IQ4_XS" else 1e-14)
     assert form.shape == (3, 2 * length) and form.packed is not None
+
+
+@pytest.mark.parametrize("block", GGUF_BLOCKS.values(), ids=lambda block: block.name)
+def test_blocks_as_the_package_decodes_them(block):
+    """Those of llama.cpp's own package, of any bytes whose numbers are finite."""
+    gguf = pytest.importorskip("gguf")
+    data = np.random.default_rng(0).integers(0, 256, (400, block.size), dtype=np.uint8)
+    expected = gguf.dequantize(data, gguf.GGMLQuantizationType(block.number))
+    finite = np.isfinite(expected).all(1)
+    assert finite.sum() > 300
+    np.testing.assert_array_equal(block.values(block.unpack(data)).reshape(400, -1)[finite], expected[finite])
 
 
 def test_blocks_that_are_constant(tmp_path):
