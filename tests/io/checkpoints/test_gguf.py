@@ -65,6 +65,7 @@ def test_blocks(tmp_path, name):
     assert form.shape == (3, 2 * length) and form.packed is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in multiply")
 @pytest.mark.parametrize("block", GGUF_BLOCKS.values(), ids=lambda block: block.name)
 def test_blocks_as_the_package_decodes_them(block):
     """Those of llama.cpp's own package, of any bytes whose numbers are finite."""
