@@ -2,7 +2,7 @@
 
     LCQ_DATA=folder python -m benchmarks.experiments.smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-    ... --own      the file's own codes: kept as forms, evaluated, and packed again byte for byte
+    ... --own      the file's own codes: kept as forms, evaluated, and written again byte for byte
 
 Writes results/smollm2.json, or smollm2_own.json.
 
@@ -14,6 +14,7 @@ of ASCII alone. "Q4_0" is gguf's own rounding of the same weights: 4 bits and a 
 """
 
 import argparse
+import collections
 import functools
 import os
 import re
@@ -71,38 +72,25 @@ def q4_0(w: Array) -> Array:
 
 
 def own_codes(path: str, text: np.ndarray, config: llama_names.Config) -> dict[str, Any]:
-    """The file's own codes as forms: bits a weight, bytes of an .lcq file, and whether their blocks are packed again
-    byte for byte; nats when they are made dense."""
-    raw, forms = lcq.io.open_gguf(path).tensors, lcq.io.read(path, forms=True)
+    """The file's own codes as forms: bits a weight, bytes of an .lcq file, nats, and whether they are written again as
+    the same file, byte for byte."""
+    forms = collections.OrderedDict(lcq.io.read(path, forms=True))  # jax sorts the keys of other dicts
+    fields = {name: field.value for name, field in lcq.io.open_gguf(path).fields.items()}
     with tempfile.TemporaryDirectory() as folder:
         size = lcq.save(f"{folder}/own.lcq", forms)
-    again = {name: pack(form) for name, form in forms.items() if isinstance(form, lcq.forms.Form)}
-    same = all(data == raw[name].data[: len(data)].tobytes() for name, data in again.items())
-    kernels = [form for name, form in forms.items() if name in again and name.startswith("blk.")]
-    bits = sum(form.bits for form in kernels) / sum(np.prod(form.shape) for form in kernels)
-    dense = llama_names.stacked(lcq.decompress(forms))
+        lcq.io.export(forms, f"{folder}/own.gguf", format="gguf", config=fields)
+        same = Path(f"{folder}/own.gguf").read_bytes() == Path(path).read_bytes()
+    codes = {name: form for name, form in forms.items() if isinstance(form, lcq.forms.Form)}
+    kernels = [form for name, form in codes.items() if name.startswith("blk.")]
     return {
         "what": "Q4_1, the file's own codes",
-        "bits": float(bits),
-        "nats": nats(dense, text, config),
-        "tensors": len(again),
-        "same_bytes": same,
+        "bits": float(sum(form.bits for form in kernels) / sum(np.prod(form.shape) for form in kernels)),
+        "nats": nats(llama_names.stacked(lcq.decompress(forms)), text, config),
+        "tensors": len(codes),
+        "same_file": same,
         "bytes": size,
         "gguf_bytes": Path(path).stat().st_size,
     }
-
-
-def pack(form: Any) -> bytes:
-    """Blocks of a form: Q8_0, or Q4_1 if it has zeros."""
-    form = form.unpack()
-    codes, scale = (np.asarray(a).reshape(-1, n) for a, n in ((form.codes, GROUP), (form.scale, 1)))
-    parts = [scale.astype("<f2").view(np.uint8)]
-    if form.zero is None:
-        parts.append(codes ^ np.uint8(128))
-    else:
-        least = -np.asarray(form.zero, np.float32).reshape(-1, 1) * scale.astype(np.float32)
-        parts += [least.astype("<f2").view(np.uint8), codes[:, :16] | codes[:, 16:] << 4]
-    return np.concatenate(parts, axis=1).tobytes()
 
 
 def main() -> None:
