@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from lcq.cli.console import check_output, progress, refuse, show
+from lcq.io.checkpoints import open_gguf
 from lcq.io.container import Json, parse
 from lcq.io.exports import EXPORT_FORMATS, Name, export, llama_names
 from lcq.reporting.columns import Column, Columns
@@ -71,9 +72,11 @@ def export_file(arguments: argparse.Namespace) -> None:
 
 
 def _config(path: Path) -> dict[str, Json]:
-    """The JSON of a file, or of the config.json of a folder; of an ONNX model its path."""
+    """The JSON of a file, or of the config.json of a folder; a GGUF file's fields; of an ONNX model its path."""
     if path.suffix == ".onnx":
         return {"model": path}
+    if path.suffix == ".gguf":
+        return {name: field.value for name, field in open_gguf(path).fields.items()}
     path = path / "config.json" if path.is_dir() else path
     try:
         found = parse(path.read_text("utf-8"))

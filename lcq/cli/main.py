@@ -222,7 +222,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", dest="names", action="append", default=[], type=_name, metavar="PATTERN=TENSOR")
     sub.add_argument("--llama", action="store_true", help="GGUF's names of a llama with those of Hugging Face")
     sub.add_argument(
-        "--config", type=Path, metavar="CONFIG.json", help="of the model, metadata of GGUF, or the dense model in ONNX"
+        "--config",
+        type=Path,
+        metavar="CONFIG.json",
+        help="of the model, metadata of GGUF or a .gguf file that has them, or the dense model in ONNX",
     )
     sub.add_argument(
         "--nearest", type=_positive, metavar="BITS", help="write a grid for tables that are none, and masks dense"
