@@ -1,0 +1,58 @@
+"""ONNX Runtime runs the models that lcq exports, and the package onnx checks them."""
+
+import numpy as np
+import pytest
+
+from lcq.io import Name, export
+from tests.io.exports.made import codes, grid
+
+onnx = pytest.importorskip("onnx", reason="pip install '.[peers]', or run .ci/peers")
+runtime = pytest.importorskip("onnxruntime", reason="pip install '.[peers]', or run .ci/peers")
+
+RNG = np.random.default_rng(0)
+BIAS = RNG.normal(size=32).astype(np.float32)
+SHAPES = {"a": (64, 48), "b": (48, 32), "c": (32, 20)}
+
+
+def dense(path):
+    """y = einsum(relu((x A) B + b), C); A is an argument, B lies [out, in]."""
+    make, number = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        make.make_node("MatMul", ["x", "a"], ["h"]),
+        make.make_node("Gemm", ["h", "b", "bias"], ["g"], transB=1),
+        make.make_node("Relu", ["g"], ["r"]),
+        make.make_node("Einsum", ["r", "c"], ["y"], equation="bk,kn->bn"),
+    ]
+    inputs = [make.make_tensor_value_info(*each) for each in (("x", number, ["n", 64]), ("a", number, [64, 48]))]
+    outputs = [make.make_tensor_value_info("y", number, ["n", 20])]
+    held = {"b": np.ones((32, 48)), "bias": BIAS, "c": np.ones((32, 20))}
+    initializers = [make.make_tensor(name, number, array.shape, array.ravel()) for name, array in held.items()]
+    graph = make.make_graph(nodes, "net", inputs, outputs, initializers)
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10), path)
+    return {"model": path}
+
+
+@pytest.mark.parametrize(
+    ("values", "group", "zeros"),
+    [
+        (grid(-8, 7), 16, False),
+        (grid(-8, 7), None, False),
+        (grid(-128, 127), None, False),
+        (grid(0, 7), 16, True),
+        (grid(0, 3), 16, True),
+        (grid(0, 15), None, True),
+        ((-1.0, 1.0), None, False),
+    ],
+)
+def test_products_are_exact(values, group, zeros, tmp_path):
+    made = {key: codes((k, n), (k // (group or k), n), values, zeros=zeros) for key, (k, n) in SHAPES.items()}
+    forms, (a, b, c) = {key: form for key, (form, _) in made.items()}, [w for _, w in made.values()]
+    config = dense(tmp_path / "dense.onnx")
+    export(forms, tmp_path / "net.onnx", format="onnx", names=[Name("(.)", r"\1", "io")], config=config)
+    onnx.checker.check_model(onnx.load(tmp_path / "net.onnx"))
+    session = runtime.InferenceSession(tmp_path / "net.onnx")
+    assert [each.name for each in session.get_inputs()] == ["x"]
+    x = RNG.normal(size=(5, 64)).astype(np.float32)
+    (y,) = session.run(None, {"x": x})
+    expected = np.maximum(x @ a @ b + BIAS, 0) @ c
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
