@@ -21,9 +21,10 @@ from lcq.forms.bitpack import word_count
 from lcq.io.container import Json
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, Tensor
 from lcq.io.exports.folder import SafetensorsFolder, encode_plain, plain, tensor
-from lcq.io.exports.grids import kind_of, whole_zeros
+from lcq.io.exports.grids import kind_of
 from lcq.io.exports.leaves import Item
 from lcq.io.exports.linear import bits_of, encoded, scale_dtype, stem_of
+from lcq.io.exports.steps import whole_zeros
 from lcq.io.layouts import pack_rows
 
 _BITS = tuple(range(2, 9))

@@ -21,8 +21,9 @@ from lcq.io.atomic import replacing
 from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_metadata import metadata_of
-from lcq.io.exports.grids import Kind, as_matrix, grid_of, kind_of, matrix_shape, moved, rotary_order, rounded, turned
+from lcq.io.exports.grids import Kind, as_matrix, grid_of, kind_of, matrix_shape, rotary_order
 from lcq.io.exports.leaves import Item
+from lcq.io.exports.steps import moved, rounded, turned
 from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType, gguf_header
 
 _FLOATS = ("F32", "F16", "BF16")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lcq.io.container import Json
+from lcq.io.layouts.gguf_header import ALIGNMENT
 
 _LLAMA = {
     "context_length": ("max_position_embeddings", np.uint32),
@@ -26,7 +27,7 @@ _NEEDED = 6
 
 
 def metadata_of(config: Mapping[str, Json]) -> dict[str, Json]:
-    """Metadata by key.
+    """Metadata by key, also from the `fields` of a file that `lcq.io.open_gguf` read.
 
     Raises:
         ValueError: a config that says neither what the architecture is nor that it is a llama, or not enough of one.
@@ -35,7 +36,9 @@ def metadata_of(config: Mapping[str, Json]) -> dict[str, Json]:
         >>> metadata_of({"general.architecture": "llama", "llama.block_count": 5})
         {'general.architecture': 'llama', 'llama.block_count': 5}
     """
-    given = {key: value for key, value in config.items() if "." in key}
+    given = {key: getattr(value, "value", value) for key, value in config.items() if "." in key}
+    if "general.alignment" in given:
+        given["general.alignment"] = np.uint32(ALIGNMENT)
     if "general.architecture" in given:
         return given
     if config.get("model_type") != "llama":

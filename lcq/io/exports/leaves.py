@@ -19,14 +19,13 @@ from lcq.forms import Cast, Codes, Form, bitpack, is_form
 from lcq.forms.dtypes import native
 from lcq.forms.restored import check_restored
 from lcq.forms.validate import named
-from lcq.io.exports.grids import is_grid
 from lcq.io.exports.names import Name, resolve_names
+from lcq.io.exports.steps import is_grid
+from lcq.io.exports.working import Array, declared_codes, layer_of, on_host
 from lcq.io.file import declared_leaves, each_leaf
 from lcq.io.host import host_array
 from lcq.io.tree_paths import Leaf, flatten, is_empty
 from lcq.schemes import Uniform
-
-Array = np.ndarray | jax.ShapeDtypeStruct
 
 
 class Item(NamedTuple):
@@ -199,45 +198,3 @@ def _counts(form: Codes) -> tuple[int, ...]:
 
 def _lengths(form: Codes) -> tuple[int, ...]:
     return tuple(0 if count == 1 else n // count for n, count in zip(form.shape, _counts(form), strict=True))
-
-
-# Codes in the working layout, in numpy
-
-
-def declared_codes(form: Codes, stacked: int) -> Codes:
-    """A form with shape structs for arrays, without its stacked axes."""
-    small = np.dtype(np.uint8 if form.size_of_table <= 256 else np.uint16)
-    zero = form.zero
-    if zero is not None and zero.dtype == np.uint32:
-        zero = jax.ShapeDtypeStruct(form.scale.shape, small)
-    parts = (jax.ShapeDtypeStruct(form.shape, small), form.levels, form.scale, zero)
-    codes, levels, scale, zero = (_below(a, stacked) for a in parts)
-    return Codes(codes=codes, levels=levels, scale=scale, zero=zero, values=form.values, dtype=form.dtype)
-
-
-def _below(array: Array | jax.Array | None, stacked: int) -> jax.ShapeDtypeStruct | None:
-    return None if array is None else jax.ShapeDtypeStruct(array.shape[stacked:], array.dtype)
-
-
-def on_host(form: Codes) -> Codes:
-    """A form in the working layout, in numpy."""
-    host = jax.device_get(form)
-    if host.packed is None:
-        return host
-    bits = bitpack.width(host.size_of_table)
-    codes = bitpack.unpack_host(np.asarray(host.codes), bits, math.prod(host.packed)).reshape(host.packed)
-    zero = host.zero
-    if zero is not None and zero.dtype == np.uint32:
-        zero = bitpack.unpack_host(zero, bits, math.prod(host.scale.shape)).reshape(host.scale.shape)
-    return dataclasses.replace(host, codes=codes, zero=zero, packed=None)
-
-
-def layer_of(form: Codes, index: tuple[int, ...]) -> Codes:
-    """One layer of a stacked form in the working layout, in numpy."""
-    parts = {"codes": form.codes, "levels": form.levels, "scale": form.scale, "zero": form.zero}
-    made = {}
-    for name, array in parts.items():
-        for i in index if array is not None else ():
-            array = array[i if array.shape[0] > 1 else 0]
-        made[name] = array
-    return dataclasses.replace(form, **made)

@@ -3,8 +3,9 @@
 import numpy as np
 
 from lcq.forms import Codes
-from lcq.io.exports.grids import Grid, Kind, grid_of, kind_of, moved, offset_of, rounded
+from lcq.io.exports.grids import Grid, Kind, grid_of, kind_of
 from lcq.io.exports.leaves import Item
+from lcq.io.exports.steps import moved, offset_of, rounded
 
 
 def stem_of(item: Item) -> str:

@@ -24,7 +24,7 @@ from lcq.forms import Codes, bitpack
 from lcq.io.atomic import replacing
 from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
-from lcq.io.exports.grids import kind_of, whole_zeros
+from lcq.io.exports.grids import kind_of
 from lcq.io.exports.leaves import Item
 from lcq.io.exports.linear import bits_of, encoded
 from lcq.io.exports.names import Name
@@ -40,6 +40,7 @@ from lcq.io.exports.onnx_graph import (
     node,
     node_of,
 )
+from lcq.io.exports.steps import whole_zeros
 from lcq.io.layouts.protobuf import Field, field, fields, opened
 
 _BITS = (2, 4, 8)

@@ -11,8 +11,9 @@ import numpy as np
 
 from lcq.forms import Cast, Codes, is_form
 from lcq.forms.validate import named
-from lcq.io.exports.grids import in_steps, offset_of, steps_of, whole_zeros
-from lcq.io.exports.leaves import on_host, refuse_what_has_no_target
+from lcq.io.exports.leaves import refuse_what_has_no_target
+from lcq.io.exports.steps import in_steps, offset_of, steps_of, whole_zeros
+from lcq.io.exports.working import on_host
 from lcq.io.tree_paths import flatten
 from lcq.tree.aliases import Forms, Params
 
