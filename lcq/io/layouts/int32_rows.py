@@ -37,13 +37,13 @@ def pack_rows(codes: UInt[np.ndarray, "rows n"], bits: int) -> Int32[np.ndarray,
 
 
 def _in_bytes(codes: UInt[np.ndarray, "rows n"], bits: int) -> UInt8[np.ndarray, "rows bytes"]:
-    """The same where no code straddles bytes, in a tenth of the time."""
+    """The same where no code straddles bytes; a transposed view is turned round when it is shorter."""
     each = 8 // bits
     if codes.size and int(codes.max()) >> bits:
         raise ValueError(f"expected codes below {1 << bits} ({bits} bits), got {int(codes.max())}")
     if codes.shape[1] * bits % 32:
         codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % (4 * each))))
-    made = codes[:, ::each].copy("K")  # a transposed view stays one until it is shorter
+    made = codes[:, ::each].copy("K")
     for i in range(1, each):
         made |= codes[:, i::each] << np.uint8(i * bits)
     return np.ascontiguousarray(made)
