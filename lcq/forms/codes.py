@@ -12,15 +12,13 @@ from jaxtyping import Array, Int
 from lcq.forms import bitpack
 from lcq.forms.axes import shares
 from lcq.forms.base import Decoding, Form, leafwise, register_form, static
-from lcq.forms.blocks import blocks, compute_dtype, explicit_sharding
+from lcq.forms.blocks import blocks, compute_dtype, cut_axes, join_axes
 from lcq.forms.columns import columns, equal_steps
 from lcq.forms.dtypes import nearest_number, wider
+from lcq.forms.lookup import level_of
 from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
-
-_SELECT = 8
-"""Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
 
 
 @register_form
@@ -106,6 +104,10 @@ class Codes(Form):
         words = self.zero is not None and self.zero.dtype == jnp.uint32
         return codes | ({"zero": (self.size_of_table, self._zeros)} if words else {})
 
+    @property
+    def ranges(self) -> dict[str, int]:
+        return {"codes": self.size_of_table}
+
     def dense(self) -> Array:
         form = self.unpack()
         codes = form.codes
@@ -115,13 +117,13 @@ class Codes(Form):
         )
         cut = blocks(codes.shape, per_block)
         levels = jax.tree.map(jnp.asarray, self.levels)
-        value = _lookup(codes.reshape(cut.split), levels, self.values, cut.stat)
+        value = _lookup(cut_axes(codes, per_block), levels, self.values, cut.stat)
         if form.zero is not None:
             value = value - jnp.asarray(form.zero, value.dtype).reshape(cut.stat)
         if form.scale is not None:
             wide = wider(value.dtype, form.scale.dtype)
             value = value.astype(wide) * jnp.asarray(form.scale, wide).reshape(cut.stat)
-        return nearest_number(value.reshape(codes.shape), self.dtype)
+        return nearest_number(join_axes(value, codes.shape), self.dtype)
 
     def describe(self) -> str:
         words = [f"codes K={self.size_of_table}"]
@@ -249,11 +251,4 @@ def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None
     else:
         assert levels is not None
         table = levels.reshape((*stat, -1)).astype(compute_dtype(levels.dtype))
-    if table.shape[-1] > _SELECT:
-        if table.ndim == codes.ndim + 1 and all(n == 1 for n in table.shape[:-1]):
-            return table.reshape(-1).at[codes].get(out_sharding=explicit_sharding(codes))
-        return jnp.take_along_axis(table, codes[..., None].astype(jnp.int32), axis=-1)[..., 0]
-    value = jnp.broadcast_to(table[..., 0], codes.shape)
-    for k in range(1, table.shape[-1]):
-        value = jnp.where(codes == k, table[..., k], value)
-    return value
+    return level_of(table, codes)

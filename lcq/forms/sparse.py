@@ -85,6 +85,10 @@ class Sparse(Form):
             places = {"mask": (1 << self.gap, 32 * self.mask.size // self.gap)}
         return places if self.levels is None else places | {"values": (self.levels.shape[-1], self.kept)}
 
+    @property
+    def ranges(self) -> dict[str, int]:
+        return {"mask": 2} | ({} if self.levels is None else {"values": self.levels.shape[-1]})
+
     def _lengths(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Lengths of a group along all axes."""
         return (1,) * (len(shape) - len(self.group)) + self.group
@@ -105,6 +109,11 @@ class Sparse(Form):
     def unpack(self) -> Self:
         if self.packed is None:
             return self
+        if math.prod(self.packed) >= 1 << 31:
+            raise ValueError(
+                f"expected a sparse leaf of fewer than 2^31 weights, got {list(self.packed)}: places in it are "
+                "numbered in 32 bits; compress the layers stacked in it as leaves of their own"
+            )
         lengths = self._lengths(self.packed)
         counts = tuple(n // g for n, g in zip(self.packed, lengths, strict=True))
         groups = self.kept // math.prod(lengths)

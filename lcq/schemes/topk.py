@@ -5,16 +5,17 @@ above a threshold is one pass; floats >= 0 are ordered as their bits are, so as 
 k-th largest number exactly.
 """
 
-import itertools
-import math
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from lcq.forms.blocks import explicit_sharding
+from lcq.schemes.counts import Count, at_least, count_marks, count_of, minus, smaller
 
 
 def largest(scores: Sequence[Float[Array, "..."]], count: Any) -> list[Bool[Array, "..."]]:
@@ -23,44 +24,38 @@ def largest(scores: Sequence[Float[Array, "..."]], count: Any) -> list[Bool[Arra
 
     Args:
         scores: arrays of one dtype that compete, of either sign, so that nobody has to keep |x| beside x.
-        count: how many, at most as many as there are.
+        count: how many, at most as many as there are: an int, an array of below 2^32, or limbs.
     """
     width = 8 * scores[0].dtype.itemsize
     unsigned = jnp.dtype(f"uint{width}")
-    count = jnp.asarray(count, jnp.uint32)
-    starts = list(itertools.accumulate((s.size for s in scores[:-1]), initial=0))
+    wanted = count if isinstance(count, Count) else count_of(count)
 
-    def keys(threshold: Array) -> tuple[list[Array], Array]:
+    def keys(threshold: Array, some: Sequence[Array]) -> tuple[list[Array], Array]:
         """Scores as unsigned numbers; made again for every threshold, or they would be kept beside the scores."""
-        here, threshold = jax.lax.optimization_barrier((list(scores), threshold))
+        here, threshold = jax.lax.optimization_barrier((list(some), threshold))
         return [jax.lax.bitcast_convert_type(jnp.abs(s), unsigned) for s in here], threshold
 
     def above(threshold: Array) -> list[Array]:
-        many, threshold = keys(threshold)
+        many, threshold = keys(threshold, scores)
         return [key > threshold for key in many]
-
-    def equal_before(threshold: Array, end: Array) -> list[Array]:
-        """Marks what equals the threshold among the first `end` scores."""
-        many, threshold = keys(threshold)
-        return [(key == threshold) & _before(key, end, start) for key, start in zip(many, starts, strict=True)]
 
     def bit(i: Any, threshold: Array) -> Array:
         raised = threshold | (jnp.ones([], unsigned) << (width - 1 - i).astype(unsigned))
-        return jnp.where(_number(above(raised - 1)) >= count, raised, threshold)
+        return jnp.where(at_least(count_marks(above(raised - 1)), wanted), raised, threshold)
 
     threshold = jax.lax.fori_loop(0, width, bit, jnp.zeros([], unsigned))
-    whole = jnp.uint32(sum(s.size for s in scores))
-    wanted = count - _number(above(threshold))
+    left, marks = minus(wanted, count_marks(above(threshold))), above(threshold)
 
-    def halve(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low) // 2
-        enough = _number(equal_before(threshold, middle)) >= wanted
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+    def equal(x: Array) -> Array:
+        (key,), here = keys(threshold, [x])
+        return key == here
 
-    low = jnp.where(_number(equal_before(threshold, whole)) > wanted, jnp.uint32(0), whole)
-    _, end = jax.lax.while_loop(lambda bounds: bounds[0] < bounds[1], halve, (low, whole))
-    return [a | e for a, e in zip(above(threshold), equal_before(threshold, end), strict=True)]
+    for i, x in enumerate(scores):
+        ties = count_marks([equal(x)])
+        mine = smaller(left, ties)
+        marks[i] |= equal(x) & (at_least(mine, ties) | _first(functools.partial(equal, x), mine, ties, x))
+        left = minus(left, mine)
+    return marks
 
 
 def largest_in_runs(scores: Float[Array, "... run n"], count: int) -> Bool[Array, "... run n"]:
@@ -107,28 +102,35 @@ def shrinkage(
     return jax.lax.while_loop(lambda s: s[0] < s[1], step, (start - 1, newton(start)))[1]
 
 
-def _number(marks: Sequence[Bool[Array, "..."]]) -> Array:
-    """How many marks are set. Along the longest axis that allows it they are counted in 16 bits: counts start as
-    numbers of the marks' shape, and of 32 bits those would be as large as the scores."""
-    total = jnp.uint32(0)
-    for mark in marks:
-        short = [axis for axis, length in enumerate(mark.shape) if length < 1 << 16]
-        axis = max(short, key=lambda axis: mark.shape[axis], default=None)
-        part = mark if axis is None else jnp.sum(mark, axis, dtype=jnp.uint16)
-        total += jnp.sum(part, dtype=jnp.uint32)
-    return total
+def _first(equal: Callable[[], Array], number: Count, all_of_them: Count, x: Array) -> Bool[Array, "..."]:
+    """Marks the places of an array before which so many are equal, if these are not all: those before the place whose
+    index is found digit by digit, each from its highest bit down."""
+    if x.size == 1:
+        return jnp.zeros([], bool)
+    if max(x.shape) >= 1 << 32:
+        raise ValueError(f"expected axes shorter than 2^32, got {list(x.shape)}; reshape the leaf")
+    digits = [(axis, bit) for axis, n in enumerate(x.shape) for bit in reversed(range((n - 1).bit_length()))]
+    axes, bits = jnp.asarray(np.array(digits, np.uint32).T)
+    lengths, place = jnp.asarray(np.array(x.shape, np.uint32)), jnp.arange(x.ndim, dtype=jnp.uint32)
+
+    def raise_digit(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        step, end = state
+        more = end + jnp.where(place == axes[step], jnp.uint32(1) << bits[step], jnp.uint32(0))
+        fits = jnp.all(more < lengths) & at_least(number, count_marks([equal() & _before(x, more)]))
+        return step + 1, jnp.where(fits, more, end)
+
+    start = jnp.where(at_least(number, all_of_them), len(digits), 0)
+    _, end = jax.lax.while_loop(lambda s: s[0] < len(digits), raise_digit, (start, jnp.zeros_like(lengths)))
+    return _before(x, end)
 
 
-def _before(x: Array, end: Array, start: int) -> Bool[Array, "..."]:
-    """Marks what comes before the place `end`, in row-major order, x[0] being at `start`; laid out as x is.
+def _before(x: Array, end: Array) -> Bool[Array, "..."]:
+    """Marks what comes before the place with the index `end`, in row-major order; laid out as x is.
 
     Axis by axis, because the places themselves would be as large as the scores.
     """
-    end = jnp.minimum(end - jnp.minimum(end, jnp.uint32(start)), jnp.uint32(x.size))
     before = jnp.zeros([], bool)
     for axis in reversed(range(x.ndim)):
-        stride = jnp.uint32(math.prod(x.shape[axis + 1 :]))
-        last = end // stride if axis == 0 else end // stride % jnp.uint32(x.shape[axis])
         place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=explicit_sharding(x))
-        before = (place < last) | ((place == last) & before)
-    return before if x.ndim else end > 0
+        before = (place < end[axis]) | ((place == end[axis]) & before)
+    return before

@@ -8,7 +8,9 @@ in ratio far out.
 Source: Panter & Dite 1951; Gersho & Gray 1992, section 5.6.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from lcq.forms.blocks import blocks, explicit_sharding
 from lcq.schemes.grouped import Cut
-from lcq.schemes.kmeans.lloyd import Centres, cell_sum, lloyd_pass, move_level
+from lcq.schemes.kmeans.lloyd import Centres, cell_sum, count_cells, lloyd_pass, move_level
 from lcq.schemes.kmeans.partition import best_partition
 
 _BINS = 8192
@@ -69,21 +71,22 @@ def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Flo
     few = math.prod(cut.counts[0]) * each <= _ROOM and k <= EXACT
     bins = fine if size > 2 * fine else each if few else _few_bins(k, size, math.prod(cut.counts[0]))
     ones = [jnp.ones(x.shape, jnp.int32) for x in cut.leaves]
-    whole: Any = [size] * len(ones)
+    whole: Any = [float(size)] * len(ones)
     if cut.importance is not None and not jnp.issubdtype(cut.importance[0].dtype, jnp.floating):
-        whole = cut.spread(cut.sum(ones))  # floats have a mean of one
+        some = ones if size <= jnp.iinfo(ones[0].dtype).max else [o.astype(jnp.float32) for o in ones]
+        whole = cut.spread(cut.sum(some))  # floats have a mean of one
     mean = cut.sum([x / n for x, n in zip(cut.leaves, whole, strict=True)])
     pairs = zip(cut.leaves, cut.spread(mean), whole, strict=True)
     scale = _SPREAD * cut.sum([jnp.abs(x - m) / n for x, m, n in pairs])
     safe = jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
     largest = cut.max([jnp.abs(x - m) for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
     reach = jnp.log1p(largest / safe)
-    count: Any = 0
+    bin_of = []
     places = map(cut.spread, (mean, safe, jnp.where(reach > 0, reach, 1)))
-    for x, m, s, r, member, block in zip(cut.leaves, *places, cut.weighted(ones), cut.blocks, strict=True):
+    for x, m, s, r in zip(cut.leaves, *places, strict=True):
         y = jnp.sign(x - m) * jnp.log1p(jnp.abs(x - m) / s) / r
-        place = jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16)
-        count += cell_sum(member, place, bins, block.stat).reshape(*cut.counts[0], 1, bins)
+        bin_of.append(jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16))
+    count = _mass(cut, ones, bin_of, bins)
     mean, scale, reach = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach))
     if k <= EXACT:
         held = [(v - mean) / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1) for v in fixed]
@@ -97,6 +100,16 @@ def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Flo
     x = (mean + scale * _stretch(_middles(bins), reach))[..., 0, :]
     counts = (*cut.counts[0], 1)
     return Cut((x,), (blocks(x.shape, counts),), (counts,), (count[..., 0, :],)), levels
+
+
+def _mass(cut: Cut, ones: Sequence[Array], bin_of: Sequence[Array], bins: int) -> Shaped[Array, "..."]:
+    """What is in every bin: how many numbers, or, of numbers with an importance in floats, how much they weigh."""
+    shape = (*cut.counts[0], 1, bins)
+    members = list(cut.weighted(ones))
+    if jnp.issubdtype(members[0].dtype, jnp.integer):
+        return count_cells(members, bin_of, bins, cut.blocks, shape)
+    pieces = zip(members, bin_of, cut.blocks, strict=True)
+    return functools.reduce(jnp.add, (cell_sum(m, p, bins, b.stat).reshape(shape) for m, p, b in pieces))
 
 
 def _few_bins(k: int, size: int, blocks: int) -> int:

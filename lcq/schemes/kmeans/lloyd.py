@@ -12,19 +12,25 @@ values, a cell that holds two of them leaves another one empty, so the repair en
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
-from lcq.forms.blocks import explicit_sharding
+from lcq.forms import lookup
+from lcq.forms.blocks import Blocks, explicit_sharding
+from lcq.forms.meshes import is_shared
+from lcq.schemes import counts
 from lcq.schemes.grouped import Cut
 from lcq.schemes.levels import code_dtype
 
 _UNROLL = 4
 """Comparisons in one step of the loop that assigns; a longer chain is fused into code that XLA does not vectorise."""
+
+_LARGEST = 2**31 - 1
+"""Places of a flat table, at most, as int32 numbers them."""
 
 Stat = tuple[int, ...]
 
@@ -98,7 +104,10 @@ def means(
 
 def cell_counts(points: Cut, codes: Sequence[Array], like: Float[Array, "*stat k"]) -> Shaped[Array, "*stat k"]:
     """How much each cell weighs, in the shape of the levels `like`."""
-    return _cell_sums(points, _ones(codes, like.shape[-1]), codes, like)
+    ones = _ones(codes, like.shape[-1])
+    if points.importance is not None and jnp.issubdtype(points.importance[0].dtype, jnp.floating):
+        return _cell_sums(points, ones, codes, like)
+    return count_cells(points.weighted(ones), codes, like.shape[-1], points.blocks, like.shape)
 
 
 def move_level(
@@ -198,9 +207,38 @@ def cell_sum(
         sums = jnp.sum(jnp.where(hit, values, 0), axes, values.dtype, keepdims=True)
         return jnp.moveaxis(sums, 0, -1)
 
-    if explicit_sharding(codes) is not None:
-        return masked(values, codes)  # a scatter does not say how its result is placed on a mesh with explicit axes
+    many = math.prod(stat)
+    if explicit_sharding(codes) is not None or (is_shared() and many > 1) or many * size > _LARGEST:
+        return masked(values, codes)  # a scatter does not say where on a mesh its blocks are
     return lax.platform_dependent(values, codes, cpu=scatter, default=masked)
+
+
+def count_cells(
+    members: Iterable[Shaped[Array, "..."]],
+    codes: Sequence[Array],
+    size: int,
+    how: Sequence[Blocks],
+    shape: Stat,
+) -> Shaped[Array, "..."]:
+    """How many members each cell has in all leaves, of `shape`: integers if a block has few enough numbers, else
+    float32, the nearest to integers in two limbs."""
+    most, pieces = int(jnp.iinfo(counts.WHOLE).max), []
+    for member, code, block in zip(members, codes, how, strict=True):
+        for part, of in _pieces(member, code, block, most):
+            pieces.append(cell_sum(part.astype(counts.WHOLE), of, size, block.stat).reshape(shape))
+    if sum(block.size for block in how) <= most:
+        return functools.reduce(jnp.add, pieces)
+    return counts.as_float(counts.count_parts(pieces), jnp.float32)
+
+
+def _pieces(member: Array, code: Array, block: Blocks, most: int) -> Iterable[tuple[Array, Array]]:
+    """Parts of a leaf that have at most so many numbers of a block each; along its first axis that is long enough."""
+    if block.size <= most:
+        return [(member, code)]
+    axis = next(i for i in block.axes if block.size // code.shape[i] <= most)
+    length = most // (block.size // code.shape[axis])
+    cuts = [(i, min(i + length, code.shape[axis])) for i in range(0, code.shape[axis], length)]
+    return [tuple(lax.slice_in_dim(a, *c, axis=axis) for a in (member, code)) for c in cuts]  # type: ignore[misc]
 
 
 def _index(codes: Array, size: int, stat: Stat) -> Array:
@@ -231,9 +269,12 @@ def residuals(points: Cut, levels: Array, codes: Sequence[Array]) -> list[Array]
 
 
 def level_of(levels: Shaped[Array, "*stat k"], codes: UInt[Array, "*split"]) -> Shaped[Array, "*split"]:
-    """The level of every code: a gather, or a masked sum where explicit axes of a mesh forbid to flatten the levels."""
-    size = levels.shape[-1]
-    if explicit_sharding(codes) is None:
-        return levels.reshape(-1).at[_index(codes, size, levels.shape[:-1])].get(mode="promise_in_bounds")
-    hit = codes == jnp.arange(size, dtype=codes.dtype).reshape(-1, *(1,) * codes.ndim)
-    return jnp.sum(jnp.where(hit, jnp.moveaxis(levels, -1, 0), 0), 0)
+    """The level of every code."""
+    size, stat = levels.shape[-1], levels.shape[:-1]
+    if math.prod(stat) * size > _LARGEST:
+        return lookup.selected(levels, codes)
+
+    def flat(levels: Array, codes: Array) -> Array:
+        return levels.reshape(-1).at[_index(codes, size, stat)].get(mode="promise_in_bounds")
+
+    return lookup.level_of(levels, codes, flat)
