@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 
 def explicit_mesh(*trees: PyTree) -> jax.sharding.AbstractMesh | None:
@@ -34,6 +36,14 @@ def is_shared() -> bool:
 def spec_of(array: Any) -> tuple[Any, ...]:
     """The names of the mesh's axes along each axis of an array."""
     return tuple(jax.typeof(array).sharding.spec)
+
+
+def placed_like(x: Array, w: Array | np.ndarray) -> Array:
+    """An array that lies where another of its shape does. What is made of nothing, such as zeros, a compiler would put
+    whole on every device. On explicit axes, and where an array is at hand, `jnp.zeros_like` has done it."""
+    if not isinstance(w, jax.core.Tracer) or any(jax.typeof(w).sharding.spec):
+        return x
+    return shard_alike(x, w)[0]
 
 
 def divides(name: Any, length: int, mesh: Any) -> bool:

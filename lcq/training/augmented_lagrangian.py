@@ -19,17 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from lcq.forms.base import Form, cast_masks, join_leafwise, split_leafwise
+from lcq.forms.base import Form, cast_masks, join_leafwise, narrowed, split_leafwise, widened
 from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import nearest_number, own_promotion
+from lcq.forms.meshes import placed_like
 from lcq.forms.serialization import register_empty
 from lcq.training.given import named, slope_of, weights_of
 from lcq.training.objective import Term
 from lcq.training.penalty import gradient, penalty, proximal
 from lcq.training.schedules import Geometric, Scheduled
+from lcq.training.stochastic_rounding import stochastic_bfloat16
 from lcq.tree.aliases import Leaves, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
@@ -85,10 +87,18 @@ class Lagrangian(NamedTuple):
 
 
 @own_promotion()
-def start(params: Params, problem: Problem, multipliers: bool, blank: bool = False) -> Lagrangian:
+def start(
+    params: Params,
+    problem: Problem,
+    multipliers: bool,
+    blank: bool = False,
+    dtype: DTypeLike | None = None,
+    narrow: bool = False,
+) -> Lagrangian:
     """Direct compression, Theta = Pi(w) (Theta = w where the scheme has a cost), and lambda = 0.
 
     Every array is a fresh one, so that parameters and state can be donated together. `blank`: only shapes are wanted.
+    `dtype`: of multipliers, None for that of sums. `narrow`: codes of at most 16 levels in 4 bits.
     """
     leaves, _ = flatten(params)
     for task in problem.tasks:
@@ -96,9 +106,9 @@ def start(params: Params, problem: Problem, multipliers: bool, blank: bool = Fal
             check_finite(path, leaves[path])
     all_ws = [_wide(leaves, task) for task in problem.tasks]
     forms = [first_forms(task, ws, blank, _INFINITE) for task, ws in zip(problem.tasks, all_ws, strict=True)]
-    codes, codebooks = _split(problem, forms)
+    codes, codebooks = _split(problem, forms, narrow)
     lagrange = {
-        path: jnp.zeros_like(w)
+        path: placed_like(jnp.zeros_like(w, dtype), w)
         for task, ws in zip(problem.tasks, all_ws, strict=True)
         for path, w in zip(task.paths, ws, strict=True)
     }
@@ -141,7 +151,9 @@ def solve(state: Lagrangian, params: Params) -> tuple[list[tuple[Form, ...]], La
     for task, ws, previous in zip(state.problem.tasks, all_ws, theta(state), strict=True):
         of_task = {path: lagrange[path] for path in task.paths if path in lagrange}
         before = (previous, of_task, nothing)
-        forms, of_task, sums = _when(finite, functools.partial(_solve_task, task, ws, mu), before)
+        forms, of_task, sums = _when(
+            finite, functools.partial(_solve_task, task, ws, mu, jnp.asarray(state.c_steps)), before
+        )
         lagrange.update(of_task)
         all_forms.append(forms)
         all_sums.append(sums)
@@ -152,7 +164,7 @@ def solve(state: Lagrangian, params: Params) -> tuple[list[tuple[Form, ...]], La
     return all_forms, state._replace(
         c_steps=state.c_steps + finite.astype(state.c_steps.dtype),
         multipliers=_like(state.multipliers, lagrange),
-        codes=tuple(map(_like, state.codes, codes)),
+        codes=tuple(map(_as_kept, state.codes, codes)),
         codebooks=codebooks,
         info=jax.tree.map(lambda a, b: jnp.where(finite, a, b), info, skipped),
     )
@@ -171,15 +183,19 @@ _Solved = tuple[tuple[Form, ...], Leaves, _Sums]
 """Forms and multipliers of a task, and their sums."""
 
 
-def _solve_task(task: Task, ws: tuple[Array, ...], mu: Array, before: _Solved) -> _Solved:
+def _solve_task(task: Task, ws: tuple[Array, ...], mu: Array, turn: Array, before: _Solved) -> _Solved:
     """The C step of one task; a projection with a higher objective than the Theta before is dropped."""
     previous, lagrange, _ = before
-    xs = tuple(w - lagrange[p] / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
+    xs = tuple(w - _as_sums(lagrange[p]) / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
     forms = task.project(xs, previous, mu=mu)
     new, old = (_distance(xs, f) + task.scheme.charge(f, mu) for f in (forms, previous))
     forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
     moved = (mu * (form.dense() - x) for x, form in zip(xs, forms, strict=True))
-    lagrange = {path: value for path, value in zip(task.paths, moved, strict=True) if path in lagrange}
+    lagrange = {
+        path: _kept(value, lagrange[path].dtype, turn)
+        for path, value in zip(task.paths, moved, strict=True)
+        if path in lagrange
+    }
     sums = _Sums(
         away=_distance(ws, forms).astype(jnp.float32),
         distortion=_distance(xs, forms).astype(jnp.float32),
@@ -187,6 +203,11 @@ def _solve_task(task: Task, ws: tuple[Array, ...], mu: Array, before: _Solved) -
         kept_back=(new > old * (1 + _ROUNDING)).astype(jnp.int32),
     )
     return forms, lagrange, sums
+
+
+def _kept(multiplier: Array, dtype: DTypeLike, turn: Array) -> Array:
+    """A multiplier as the state keeps it."""
+    return stochastic_bfloat16(multiplier, turn) if dtype == jnp.bfloat16 else multiplier.astype(dtype)
 
 
 def _when(true: Bool[Array, ""], f: Callable[[_T], _T], before: _T) -> _T:
@@ -223,7 +244,7 @@ def _joined(state: Lagrangian) -> list[tuple[Form, ...]]:
     codes = [flatten(tree)[0] for tree in state.codes]
     return [
         tuple(
-            join_leafwise(rest, [jnp.asarray(tree[path]) for tree in codes if path in tree])
+            join_leafwise(rest, [widened(jnp.asarray(tree[path])) for tree in codes if path in tree])
             for path, rest in zip(task.paths, codebooks, strict=True)
         )
         for task, codebooks in zip(state.problem.tasks, state.codebooks, strict=True)
@@ -278,7 +299,7 @@ def pull(updates: optax.Updates, state: Lagrangian, params: Params, mu: Array, s
 
 def _targets(state: Lagrangian) -> dict[str, tuple[Array, Array | None]]:
     """(Delta(Theta), lambda or None) of every selected leaf, by path."""
-    lagrange = flatten(state.multipliers)[0]
+    lagrange = {path: _as_sums(multiplier) for path, multiplier in flatten(state.multipliers)[0].items()}
     return {
         path: (form.dense(), lagrange.get(path))
         for task, forms in zip(state.problem.tasks, theta(state), strict=True)
@@ -298,12 +319,14 @@ def _wide(leaves: Leaves, task: Task) -> tuple[Array, ...]:
     return tuple(jnp.asarray(w, compute_dtype(w.dtype)) for w in ws)
 
 
-def _split(problem: Problem, forms: list[tuple[Form, ...]]) -> tuple[list[dict[str, Array]], PyTree]:
+def _split(
+    problem: Problem, forms: list[tuple[Form, ...]], narrow: bool = False
+) -> tuple[list[dict[str, Array]], PyTree]:
     """The leaf-shaped arrays of all forms by path, and the rest by task; inverse of `theta`."""
     codes: list[dict[str, Array]] = [{} for _ in range(max(task.scheme.leaf_arrays for task in problem.tasks))]
     codebooks = []
     for task, of_task in zip(problem.tasks, forms, strict=True):
-        parts = [split_leafwise(cast_masks(form, jnp.uint8)) for form in of_task]
+        parts = [split_leafwise(narrowed(form) if narrow else cast_masks(form, jnp.uint8)) for form in of_task]
         codebooks.append(tuple(rest for _, rest in parts))
         for path, (arrays, _) in zip(task.paths, parts, strict=True):
             for chosen, array in zip(codes, arrays, strict=False):
@@ -317,6 +340,12 @@ def _like(tree: PyTree, chosen: Leaves) -> PyTree:
     return jax.tree.unflatten(structure, [chosen.get(path, optax.MaskedNode()) for path in leaves])
 
 
+def _as_kept(tree: PyTree, chosen: Leaves) -> PyTree:
+    """`_like`, in the dtypes that the arrays of `tree` have."""
+    kept = flatten(tree)[0]
+    return _like(tree, {path: array.astype(kept[path].dtype) for path, array in chosen.items()})
+
+
 def _distance(xs: tuple[Array, ...], forms: tuple[Form, ...]) -> Float[Array, ""]:
     """||x - Delta(Theta)||^2 over the leaves of a task."""
     return functools.reduce(jnp.add, (jnp.sum((x - form.dense()) ** 2) for x, form in zip(xs, forms, strict=True)))
@@ -324,7 +353,11 @@ def _distance(xs: tuple[Array, ...], forms: tuple[Form, ...]) -> Float[Array, ""
 
 def _square(arrays: Iterable[Array]) -> Float[Array, ""]:
     """The sum of all squares."""
-    return functools.reduce(jnp.add, (jnp.sum(a**2) for a in arrays), jnp.float32(0))
+    return functools.reduce(jnp.add, (jnp.sum(_as_sums(a) ** 2) for a in arrays), jnp.float32(0))
+
+
+def _as_sums(a: Array) -> Array:
+    return a.astype(compute_dtype(a.dtype))
 
 
 def _info(sums: _Sums, size: Array, kept_back: Array, skipped: Array | np.ndarray) -> Info:

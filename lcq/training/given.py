@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, PyTree
 from typing_extensions import TypeAliasType
 
+from lcq.forms.meshes import placed_like
 from lcq.tree.aliases import Leaves, OptState, Params
 from lcq.tree.paths import flatten, leave_out
 
@@ -39,16 +40,29 @@ def named(path: str) -> str:
 
 
 def start_inner(inner: optax.GradientTransformation, params: Params) -> OptState:
-    """`inner.init(params)`.
+    """`inner.init(params)`; what has the path and shape of a parameter in it lies where that does, also under jit.
 
     Raises:
         ValueError: it fails, and there are leaves that are no arrays; names the first.
     """
     try:
-        return inner.init(params)
+        return _placed(inner.init(params), params)
     except (TypeError, AttributeError) as error:
         check_arrays(params, error)
         raise
+
+
+def _placed(state: OptState, params: Params) -> OptState:
+    """Zeros that a trace makes lie nowhere; here they get the places of the parameters that they are for."""
+    places = {keys: leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def place(keys: tuple[object, ...], leaf: Array) -> Array:
+        if not isinstance(leaf, jax.core.Tracer):
+            return leaf
+        alike = [places[keys[i:]] for i in range(len(keys) + 1) if keys[i:] in places]
+        return placed_like(leaf, alike[0]) if alike and getattr(alike[0], "shape", None) == leaf.shape else leaf
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def check_arrays(params: Params, cause: Exception | None = None) -> None:

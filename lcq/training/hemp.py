@@ -36,8 +36,8 @@ from lcq.training.block_entropy import (
     nearest,
 )
 from lcq.training.given import RESTORED, Optimizer, Schedule, abstract, check_state, slope_of, start_inner, weights_of
-from lcq.training.lc import NO_PARAMETER, Placeholder
 from lcq.training.objective import refuse_used
+from lcq.training.placeholders import NO_PARAMETER, has_placeholders
 from lcq.tree.aliases import Leaves, OptState, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
@@ -157,7 +157,7 @@ def hemp(
 
     def first_state(params: Params, blank: bool) -> HempState:
         inner_state = start_inner(inner, params)
-        if isinstance(params, Placeholder):
+        if has_placeholders(params):
             return HempState(inner_state, *(NO_PARAMETER,) * 5)
         tasks, leaves = Tasks(resolve(rules, params)), flatten(params)[0]
         for task in tasks:
@@ -239,11 +239,12 @@ def share_of(ranks: Integer[Array, "*leaf"], levels: Float[Array, "*counts k"]) 
     """The share of a leaf's weights that have the most common level of their codebook: the mean over codebooks."""
     counts = levels.shape[:-1] or (1,) * ranks.ndim
     cut, within = cut_axes(ranks, counts), blocks(ranks.shape, counts)
+    kind = jnp.int32 if within.size < 1 << 31 else jnp.float32
 
     def most(k: Int[Array, ""], most: Array) -> Array:
-        return jnp.maximum(most, jnp.sum(cut == k, within.axes, keepdims=True, dtype=jnp.int32))
+        return jnp.maximum(most, jnp.sum(cut == k, within.axes, keepdims=True, dtype=kind))
 
-    largest = jax.lax.fori_loop(0, levels.shape[-1], most, jnp.zeros(within.stat, jnp.int32))
+    largest = jax.lax.fori_loop(0, levels.shape[-1], most, jnp.zeros(within.stat, kind))
     return jnp.mean(largest.astype(jnp.float32)) / within.size
 
 

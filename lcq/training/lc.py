@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Int, PyTree
 
 from lcq.forms.base import Form, is_form
@@ -39,6 +39,7 @@ from lcq.training.augmented_lagrangian import (
 from lcq.training.given import RESTORED, OptimizerOrFactory, Schedule, abstract, check_state, start_inner
 from lcq.training.objective import add_term, keeps_value, refuse_used, take_term
 from lcq.training.penalty import linear_step
+from lcq.training.placeholders import NO_PARAMETER, has_placeholders, is_placeholder, placeholder_trees
 from lcq.training.schedules import Penalty, as_schedule
 from lcq.tree.aliases import OptState, Params
 from lcq.tree.compress import check_finite
@@ -51,13 +52,6 @@ _PROXIMAL = (
     "with a proximal coupling it sees the loss alone, and is pulled to Theta after its step, which is not one along a "
     "function that could be searched; use coupling='gradient'"
 )
-
-_placeholders: list[object] = []
-optax.tree.map_params(lambda params: _placeholders.append(params), lambda leaf: leaf, None)
-Placeholder = type(_placeholders[0])
-"""What `optax.tree.map_params` passes to `init` in place of the parameters."""
-NO_PARAMETER: Any = 0
-"""What the state then has in place of all else."""
 
 
 class LCState(NamedTuple):
@@ -83,6 +77,8 @@ def lc(
     learning_rate: Schedule | None = None,
     coupling: str | Callable[..., PyTree] = "gradient",
     multipliers: bool = True,
+    multipliers_dtype: DTypeLike | None = None,
+    narrow_codes: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that the parameters converge to compressed ones.
 
@@ -110,6 +106,10 @@ def lc(
             for Adam pass `lcq.training.adam_step(b2, eps)`, for others a function (inner state, learning rate) -> s, a
             scalar or a tree like the parameters.
         multipliers: False for the quadratic-penalty method, lambda = 0: larger gap at the same mu.
+        multipliers_dtype: "bfloat16" keeps lambda in half the memory, rounded up or down at random so that no small
+            step is lost; None for the dtype that sums have, float32 or wider.
+        narrow_codes: whether the state keeps codes of at most 16 levels, and masks, in JAX's integers of 4 bits,
+            which accelerators pack: half a byte for a weight. Not every checkpoint format has them.
 
     What `update` is given beside the gradients to describe the loss (`value`, `grad`, `value_fn`, `obj_fn`, `grad_fn`)
     it hands on with the coupling mu/2 ||w - Delta(Theta) - lambda/mu||^2 or its gradient added, so that line searches
@@ -145,6 +145,7 @@ def lc(
     rules = checked(rules)
     schedule, (first, rest) = as_schedule(mu), _periods(every)
     _check_settings(inner, rules, every, learning_rate, coupling)
+    kept = _check_dtype(multipliers_dtype, multipliers)
     step_size: Any = linear_step(inner) if coupling == "proximal" else coupling
 
     def optimizer_at(eta: ArrayLike | None) -> optax.GradientTransformationExtraArgs:
@@ -156,13 +157,13 @@ def lc(
     def first_state(params: Params, blank: bool) -> LCState:
         steps = jnp.zeros([], jnp.int32)
         inner_state = start_inner(optimizer_at(learning_rate_at(steps)), params)
-        if isinstance(params, Placeholder):
-            return LCState(inner_state, NO_PARAMETER, _placeholder(params, rules))
+        if has_placeholders(params):
+            return LCState(inner_state, NO_PARAMETER, _placeholder(params, rules, multipliers))
         if learning_rate is not None:
             _check_learning_rate_is_not_kept(inner_state)
         check_same_rules(rules, params)
         problem = Problem(resolve(rules, params), schedule)
-        return LCState(inner_state, steps, start(params, problem, multipliers, blank))
+        return LCState(inner_state, steps, start(params, problem, multipliers, blank, kept, narrow_codes))
 
     def init(params: Params) -> PyTree:
         if abstract(params):
@@ -329,6 +330,18 @@ def _check_settings(
         )
 
 
+def _check_dtype(dtype: DTypeLike | None, multipliers: bool) -> DTypeLike | None:
+    """The format of multipliers, None for that of sums."""
+    if dtype is None:
+        return None
+    if not multipliers or jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(
+            f"expected multipliers_dtype='bfloat16' or 'float32' of multipliers that there are, got {dtype!r} and "
+            f"multipliers={multipliers}; drop it"
+        )
+    return jnp.dtype(dtype)
+
+
 def _check_learning_rate_is_not_kept(inner_state: PyTree) -> None:
     kept = optax.InjectStatefulHyperparamsState
     if any(isinstance(n, kept) for n in jax.tree.leaves(inner_state, is_leaf=lambda n: isinstance(n, kept))):
@@ -338,8 +351,13 @@ def _check_learning_rate_is_not_kept(inner_state: PyTree) -> None:
         )
 
 
-def _placeholder(params: Params, rules: tuple[Rule, ...]) -> Lagrangian:
-    """The state of `optax.tree.map_params`, in which `params` stands for every tree shaped like the parameters."""
-    trees = max(rule.scheme.leaf_arrays for rule in rules if rule.scheme is not None)
+def _placeholder(params: Params, rules: tuple[Rule, ...], multipliers: bool) -> Lagrangian:
+    """The state of `optax.tree.map_params`, with what stands for the parameters in every tree shaped like them."""
+    trees = placeholder_trees(params, rules)
+    lagrange = trees[0] if multipliers or is_placeholder(params) else _nothing(trees[0])
     info = Info(*(NO_PARAMETER,) * len(Info._fields))
-    return Lagrangian(NO_PARAMETER, NO_PARAMETER, params, (params,) * trees, NO_PARAMETER, info)
+    return Lagrangian(NO_PARAMETER, NO_PARAMETER, lagrange, tuple(trees), NO_PARAMETER, info)
+
+
+def _nothing(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: optax.MaskedNode(), tree, is_leaf=is_placeholder)
