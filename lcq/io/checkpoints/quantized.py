@@ -13,7 +13,7 @@ as they are, and of other methods too, unless forms are asked for.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,18 @@ Parts = dict[str, np.ndarray]
 """Tensors of a module by the ends of their names."""
 
 
-def quantization_of(path: Path) -> Json:
-    """How the weights beside a safetensors file, index or folder were quantized; None if no file says so.
+def quantization_of(path: Path, names: Iterable[str]) -> Json:
+    """How the weights of a safetensors file, index or folder were quantized; None if no file beside it says so.
+
+    Args:
+        path: of the checkpoint.
+        names: of its tensors; unless one is named as codes or scales are, no file is looked at.
 
     Raises:
         ValueError: a config that is no JSON.
     """
+    if not any(name.endswith(ends[0]) for name in names for ends, _ in _METHODS.values()):
+        return None
     folder = path if path.is_dir() else path.parent
     for name, inside in (("config.json", True), ("quantize_config.json", False)):
         if not (folder / name).is_file():

@@ -29,7 +29,7 @@ class Safetensors(CheckpointFormat):
 
     def read_lazily(self, path: Path) -> Checkpoint:
         tensors = read_tensors(path, lazy=True)
-        if quantization_of(path) is not None:
+        if quantization_of(path, tensors.arrays) is not None:
             raise ValueError(f"{path}: expected arrays for lazy=True, got codes; leave it out, codes are read whole")
         of_torch = tensors.metadata.get("format") == "pt"
         return Checkpoint(nested(path, tensors.arrays), tensors.metadata, "oi" if of_torch else None)
@@ -42,7 +42,7 @@ class Safetensors(CheckpointFormat):
 
 def _read(path: Path, *, dense: bool) -> Checkpoint:
     tensors = read_tensors(path)
-    config = quantization_of(path)
+    config = quantization_of(path, tensors.arrays)
     arrays = tensors.arrays if config is None else with_forms(path, tensors.arrays, config, dense=dense)
     of_torch = config is not None or tensors.metadata.get("format") == "pt"
     return Checkpoint(nested(path, arrays), tensors.metadata, "oi" if of_torch else None)

@@ -183,6 +183,9 @@ def test_configs_that_are_none(tmp_path):
     (path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: not a config"):
         read(path)
+    lcq.io.write(tmp_path / "hf" / "plain.safetensors", {"w": np.ones(2)})
+    assert list(read(path / "plain.safetensors")) == ["w"]  # whose neighbours are nobody's business
+    (path / "plain.safetensors").unlink()
     (path / "config.json").write_text("[3]")
     assert f"{X}.weight_packed" in read(path)
 
