@@ -10,10 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 AGAIN = {  # files, and words in the names of their tests
     "schemes": (("tests/schemes/test_contract.py",), "both_layouts or eager_is_jit"),
-    "the README and thresholds": (
-        ("tests/test_readme.py", "tests/layers/test_frozen.py"),
-        "code_blocks or test_frozen",
-    ),
+    "what is run": (("tests/test_readme.py", "tests/layers/test_frozen.py"), "code_blocks or test_frozen"),
 }
 
 

@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
         """Sums of squares of the inputs, [G, N], once settled."""
         return (self.y**2).sum(1)
 
-    def held(self, form: Codes, tried: tuple[float, ...], key: Any) -> tuple[Array, Array]:
+    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[Array, Array]:
         del key
         given = (self.w, self.x, self.y, self.rows, form, self.noise)
         c = jnp.asarray(tried, self.y.dtype)
@@ -103,11 +103,11 @@ class Inputs(NamedTuple):
         raw = (self.x, self.y) if careful else None
         return self._replace(x=x, y=y, means=means, raw=raw, shares=np.asarray(shares))
 
-    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Any) -> Array:
+    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Array | None) -> Array:
         del key
         return jax.lax.map(lambda factor: self._follow(every_scaled(form, factor))[1], factors)
 
-    def codes(self, form: Codes, key: Any) -> tuple[Codes, float]:
+    def codes(self, form: Codes, key: Array | None) -> tuple[Codes, float]:
         del key
         return self._follow(form)[0], 0.0
 

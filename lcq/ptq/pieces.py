@@ -1,14 +1,15 @@
 """The equations of a traced function between its products, compiled; equal pieces share one compilation."""
 
 import functools
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from lcq.ptq.schedule import Group
-from lcq.tracing.equation import Content, Equation
+from lcq.tracing.equation import Content, Equation, Variable
 from lcq.tracing.param_flow import Program
 
 
@@ -25,13 +26,13 @@ class Piece(NamedTuple):
         dead: those that nothing needs after that product.
     """
 
-    function: Any
-    ins: list[Content]
-    outs: list[Any]
-    operands: Any = None
-    result: Any = None
-    spent: tuple[Any, ...] = ()
-    dead: tuple[Any, ...] = ()
+    function: Callable[..., list[Content]]
+    ins: list[Variable]
+    outs: list[Variable]
+    operands: Mapping[str, Variable] = MappingProxyType({})
+    result: Variable | None = None
+    spent: tuple[Variable, ...] = ()
+    dead: tuple[Variable, ...] = ()
 
 
 def cut(program: Program, index: int, groups: Sequence[Group]) -> tuple[Piece, dict[int, Piece]]:
@@ -54,9 +55,9 @@ def cut(program: Program, index: int, groups: Sequence[Group]) -> tuple[Piece, d
     numbers = [program.product_of(eqn) for eqn in eqns]
     preceded, latest = _latest(eqns, numbers, place)
     batch = program.jaxpr.invars[len(program.paths) :]
-    ready: dict[Any, int] = dict.fromkeys(batch, 0)  # when a variable with data behind it is there
-    shared: list[Any] = []
-    parts: list[list[Any]] = [[] for _ in order]
+    ready: dict[Variable, int] = dict.fromkeys(batch, 0)  # when a variable with data behind it is there
+    shared: list[Equation] = []
+    parts: list[list[Equation]] = [[] for _ in order]
     products = {}
     for eqn, number, original, last_place in zip(eqns, numbers, preceded, latest, strict=True):
         needs = [ready[var] for var in _variables(eqn) if var in ready]
@@ -71,7 +72,7 @@ def cut(program: Program, index: int, groups: Sequence[Group]) -> tuple[Piece, d
             ready.update(dict.fromkeys(eqn.outvars, here))
         elif needs:
             ready.update(dict.fromkeys(eqn.outvars, max(needs)))
-    last: dict[Any, float] = {}
+    last: dict[Variable, float] = {}
     for k, (part, number) in enumerate(zip(parts, order, strict=True)):
         last.update({var: k for eqn in part for var in _variables(eqn)})
         last.update(dict.fromkeys(_operands(products[number]), k + 0.5))
@@ -92,17 +93,19 @@ def cut(program: Program, index: int, groups: Sequence[Group]) -> tuple[Piece, d
     return _piece(shared, last), pieces
 
 
-def _latest(eqns: Sequence[Equation], numbers: Sequence[Any], place: dict[int, int]) -> tuple[list[int], list[Any]]:
+def _latest(
+    eqns: Sequence[Equation], numbers: Sequence[int | None], place: dict[int, int]
+) -> tuple[list[int], list[int | None]]:
     """For every equation the place of the product that it precedes, and the first place that needs it, None if none."""
     end = len(place)
-    needed: dict[Any, int] = {}
+    needed: dict[Variable, int] = {}
     preceded = [0] * len(eqns)
-    latest: list[Any] = [None] * len(eqns)
-    at: Any = end
+    latest: list[int | None] = [None] * len(eqns)
+    at = end
     for i in reversed(range(len(eqns))):
-        if numbers[i] is not None:
-            at = place[numbers[i]]
-            uses, wanted = _operands(eqns[i]), place[numbers[i]]
+        if (number := numbers[i]) is not None:
+            at = wanted = place[number]
+            uses = _operands(eqns[i])
         else:
             wanted = min((needed.get(var, end) for var in eqns[i].outvars), default=end)
             if wanted == end and eqns[i].effects and at < end:
@@ -115,12 +118,12 @@ def _latest(eqns: Sequence[Equation], numbers: Sequence[Any], place: dict[int, i
     return preceded, latest
 
 
-def _operands(eqn: Equation) -> list[Content]:
+def _operands(eqn: Equation) -> list[Variable]:
     """What a product needs besides its weight."""
     return [eqn.invars[0], *eqn.invars[2:]]
 
 
-def _piece(eqns: Sequence[Equation], wanted: Collection[Any]) -> Piece:
+def _piece(eqns: Sequence[Equation], wanted: Collection[Variable]) -> Piece:
     """Compiles equations to a function of what they do not make themselves."""
     made = [var for eqn in eqns for var in eqn.outvars]
     inside = set(made)
@@ -141,11 +144,11 @@ def _piece(eqns: Sequence[Equation], wanted: Collection[Any]) -> Piece:
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(key: "Structure") -> Any:
+def _compiled(key: "Structure") -> Callable[..., list[Content]]:
     eqns, ins, outs = key.thing
 
     @jax.jit
-    def piece(*values: Any) -> list[Content]:
+    def piece(*values: Content) -> list[Content]:
         env = dict(zip(ins, values, strict=True))
         for eqn in eqns:
             with eqn.ctx.manager:
@@ -159,7 +162,7 @@ def _compiled(key: "Structure") -> Any:
     return piece
 
 
-def _variables(eqn: Equation) -> list[Content]:
+def _variables(eqn: Equation) -> list[Variable]:
     """The operands that are not literals."""
     return [var for var in eqn.invars if not hasattr(var, "val")]
 
@@ -167,7 +170,7 @@ def _variables(eqn: Equation) -> list[Content]:
 class Structure:
     """Equal for things of equal structure, so that a cache compiles them once; holds one of them."""
 
-    def __init__(self, structure: Any, thing: Any) -> None:
+    def __init__(self, structure: object, thing: Content) -> None:
         self.structure, self.thing = _describe(structure), thing
 
     def __hash__(self) -> int:
@@ -177,11 +180,11 @@ class Structure:
         return isinstance(other, Structure) and self.structure == other.structure
 
 
-def _describe(value: Any) -> Any:
+def _describe(value: object) -> Hashable:
     """A hashable description, equal for what computes the same."""
     if isinstance(value, dict):
         return tuple((key, _describe(value[key])) for key in sorted(value))
-    if type(value) in (tuple, list):
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return (type(value).__name__, *map(_describe, value))
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         a = np.asarray(value)
@@ -191,7 +194,7 @@ def _describe(value: Any) -> Any:
     return value if _hashable(value) else repr(value)
 
 
-def _hashable(value: Any) -> bool:
+def _hashable(value: object) -> bool:
     try:
         hash(value)
     except TypeError:

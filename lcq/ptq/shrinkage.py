@@ -165,6 +165,7 @@ def shrunk(moments: Moments, share: Float[Array, "2"], centred: bool) -> Statist
         lives = _unit(moments) > 0
         both = lives[:, None] & lives
         gram, drift = (None if a is None else jnp.where(both, a, 0) for a in (gram, drift))
+    assert gram is not None
     return plain._replace(gram=gram, drift=drift)
 
 
@@ -208,7 +209,9 @@ def less_noise(sums: Float[Array, "K n"], counts: Float[Array, "K"], squares: Fl
     return jnp.where(many > 1, believed, 0) * total / jnp.maximum(many, 1)
 
 
-def without(moments: Moments, noise: Float[Array, "2"], c: Any, fold: Any, centred: bool) -> Statistics:
+def without(
+    moments: Moments, noise: Float[Array, "2"], c: Array | float, fold: Array | int, centred: bool
+) -> Statistics:
     """The statistics of all folds but one, shrunk for c."""
     total, here = together(moments), jax.tree.map(lambda a: a[fold], moments)
     rest = jax.tree.map(jnp.subtract, total, here)._replace(shift=total.shift)
@@ -216,7 +219,7 @@ def without(moments: Moments, noise: Float[Array, "2"], c: Any, fold: Any, centr
     return shrunk(rest, shares(noise, c, many / (many - 1)), centred)
 
 
-def judged(w: Float[Array, "N n"], folds: Folds, form: Codes, fold: Any, centred: bool) -> Float[Array, ""]:
+def judged(w: Float[Array, "N n"], folds: Folds, form: Codes, fold: Array | int, centred: bool) -> Float[Array, ""]:
     """The error on the rows of one fold of codes that all others chose, summed over neurons.
 
     Returns:
@@ -264,7 +267,7 @@ def pick(noise: Shaped[np.ndarray, "G 2"], c: tuple[float, ...], errors: Shaped[
     return np.asarray(chosen)
 
 
-def varies(squares: Float[Array, "N"], mean: Float[Array, "N"], count: Any) -> Array:
+def varies(squares: Float[Array, "N"], mean: Float[Array, "N"], count: Array | int) -> Array:
     """Which inputs vary by more than rounding errors, of their sums of squares about the mean."""
     least = (_SAME * jnp.finfo(squares.dtype).eps * mean) ** 2
     return squares > least * count

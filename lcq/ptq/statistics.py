@@ -33,12 +33,12 @@ class Moments(NamedTuple):
     """
 
     count: Any
-    shift: Any
-    sum_y: Any
-    sum_difference: Any
+    shift: Array
+    sum_y: Array
+    sum_difference: Array
     gram: Any
-    drift: Any = None
-    difference: Any = None
+    drift: Array | None = None
+    difference: Array | None = None
 
 
 class Statistics(NamedTuple):
@@ -53,11 +53,11 @@ class Statistics(NamedTuple):
         count: m, the rows that count; 0 for an expert without any.
     """
 
-    gram: Any
-    drift: Any
-    difference: Any
-    mean_x: Any
-    mean_y: Any
+    gram: Array
+    drift: Array | None
+    difference: Array | None
+    mean_x: Array
+    mean_y: Array
     count: Any
 
 

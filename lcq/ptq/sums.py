@@ -75,7 +75,7 @@ class Sums(NamedTuple):
         """Diagonal of H [G, N], once settled."""
         return jnp.diagonal(self.statistics.gram, axis1=1, axis2=2)
 
-    def held(self, form: Codes, tried: tuple[float, ...], key: Any) -> tuple[Array, Array]:
+    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[Array, Array]:
         """`lcq.ptq.shrinkage.held` of every group: errors [S, G] for each c, and sizes [G]."""
         noise, folds = self.noise, self.folds.moments.count.shape[1]
 
@@ -98,7 +98,7 @@ class Sums(NamedTuple):
             folds=means, statistics=statistics, prepared=prepared, shares=np.asarray(shares), careful=careful
         )
 
-    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Any) -> Array:
+    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Array | None) -> Array:
         """||X w - Y q||^2 [F, G, n] of codes with the form's scale times each factor, one after another."""
 
         def one(factor: Array) -> Array:
@@ -107,7 +107,7 @@ class Sums(NamedTuple):
 
         return jnp.stack([one(factor) for factor in factors])
 
-    def codes(self, form: Codes, key: Any) -> tuple[Codes, float]:
+    def codes(self, form: Codes, key: Array | None) -> tuple[Codes, float]:
         """Codes, and the damping that they took."""
         damping = self.method.damped(self.prepared)
         form = _solved(self.method, self.prepared, form, key)
@@ -132,7 +132,7 @@ def _prepared(method: Rounding, w: Array, statistics: Statistics) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solved(method: Rounding, prepared: Any, form: Codes, key: Any) -> Codes:
+def _solved(method: Rounding, prepared: Any, form: Codes, key: Array | None) -> Codes:
     return jax.vmap(method.solve, (0, 0, None))(prepared, form, key)
 
 

@@ -11,7 +11,6 @@ compressions", arXiv 2107.04380.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,17 @@ from jaxtyping import Array
 from lcq.forms import Sum
 from lcq.forms.base import Form, share
 from lcq.forms.blocks import Per, compute_dtype
-from lcq.schemes.base import SCHEMES, Scheme
+from lcq.schemes.base import SCHEMES, Earlier, Importance, Scalar, Scheme
 
 _COLD, _WARM = 30, 4
 """Sweeps at most, over all schemes; a C step has a warm start."""
 _ENOUGH = 1e-3
 """A sweep that lowers the objective by less than this part of it is the last."""
+
+_Each = tuple[tuple[Form, ...], ...]
+"""Of every scheme the forms, one for each leaf."""
+_State = tuple[Array, Array, Array, _Each]
+"""Sweeps so far, the objective before the last of them and after it, and the forms."""
 
 
 @SCHEMES.register("Additive")
@@ -80,18 +84,20 @@ class Additive(Scheme):
     def oriented(self, layout: str, rank: int) -> Scheme:
         return Additive(*(part.oriented(layout, rank) for part in self.parts))
 
-    def cost(self, forms: tuple[Form, ...]) -> Any:
+    def cost(self, forms: tuple[Form, ...]) -> Scalar:
         """The sum of the schemes' costs."""
         return sum(part.cost(of_part) for part, of_part in zip(self.parts, _by_part(forms), strict=True))
 
-    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+    def charge(self, forms: tuple[Form, ...], mu: Scalar | None) -> Scalar:
         """The sum of what the schemes charge."""
         return sum(part.charge(of_part, mu) for part, of_part in zip(self.parts, _by_part(forms), strict=True))
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
+    def solve(
+        self, xs: tuple[Array, ...], previous: Earlier, mu: Scalar | None, importance: Importance = None
+    ) -> tuple[Form, ...]:
         wide = tuple(x.astype(compute_dtype(x.dtype)) for x in xs)
 
-        def objective(each: Any, lefts: tuple[Array, ...]) -> Array:
+        def objective(each: _Each, lefts: tuple[Array, ...]) -> Array:
             """Of all forms; `lefts` is what those before the last leave. x - Delta would be made beside it."""
             charges = sum(part.charge(forms, mu) for part, forms in zip(self.parts, each, strict=True))
             total = jnp.zeros([], wide[0].dtype) + charges
@@ -102,18 +108,18 @@ class Additive(Scheme):
                 )
             return total
 
-        def sweep(each: Any) -> tuple[Any, tuple[Array, ...]]:
-            lefts = wide
+        def sweep(each: Sequence[Earlier]) -> tuple[_Each, tuple[Array, ...]]:
+            now, lefts = list(each), wide
             for j, part in enumerate(self.parts):
-                lefts = _left(wide, (*each[:j], *each[j + 1 :]))
-                each = (*each[:j], part.project(lefts, each[j], mu=mu, importance=importance), *each[j + 1 :])
-            return each, lefts
+                lefts = _left(wide, (*now[:j], *now[j + 1 :]))
+                now[j] = part.project(lefts, now[j], mu=mu, importance=importance)
+            return tuple(forms for forms in now if forms is not None), lefts
 
-        def goes_on(state: Any) -> Any:
+        def goes_on(state: _State) -> Array:
             sweeps, before, now, _ = state
             return (sweeps < (_COLD if previous is None else _WARM)) & (now < (1 - _ENOUGH) * before)
 
-        def step(state: Any) -> Any:
+        def step(state: _State) -> _State:
             sweeps, _, before, each = state
             each, lefts = sweep(each)
             return sweeps + 1, before, objective(each, lefts), each

@@ -17,6 +17,14 @@ from lcq.forms.blocks import Per, block_counts, compute_dtype
 from lcq.forms.dtypes import native, own_promotion
 from lcq.forms.registry import Registry
 
+Scalar = Array | float
+
+Earlier = tuple[Form, ...] | None
+"""Forms of an earlier C step on the same leaves, to start from; None at a cold start."""
+
+Importance = tuple[Array, ...] | None
+"""h of each array, as `check_importance` returns it; None where all are one."""
+
 
 class Scheme(abc.ABC):
     """How arrays become forms: the C step Pi(x) = argmin_Theta sum_i h_i (x_i - Delta_i(Theta))^2 + (2/mu) C(Theta).
@@ -43,7 +51,9 @@ class Scheme(abc.ABC):
         return False
 
     @functools.partial(jax.jit, static_argnums=0)
-    def _compiled(self, xs: tuple[Array, ...], previous: Any, mu: Any, *importance: Any) -> tuple[Form, ...]:
+    def _compiled(
+        self, xs: tuple[Array, ...], previous: Earlier, mu: Scalar | None, *importance: Importance
+    ) -> tuple[Form, ...]:
         """`solve`, compiled once for all leaves of equal shapes."""
         return self.solve(xs, previous, mu, *importance)
 
@@ -59,9 +69,9 @@ class Scheme(abc.ABC):
     def solve(
         self,
         xs: tuple[Array, ...],
-        previous: tuple[Form, ...] | None,
-        mu: Any,
-        importance: tuple[Array, ...] | None = None,
+        previous: Earlier,
+        mu: Scalar | None,
+        importance: Importance = None,
     ) -> tuple[Form, ...]:
         """The C step for arrays that share one Theta; `previous` is a warm start of the same structure.
 
@@ -82,14 +92,17 @@ class Scheme(abc.ABC):
         del layout, rank
         return self
 
-    def cost(self, forms: tuple[Form, ...]) -> Any:
+    def cost(self, forms: tuple[Form, ...]) -> Scalar:
         """C(Theta); zero for schemes that are constraints."""
         del forms
         return 0.0
 
-    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+    def charge(self, forms: tuple[Form, ...], mu: Scalar | None) -> Scalar:
         """What is paid beside the distance, in its units, so that the C step minimises both: (2/mu) C(Theta)."""
-        return 2 * self.cost(forms) / mu if self.costly else 0.0
+        if not self.costly:
+            return 0.0
+        assert mu is not None
+        return 2 * self.cost(forms) / mu
 
     @own_promotion()
     def project(self, x: Any, previous: Any = None, *, mu: ArrayLike | None = None, importance: Any = None) -> Any:
@@ -138,7 +151,8 @@ class Scheme(abc.ABC):
             given = (check_importance(xs, (importance,) if single else importance),)
             if self.host and any(isinstance(h, jax.core.Tracer) for h in given[0]):
                 raise ValueError(f"{self} is solved on the host: expected a concrete importance, got a traced one")
-        forms = (self.solve if self.host else self._compiled)(xs, previous, mu, *given)
+        weight = mu if mu is None or isinstance(mu, float | int | Array) else jnp.asarray(mu)
+        forms = (self.solve if self.host else self._compiled)(xs, previous, weight, *given)
         if not isinstance(forms, tuple) or len(forms) != len(xs) or not all(isinstance(form, Form) for form in forms):
             got = ", ".join(type(form).__name__ for form in forms) if isinstance(forms, tuple) else type(forms).__name__
             raise ValueError(

@@ -1,14 +1,13 @@
 """Shorter floating-point formats, for the small leaves."""
 
 import dataclasses
-from typing import Any
 
 from jaxtyping import Array
 
 from lcq import forms
 from lcq.forms.base import Form
 from lcq.forms.dtypes import format_name, nearest_number
-from lcq.schemes.base import SCHEMES, Scheme
+from lcq.schemes.base import SCHEMES, Earlier, Importance, Scalar, Scheme
 
 
 @SCHEMES.register("Cast")
@@ -39,6 +38,8 @@ class Cast(Scheme):
     def check(self, shape: tuple[int, ...]) -> None:
         del shape
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
+    def solve(
+        self, xs: tuple[Array, ...], previous: Earlier, mu: Scalar | None, importance: Importance = None
+    ) -> tuple[Form, ...]:
         del previous, mu, importance  # the nearest number is the nearest one for any weight
         return tuple(forms.Cast(nearest_number(x, self.format), dtype=str(x.dtype)) for x in xs)

@@ -13,7 +13,6 @@ each layer", CVPR 2020.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from lcq.forms.axes import outputs_last
 from lcq.forms.base import Form
 from lcq.forms.blocks import compute_dtype, explicit_sharding
 from lcq.forms.factors import as_matrix, check_matrix_shape, matrix_shape
-from lcq.schemes.base import SCHEMES, Scheme
+from lcq.schemes.base import SCHEMES, Earlier, Importance, Scalar, Scheme
 
 
 @SCHEMES.register("LowRank")
@@ -89,26 +88,28 @@ class LowRank(Scheme):
             )
         return self
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
+    def solve(
+        self, xs: tuple[Array, ...], previous: Earlier, mu: Scalar | None, importance: Importance = None
+    ) -> tuple[Form, ...]:
         del previous
         hs = (None,) * len(xs) if importance is None else importance
         return tuple(self._factors(x, h, mu) for x, h in zip(xs, hs, strict=True))
 
-    def cost(self, forms: tuple[Form, ...]) -> Any:
+    def cost(self, forms: tuple[Form, ...]) -> Scalar:
         """alpha C(r), summed over the leaves."""
-        total: Any = 0.0
+        total: Scalar = 0.0
         for form in forms:
             assert isinstance(form, Factors)
             if self.penalty is not None:
                 total = total + self.penalty * self._numbers(form.tail, form.rank)
         return total
 
-    def _numbers(self, shape: tuple[int, ...], rank: Any) -> Any:
+    def _numbers(self, shape: tuple[int, ...], rank: Array | int | None) -> Array:
         """C(r) = unit min(r (m + n), m n)."""
         m, n = matrix_shape(shape, self.separable)
         return self.unit * jnp.minimum(jnp.asarray(rank, jnp.float32) * (m + n), float(m) * n)
 
-    def _factors(self, x: Array, h: Array | None, mu: Any) -> Factors:
+    def _factors(self, x: Array, h: Array | None, mu: Scalar | None) -> Factors:
         if explicit_sharding(x) is not None:
             x = jax.sharding.reshard(x, jax.P(*(None,) * x.ndim))  # every device does the whole decomposition
         matrix = as_matrix(x.astype(compute_dtype(x.dtype)), self.separable)
@@ -122,9 +123,9 @@ class LowRank(Scheme):
         left, right = u[:, :room] * roots, roots[:, None] * v[:room]
         return Factors(left, x.shape, right, rank, separable=self.separable, dtype=str(x.dtype))
 
-    def _best_rank(self, s: Float[Array, " r"], shape: tuple[int, ...], mu: Any) -> Array:
+    def _best_rank(self, s: Float[Array, " r"], shape: tuple[int, ...], mu: Scalar | None) -> Array:
         """argmin_r (2/mu) alpha C(r) + sum_{i > r} s_i^2; the smallest of equally good ones."""
-        assert self.penalty is not None
+        assert self.penalty is not None and mu is not None
         unit = jnp.clip(s[0], (tiny := jnp.finfo(s.dtype).tiny), 1 / tiny)  # squares neither overflow nor vanish
         tails = jnp.concatenate([jnp.cumsum((s[::-1] / unit) ** 2)[::-1], jnp.zeros_like(s[:1])])
         ranks = jnp.arange(s.shape[0] + 1)

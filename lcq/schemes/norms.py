@@ -8,22 +8,47 @@ A group is a single weight unless `group` says otherwise; sum_g ||Theta_g|| is t
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per
-from lcq.schemes.base import SCHEMES
+from lcq.schemes.base import SCHEMES, Importance, Scalar
 from lcq.schemes.kmeans.kmeans import KMeans
 from lcq.schemes.sparsity import Masks, Sparsifier, check_amount, group_norms, norms_of, scaled_norms, spread
 from lcq.schemes.topk import shrinkage
 
 
+@dataclasses.dataclass(frozen=True)
+class Penalty(Sparsifier):
+    """A price alpha of each group: for being there, or for the size of its norm.
+
+    Attributes:
+        alpha: The price, >= 0.
+        group: What is kept or dropped together, as in `Sparsifier`.
+        values: Format of kept values, as in `Sparsifier`.
+
+    Raises:
+        ValueError: a price that is negative or not finite.
+    """
+
+    alpha: float
+    group: Per = None
+    values: str | KMeans | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_amount("alpha", self.alpha)
+
+    @property
+    def costly(self) -> bool:
+        return True
+
+
 @SCHEMES.register("L0Penalty")
 @dataclasses.dataclass(frozen=True)
-class L0Penalty(Sparsifier):
+class L0Penalty(Penalty):
     """Keeps what is worth its price: the groups with sum_{i in g} h_i x_i^2 > 2 alpha/mu.
 
         Pi(x) = argmin_Theta sum_i h_i (x_i - Theta_i)^2 + (2/mu) alpha #{g: Theta_g != 0}
@@ -45,30 +70,19 @@ class L0Penalty(Sparsifier):
     Source: Carreira-Perpinan & Idelbayev, "Learning-compression algorithms for neural net pruning", CVPR 2018.
     """
 
-    alpha: float
-    group: Per = None
-    values: str | KMeans | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_amount("alpha", self.alpha)
-
-    @property
-    def costly(self) -> bool:
-        return True
-
-    def keep(self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any) -> tuple[tuple[Array, ...], Masks]:
+    def keep(self, xs: tuple[Array, ...], roots: Importance, mu: Scalar | None) -> tuple[tuple[Array, ...], Masks]:
+        assert mu is not None
         worth = [abs(s) > jnp.sqrt(2 * self.alpha / mu) for s in scaled_norms(xs, roots, self.group)]
         return xs, spread(xs, worth, self.group)
 
-    def cost(self, forms: tuple[Form, ...]) -> Any:
+    def cost(self, forms: tuple[Form, ...]) -> Scalar:
         """alpha times the number of groups that are not zero."""
         return self.alpha * sum(jnp.sum(n > 0, dtype=n.dtype) for n in norms_of(forms, self.group))
 
 
 @SCHEMES.register("L1Penalty")
 @dataclasses.dataclass(frozen=True)
-class L1Penalty(Sparsifier):
+class L1Penalty(Penalty):
     """Shrinks norms towards zero by alpha/mu: soft thresholding; with groups, as the group lasso does.
 
         Pi(x) = argmin_Theta sum_i h_i (x_i - Theta_i)^2 + (2/mu) alpha sum_g ||Theta_g||
@@ -92,23 +106,12 @@ class L1Penalty(Sparsifier):
     Source: Carreira-Perpinan & Idelbayev, CVPR 2018; groups: Yuan & Lin, J. R. Statist. Soc. B 68, 2006.
     """
 
-    alpha: float
-    group: Per = None
-    values: str | KMeans | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_amount("alpha", self.alpha)
-
-    @property
-    def costly(self) -> bool:
-        return True
-
-    def keep(self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any) -> tuple[tuple[Array, ...], Masks]:
+    def keep(self, xs: tuple[Array, ...], roots: Importance, mu: Scalar | None) -> tuple[tuple[Array, ...], Masks]:
+        assert mu is not None
         norms, slack = _norms_and_slack(self, xs, roots)
         return _shrunk(xs, _factors(norms, slack, self.alpha / mu), self.group)
 
-    def cost(self, forms: tuple[Form, ...]) -> Any:
+    def cost(self, forms: tuple[Form, ...]) -> Scalar:
         """alpha times the sum of norms."""
         return self.alpha * sum(jnp.sum(n) for n in norms_of(forms, self.group))
 
@@ -148,7 +151,7 @@ class L1Ball(Sparsifier):
         super().__post_init__()
         check_amount("radius", self.radius)
 
-    def keep(self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any) -> tuple[tuple[Array, ...], Masks]:
+    def keep(self, xs: tuple[Array, ...], roots: Importance, mu: Scalar | None) -> tuple[tuple[Array, ...], Masks]:
         del mu
         norms, slack = _norms_and_slack(self, xs, roots)
         factors = _factors(norms, slack, shrinkage(norms, self.radius, slack))
@@ -169,7 +172,7 @@ def _norms_and_slack(
     return [jnp.where(s > 0, n, 0) for n, s in zip(norms, slack, strict=True)], slack
 
 
-def _factors(norms: list[Array], slack: list[Array], tau: Any) -> list[Float[Array, "..."]]:
+def _factors(norms: list[Array], slack: list[Array], tau: Scalar) -> list[Float[Array, "..."]]:
     """max(1 - tau/(h_g ||x_g||), 0)."""
     return [jnp.where(n > tau * s, 1 - tau * s / jnp.where(n > 0, n, 1), 0) for n, s in zip(norms, slack, strict=True)]
 

@@ -6,14 +6,13 @@ Those with the largest sqrt(sum_{i in g} h_i x_i^2) are kept as they are, ties b
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lcq.forms.axes import inputs_axis
 from lcq.forms.blocks import Per
-from lcq.schemes.base import SCHEMES, Scheme
+from lcq.schemes.base import SCHEMES, Importance, Scalar, Scheme
 from lcq.schemes.kmeans.kmeans import KMeans
 from lcq.schemes.sparsity import Masks, Sparsifier, scaled_norms, spread
 from lcq.schemes.topk import largest, largest_in_runs
@@ -56,7 +55,7 @@ class Prune(Sparsifier):
         super().__post_init__()
         _check_number(self.count, self.fraction)
 
-    def keep(self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any) -> tuple[tuple[Array, ...], Masks]:
+    def keep(self, xs: tuple[Array, ...], roots: Importance, mu: Scalar | None) -> tuple[tuple[Array, ...], Masks]:
         del mu
         sizes = scaled_norms(xs, roots, None)
         return xs, largest(sizes, _number(self.count, self.fraction, sizes))
@@ -109,7 +108,7 @@ class PruneGroups(Sparsifier):
             )
         _check_number(self.count, self.fraction)
 
-    def keep(self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any) -> tuple[tuple[Array, ...], Masks]:
+    def keep(self, xs: tuple[Array, ...], roots: Importance, mu: Scalar | None) -> tuple[tuple[Array, ...], Masks]:
         del mu
         norms = scaled_norms(xs, roots, self.group)
         return xs, spread(xs, largest(norms, _number(self.count, self.fraction, norms)), self.group)
@@ -171,7 +170,7 @@ class NofM(Sparsifier):
     def oriented(self, layout: str, rank: int) -> Scheme:
         return dataclasses.replace(self, axis=inputs_axis(layout, rank))
 
-    def keep(self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any) -> tuple[tuple[Array, ...], Masks]:
+    def keep(self, xs: tuple[Array, ...], roots: Importance, mu: Scalar | None) -> tuple[tuple[Array, ...], Masks]:
         del mu
         return xs, [self._select(abs(s)) for s in scaled_norms(xs, roots, None)]
 

@@ -22,7 +22,7 @@ from lcq.forms.axes import block_lengths
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per, block_counts, blocks, compute_dtype, cut_axes, explicit_sharding, join_axes
 from lcq.forms.dtypes import format_name, nearest_number
-from lcq.schemes.base import Scheme
+from lcq.schemes.base import Earlier, Importance, Scalar, Scheme
 from lcq.schemes.grouped import cut
 from lcq.schemes.kmeans.kmeans import KMeans
 
@@ -54,7 +54,7 @@ class Sparsifier(Scheme):
             object.__setattr__(self, "values", format_name(self.values, "values", "KMeans(...)"))
 
     @abc.abstractmethod
-    def keep(self, xs: tuple[Array, ...], roots: tuple[Array, ...] | None, mu: Any) -> tuple[tuple[Array, ...], Masks]:
+    def keep(self, xs: tuple[Array, ...], roots: Importance, mu: Scalar | None) -> tuple[tuple[Array, ...], Masks]:
         """The weights, shrunk where the scheme shrinks, and the masks of those that are kept.
 
         Args:
@@ -87,7 +87,9 @@ class Sparsifier(Scheme):
         same: Any = self  # a dataclass, as all schemes are
         return self if self.group is None else dataclasses.replace(same, group=block_lengths(self.group, layout, rank))
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
+    def solve(
+        self, xs: tuple[Array, ...], previous: Earlier, mu: Scalar | None, importance: Importance = None
+    ) -> tuple[Form, ...]:
         roots = None if importance is None else tuple(map(jnp.sqrt, importance))
         kept, masks = self.keep(tuple(x.astype(compute_dtype(x.dtype)) for x in xs), roots, mu)
         share = self.share(sum(math.prod(group_counts(self.group, x.shape)) for x in xs))
@@ -105,7 +107,7 @@ class Sparsifier(Scheme):
         )
 
     def _stored(
-        self, xs: tuple[Array, ...], masks: Masks, previous: Any, importance: Any
+        self, xs: tuple[Array, ...], masks: Masks, previous: Earlier, importance: Importance
     ) -> list[tuple[Array, Array | None]]:
         """Kept values, or their codes and the codebook; zero where nothing is kept."""
         if not isinstance(self.values, KMeans):
@@ -116,7 +118,8 @@ class Sparsifier(Scheme):
             whole = cut(xs, None)._replace(importance=tuple(mask | ~some for mask in masks))  # a bool takes a byte
         else:
             whole = cut(xs, None, [jnp.where(mask, h, 0) for mask, h in zip(masks, importance, strict=True)])
-        codes, levels = self.values.fit(whole, None if previous is None else previous[0].levels)
+        warm = previous[0].levels if previous and isinstance(previous[0], Sparse) else None
+        codes, levels = self.values.fit(whole, warm)
         return [
             (jnp.where(mask, c, 0).astype(c.dtype), levels.reshape(*(1,) * c.ndim, -1))
             for mask, c in zip(masks, codes, strict=True)

@@ -13,6 +13,14 @@ Body = TypeAliasType("Body", Any)
 
 
 @runtime_checkable
+class Variable(Protocol):
+    """What an equation reads or makes; a literal, which has its value as `val`, is one too."""
+
+    @property
+    def aval(self) -> Content: ...
+
+
+@runtime_checkable
 class Primitive(Protocol):
     """The operation of an equation, as jax names and runs it."""
 
@@ -32,19 +40,19 @@ class Equation(Protocol):
     def primitive(self) -> Primitive: ...
 
     @property
-    def invars(self) -> Sequence[Any]: ...
+    def invars(self) -> Sequence[Variable]: ...
 
     @property
-    def outvars(self) -> Sequence[Any]: ...
+    def outvars(self) -> Sequence[Variable]: ...
 
     @property
-    def params(self) -> Mapping[str, Any]: ...
+    def params(self) -> Mapping[str, Content]: ...
 
     @property
     def effects(self) -> Collection[object]: ...
 
     @property
-    def source_info(self) -> Any: ...
+    def source_info(self) -> Content: ...
 
 
 Frame = TypeAliasType("Frame", tuple[Any, ...])

@@ -8,33 +8,8 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.cli.main import main
 from lcq.io.checkpoints import checkpoint
-
-RULE = "(.*/)?kernel=KMeans(4)"
-
-
-def weights():
-    rng = np.random.default_rng(0)
-    kernels = {f"dense{i}": {"kernel": rng.normal(size=(12, 8)).astype(np.float32)} for i in range(2)}
-    return kernels | {"bias": np.arange(5, dtype=np.float32), "count": np.arange(3)}
-
-
-@pytest.fixture
-def source(tmp_path):
-    checkpoint.write(tmp_path / "in.npz", weights())
-    return tmp_path / "in.npz"
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
-
-
-def same(a, b):
-    x, y = (lcq.decompress(tree) for tree in (a, b))
-    assert jax.tree.structure(x) == jax.tree.structure(y)
-    jax.tree.map(np.testing.assert_array_equal, x, y)
-
+from tests.cli.command import RULE, run, same
 
 NET = """
 import jax

@@ -4,11 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 import lcq
-from lcq.cli.main import main
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
+from tests.cli.command import run
 
 
 @pytest.mark.filterwarnings("ignore:the weights are:UserWarning")

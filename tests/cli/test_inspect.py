@@ -5,12 +5,8 @@ import numpy as np
 from rich.text import Text
 
 import lcq
-from lcq.cli.main import main
 from lcq.forms import Factors
-
-
-def run(*arguments):
-    return main([str(argument) for argument in arguments])
+from tests.cli.command import run
 
 
 def test_inspect_makes_nothing_dense(tmp_path, capsys, monkeypatch):

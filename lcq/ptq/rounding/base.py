@@ -72,7 +72,7 @@ class Rounding(abc.ABC):
                 given.append(f"{field.name}={value if isinstance(value, Rounding) else repr(value)}")
         return f"{type(self).__name__}({', '.join(given)})"
 
-    def codes(self, w: Float[Array, "N n"], statistics: Statistics, form: Codes, key: Any = None) -> Codes:
+    def codes(self, w: Float[Array, "N n"], statistics: Statistics, form: Codes, key: Array | None = None) -> Codes:
         """Chooses codes for the codebook of a form.
 
         Args:
@@ -111,7 +111,7 @@ class Rounding(abc.ABC):
         """What does not depend on the codebook, computed once for many."""
 
     @abc.abstractmethod
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+    def solve(self, prepared: Any, form: Codes, key: Array | None = None) -> Codes:
         """`codes`, from what `prepare` gave."""
 
     def random_key(self, number: int) -> Array | None:
@@ -132,7 +132,9 @@ ROUNDING_METHODS: Registry[Callable[..., Rounding]] = Registry(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def solved(method: Rounding, w: Array, statistics: Statistics, form: Codes, key: Any) -> tuple[Codes, Array | None]:
+def solved(
+    method: Rounding, w: Array, statistics: Statistics, form: Codes, key: Array | None
+) -> tuple[Codes, Array | None]:
     """Codes, and the damping that they took."""
     prepared = method.prepare(w, statistics)
     return method.solve(prepared, form, key), method.damped(prepared)

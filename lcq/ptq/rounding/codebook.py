@@ -7,11 +7,11 @@ zero [B, 1|n]. A method works on rows of one block, whose form `row_block` takes
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt
 
 from lcq.forms import Codes
@@ -32,13 +32,13 @@ def block_count(form: Codes) -> int:
 def row_block(form: Codes, block: int | Int[Array, ""]) -> Codes:
     """The form of rows of one block, for any number of rows."""
 
-    def take(a: Array | None) -> Any:
+    def take(a: Array | None) -> Array | None:
         return a if a is None or a.shape[0] == 1 else jax.lax.dynamic_index_in_dim(a, block, keepdims=True)
 
     return dataclasses.replace(form, levels=take(form.levels), scale=take(form.scale), zero=take(form.zero))
 
 
-def value(codes: UInt[Array, "r n"], form: Codes, wide: Any) -> Float[Array, "r n"]:
+def value(codes: UInt[Array, "r n"], form: Codes, wide: DTypeLike) -> Float[Array, "r n"]:
     """Exactly what `dense()` gives for codes of one block, in the dtype `wide`."""
     return dataclasses.replace(form, codes=codes).dense().astype(wide)
 
@@ -158,7 +158,7 @@ def _upright(z: Array, form: Codes) -> tuple[Array, Codes]:
     return jnp.where(scale < 0, -z, z), dataclasses.replace(form, scale=jnp.abs(scale))
 
 
-def _table(form: Codes, wide: Any) -> Array:
+def _table(form: Codes, wide: DTypeLike) -> Array:
     """All levels of one block, [1, 1|n, K]."""
     values = form.levels if form.levels is not None else jnp.asarray(form.values, wide).reshape(1, 1, -1)
     table = values.astype(wide)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ _SAME = 1e-6
 
 
 class _Prepared(NamedTuple):
-    before: Any
+    before: object
     recursion: Recursion
     later: Array
     pull: Array
@@ -65,7 +65,7 @@ class Descent(Rounding):
         if isinstance(self.before, GPFQ) and self.before.recursion == "follow":
             raise ValueError(f"expected before= on statistics, got {self.before}; only GPFQ alone follows inputs")
 
-    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> _Prepared:
         before = self.before.prepare(w, statistics)
         w, gram = wide(w, statistics), statistics.gram
         diagonal = jnp.diagonal(gram)
@@ -75,7 +75,7 @@ class Descent(Rounding):
         recursion = Recursion(None, w + inverse[:, None] * drift, w, gram, inverse)
         return _Prepared(before, recursion, jnp.triu(gram, 1) * inverse[:, None], dot(gram, w) + drift)
 
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+    def solve(self, prepared: _Prepared, form: Codes, key: Array | None = None) -> Codes:
         first, recursion, later, pull = prepared
         own = self.refit and form.scale is not None and form.scale.shape[1] == form.codes.shape[1]
 
@@ -92,7 +92,7 @@ class Descent(Rounding):
     def random_key(self, number: int) -> Array | None:
         return self.before.random_key(number)
 
-    def damped(self, prepared: Any) -> Array | None:
+    def damped(self, prepared: _Prepared) -> Array | None:
         return self.before.damped(prepared.before)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -41,10 +41,10 @@ class GPFQ(Rounding):
         if self.recursion not in ("auto", "blocked", "follow"):
             raise ValueError(f"expected recursion='auto', 'blocked' or 'follow', got {self.recursion!r}")
 
-    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Recursion:
         return follow_path(w, statistics, self.act_order)
 
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+    def solve(self, prepared: Recursion, form: Codes, key: Array | None = None) -> Codes:
         del key
         return recurse(prepared, form, lambda z, row, _: choose(z, row))
 
@@ -77,10 +77,10 @@ class SparseGPFQ(Rounding):
         if self.threshold < 0 or (self.kind == "hard" and not self.threshold > 0):
             raise ValueError(f"expected a threshold above 0, got {self.threshold}")
 
-    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Recursion:
         return follow_path(w, statistics, self.act_order)
 
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+    def solve(self, prepared: Recursion, form: Codes, key: Array | None = None) -> Codes:
         del key
         if self.kind == "soft":
             return recurse(prepared, form, lambda z, row, _: choose(_shrink(z, self._limit(row)), row))
@@ -88,13 +88,13 @@ class SparseGPFQ(Rounding):
         assert form.values is not None
         zero = form.values.index(0.0)
 
-        def far(z: Array, row: Codes, _: Any) -> Array:
+        def far(z: Array, row: Codes, _: Array | None) -> Array:
             codes = choose(z, row)
             return jnp.where(jnp.abs(z) <= self._limit(row), jnp.asarray(zero, codes.dtype), codes)
 
         return recurse(prepared, form, far)
 
-    def _limit(self, row: Codes) -> Any:
+    def _limit(self, row: Codes) -> Array | float:
         if row.scale is None:
             return self.threshold
         return self.threshold * jnp.abs(row.scale.astype(compute_dtype(row.scale.dtype)))
@@ -116,5 +116,5 @@ def _lower_product(a: Array, w: Array) -> Array:
     return jnp.concatenate([dot(panel, w[: panel.shape[1]]) for panel in panels])
 
 
-def _shrink(z: Array, limit: Any) -> Array:
+def _shrink(z: Array, limit: Array | float) -> Array:
     return jnp.sign(z) * jnp.maximum(jnp.abs(z) - limit, 0)

@@ -6,7 +6,6 @@ factorisation that failed.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,42 @@ from lcq.ptq.statistics import Statistics
 triangular = jax.scipy.linalg.solve_triangular
 
 
+@dataclasses.dataclass(frozen=True)
+class Damped(Rounding):
+    """A method on triangular roots of H + delta I, and how large delta is.
+
+    Attributes:
+        damping: Damping delta in units of the mean of diag(H); above 0, for H may be singular.
+        act_order: Whether inputs are rounded by decreasing H_tt, the largest first, instead of as they come.
+        max_damping: Bound up to which damping may grow, tenfold each time, where H + delta I has no root in the
+            precision at hand; `damping` itself, or less, allows no growth.
+
+    Raises:
+        ValueError: damping not above 0.
+    """
+
+    damping: float = 0.01
+    act_order: bool = False
+    max_damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.damping > 0:
+            raise ValueError(
+                f"expected damping > 0, in units of the mean of diag(H), which may be singular, got {self.damping}"
+            )
+
+    def solve(self, prepared: Recursion, form: Codes, key: Array | None = None) -> Codes:
+        del key
+        return recurse(prepared, form, lambda z, row, _: choose(z, row))
+
+    def damped(self, prepared: Recursion) -> Array:
+        return jnp.asarray(prepared.damping)
+
+
 @ROUNDING_METHODS.register("gptq")
 @dataclasses.dataclass(frozen=True)
-class GPTQ(Rounding):
+class GPTQ(Damped):
     """Rounds each weight as it stands, and lets those that follow make up for it; X is taken to be Y.
 
         q_t = Q(w_t),    w_{>t} <- argmin ||Y (w - q)||^2 + delta ||w - q||^2    for the weights not yet rounded
@@ -40,32 +72,12 @@ class GPTQ(Rounding):
     Source: Frantar et al., arXiv 2210.17323.
     """
 
-    damping: float = 0.01
-    act_order: bool = False
-    max_damping: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_damping(self.damping)
-
-    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Recursion:
         w, gram, _, order, lives = ordered(w, statistics._replace(drift=None), self.act_order)
         root, damping = damped_root(gram, jnp.diagonal(gram).mean(), lives, self.damping, self.max_damping)
         return Recursion(
             order, w, w, root, jnp.where(lives & jnp.isfinite(damping), 1 / jnp.diagonal(root), 0), damping
         )
-
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
-        del key
-        return recurse(prepared, form, lambda z, row, _: choose(z, row))
-
-    def damped(self, prepared: Any) -> Array:
-        return prepared.damping
-
-
-def check_damping(damping: float) -> None:
-    if not damping > 0:
-        raise ValueError(f"expected damping > 0, in units of the mean of diag(H), which may be singular, got {damping}")
 
 
 def damped_root(gram: Array, mean: Array, lives: Array, damping: float, max_damping: float) -> tuple[Array, Array]:

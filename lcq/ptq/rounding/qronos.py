@@ -1,22 +1,19 @@
 """Qronos: the first input corrects the past, the others follow as GPTQ's do."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcq.forms import Codes
-from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding, ordered
-from lcq.ptq.rounding.codebook import choose
-from lcq.ptq.rounding.gptq import check_damping, damped_root, triangular
-from lcq.ptq.rounding.sequential import Recursion, dot, recurse
+from lcq.ptq.rounding.base import ROUNDING_METHODS, ordered
+from lcq.ptq.rounding.gptq import Damped, damped_root, triangular
+from lcq.ptq.rounding.sequential import Recursion, dot
 from lcq.ptq.statistics import Statistics
 
 
 @ROUNDING_METHODS.register("qronos")
 @dataclasses.dataclass(frozen=True)
-class Qronos(Rounding):
+class Qronos(Damped):
     """Corrects for X - Y at once: rounds the first weight, re-solves the others by least squares, goes on as GPTQ.
 
         q_1 = Q(argmin ||X w - Y_1 q_1 - Y_2 w_2||),    w_2 <- argmin ||X w - Y_1 q_1 - Y_2 v||^2 + delta ||v - w_2||^2
@@ -33,15 +30,7 @@ class Qronos(Rounding):
     Source: Zhang et al., arXiv 2505.11695.
     """
 
-    damping: float = 0.01
-    act_order: bool = False
-    max_damping: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_damping(self.damping)
-
-    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Recursion:
         w, gram, drift, order, lives = ordered(w, statistics, self.act_order)
         diagonal = jnp.diagonal(gram)
         inverse = jnp.where(lives, 1 / jnp.where(lives, diagonal, 1), 0)
@@ -62,10 +51,3 @@ class Qronos(Rounding):
         rest = triangular(root, triangular(root, pull[1:], lower=True, trans=1), lower=True)
         target = w.at[1:].add(jnp.where(found[:, None], rest, 0))
         return Recursion(order, target.at[0].add(inverse[0] * pull[0]), target, feedback, inverse, damping)
-
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
-        del key
-        return recurse(prepared, form, lambda z, row, _: choose(z, row))
-
-    def damped(self, prepared: Any) -> Array:
-        return prepared.damping

@@ -1,7 +1,6 @@
 """Rounding to nearest: every weight for itself."""
 
 import dataclasses
-from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -17,10 +16,10 @@ from lcq.ptq.statistics import Statistics
 class RTN(Rounding):
     """Every weight to its nearest level, q_t = Q(w_t)."""
 
-    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Array:
         del statistics
         return w.astype(compute_dtype(w.dtype))
 
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+    def solve(self, prepared: Array, form: Codes, key: Array | None = None) -> Codes:
         del key
         return dataclasses.replace(form, codes=choose_all(prepared, form))

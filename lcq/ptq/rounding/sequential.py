@@ -12,7 +12,7 @@ Source: Lybrand & Saab, arXiv 2010.15979; the blocked recursion is lcq's.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -49,12 +49,12 @@ class Recursion(NamedTuple):
         damping: delta of H + delta I behind F, in units of the mean of diag(H); infinite if there was no F, and z is w.
     """
 
-    order: Any
-    start: Any
-    target: Any
-    feedback: Any
-    inverse: Any
-    damping: Any = 0.0
+    order: Array | None
+    start: Array
+    target: Array
+    feedback: Array
+    inverse: Array
+    damping: Array | float = 0.0
 
 
 def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "N n"] | None = None) -> Codes:
@@ -81,16 +81,16 @@ def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "
     noise = None if noise is None else jnp.pad(noise, ((0, more), (0, 0)))
     feedback = jnp.pad(feedback, ((0, more), (0, more)))
 
-    def rows(a: Array, first: Any, many: int) -> Array:
+    def rows(a: Array, first: Array | int, many: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(a, first, many)
 
-    def columns(a: Array, first: Any, many: int) -> Array:
+    def columns(a: Array, first: Array | int, many: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(a, first, many, 1)
 
-    def put(a: Array, part: Array, first: Any) -> Array:
+    def put(a: Array, part: Array, first: Array | int) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(a, part, first, 0)
 
-    def one_row(t: Any, first: Any, sums: Array, corner: Array, errors: Array) -> Array:
+    def one_row(t: Array | int, first: Array | int, sums: Array, corner: Array, errors: Array) -> Array:
         here = first + t
         sum_here = rows(sums, t, 1) + (rows(corner, t, 1).T * errors).sum(0, keepdims=True)
         z = rows(start, here, 1) + inverse[here] * sum_here
@@ -98,14 +98,14 @@ def recurse(recursion: Recursion, form: Codes, pick: Pick, noise: Float[Array, "
         q = value(pick(z, row, None if noise is None else rows(noise, here, 1)), row, target.dtype)
         return put(errors, rows(target, here, 1) - q, t)
 
-    def one_part(i: Any, first: Any, sums: Array, square: Array, errors: Array) -> Array:
+    def one_part(i: Array | int, first: Array | int, sums: Array, square: Array, errors: Array) -> Array:
         across = rows(square, i, _ROWS)
         sums = rows(sums, i, _ROWS) + dot(across, errors)
         body = functools.partial(one_row, first=first + i, sums=sums, corner=columns(across, i, _ROWS))
         new = jax.lax.fori_loop(0, _ROWS, lambda t, e: body(t, errors=e), jnp.zeros_like(sums))
         return put(errors, new, i)
 
-    def one_block(first: Any, errors: Array) -> Array:
+    def one_block(first: Array | int, errors: Array) -> Array:
         across, sums = rows(feedback, first, block), jnp.zeros_like(target[:block])
         sums = jax.lax.fori_loop(
             0,
@@ -225,7 +225,7 @@ class _Means:
         parts = [sum((a * b[:, None]).sum(0) for a, b in zip(squares[0], sums, strict=True)) for sums in squares[1]]
         return rest + self._of(parts)
 
-    def _of(self, parts: Any) -> Any:
+    def _of(self, parts: Sequence[Array | int]) -> Array:
         assert self.shares is not None
         return self.shares[0] * parts[0] + self.shares[1] * parts[1]
 

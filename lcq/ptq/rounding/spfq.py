@@ -1,7 +1,6 @@
 """SPFQ: path following with stochastic rounding."""
 
 import dataclasses
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float
@@ -10,7 +9,7 @@ from lcq.forms import Codes
 from lcq.ptq.rounding.base import ROUNDING_METHODS, Rounding
 from lcq.ptq.rounding.codebook import draw
 from lcq.ptq.rounding.gpfq import follow_path
-from lcq.ptq.rounding.sequential import recurse
+from lcq.ptq.rounding.sequential import Recursion, recurse
 from lcq.ptq.statistics import Statistics
 
 
@@ -32,10 +31,10 @@ class SPFQ(Rounding):
     act_order: bool = False
     seed: int | None = None
 
-    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Any:
+    def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Recursion:
         return follow_path(w, statistics, self.act_order)
 
-    def solve(self, prepared: Any, form: Codes, key: Any = None) -> Codes:
+    def solve(self, prepared: Recursion, form: Codes, key: Array | None = None) -> Codes:
         if key is None:
             raise ValueError("SPFQ draws at random: expected a key, got none; pass SPFQ(seed=0), or key= to codes")
         noise = jax.random.uniform(key, prepared.target.shape, prepared.target.dtype)

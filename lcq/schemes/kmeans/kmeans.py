@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jaxtyping import Array
 from lcq.forms import Codes
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per, explicit_sharding
-from lcq.schemes.base import SCHEMES, Quantizer
+from lcq.schemes.base import SCHEMES, Earlier, Importance, Quantizer, Scalar
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.kmeans.ecvq import (
     Coded,
@@ -115,24 +114,26 @@ class KMeans(Quantizer):
     def host(self) -> bool:
         return self.exact
 
-    def solve(self, xs: tuple[Array, ...], previous: Any, mu: Any, importance: Any = None) -> tuple[Form, ...]:
+    def solve(
+        self, xs: tuple[Array, ...], previous: Earlier, mu: Scalar | None, importance: Importance = None
+    ) -> tuple[Form, ...]:
         del mu
         whole = cut(xs, self.per, importance)
         if self.rate:
             price = Price(_rate(self.rate, whole, xs, importance), each=importance is not None)
-            codes, levels = _fit_coded(self, whole, price, previous)
+            codes, levels = _fit_coded(self, whole, price, _coded(previous))
         else:
-            codes, levels = self.fit(whole, None if previous is None else previous[0].levels)
+            codes, levels = self.fit(whole, None if previous is None else _coded(previous)[0].levels)
         leaves = zip(xs, codes, whole.counts, strict=True)
         return tuple(
             Codes(c.reshape(x.shape), levels=levels.reshape(*count, self.k), dtype=str(x.dtype))
             for x, c, count in leaves
         )
 
-    def charge(self, forms: tuple[Form, ...], mu: Any) -> Any:
+    def charge(self, forms: tuple[Form, ...], mu: Scalar | None) -> Scalar:
         """rate sum_i len(z_i)."""
         del mu
-        pairs = [(form.codes, form.levels) for form in forms if isinstance(form, Codes)]
+        pairs = [(form.codes, form.levels) for form in _coded(forms)]
         return self.rate * code_bits([c for c, _ in pairs], pairs[0][1], self.per) if self.rate else 0.0
 
     def fit(self, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
@@ -140,6 +141,10 @@ class KMeans(Quantizer):
         if self.rate:
             raise ValueError(f"{self}: expected no rate where a codebook is for a part of the weights; drop rate=")
         return _solve_exactly(self, whole) if self.exact else _fit(self, whole, warm)
+
+
+def _coded(forms: Earlier) -> tuple[Codes, ...]:
+    return tuple(form for form in forms or () if isinstance(form, Codes))
 
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
@@ -196,7 +201,7 @@ def _freeze(levels: Array, fixed: tuple[float, ...], *others: Array) -> Sequence
     return jax.lax.sort((levels, free, *others), num_keys=2) if fixed else (levels, free, *others)
 
 
-def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], importance: Any) -> Array:
+def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], importance: Importance) -> Array:
     """What a bit is worth in every block, in units of the weights of the cut: their mean is one there."""
     stat, kind = whole.blocks[0].stat, whole.leaves[0].dtype
     if importance is None:
@@ -210,9 +215,11 @@ def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], importance: Any) -> Ar
     return (rate / jnp.where(plain.max(same) >= jnp.finfo(kind).tiny, mean, 1))[..., None]
 
 
-def _fit_coded(scheme: KMeans, whole: Cut, price: Price, previous: Any) -> tuple[tuple[Array, ...], Array]:
+def _fit_coded(
+    scheme: KMeans, whole: Cut, price: Price, previous: tuple[Codes, ...]
+) -> tuple[tuple[Array, ...], Array]:
     """Codes of every leaf in blocks, and the levels they share, for a rate."""
-    if previous is None:
+    if not previous:
         start, passes = _begin(scheme, whole, price)
     else:
         levels, passes = previous[0].levels.reshape(*whole.blocks[0].stat, scheme.k), _WARM
