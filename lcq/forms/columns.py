@@ -121,10 +121,10 @@ def columns(
     made = Columns(words=words, width=width, tail=(rows, n), axes=(0, 1))
     if not equal_steps(values, table.shape[-1]):
         return dataclasses.replace(made, levels=each((table - zeros) * scales))
-    if (grid := _short_gap(values, scale, zero)) is not None:
-        gap, lowest = grid
+    if (grid := _short_spacing(values, scale, zero)) is not None:
+        spacing, lowest = grid
         kept = None if zero is None else each(jnp.asarray(zero)[..., None], zero.dtype)[..., 0]
-        step = each(gap * jnp.asarray(scale)[..., None], scale.dtype)[..., 0]
+        step = each(spacing * jnp.asarray(scale)[..., None], scale.dtype)[..., 0]
         return dataclasses.replace(made, step=step, zero=kept, lowest=lowest)
     second = table[..., 1:2] if table.shape[-1] > 1 else table
     first, step = (table[..., :1] - zeros) * scales, (second - table[..., :1]) * scales
@@ -135,18 +135,19 @@ def equal_steps(values: tuple[float, ...] | None, count: int) -> bool:
     """Whether `count` levels, learned ones if there are no values, are known to be equally far apart."""
     if values is None:
         return count <= 2
-    gaps = np.diff(values)
-    return bool((gaps == gaps[:1]).all())
+    spacings = np.diff(values)
+    return bool((spacings == spacings[:1]).all())
 
 
-def _short_gap(values: tuple[float, ...] | None, scale: Any, zero: Any) -> tuple[float, float] | None:
-    """The gap of a fixed grid, and its lowest level in gaps, if gap times scale needs no more bits than the scale: a
-    power of two, of what has none of float16's overflow, and 1 where zeros count gaps. None for all else."""
+def _short_spacing(values: tuple[float, ...] | None, scale: Any, zero: Any) -> tuple[float, float] | None:
+    """The spacing of a fixed grid, and its lowest level in units of it, if spacing times scale needs no more bits than
+    the scale: a power of two, of what has none of float16's overflow, and 1 where zeros count levels. Else None.
+    """
     if values is None or scale is None or len(values) < 2:
         return None
-    gap = values[1] - values[0]
-    short = math.frexp(gap)[0] == 0.5 and scale.dtype != jnp.float16 and zero is None
-    return (gap, values[0] / gap) if gap == 1 or short else None
+    spacing = values[1] - values[0]
+    short = math.frexp(spacing)[0] == 0.5 and scale.dtype != jnp.float16 and zero is None
+    return (spacing, values[0] / spacing) if spacing == 1 or short else None
 
 
 def _lookup(codes: UInt32[Array, "*g k n"], levels: Float[Array, "*g 1 across levels"]) -> Float[Array, "*g k n"]:

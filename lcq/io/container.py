@@ -1,4 +1,4 @@
-"""The safetensors container: a header of JSON with a digest, then tensors without gaps.
+"""The safetensors container: a header of JSON with a digest, then tensors one after another.
 
     u64 n, little-endian | header: n bytes of JSON, padded by spaces to a multiple of 8 | the tensors, one after another
 

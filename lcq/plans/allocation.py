@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from rich import box
 from rich.text import Text
 
-from lcq.io.entropy_coding.rates import rate
+from lcq.io.entropy_coding.coded_bits import coded_bits
 from lcq.plans.convex_hull import Point, along, sweep
 from lcq.plans.knapsack import best_choice
 from lcq.plans.plan import Plan
@@ -249,4 +249,4 @@ def _point(leaf: Any, task: Task | None, h: ArrayLike | None, coded: bool) -> Po
     distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
     if not math.isfinite(distortion):
         raise ValueError(f"{task.name}: expected finite numbers; {task.scheme} gave others; drop this candidate")
-    return Point(rate(form).coded if coded else form.pack().bits, distortion)
+    return Point(coded_bits(form).coded if coded else form.pack().bits, distortion)

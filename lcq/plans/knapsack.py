@@ -70,8 +70,8 @@ def best_choice(points: Sequence[Sequence[Point]], budget: int, states: int = ST
     known, slope = _start(points, budget)
     worst = math.fsum(of_thing[i].distortion for of_thing, i in zip(points, known, strict=True))
     bound = float(next(_hulls(points)).at(np.array([budget]))[0])
-    gap = worst - bound + _SLACK * abs(worst)
-    kept = [_candidates(of_thing, slope, gap) for of_thing in points]
+    excess = worst - bound + _SLACK * abs(worst)
+    kept = [_candidates(of_thing, slope, excess) for of_thing in points]
     free = [i for i, places in enumerate(kept) if len(places) > 1]
     free.sort(key=lambda i: points[i][kept[i][-1]].distortion - points[i][kept[i][0]].distortion)
     fixed = [(i, places[0]) for i, places in enumerate(kept) if len(places) == 1]
@@ -105,11 +105,11 @@ def _start(points: Sequence[Sequence[Point]], budget: int) -> tuple[list[int], f
     return place, slope or 0.0
 
 
-def _candidates(of_thing: Sequence[Point], slope: float, gap: float) -> list[int]:
+def _candidates(of_thing: Sequence[Point], slope: float, excess: float) -> list[int]:
     """Places of the candidates that can be in a better choice, from the fewest bits on; at least one."""
     order = sorted(range(len(of_thing)), key=lambda i: of_thing[i])
     worth = [point.distortion + slope * point.bits for point in of_thing]
-    most = min(worth) + gap
+    most = min(worth) + excess
     most += _SLACK * abs(most)
     places: list[int] = []
     for i in order:

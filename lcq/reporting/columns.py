@@ -56,15 +56,15 @@ def fit(columns: Sequence[Column], width: int, spare: Sequence[str] = ()) -> tup
 
     Args:
         columns: As wide as they like.
-        width: Of all of them with the gaps between.
+        width: Of all of them with the spaces between.
         spare: Headers of what may be left out, the first to go first.
 
     Returns:
-        The columns that are left, folded; the headers of the others; the gap.
+        The columns that are left, folded; the headers of the others; the space.
     """
-    for gap in (3, 2):
-        if sum(map(_width, columns)) + gap * (len(columns) - 1) <= width:
-            return list(columns), [], gap
+    for space in (3, 2):
+        if sum(map(_width, columns)) + space * (len(columns) - 1) <= width:
+            return list(columns), [], space
     for many in range(len(spare) + 2):  # in the last round nothing more is left out, and nothing holds a floor
         left = [column for column in columns if column.header not in spare[:many]]
         room = width - 2 * (len(left) - 1)
@@ -75,9 +75,9 @@ def fit(columns: Sequence[Column], width: int, spare: Sequence[str] = ()) -> tup
     return [_folded(column, wide) for column, wide in zip(left, widths, strict=True)], out, 2
 
 
-def grid(columns: Sequence[Column], gap: int, footer: int) -> rich.table.Table:
+def grid(columns: Sequence[Column], space: int, footer: int) -> rich.table.Table:
     """A rich table, the last `footer` lines set apart in bold."""
-    made = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 2, 0, 1))
+    made = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, space - 2, 0, 1))
     for column in columns:
         side: Literal["left", "right"] = "right" if column.number else "left"
         made.add_column(column.header, justify=side, no_wrap=column.number, overflow="fold")
@@ -99,8 +99,8 @@ class Columns:
     columns: Sequence[Column]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        fitting, _, gap = fit(self.columns, options.max_width - 2)  # 2: the edges
-        yield grid(fitting, gap, 0)
+        fitting, _, space = fit(self.columns, options.max_width - 2)  # 2: the edges
+        yield grid(fitting, space, 0)
 
 
 def _pieces(words: str) -> list[str]:

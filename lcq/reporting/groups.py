@@ -60,7 +60,7 @@ def grouped(rows: Sequence[Row]) -> tuple[Group, ...]:
 
 
 def pattern(paths: Sequence[str]) -> str:
-    """Paths that differ only in numbers as one, with the numbers that there are; of many gaps only the first and last.
+    """Paths that differ only in numbers as one, with the numbers there are; of many runs only the first and last.
 
     Example:
         >>> pattern(["layer0/w", "layer1/w", "layer2/w"]), pattern(["a_01", "a_02", "a_07"]), pattern(["head"])

@@ -232,7 +232,7 @@ def _bar(name: str, size: _Size, most: int) -> str:
 
 def _distortions(leaves: Sequence[_Leaf], measured: bool) -> str:
     """Coded bits a weight against relative distortion, a point for each compressed leaf."""
-    start = "<h2>Rate and distortion by layer</h2>"
+    start = "<h2>Bits and distortion by layer</h2>"
     if not measured:
         return f"{start}<p>Not known without a reference, the weights from before.</p>"
     points, lost = [], []
@@ -249,7 +249,7 @@ def _distortions(leaves: Sequence[_Leaf], measured: bool) -> str:
         named = len(notable(points, _LABELS))
         notes.append(
             f"Named are {named} of {len(points):,}: the farthest from the others, and some that no other leaf beats in "
-            "both rate and distortion. The table below has all."
+            "both bits and distortion. The table below has all."
         )
     if lost:
         notes.append(f"Not drawn, without a finite distortion: {breakable(', '.join(lost))}.")

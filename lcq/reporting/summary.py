@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lcq.forms.base import FORMS, Form
 from lcq.forms.processes import on_host
-from lcq.io.entropy_coding.rates import rate
+from lcq.io.entropy_coding.coded_bits import coded_bits
 from lcq.reporting.columns import Column, fit, grid, terminal_width
 from lcq.reporting.groups import WHOLE, Group, grouped, sum_or_none
 from lcq.reporting.row import Row
@@ -73,8 +73,8 @@ class Table:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         shown, footer = self.columns(grouped(self.rows) if len(self.rows) > WHOLE else None)
-        fitting, out, gap = fit(shown, options.max_width - 2, _SPARE)  # 2: the edges
-        yield grid(fitting, gap, footer)
+        fitting, out, space = fit(shown, options.max_width - 2, _SPARE)  # 2: the edges
+        yield grid(fitting, space, footer)
         if self.rows:
             yield Text(self.note)
         if out:
@@ -231,7 +231,7 @@ def text(renderable: RenderableType) -> str:
 
 def _priced(row: Row, leaf: PyTree, seen: set[str]) -> Row:
     """The row with entropy and coded size; what joint leaves share counts at the first of them, and is then `seen`."""
-    price, shared = rate(leaf), getattr(leaf, "shared", None)
+    price, shared = coded_bits(leaf), getattr(leaf, "shared", None)
     again = leaf.shared_bits if shared in seen else 0
     if shared is not None:
         seen.add(shared)

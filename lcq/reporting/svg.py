@@ -240,13 +240,13 @@ def _cut(words: str, room: int) -> str:
     return f"{start}…{end}" if end else f"{words[: keep // 2]}…{words[len(words) - (keep + 1) // 2 :]}"
 
 
-def _apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending places, at least `gap` apart, near the wanted ones, which ascend too."""
+def _apart(wanted: Sequence[float], space: float, low: float, high: float) -> list[float]:
+    """Ascending places, at least `space` apart, near the wanted ones, which ascend too."""
     places: list[float] = []
     for place in wanted:
-        places.append(max(place, places[-1] + gap if places else low))
+        places.append(max(place, places[-1] + space if places else low))
     for i in reversed(range(len(places))):
-        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else high)
+        places[i] = min(places[i], places[i + 1] - space if i + 1 < len(places) else high)
     return places
 
 

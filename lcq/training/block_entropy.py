@@ -151,8 +151,8 @@ def _in_blocks(
 ) -> tuple[Float[Array, "b n"], Int[Array, " b"]]:
     """tau of every weight in whole blocks, and the cell of every block in a grid of `size` centres."""
     index, lower, upper = bracket(w, centres)
-    gap = upper - lower
-    tau = jnp.where(gap > 0, (w.astype(gap.dtype) - lower) / jnp.where(gap > 0, gap, 1), 0)
+    width = upper - lower
+    tau = jnp.where(width > 0, (w.astype(width.dtype) - lower) / jnp.where(width > 0, width, 1), 0)
     tau = jnp.where(tau < 0, 0, jnp.where(tau > 1, 1, tau))  # clip would have no slope at the centres themselves
     tau, index = (_rows(a, order, layout) for a in (tau, index))
     cell = functools.reduce(lambda cell, i: cell * (size - 1) + i, index.T)

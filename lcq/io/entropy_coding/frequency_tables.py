@@ -40,7 +40,7 @@ _FINEST = 128  # slots a counted symbol, above which frequencies say no more abo
 _WORTH = 1e-4  # of all bits: what more precision must save, as small tables are faster
 
 
-class Table(NamedTuple):
+class FrequencyTable(NamedTuple):
     """A table as it is stored, what it says, and what it would cost to code the counts by it.
 
     States of 32 bits lose about 4^(r - 20) bits a symbol, as (x div f_s) 2^r is coarse where x is near 2^16: so it was
@@ -57,7 +57,7 @@ class Table(NamedTuple):
     bits: float
 
 
-def fit(counts: Int[np.ndarray, " alphabet"], nested: bool = True) -> Table:
+def fit(counts: Int[np.ndarray, " alphabet"], nested: bool = True) -> FrequencyTable:
     """The table that makes itself and the counted symbols smallest together; of like ones that of fewest slots.
 
     Example:
@@ -102,7 +102,7 @@ def fit(counts: Int[np.ndarray, " alphabet"], nested: bool = True) -> Table:
         data = min(data, _write_nested(present, weights, counts.size, precision, digits), key=len)
     dense = np.zeros(counts.size, np.int64)
     dense[present] = frequencies
-    return Table(data, dense, bits)
+    return FrequencyTable(data, dense, bits)
 
 
 def least_bits(present: Int[np.ndarray, " present"], alphabet: int) -> float:

@@ -3,8 +3,8 @@
     u8      n, the codes of a block, 1 to 16; or 0: raw
     raw:    one string of bits, ceil(log2(levels)) for each code, lowest first, filled up by zeros to whole bytes
     n > 0:  the last size mod n codes as one number in base `levels`, first code lowest, in as many bytes as the largest
-            such number needs; a table of frequencies (see `tables`) of the levels^n <= 2^16 blocks, each a number in
-            base `levels`, first code lowest; and, if it has more than one block,
+            such number needs; a table of frequencies (see `frequency_tables`) of the levels^n <= 2^16 blocks, each a
+            number in base `levels`, first code lowest; and, if it has more than one block,
             varint L <= size div n, L u32 states, and u16 words to the end (see `lanes`)
 
 All is little-endian. Neither size nor levels are part of the stream. With one block in the table, all blocks are it.
@@ -45,7 +45,7 @@ class _Blocks(NamedTuple):
     """How codes would be coded in blocks of n."""
 
     n: int
-    table: frequency_tables.Table
+    table: frequency_tables.FrequencyTable
     lanes: int
     size: float
 
@@ -219,7 +219,7 @@ def _check(size: int, levels: int) -> None:
 def _plan(codes: np.ndarray, levels: int, block: int | None, wanted: int | None) -> _Blocks:
     """Estimates every n from its histogram; encodes nothing. n = 0 is raw."""
     least = float(_raw_bytes(codes.size, levels))
-    plan = _Blocks(0, frequency_tables.Table(b"", _NOTHING, 0.0), 0, least)
+    plan = _Blocks(0, frequency_tables.FrequencyTable(b"", _NOTHING, 0.0), 0, least)
     for counted in _promising(codes, levels, BLOCKS if block is None else (block,)):
         if counted.bound > least * _LIKE:
             continue

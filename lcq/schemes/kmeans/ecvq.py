@@ -192,9 +192,9 @@ def corners(levels: Float[Array, "*stat k"], costs: Float[Array, "*stat k"]) -> 
     def against(i: Array, best: Array) -> Array:
         """Level i against those above it: its interval ends at the nearest of t_ij."""
         level, cost, here = (lax.dynamic_index_in_dim(a, i, -1) for a in (levels, costs, used))
-        gap, more = levels - level, costs - cost
-        cut = 0.5 * levels + 0.5 * level + 0.5 * more / jnp.where(gap > 0, gap, 1)
-        cut = jnp.where(gap > 0, cut, jnp.where(more >= 0, jnp.inf, -jnp.inf))
+        away, more = levels - level, costs - cost
+        cut = 0.5 * levels + 0.5 * level + 0.5 * more / jnp.where(away > 0, away, 1)
+        cut = jnp.where(away > 0, cut, jnp.where(more >= 0, jnp.inf, -jnp.inf))
         cut = jnp.where(here, jnp.where(used & (place > i), cut, jnp.inf), -jnp.inf)
         nearest = lax.cummin(cut, axis=levels.ndim - 1, reverse=True)[..., 1:]
         return jnp.where(place[:-1] >= i, jnp.maximum(best, nearest), best)

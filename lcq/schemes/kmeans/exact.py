@@ -99,8 +99,8 @@ def best_levels(
 def _search(sums: Sums, values: Numbers, learned: int, polish: Callable) -> Numbers:
     """Learned levels of an optimal solution: rounds of bounds on intervals, then the exact recursion."""
     last, end = len(sums.number) - 1, (learned, len(sums.frozen))
-    gaps = np.concatenate([[0], np.cumsum(np.cbrt(np.diff(values) ** 2))])  # where levels crowd: f^(1/3) dx = gap^(2/3)
-    cuts = np.searchsorted(gaps, np.linspace(0, gaps[-1], _FIRST), side="right")
+    steps = np.concatenate([[0], np.cumsum(np.cbrt(np.diff(values) ** 2))])  # levels crowd: f^(1/3) dx = step^(2/3)
+    cuts = np.searchsorted(steps, np.linspace(0, steps[-1], _FIRST), side="right")
     edges = np.unique(np.concatenate([[0], cuts, [last + 1]]))
     states = [(i, j) for i in range(end[0] + 1) for j in range(end[1] + 1)]
     where = dict.fromkeys(states, (edges[:-1], edges[1:] - 1))

@@ -133,7 +133,7 @@ def _partition(
     fixed: Float[Array, "*stat 1 j"] | None,
 ) -> Float[Array, "*stat 1 k"]:
     """The best levels whose cells are runs of bins, in units of u; of a fine histogram's bins those are joined that lie
-    between quantiles of f^(1/3) du, where f is what a bin holds over the gap before it, or else are empty."""
+    between quantiles of f^(1/3) du, where f is what a bin holds over the step before it, or else are empty."""
     bins, blocks = mass.shape[-1], math.prod(mass.shape[:-1])
     runs = min(_few_runs(k, size, blocks), max(k, size))
     u = _stretch(_middles(bins).astype(reach.dtype), reach)
@@ -158,8 +158,8 @@ def _partition(
 def _dense_runs(mass: Float[Array, "*stat bins"], u: Float[Array, "*stat bins"], runs: int) -> Array:
     """The run of every bin, between quantiles of f^(1/3) du."""
     last = lax.cummax(jnp.where(mass > 0, u, u[..., :1]), axis=u.ndim - 1)
-    gap = u - jnp.concatenate([u[..., :1], last[..., :-1]], -1)
-    upto = jnp.cumsum(jnp.cbrt(mass * gap**2), -1)
+    step = u - jnp.concatenate([u[..., :1], last[..., :-1]], -1)
+    upto = jnp.cumsum(jnp.cbrt(mass * step**2), -1)
     end = upto[..., -1:]
     return jnp.minimum(upto * ((runs - 1) / jnp.where(end > 0, end, 1)), runs - 1).astype(jnp.int32)
 
@@ -188,11 +188,11 @@ def explore(points: Cut, centres: Centres, passes: int) -> Centres:
 def _losses(centres: Centres, count: Array) -> Array:
     """How much the squared error would rise without a level, its numbers going to one neighbour and its mean."""
     levels, n = centres.levels, jnp.where(centres.free, count, jnp.inf)  # a frozen level does not give way
-    gap = (levels[..., 1:] - levels[..., :-1]) ** 2
+    away = (levels[..., 1:] - levels[..., :-1]) ** 2
     left, right = n[..., :-1], n[..., 1:]
     weight = 1 / (1 / jnp.where(left > 0, left, 0.5) + 1 / jnp.where(right > 0, right, 0.5))
     none = jnp.full_like(levels[..., :1], jnp.inf)
-    pair = jnp.concatenate([none, gap * weight, none], -1)
+    pair = jnp.concatenate([none, away * weight, none], -1)
     loss = jnp.where(count > 0, jnp.minimum(pair[..., 1:], pair[..., :-1]), 0)
     return jnp.where(centres.free, loss, jnp.inf)
 

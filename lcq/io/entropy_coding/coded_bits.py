@@ -11,7 +11,7 @@ from lcq.forms.base import Form, is_form
 from lcq.io.entropy_coding import rans
 
 
-class Rate(NamedTuple):
+class CodedBits(NamedTuple):
     """Bits of a leaf; in both, what is no code counts as it is.
 
     Attributes:
@@ -23,34 +23,34 @@ class Rate(NamedTuple):
     entropy: float
     coded: int
 
-    def __add__(self, other: Any) -> "Rate":
-        return Rate(self.entropy + other.entropy, self.coded + other.coded)
+    def __add__(self, other: Any) -> "CodedBits":
+        return CodedBits(self.entropy + other.entropy, self.coded + other.coded)
 
 
-def rate(leaf: PyTree) -> Rate:
-    """The rate of a form or an array; of what a joint task shares, all.
+def coded_bits(leaf: PyTree) -> CodedBits:
+    """Bits of a form or an array; of what a joint task shares, all.
 
     Example:
         >>> import lcq, numpy as np
         >>> form = lcq.KMeans(2).project(np.repeat(np.array([0, 0, 0, 1], np.float32), 1000))
-        >>> form.bits, round(rate(form).entropy), rate(form).coded < 3500
+        >>> form.bits, round(coded_bits(form).entropy), coded_bits(form).coded < 3500
         (4064, 3309, True)
     """
     if isinstance(leaf, tuple):
-        return sum(map(rate, leaf), Rate(0.0, 0))
+        return sum(map(coded_bits, leaf), CodedBits(0.0, 0))
     if not is_form(leaf):
         array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)  # a key is no numpy array
         bits = 0 if leaf is None else 8 * array.size * array.dtype.itemsize
-        return Rate(bits, bits)
+        return CodedBits(bits, bits)
     form = leaf.pack()
-    total = Rate(0.0, 0)
+    total = CodedBits(0.0, 0)
     for name, value in _fields(form).items():
         levels, count = form.alphabets.get(name, (1, 0))
         if levels == 1:
-            total += rate(value)
+            total += coded_bits(value)
             continue
         codes = bitpack.unpack_host(jax.device_get(value), bitpack.width(levels), count)
-        total += Rate(count * rans.entropy(codes, levels), 8 * len(rans.encode(codes, levels)))
+        total += CodedBits(count * rans.entropy(codes, levels), 8 * len(rans.encode(codes, levels)))
     return total
 
 
