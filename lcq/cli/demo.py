@@ -25,14 +25,14 @@ class Recipe(NamedTuple):
     """How the demo trains.
 
     Attributes:
-        updates: of the float net.
-        l_steps: per LC run, of `every` updates.
-        every: updates per L step.
-        mu: the first penalty weight; the next are `factor` times the last.
-        factor: see `mu`.
-        learning_rate: of the L steps.
-        bits: per weight, one LC run each; b bits are 2^b levels.
-        widths: of the net's layers.
+        updates: How many updates the float net is trained for.
+        l_steps: How many L steps an LC run has.
+        every: How many updates an L step has.
+        mu: The first penalty weight; the next are `factor` times the last.
+        factor: What the penalty weight is multiplied by from one L step to the next.
+        learning_rate: The learning rate of the L steps.
+        bits: The bits per weight, one LC run each; b bits are 2^b levels.
+        widths: How wide the net's layers are.
     """
 
     updates: int

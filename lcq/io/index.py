@@ -69,18 +69,18 @@ class Contents(NamedTuple):
     """What a file says it holds; nothing of it is in memory yet but this.
 
     Attributes:
-        version: of the format.
-        records: of the leaves.
-        plan: its text, if there is one.
-        metadata: strings by name.
-        structs: shapes and dtypes of the streams, by name.
-        sizes: bytes that each takes in the file.
-        codecs: names of those that the streams are coded by.
-        decoding: bytes of memory that decoding a stream takes beside it, by name.
-        bytes: of memory for all streams, and for decoding the longest.
-        shards: bytes of the files that hold the streams of a set, by name; none of a single file.
-        on_disk: bytes of all files.
-        read: gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
+        version: The version of the format.
+        records: The records of the leaves.
+        plan: The text of the plan, if there is one.
+        metadata: Strings by name.
+        structs: The shapes and dtypes of the streams, by name.
+        sizes: How many bytes each takes in the file.
+        codecs: The names of the codecs that the streams are coded by.
+        decoding: How many bytes of memory decoding a stream takes beside it, by name.
+        bytes: How many bytes of memory all streams take, and decoding the longest.
+        shards: How many bytes the files that hold the streams of a set have, by name; none of a single file.
+        on_disk: How many bytes all files have.
+        read: Gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
     """
 
     version: str

@@ -23,10 +23,10 @@ class Signs:
     """A matrix of signs as one platform reads it. Made by `signs`.
 
     Attributes:
-        words: tiles of `xnor_xla` for "xla", else words that run down the columns.
-        size: rows of the matrix, K.
-        count: its columns.
-        platform: the platform.
+        words: The bits: tiles of `xnor_xla` for "xla", else words that run down the columns.
+        size: The rows of the matrix, K.
+        count: The columns of the matrix, n.
+        platform: The platform that the words are laid out for.
     """
 
     words: Any

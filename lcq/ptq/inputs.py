@@ -29,17 +29,17 @@ class Inputs(NamedTuple):
     """A product's rounding on the inputs of all uses and batches, vmapped over groups, by the literal recursion.
 
     Attributes:
-        x: in the original net, [G, M, N].
-        y: in the quantized one.
-        rows: which of them count, [G, M].
-        fold: of each row, [M], in 0..folds - 1.
-        folds: how many.
-        method: GPFQ.
-        w: the weights [G, N, n].
-        centred: whether the mean is taken off, of x and y once settled.
-        shares: p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
-        means: of x and of y, once settled.
-        raw: x and y as they were, once settled, if the correction leaves out what is noise.
+        x: The inputs in the original net, [G, M, N].
+        y: The inputs in the quantized net, [G, M, N].
+        rows: Which rows count, [G, M].
+        fold: The fold of each row, [M], in 0..folds - 1.
+        folds: The number of folds.
+        method: The method, which is GPFQ.
+        w: The weights, [G, N, n].
+        centred: Whether the mean is taken off, which x and y show once settled.
+        shares: The shares p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
+        means: The means of x and of y, once settled.
+        raw: The inputs x and y as they were, once settled, if the correction leaves out what is noise.
     """
 
     x: Array

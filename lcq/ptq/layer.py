@@ -43,16 +43,17 @@ class Rounded(NamedTuple):
     """The outcome at one product.
 
     Attributes:
-        form: codes [G, N, n], and a codebook for every group.
-        correction: [G, n], what the bias is to take up; None if not centred.
-        recursion: blocked or follow.
-        factor: of the scheme's scale, the median of its size over neurons.
-        dead: inputs that are always zero.
-        rows: that counted, of the group with the most.
-        silent: groups all of whose inputs are, or do not vary where a bias takes their mean: their scale is as it was.
-        shrink: how much smaller what is between two inputs was made, the median over groups.
-        held_out: ||X w - Y q||^2 / ||X w||^2 on rows that did not choose; None if it was not measured.
-        damping: what the method damped H by, at most, in units of the mean of its diagonal; 0 if it does not.
+        form: The codes [G, N, n], with a codebook for every group.
+        correction: What the bias is to take up, [G, n]; None if not centred.
+        recursion: Which of the two was run: "blocked" or "follow".
+        factor: What the scheme's scale was multiplied by, the median of its size over neurons.
+        dead: How many inputs are always zero.
+        rows: How many rows counted, in the group with the most.
+        silent: The numbers of the groups without an input that is not zero, or that varies where a bias takes their
+            mean; they keep their scale.
+        shrink: How much smaller what is between two inputs was made, the median over groups.
+        held_out: The error ||X w - Y q||^2 / ||X w||^2 on rows that did not choose; None if it was not measured.
+        damping: The most that the method damped H by, in units of the mean of its diagonal; 0 if it does not.
     """
 
     form: Codes

@@ -27,8 +27,8 @@ class Assembly:
     time; what was put is kept until `forget`. So a byte a weight is held, or two of more than 256 levels.
 
     Attributes:
-        shape: of the leaf.
-        dtype: of the leaf.
+        shape: The shape of the leaf.
+        dtype: The dtype of the leaf.
     """
 
     def __init__(self, leaf: Any) -> None:

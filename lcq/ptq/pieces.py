@@ -17,13 +17,13 @@ class Piece(NamedTuple):
     """Equations between two products.
 
     Attributes:
-        function: of `ins`, compiled.
-        ins: variables it needs.
-        outs: variables it makes that something later needs.
-        operands: of the product after it, by their names in `Operand`.
-        result: the result of that product.
-        spent: variables, of those there are, that neither that product nor anything later needs.
-        dead: those that nothing needs after that product.
+        function: The equations as a compiled function of `ins`.
+        ins: The variables that it needs.
+        outs: Those it makes that something later needs.
+        operands: The operands of the product after it, by their names in `Operand`.
+        result: The result of that product.
+        spent: The variables, of those there are, that neither that product nor anything later needs.
+        dead: Those that nothing needs after that product.
     """
 
     function: Callable[..., list[Content]]

@@ -18,9 +18,9 @@ class Group:
     """Products that are visited together.
 
     Attributes:
-        units: numbers of the units, by their first use; none for a product of weights that are rounded before.
-        products: for each program the numbers of its products, as the function has them.
-        again: whether some depend on others of the group, so that it is run once for each unit.
+        units: The numbers of the units, by their first use; none for a product of weights that are rounded before.
+        products: The numbers of the products of each program, as the function has them.
+        again: Whether some depend on others of the group, so that it is run once for each unit.
     """
 
     units: tuple[int, ...]

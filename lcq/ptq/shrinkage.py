@@ -60,8 +60,8 @@ class Folds(NamedTuple):
     """Sums over each of K parts of the rows, of one group.
 
     Attributes:
-        moments: with a leading axis [K], all shifted alike, see `aligned`.
-        differences: sum of ((X - Y) w)^2 in each, [K, n].
+        moments: The sums of each fold, with a leading axis [K], all shifted alike, see `aligned`.
+        differences: The sum of ((X - Y) w)^2 in each fold, [K, n].
     """
 
     moments: Moments

@@ -29,7 +29,7 @@ class Sums(NamedTuple):
         centred: Whether the mean is taken off.
         statistics: Those of all rows, shrunk, once settled.
         prepared: What the method makes of them.
-        shares: p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
+        shares: The shares p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
         careful: Whether the correction leaves out what is noise.
     """
 

@@ -35,9 +35,9 @@ class Use(NamedTuple):
     """A product that the walk has reached.
 
     Attributes:
-        product: which.
-        batches: numbers of the batches whose shapes have this product.
-        inputs: for each of them what is multiplied in the original net and in the other; the same object while equal.
+        product: The product that the walk has reached.
+        batches: The numbers of the batches whose shapes have this product.
+        inputs: What each of them multiplies, in the original net and in the other; the same object while equal.
     """
 
     product: Product
@@ -59,9 +59,10 @@ class Visit:
     """Weights that the walk has reached.
 
     Attributes:
-        unit: which; None for a product whose weights have been replaced before, or may not be.
-        uses: products of the weights; the first of them has their layout.
-        results: of each use for each batch the results of both nets; None before `finish`, and for a group.
+        unit: The weights that are rounded together; None for a product whose weights have been replaced before, or may
+            not be.
+        uses: The products of the weights; the first of them has their layout.
+        results: The results of each use for each batch, in both nets; None before `finish`, and for a group.
         is_followed: whether the next visit may have the same inputs.
     """
 

@@ -47,9 +47,9 @@ class TracedForm:
     """A value that is a form, moved.
 
     Attributes:
-        form: as it was before the steps of `provenance`.
-        provenance: how it got here.
-        wide: the value's dtype if it is not the form's own; never narrower than that, so nothing is rounded twice.
+        form: The form as it was before the steps of `provenance`.
+        provenance: The steps by which it got here.
+        wide: The value's dtype if it is not the form's own; never narrower than that, so nothing is rounded twice.
     """
 
     form: Form
@@ -107,8 +107,8 @@ class Pieces:
     """A concatenation of values, forms among them.
 
     Attributes:
-        parts: forms and arrays.
-        joint: how they are joined.
+        parts: The forms and arrays that are joined.
+        joint: How they are joined.
     """
 
     parts: tuple[Any, ...]

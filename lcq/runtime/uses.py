@@ -37,13 +37,13 @@ class Use(NamedTuple):
     """One use of a form.
 
     Attributes:
-        path: of the form.
-        how: "product" through the door of the kernels; "decoded", the kernel of a convolution, or of a product in a
-            loop, before that; "rows" of a lookup, decoded; "dense".
-        shape: (G, M, K, n) of a product, see `lcq.tracing.im2col`; of the array that is made.
-        source: file and line.
-        kind: of a product: "dot", "conv", or "ragged dot", one for each of G experts with the rows that are its own,
-            M in all.
+        path: The path of the form.
+        how: What became of it: "product" through the door of the kernels; "decoded", the kernel of a convolution, or of
+            a product in a loop, before that; "rows" of a lookup, decoded; "dense".
+        shape: The shape (G, M, K, n) of a product, see `lcq.tracing.im2col`, or that of the array that is made.
+        source: The file and line of the use.
+        kind: The kind of a product: "dot", "conv", or "ragged dot", one for each of G experts with the rows that are
+            its own, M in all.
     """
 
     path: str

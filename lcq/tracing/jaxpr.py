@@ -133,9 +133,9 @@ class Scan(NamedTuple):
     """The parts of a scan: its inputs are constants, carries, and what is taken slice by slice.
 
     Attributes:
-        body: a jaxpr.
-        fixed: number of constants.
-        carries: number of carries.
+        body: The jaxpr of one step.
+        fixed: The number of constants.
+        carries: The number of carries.
     """
 
     body: Body

@@ -28,8 +28,8 @@ class Joint(NamedTuple):
     """How an array is a concatenation.
 
     Attributes:
-        axis: along which.
-        lengths: of the pieces on that axis.
+        axis: The axis along which the pieces are joined.
+        lengths: The lengths of the pieces on that axis.
     """
 
     axis: int
@@ -40,8 +40,8 @@ class Moved(NamedTuple):
     """An output after a change of layout.
 
     Attributes:
-        axis: along which its pieces are joined.
-        pieces: numbers of the pieces they come from, and how: array -> array.
+        axis: The axis along which its pieces are joined.
+        pieces: The numbers of the pieces they come from, and how: array -> array.
     """
 
     axis: int

@@ -17,16 +17,16 @@ class Value:
     """What is known of a variable while the equations are run again.
 
     Attributes:
-        array: its tracer, or a constant.
-        data: whether it follows from the batch.
-        param: whether it follows from a parameter.
-        site: set while it is nothing but a parameter, moved.
-        result: set while it is nothing but a product's result, moved.
-        mask: which of its positions count, see `lcq.tracing.positions`; None for all.
-        lost: the equation behind which that is not known, so that all of them count; "" if it is known.
-        pieces: set while it is a concatenation, moved, of values of which some are followed.
-        axis: along which these are joined.
-        reads: equations that use it.
+        array: The value's tracer, or a constant.
+        data: Whether it follows from the batch.
+        param: Whether it follows from a parameter.
+        site: Where a parameter is, while the value is nothing but that, moved.
+        result: Which product's result it is, while it is nothing but that, moved.
+        mask: Which of its positions count, see `lcq.tracing.positions`; None for all.
+        lost: The equation behind which that is not known, so that all of them count; "" if it is known.
+        pieces: What was concatenated, while the value is nothing but that, moved, and some of it is followed.
+        axis: The axis along which these are joined.
+        reads: The equations that use it.
     """
 
     array: Content
