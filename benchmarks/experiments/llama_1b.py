@@ -9,7 +9,7 @@ random tokens; embedding, head and norms stay. A run keeps its outcomes in FOLDE
 when it is called again, and `--kill N` ends it by a signal after N products. Rows are one for each call, with the
 seconds and the largest resident memory of that process; `digest` is of the file that `lcq.save` writes.
 
-`--small` takes 2 layers of width 128.
+`--small` takes 2 layers of width 128, `--layers N` the first N.
 """
 
 import argparse
@@ -22,68 +22,45 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 import lcq
 from benchmarks.harness.record import record, stored
-from lcq.examples.transformers import rope
+from lcq.examples.llama import logits
+from lcq.examples.llama_names import Config
 
 SHAPES = {"layers": 22, "width": 2048, "hidden": 5632, "heads": 32, "kv": 4, "words": 32_000, "rows": 16, "tokens": 512}
 SMALL = {"layers": 2, "width": 128, "hidden": 352, "heads": 8, "kv": 2, "words": 512, "rows": 8, "tokens": 32}
 ROWS_A_BATCH = 2
 METHOD = lcq.GPTQ(search=False, shrink=0.0)
-RULES = [lcq.Rule("embedding|head|(.*_)?norm", None), lcq.Rule("w.", lcq.Uniform(4, per=32))]
+RULES = [lcq.Rule("layers/w.", lcq.Uniform(4, per=32))]
 
 
 def kernels(size: dict[str, int]) -> dict[str, tuple[int, int]]:
     d, h, kv = size["width"], size["hidden"], size["width"] * size["kv"] // size["heads"]
-    return {"wq": (d, d), "wk": (d, kv), "wv": (d, kv), "wo": (d, d), "w1": (d, h), "w3": (d, h), "w2": (h, d)}
+    each = {"wq": (d, d), "wk": (d, kv), "wv": (d, kv), "wo": (d, d), "w1": (d, h), "w3": (d, h), "w2": (h, d)}
+    return {f"layers/{name}": shape for name, shape in each.items()}
 
 
 def make(folder: Path, size: dict[str, int]) -> None:
-    """A file for each leaf, and their index."""
+    """A file for each leaf, and their index; norms in float32, so that activations are."""
     folder.mkdir(parents=True, exist_ok=True)
     layers, d = size["layers"], size["width"]
     shapes: dict[str, tuple[int, ...]] = {name: (layers, *shape) for name, shape in kernels(size).items()}
-    shapes |= {"attention_norm": (layers, d), "ffn_norm": (layers, d), "norm": (d,)}
-    shapes |= {"embedding": (size["words"], d), "head": (d, size["words"])}
+    shapes |= {"layers/attention_norm": (layers, d), "layers/ffn_norm": (layers, d), "norm": (d,)}
+    shapes |= {"tok_embeddings": (size["words"], d), "output": (d, size["words"])}
     where = {}
     for number, (name, shape) in enumerate(shapes.items()):
         rng = np.random.default_rng(number)
-        leaf = np.ones(shape, jnp.bfloat16)
+        leaf = np.ones(shape, np.float32 if name.endswith("norm") else jnp.bfloat16)
         for i in range(shape[0]) if name in kernels(size) else ():
             leaf[i] = rng.normal(size=shape[1:], scale=shape[1] ** -0.5).astype(np.float32)
-        if name in ("embedding", "head"):
-            leaf[...] = rng.normal(size=shape, scale=1 if name == "embedding" else d**-0.5).astype(np.float32)
+        for i in range(shape[0]) if name in ("tok_embeddings", "output") else ():
+            leaf[i] = rng.normal(size=shape[1:], scale=d**-0.5 if name == "output" else 1).astype(np.float32)
         where[name] = f"model-{number:02}.safetensors"
         lcq.io.write(folder / where[name], {name: leaf})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-
-
-def decoder(params: dict[str, Any], tokens: Int[Array, "n t"], heads: int) -> Float[Array, "n t vocab"]:
-    """Logits in float32, by a scan over the layers."""
-    causal = jnp.tri(tokens.shape[1], dtype=bool)
-
-    def norm(x: Array, scale: Array) -> Array:
-        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * scale
-
-    def layer(x: Array, p: dict[str, Array]) -> tuple[Array, None]:
-        y = norm(x, p["attention_norm"])
-        width = p["wq"].shape[1] // heads
-        q, k, v = ((y @ p[name]).reshape(*y.shape[:2], -1, width) for name in ("wq", "wk", "wv"))
-        k, v = (jnp.repeat(a, heads // k.shape[2], axis=2) for a in (rope(k), v))
-        scores = jnp.einsum("nqhd,nkhd->nhqk", rope(q), k) / width**0.5
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
-        x = x + jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(*x.shape[:2], -1) @ p["wo"]
-        y = norm(x, p["ffn_norm"])
-        return x + (jax.nn.silu(y @ p["w1"]) * (y @ p["w3"])) @ p["w2"], None
-
-    stacked = {name: leaf for name, leaf in params.items() if name not in ("embedding", "head", "norm")}
-    x = jnp.take(params["embedding"], tokens, axis=0).astype(jnp.float32)
-    return norm(jax.lax.scan(layer, x, stacked)[0], params["norm"]) @ params["head"]
 
 
 def run(folder: Path, size: dict[str, int], kill: int, state: Path) -> dict[str, Any]:
@@ -92,7 +69,8 @@ def run(folder: Path, size: dict[str, int], kill: int, state: Path) -> dict[str,
     tokens = np.random.default_rng(0).integers(size["words"], size=(size["rows"], size["tokens"]))
     batches = list(tokens.reshape(-1, ROWS_A_BATCH, size["tokens"]).astype(np.int32))
     params = lcq.io.read(folder / "model.safetensors.index.json", lazy=True)
-    weights = sum(leaf.size for leaf in params.values())
+    leaves = lcq.tree.flatten(params)[0]
+    config = Config(size["heads"])
 
     def progress(number: int, many: int, record: Any) -> None:
         what = f"{record.seconds:.1f} s, error {record.error:.2e}, {peak():.2f} GB"
@@ -101,20 +79,21 @@ def run(folder: Path, size: dict[str, int], kill: int, state: Path) -> dict[str,
             os.kill(os.getpid(), signal.SIGKILL)
 
     done = lcq.quantize(
-        lambda p, t: decoder(p, t, size["heads"]), params, batches, RULES, METHOD, resume=state, progress=progress
+        lambda p, t: logits(p, t, config), params, batches, RULES, METHOD, resume=state, progress=progress
     )
-    quantized = time.perf_counter() - start
-    rounded = sum(leaf.size for name, leaf in params.items() if name in kernels(size))
+    quantized, cpu = time.perf_counter() - start, time.process_time()
+    rounded = sum(leaf.size for name, leaf in leaves.items() if name in kernels(size))
     lcq.save(folder / "net.lcq", done.forms, coded=False)
     return {
         **size,
-        "weights": weights,
+        "weights": sum(leaf.size for leaf in leaves.values()),
         "rounded_weights": rounded,
         "rows_a_batch": ROWS_A_BATCH,
         "method": str(METHOD),
         "products": len(done.records),
         "products_there_before": there,
         "seconds": quantized,
+        "cpu_seconds": cpu,
         "seconds_of_products": sum(record.seconds for record in done.records),
         "largest_resident_gb": peak(),
         "largest_error": max(record.error for record in done.records),
@@ -132,10 +111,12 @@ def main() -> None:
     parser.add_argument("what", choices=["make", "run"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--kill", type=int, default=0, help="after so many products")
     parser.add_argument("--state", default="run", help="name of the folder of outcomes, in FOLDER")
     given = parser.parse_args()
     size = SMALL if given.small else SHAPES
+    size = size | {"layers": given.layers or size["layers"]}
     if given.what == "make":
         make(given.folder, size)
         return

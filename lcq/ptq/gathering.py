@@ -84,7 +84,7 @@ def _summed(uses: Sequence[Use], w: Array | None) -> Any:
         alike = w is None and all(operand.counts is None for pair in use.inputs for operand in pair)
         key = Structure(use.product.reading if alike else use.product.structure, use.product)
         parts = use.product.parts(_ROWS) if alone else 1
-        add = _gather(key, parts, fold_count(use.product.shape[2]))
+        add = _gather(key, parts, fold_count(use.product.shape[2]), alone)
         for x, y in use.inputs:
             sums = add(y, None if same else x, w, sums, number)
             number += parts
@@ -119,7 +119,7 @@ class LastMoments:
         self._uses, self._moments = [], None
 
 
-_aligned = jax.jit(jax.vmap(aligned))
+_aligned = jax.jit(jax.vmap(aligned), donate_argnums=0)
 
 
 def _have_same_inputs(one: Sequence[Use], two: Sequence[Use]) -> bool:
@@ -214,11 +214,12 @@ def _members(product: Product, y: Operand, x: Operand | None) -> tuple[Array, Ar
 
 
 @functools.lru_cache(maxsize=256)
-def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
+def _gather(key: Structure, parts: int, folds: int, alone: bool) -> Callable[..., Any]:
     """Adds one batch of a product's inputs to the sums of its folds, compiled once for all products of this kind.
 
     A convolution's inputs become matrices part by part, which stay in the cache and need less memory; the experts of a
-    ragged product take their rows one after another.
+    ragged product take their rows one after another. On several devices, which have rows of several folds each, the
+    folds are summed together: rows stay where they are, and the sums cross.
     """
     product: Product = key.thing
 
@@ -238,7 +239,7 @@ def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
 
     def add_part(sums: Any, number: Any, part: Any, w: Any) -> Any:
         y, x, counts = part
-        one = functools.partial(_add, number=number, folds=folds)
+        one = functools.partial(_add, number=number, folds=folds, alone=alone)
         return jax.vmap(one)(product.inputs(y), None if x is None else product.inputs(x), counts, w, sums)
 
     def sums(y: Operand, x: Operand | None, w: Any, before: Any, number: Any) -> Any:
@@ -259,7 +260,7 @@ def _gather(key: Structure, parts: int, folds: int) -> Callable[..., Any]:
 
         return jax.lax.scan(step, (before, number), (*cut, counts))[0][0]
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnames="before")  # or there would be twice the sums
     def add(y: Any, x: Any, w: Any, before: Any, number: Any) -> Any:
         spread = explicit_sharding(y.x)
         if spread is None:
@@ -287,7 +288,15 @@ def _nothing(product: Product, y: Operand, w: Array | None, folds: int, drift: b
 
 
 def _add(
-    y: Array, x: Array | None, rows: Array | None, w: Any, sums: Any, number: Any, folds: int, ragged: bool = False
+    y: Array,
+    x: Array | None,
+    rows: Array | None,
+    w: Any,
+    sums: Any,
+    number: Any,
+    folds: int,
+    ragged: bool = False,
+    alone: bool = True,
 ) -> Any:
     """Adds the rows of one group to the sums of its folds [K, ...]: moments, or differences where there are weights."""
     each = len(y) // folds
@@ -307,7 +316,8 @@ def _add(
         places, rows = _by_rank(rows, folds, number)
         return jax.lax.map(lambda part: fold(*part), (sums, y[places], None if x is None else x[places], rows))
     if each:
-        sums = jax.lax.map(lambda part: fold(*part), (sums, cut(y), cut(x), cut(rows)))
+        whole = (sums, cut(y), cut(x), cut(rows))
+        sums = jax.lax.map(lambda part: fold(*part), whole) if alone else jax.vmap(fold)(*whole)
     if len(y) > each * folds:
         k = number % folds
         here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, keepdims=False), sums)

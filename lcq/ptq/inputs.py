@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lcq.forms import Codes
 from lcq.ptq import shrinkage
-from lcq.ptq.gathering import LastMoments, fold_count, matrices
+from lcq.ptq.gathering import fold_count, matrices
 from lcq.ptq.rounding.base import Rounding, correction
 from lcq.ptq.rounding.codebook import every_scaled
 from lcq.ptq.rounding.gpfq import GPFQ
@@ -61,12 +61,7 @@ class Inputs(NamedTuple):
         method: Rounding,
         w: Float[Array, "G N n"],
         centred: bool,
-        *,
-        last: LastMoments | None = None,
-        judged: bool = True,
     ) -> "Inputs":
-        """The inputs of a product, as they are: what sums could share, and leave out, does not count."""
-        del last, judged
         assert isinstance(method, GPFQ)
         folds = fold_count(w.shape[1])
         x, y, rows, fold = matrices(uses, folds)

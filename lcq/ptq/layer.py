@@ -17,6 +17,7 @@ from lcq.forms.dtypes import own_promotion
 from lcq.ptq import shrinkage
 from lcq.ptq.gathering import LastMoments
 from lcq.ptq.inputs import Inputs
+from lcq.ptq.neurons import apart, mesh_of, on
 from lcq.ptq.rounding.base import Rounding
 from lcq.ptq.rounding.codebook import block_count, every_scaled
 from lcq.ptq.rounding.gpfq import GPFQ
@@ -24,6 +25,7 @@ from lcq.ptq.rounding.sequential import alive, cheaper
 from lcq.ptq.sums import Sums
 from lcq.ptq.two_stream import Use
 from lcq.schemes.levels import mirrored
+from lcq.tracing.contraction import Product
 from lcq.tree.rules import Rule, Task
 
 _COARSE = np.float32(1.15) ** np.arange(-4, 5, dtype=np.float32)
@@ -96,28 +98,49 @@ def round_product(
     form, tied = _codebook(product.path, w, rule)
     search = method.search and not (form.scale is None and form.levels is None)
     recursion = _recursion(uses, method, sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1)
-    key = method.random_key(product.number)
     alike = dataclasses.replace(method, search=True, shrink=None)  # what programs do not depend on
-    kind: type[Inputs] | type[Sums] = Inputs if recursion == "follow" else Sums
-    problem: Inputs | Sums = kind.of(uses, alike, w, centred, last=last, judged=method.shrink is None)
-    if not problem.finite:
+    mesh = None
+    if recursion == "follow":
+        problem: Inputs | Sums = Inputs.of(uses, alike, w, centred)
+    else:
+        problem = sums = Sums.of(uses, alike, w, centred, last=last, judged=method.shrink is None)
+        mesh = mesh_of([use.inputs for use in uses], w)
+        if mesh is not None:
+            problem, form = apart(sums, form, mesh)
+    with on(mesh):
+        rounded = _rounded(
+            problem, form, tied, method if search else dataclasses.replace(method, search=False), product
+        )
+    if rounded is None:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(
             f"{product.path}: expected finite inputs, got NaN or infinite activations {where} at {product.source}; "
             "look at the batches, or at the weights before"
         )
+    if mesh is not None:  # the programs of the net may be of another one
+        shift = None if rounded.correction is None else jnp.asarray(jax.device_get(rounded.correction))
+        rounded = rounded._replace(form=jax.device_get(rounded.form), correction=shift)
+    return rounded._replace(recursion=recursion)
+
+
+def _rounded(problem: Any, form: Codes, tied: tuple[int, ...], method: Rounding, product: Product) -> Rounded | None:
+    """The outcome; None if the inputs are not finite."""
+    if not problem.finite:
+        return None
+    key = method.random_key(product.number)
     problem, held_out = _settled(problem, form, method.shrink, key)
-    factor, columns = jnp.ones((1, 1)), 1 if tied else w.shape[2]
-    for sets in (_coarse(form), (_FINE,)) if search else ():
+    groups, _, neurons = problem.w.shape
+    factor, columns = jnp.ones((1, 1)), 1 if tied else neurons
+    for sets in (_coarse(form), (_FINE,)) if method.search else ():
         losses = []
         for factors in sets:
             tried = jnp.asarray(factors)[:, None, None] * factor
-            tried = jnp.broadcast_to(tried, (len(factors), w.shape[0], columns))
+            tried = jnp.broadcast_to(tried, (len(factors), groups, columns))
             losses.append(problem.losses(form, tried, key).sum(tied, keepdims=True))
         factor = factor * jnp.concatenate(sets)[_best(jnp.concatenate(losses))]
     lives = jax.vmap(alive)(problem.squares)
-    if search:
-        wider = every_scaled(form, jnp.broadcast_to(factor, (w.shape[0], columns)))
+    if method.search:
+        wider = every_scaled(form, jnp.broadcast_to(factor, (groups, columns)))
         form = _where_data(lives, wider, form)
     form, damping = problem.codes(form, key)
     if not np.isfinite(damping):
@@ -125,12 +148,12 @@ def round_product(
             f"{product.path}: expected H + delta I with a root at {product.source}, got none with {method}: "
             "raise damping=, or max_damping= up to which it may grow by itself"
         )
-    shift = problem.correction(form) if centred else None
+    shift = problem.correction(form) if problem.centred else None
     silent = tuple(np.flatnonzero(~np.asarray(lives.any(1))).tolist())
     share = float(np.median(problem.shares[:, 0]))
     median, dead = float(np.median(np.abs(factor))), int((~lives).sum())
     rows = int(problem.counts.max())
-    return Rounded(form, shift, recursion, median, dead, rows, silent, share, held_out, damping)
+    return Rounded(form, shift, "", median, dead, rows, silent, share, held_out, damping)
 
 
 def _recursion(uses: Sequence[Use], method: Rounding, runs: int) -> str:

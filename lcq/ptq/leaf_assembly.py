@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from lcq.forms import Codes
+from lcq.forms.meshes import divides
 from lcq.ptq.block_numbers import BlockNumbers
 from lcq.tracing.contraction import Product, slice_of
 
@@ -95,8 +97,10 @@ class Assembly:
             if array is not None:
                 many = array.shape[-1] if name == "levels" else 1
                 part, numbers = numbers[..., :many], numbers[..., many:]
-                fields[name] = jax.numpy.asarray((part if name == "levels" else part[..., 0]).astype(array.dtype))
-        return Codes(jax.numpy.asarray(self._codes), **fields, values=last.values, dtype=str(self.dtype))
+                fields[name] = (part if name == "levels" else part[..., 0]).astype(array.dtype)
+        fields["codes"] = self._codes
+        lies: dict[str, Any] = {name: lies_as(a, self._leaf) for name, a in fields.items()}
+        return Codes(**lies, values=last.values, dtype=str(self.dtype))
 
     def _write(self, part: np.ndarray, depth: int, put: _Put) -> None:
         """Writes the weights of a product into leaf[index[:depth]]."""
@@ -111,6 +115,18 @@ class Assembly:
 def placed(values: Any, like: PyTree) -> jax.Array:
     """The values on the devices of `like`, and committed to them only if it is, or programs would be compiled twice."""
     return jax.device_put(values, like.sharding if isinstance(like, jax.Array) and like.committed else None)
+
+
+def lies_as(array: np.ndarray, leaf: Any) -> Array:
+    """What belongs to a leaf where the leaf lies: cut along the same axes, as far as it has as many places on them."""
+    if not isinstance(leaf, jax.Array) or not leaf.committed:
+        return jax.numpy.asarray(array)
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        names = zip(array.shape, (*sharding.spec, *(None,) * array.ndim), strict=False)
+        cut = [name if n > 1 and name is not None and divides(name, n, sharding.mesh) else None for n, name in names]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*cut), memory_kind=sharding.memory_kind)
+    return jax.device_put(array, sharding)
 
 
 def _within(index: tuple[int, ...], other: tuple[int, ...]) -> bool:

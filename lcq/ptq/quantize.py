@@ -162,7 +162,8 @@ def quantize(
             `Record.lost` keeps it; then all rows count.
         bias_correction: whether biases and batch-norm means that are added to a product, and nothing else, absorb the
             change of its mean; weights are then rounded on centred statistics.
-        offload: whether activations between products are kept in the host's memory.
+        offload: whether activations between products are kept in the host's memory; those that are spread over a mesh
+            stay on it.
         resume: a folder for what has been rounded so far, made if it is not there. A run that was killed and is called
             again goes on and gives the same bytes; the products before are made again, which rounds nothing. May be
             removed afterwards.

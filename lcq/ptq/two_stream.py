@@ -118,7 +118,8 @@ def walk(
         batches: of the shapes that were traced: (batch, counts), if the trace has any.
         together: whether weights with several uses are handed over once; else product by product.
         offload: whether what lives between pieces is kept in the host's memory instead of the accelerator's: for each
-            batch two sets of activations, never more than one piece's on the device.
+            batch two sets of activations, never more than one piece's on the device. What is spread over several
+            devices stays there.
     """
     each = [programs] * len(batches) if isinstance(programs, Program) else list(programs)
     yield from _Walk(each, original, other, batches, together, offload).run()
@@ -273,7 +274,12 @@ class _Walk:
         return results, jax.device_get(sums)
 
     def keep(self, values: Sequence[Content]) -> Sequence[Any]:
-        return jax.device_get(values) if self.offload else values
+        """The values, in the host's memory if they are offloaded; what is spread over a mesh stays there."""
+        return [jax.device_get(a) if self.offload and not _is_spread(a) else a for a in values]
+
+
+def _is_spread(a: Content) -> bool:
+    return isinstance(a, jax.Array) and len(a.sharding.device_set) > 1
 
 
 def _handed(visit: Visit) -> Iterator[Visit]:
