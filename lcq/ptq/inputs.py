@@ -93,7 +93,12 @@ class Inputs(NamedTuple):
         c = jnp.asarray(tried, self.y.dtype)
         return _held(*given, self.fold, c, self.folds, self.method.act_order, self.centred)
 
-    def settled(self, shares: Any, careful: bool) -> "Inputs":
+    def ready(self) -> "Inputs":
+        """As it is: the recursion needs nothing made before."""
+        return self
+
+    def shrunk(self, shares: Any, careful: bool) -> "Inputs":
+        """With these shares, means taken off."""
         x, y, *means = jax.vmap(functools.partial(taken, centred=self.centred))(self.x, self.y, self.rows)
         raw = (self.x, self.y) if careful else None
         return self._replace(x=x, y=y, means=means, raw=raw, shares=np.asarray(shares))

@@ -100,18 +100,21 @@ def round_product(
     recursion = _recursion(uses, method, sum(map(len, (*_coarse(form), _FINE))) + 1 if search else 1)
     alike = dataclasses.replace(method, search=True, shrink=None)  # what programs do not depend on
     mesh = None
+    problem: Any
     if recursion == "follow":
-        problem: Inputs | Sums = Inputs.of(uses, alike, w, centred)
+        problem = Inputs.of(uses, alike, w, centred)
     else:
-        problem = sums = Sums.of(uses, alike, w, centred, last=last, judged=method.shrink is None)
+        problem = Sums.of(uses, alike, w, centred, last=last, judged=method.shrink is None)
         mesh = mesh_of([use.inputs for use in uses], w)
         if mesh is not None:
-            problem, form = apart(sums, form, mesh)
+            problem, form = apart(problem, form, mesh)
     with on(mesh):
-        rounded = _rounded(
-            problem, form, tied, method if search else dataclasses.replace(method, search=False), product
-        )
-    if rounded is None:
+        finite = problem.finite
+        if finite:
+            key = method.random_key(product.number)
+            problem, held_out = _settled(problem, form, method.shrink, key)  # and the sums of folds are gone
+            rounded = _rounded(problem.ready(), form, tied, method, search, product)
+    if not finite:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
         raise ValueError(
             f"{product.path}: expected finite inputs, got NaN or infinite activations {where} at {product.source}; "
@@ -120,18 +123,17 @@ def round_product(
     if mesh is not None:  # the programs of the net may be of another one
         shift = None if rounded.correction is None else jnp.asarray(jax.device_get(rounded.correction))
         rounded = rounded._replace(form=jax.device_get(rounded.form), correction=shift)
-    return rounded._replace(recursion=recursion)
+    return rounded._replace(recursion=recursion, held_out=held_out)
 
 
-def _rounded(problem: Any, form: Codes, tied: tuple[int, ...], method: Rounding, product: Product) -> Rounded | None:
-    """The outcome; None if the inputs are not finite."""
-    if not problem.finite:
-        return None
+def _rounded(
+    problem: Any, form: Codes, tied: tuple[int, ...], method: Rounding, search: bool, product: Product
+) -> Rounded:
+    """The outcome of a settled problem."""
     key = method.random_key(product.number)
-    problem, held_out = _settled(problem, form, method.shrink, key)
     groups, _, neurons = problem.w.shape
     factor, columns = jnp.ones((1, 1)), 1 if tied else neurons
-    for sets in (_coarse(form), (_FINE,)) if method.search else ():
+    for sets in (_coarse(form), (_FINE,)) if search else ():
         losses = []
         for factors in sets:
             tried = jnp.asarray(factors)[:, None, None] * factor
@@ -139,7 +141,7 @@ def _rounded(problem: Any, form: Codes, tied: tuple[int, ...], method: Rounding,
             losses.append(problem.losses(form, tried, key).sum(tied, keepdims=True))
         factor = factor * jnp.concatenate(sets)[_best(jnp.concatenate(losses))]
     lives = jax.vmap(alive)(problem.squares)
-    if method.search:
+    if search:
         wider = every_scaled(form, jnp.broadcast_to(factor, (groups, columns)))
         form = _where_data(lives, wider, form)
     form, damping = problem.codes(form, key)
@@ -153,7 +155,7 @@ def _rounded(problem: Any, form: Codes, tied: tuple[int, ...], method: Rounding,
     share = float(np.median(problem.shares[:, 0]))
     median, dead = float(np.median(np.abs(factor))), int((~lives).sum())
     rows = int(problem.counts.max())
-    return Rounded(form, shift, "", median, dead, rows, silent, share, held_out, damping)
+    return Rounded(form, shift, "", median, dead, rows, silent, share, None, damping)
 
 
 def _recursion(uses: Sequence[Use], method: Rounding, runs: int) -> str:
@@ -198,14 +200,14 @@ def _where_data(lives: Array, found: Codes, given: Codes) -> Codes:
 def _settled(problem: Any, form: Codes, shrink: float | None, key: Any) -> tuple[Any, float | None]:
     """The problem with its statistics shrunk, and the error on rows held back."""
     if shrink is not None:
-        return problem.settled(np.full((len(problem.w), 2), shrink), False), None
+        return problem.shrunk(np.full((len(problem.w), 2), shrink), False), None
     noise = np.asarray(problem.noise)
     tried = shrinkage.parts(noise)
     errors, sizes = (np.asarray(a, np.float64) for a in problem.held(form, tried, key))
     chosen = shrinkage.pick(noise, tried, errors)
     shares = np.asarray(shrinkage.shares(noise, np.asarray(tried)[chosen][:, None]), noise.dtype)
     error, size = errors[chosen, np.arange(len(problem.w))].sum(), sizes.sum()
-    return problem.settled(shares, True), (float(error / size) if size > 0 else None)
+    return problem.shrunk(shares, True), (float(error / size) if size > 0 else None)
 
 
 def _codebook(path: str, w: Array, rule: Rule) -> tuple[Codes, tuple[int, ...]]:

@@ -90,13 +90,19 @@ class Sums(NamedTuple):
         return jnp.stack(errors), _sizes(self.w, self.folds)
 
     def settled(self, shares: Any, careful: bool) -> "Sums":
+        """With these shares, ready for its method."""
+        return self.shrunk(shares, careful).ready()
+
+    def shrunk(self, shares: Any, careful: bool) -> "Sums":
+        """With these shares; the sums of folds are no longer held."""
         moments = self.folds.moments
         statistics = _shrunk(moments, jnp.asarray(shares, moments.shift.dtype), self.centred)
         means = Folds(moments._replace(gram=None, drift=None), None)
-        prepared = _prepared(self.method, self.w, statistics)
-        return self._replace(
-            folds=means, statistics=statistics, prepared=prepared, shares=np.asarray(shares), careful=careful
-        )
+        return self._replace(folds=means, statistics=statistics, shares=np.asarray(shares), careful=careful)
+
+    def ready(self) -> "Sums":
+        """With what the method makes of the statistics."""
+        return self._replace(prepared=_prepared(self.method, self.w, self.statistics))
 
     def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Array | None) -> Array:
         """||X w - Y q||^2 [F, G, n] of codes with the form's scale times each factor, one after another."""
