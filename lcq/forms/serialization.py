@@ -44,7 +44,8 @@ def register_node(
         [-1.0, 2.0, 2.0]
     """
     make = made or {}
-    arrays = tuple(f.name for f in dataclasses.fields(cls) if f.name not in static)  # type: ignore[arg-type]
+    node_type: type[Any] = cls  # a dataclass, as all nodes are
+    arrays = tuple(f.name for f in dataclasses.fields(node_type) if f.name not in static)
 
     def from_json(text: bytes) -> dict[str, Any]:
         found = {name: _tuples(value) for name, value in json.loads(text).items()}

@@ -80,7 +80,7 @@ def dry_run(
 
     def with_rule(row: Row) -> Row:
         if row.path in counted:
-            row = row._replace(blocks=f"{counted[row.path].scheme.per} inputs of a product")  # type: ignore[union-attr]
+            row = row._replace(blocks=f"{_group(counted[row.path])} inputs of a product")
         rule = decided.get(row.path)
         return row if rule is None else row._replace(rule=rule.pattern, scheme=right_side(rule))
 
@@ -110,11 +110,17 @@ def _only_for_products(decided: dict[str, Rule], leaves: Leaves) -> dict[str, Ru
     return found
 
 
+def _group(rule: Rule) -> int:
+    """How many weights share a scale by the rule of a leaf in groups."""
+    assert isinstance(rule.scheme, Quantizer) and isinstance(rule.scheme.per, int)
+    return rule.scheme.per
+
+
 def _counted(leaf: Any, rule: Rule) -> Form:
     """The form of a leaf cut into groups along no axis of its own."""
-    scheme: Any = rule.scheme
-    count = leaf.size // scheme.per
-    one = jax.eval_shape(_plain_twin(scheme).project, jax.ShapeDtypeStruct((scheme.per, 1), leaf.dtype))
+    group = _group(rule)
+    count = leaf.size // group
+    one = jax.eval_shape(_plain_twin(rule.scheme).project, jax.ShapeDtypeStruct((group, 1), leaf.dtype))
     assert isinstance(one, Codes)
     blocks = (*(1,) * (len(leaf.shape) - 1), count)
 
