@@ -98,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what an .lcq file may take in memory, streams and dense tree, such as 40G; default: 16G, or 64 times the "
         "file if that is more",
     )
+    sets = argparse.ArgumentParser(add_help=False)
+    sets.add_argument(
+        "--max-shard-bytes",
+        type=_bytes,
+        metavar="SIZE",
+        help="write several files of at most this size, such as 2G, beside OUT.lcq, which then is their index",
+    )
     rules = argparse.ArgumentParser(add_help=False)
     either = rules.add_mutually_exclusive_group(required=True)
     either.add_argument(
@@ -118,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser(
         "compress",
-        parents=[rules, force],
+        parents=[rules, force, sets],
         help="checkpoint -> .lcq",
         description="Direct compression of a checkpoint (.safetensors, .npz, .gguf, .weights.h5, a folder of "
         "safetensors shards with an index, or an orbax folder). A rule is PATTERN=SCHEME: a regular expression for the "
@@ -133,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser(
         "quantize",
-        parents=[rules, force],
+        parents=[rules, force, sets],
         help="checkpoint + unlabelled inputs -> .lcq",
         description="Quantization without labels or training: each layer is rounded so that its results on the data "
         "change least. FUNCTION(params, batch) runs the net, params being the checkpoint's arrays in nested dicts; "
@@ -301,7 +308,7 @@ def _compress(arguments: argparse.Namespace) -> None:
                 check_finite(path, leaves[path])
             forms.append(tuple(form.pack() for form in task.project(take(leaves, task))))
             advance("", 1)
-    _save(arguments.out, replace(structure, leaves, tasks, forms), params, plan, metadata)
+    _save(arguments, replace(structure, leaves, tasks, forms), params, plan, metadata)
 
 
 def _say_layout(path: Path, layout: str | None, plan: lcq.Plan) -> None:
@@ -329,10 +336,24 @@ def _import(arguments: argparse.Namespace) -> None:
     show(table(tree, on_disk=size))
 
 
-def _save(out: Path, tree: PyTree, params: Params, plan: lcq.Plan, metadata: dict[str, str], *before: Any) -> None:
+def _save(
+    arguments: argparse.Namespace,
+    tree: PyTree,
+    params: Params,
+    plan: lcq.Plan,
+    metadata: dict[str, str],
+    *before: Any,
+) -> None:
     """Writes the file, and shows what it came to, after what comes before."""
     with progress() as advance:
-        size = lcq.save(out, tree, plan=plan, metadata=metadata, progress=lambda i, n, name: advance(name, 1, n))
+        size = lcq.save(
+            arguments.out,
+            tree,
+            plan=plan,
+            metadata=metadata,
+            max_shard_bytes=arguments.max_shard_bytes,
+            progress=lambda i, n, name: advance(name, 1, n),
+        )
     with progress() as advance:
         report = table(tree, params, on_disk=size, progress=lambda i, n, name: advance(name, 1, n))
     for renderable in (*before, report):
@@ -389,4 +410,4 @@ def _quantize(arguments: argparse.Namespace) -> None:
                 progress=lambda number, total, record: advance(record.path, 1, total),
             )
     products = [products_of(done)] if done.records else []
-    _save(arguments.out, done.forms, params, lcq.Plan([*arguments.rtn, *plan]), metadata, *products)
+    _save(arguments, done.forms, params, lcq.Plan([*arguments.rtn, *plan]), metadata, *products)

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BufferedReader
 
 import jax
@@ -21,7 +22,7 @@ from lcq.forms.placement import place
 from lcq.forms.validate import named
 from lcq.io.atomic import replacing
 from lcq.io.container import Json, bytes_of, open_container
-from lcq.io.index import Contents, contents_of
+from lcq.io.index import AT_ONCE, Contents, contents_of
 from lcq.io.records import decode
 from lcq.io.saving import save
 from lcq.io.shard_files import open_shard
@@ -29,6 +30,8 @@ from lcq.io.tree_paths import Leaf, check_paths, flatten, is_empty, nest
 from lcq.tree.aliases import Forms
 
 __all__ = ["ArtifactError", "each_leaf", "load", "read_index", "read_metadata", "replacing", "save"]
+
+_LONG = 1 << 18  # bytes of a stream for which a thread pays
 
 LIMIT = 16 * 2**30
 """Bytes that any file may declare unless told otherwise: its streams, and its forms made dense."""
@@ -194,14 +197,30 @@ def _decoded(
 ) -> Iterator[Leaf]:
     """The leaves of a file, one after another; streams that several share are kept until the last of them."""
     uses = Counter(name for of_leaf in names for name in of_leaf)
-    kept: dict[str, jax.Array | np.ndarray] = {}
+    kept: dict[str, Future[jax.Array | np.ndarray]] = {}
+
+    def begin(name: str) -> Future[jax.Array | np.ndarray]:
+        """Long streams are decoded beside others; those of a device by the thread whose settings say which."""
+        if bytes_of(held.structs[name]) >= _LONG and not on_device:
+            return threads.submit(held.read, name, False)
+        done: Future[jax.Array | np.ndarray] = Future()
+        done.set_result(held.read(name, on_device))
+        return done
+
+    def stream(name: str) -> jax.Array | np.ndarray:
+        return kept[name].result()
+
     try:
-        for record, of_leaf in zip(held.records, names, strict=True):
-            kept |= {name: held.read(name, on_device) for name in of_leaf if name not in kept}
-            leaf = decode(record, kept.__getitem__)
-            uses.subtract(list(of_leaf))
-            kept = {name: array for name, array in kept.items() if uses[name]}
-            yield leaf
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            for number, record in enumerate(held.records):
+                for of_leaf in names[number : number + AT_ONCE]:
+                    kept.update({name: begin(name) for name in of_leaf if name not in kept})
+                leaf = decode(record, stream)
+                uses.subtract(list(names[number]))
+                for name in names[number]:
+                    if not uses[name]:
+                        del kept[name]
+                yield leaf
     except (ValueError, RecursionError, MemoryError) as error:
         raise ArtifactError(f"{os.fspath(path)}: {error}") from error
 

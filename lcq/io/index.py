@@ -26,8 +26,10 @@ Records are those of `records`. The plan, if there is one, is only text here. So
 checkpoint that was compressed, if it had any: {.., "metadata": {name: string, ..}}.
 """
 
+import heapq
 import itertools
 import reprlib
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +58,9 @@ from lcq.io.former import current_metadata, current_stream
 LONGEST_PLAN = 1 << 22
 """Bytes of the text of a plan, and of metadata."""
 
+AT_ONCE = 2
+"""Streams that are decoded beside each other."""
+
 SHORT = 8
 """Bytes of a digest where every byte counts."""
 
@@ -77,7 +82,7 @@ class Contents(NamedTuple):
         sizes: How many bytes each takes in the file.
         codecs: The names of the codecs that the streams are coded by.
         decoding: How many bytes of memory decoding a stream takes beside it, by name.
-        bytes: How many bytes of memory all streams take, and decoding the longest.
+        bytes: How many bytes of memory all streams take, and decoding the `AT_ONCE` longest.
         shards: How many bytes the files that hold the streams of a set have, by name; none of a single file.
         on_disk: How many bytes all files have.
         read: Gives a stream, its digest verified; of codes in host memory, or decoded on the default device.
@@ -193,7 +198,7 @@ def _coded(container: Container, size: int, limit: int, open_shard: OpenShard) -
     else:
         tensor = container.tensors["data"]
         files = [Data(container.file.name, tensor.begin, tensor.size, len(streams))]
-    entries = _entries(streams, files)
+    entries, one_reads = _entries(streams, files), threading.Lock()
 
     def read(name: str, on_device: bool) -> Array | np.ndarray:
         entry = entries[name]
@@ -202,14 +207,15 @@ def _coded(container: Container, size: int, limit: int, open_shard: OpenShard) -
             with open(entry.data.path, "rb") as file:
                 _read_into(file, entry.data.begin + entry.begin, data)
         else:
-            _read_into(container.file, entry.data.begin + entry.begin, data)
+            with one_reads:
+                _read_into(container.file, entry.data.begin + entry.begin, data)
         return _verified(name, data, entry.digest, SHORT, lambda: decode(entry.codec, data, entry.stream, on_device))
 
     structs = {name: entry.stream.struct for name, entry in entries.items()}
     sizes = {name: entry.size for name, entry in entries.items()}
     codecs = {name: entry.codec for name, entry in entries.items()}
     decoding = {name: entry.memory for name, entry in entries.items()}
-    memory = sum(map(bytes_of, structs.values())) + max(decoding.values(), default=0)
+    memory = sum(map(bytes_of, structs.values())) + sum(heapq.nlargest(AT_ONCE, decoding.values()))
     shards = {Path(file.path).name: file.begin + file.size for file in files} if is_set else {}
     on_disk = size + sum(shards.values())
     return Contents(version, records, plan, metadata, structs, sizes, codecs, decoding, memory, shards, on_disk, read)

@@ -80,6 +80,24 @@ def test_a_plan_is_read_kept_and_shown(source, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"{lcq.Plan(rules)}\n")
 
 
+def test_a_set_of_files(source, tmp_path, capsys):
+    packed, back = tmp_path / "out.lcq", tmp_path / "back.npz"
+    assert run("compress", source, "--rule", RULE, "-o", packed, "--max-shard-bytes", "150") == 0
+    shards = sorted(path.name for path in tmp_path.glob("out-*.lcq"))
+    assert len(shards) > 1
+    for command in ("inspect", "table"):
+        capsys.readouterr()
+        assert run(command, packed) == 0
+        size = sum((tmp_path / name).stat().st_size for name in ["out.lcq", *shards])
+        out = capsys.readouterr().out
+        assert f"{size:,} bytes: " in out if command == "inspect" else f" {size:,} " in out
+        assert all(name in out for name in shards) or command == "table"
+    assert run("decompress", packed, "-o", back) == 0
+    same(checkpoint.read(back), lcq.decompress(lcq.load(packed)))
+    assert run("inspect", tmp_path / shards[0]) == 1
+    assert "got a shard of a set; load the file without" in capsys.readouterr().err
+
+
 def test_a_plan_is_shown_without_what_a_terminal_would_run(tmp_path, capsys):
     path, escape = tmp_path / "net.lcq", "\\u001b"
     for pattern, scheme in ((f"{escape}2J", "None"), ("w", f"KMeans('{escape}2J')")):

@@ -31,6 +31,8 @@ BLOCKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 _ALPHABET = 1 << 16
 _LIKE = 1 + 2**-11  # sizes that count as equal: a larger block is decoded faster
+_LIKE_IF_MANY = 1 + 2**-10  # of so many codes that time counts, and of more than 8 levels, which leave few n
+_MANY = 1 << 22
 _PAYLOAD = 4000  # bytes a lane: its state is .1 % of them
 _ROWS = 1 << 17  # more lanes rather than more rows
 _LANES = 1 << 14
@@ -118,11 +120,17 @@ def decode(data: bytes | UInt8[np.ndarray, " bytes"], size: int, levels: int) ->
         codes[: stream.blocks * stream.n] = bitpack.unpack_host(words, width // stream.n, stream.blocks * stream.n)
         codes[stream.blocks * stream.n :] = stream.rest
         return codes
+    bits = bitpack.width(levels)
     for first in range(0, stream.blocks, _SOME):
-        some = found[first : first + _SOME].astype(np.uint32)
+        some = found[first : first + _SOME]
+        if levels < 1 << bits:
+            some = some.astype(np.uint32)
         part = codes[first * stream.n : (first + some.size) * stream.n].reshape(-1, stream.n)
         for i in range(stream.n):
-            some, part[:, i] = np.divmod(some, np.uint32(levels))
+            if levels == 1 << bits:
+                part[:, i] = (some >> np.uint16(bits * i)) & np.uint16(levels - 1)
+            else:
+                some, part[:, i] = np.divmod(some, np.uint32(levels))
     codes[stream.blocks * stream.n :] = stream.rest
     return codes
 
@@ -218,10 +226,10 @@ def _check(size: int, levels: int) -> None:
 
 def _plan(codes: np.ndarray, levels: int, block: int | None, wanted: int | None) -> _Blocks:
     """Estimates every n from its histogram; encodes nothing. n = 0 is raw."""
-    least = float(_raw_bytes(codes.size, levels))
+    least, like = float(_raw_bytes(codes.size, levels)), _LIKE_IF_MANY if codes.size >= _MANY and levels > 8 else _LIKE
     plan = _Blocks(0, frequency_tables.FrequencyTable(b"", _NOTHING, 0.0), 0, least)
     for counted in _promising(codes, levels, BLOCKS if block is None else (block,)):
-        if counted.bound > least * _LIKE:
+        if counted.bound > least * like:
             continue
         n, total = counted.n, codes.size // counted.n
         counts = np.zeros(levels**n, np.int64)
@@ -231,7 +239,7 @@ def _plan(codes: np.ndarray, levels: int, block: int | None, wanted: int | None)
         if counted.counts.size > 1:
             used = _lanes(table.bits / 8, total) if wanted is None else min(wanted, total)
         size = 3 + _rest_bytes(codes.size % n, levels) + len(table.data) + table.bits / 8 + 3 * used
-        if size <= least * _LIKE:
+        if size <= least * like:
             plan = _Blocks(n, table, used, size)
         least = min(least, size)
         if counted.counts.size == 1:

@@ -232,3 +232,18 @@ def test_absurd_numbers_take_no_memory():
         rans.decode(b"\0", 2**62, 256)
     with pytest.raises(ValueError, match="2\\^31"):
         rans.decode_on_device(b"\0", 2**31, 2)
+
+
+@pytest.mark.parametrize("levels", [2, 4, 16, 15, 256])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_symbols_that_are_packed_codes_are_those_of_any_levels(levels, n):
+    """Blocks of 8 or 16 bits are packed, not computed; others by shifts, if levels are a power of two."""
+    if levels**n > 1 << 16:
+        pytest.skip("no such blocks")
+    codes = np.random.default_rng(n).integers(0, levels, 10_003).astype(np.uint8)
+    data = rans.encode(codes // 3, levels, block=n)
+    assert data[0] == n
+    np.testing.assert_array_equal(rans.decode(data, codes.size, levels), codes // 3)
+    whole = codes[: codes.size // n * n].reshape(-1, n)
+    expected = sum(whole[:, i].astype(int) * levels**i for i in range(n))
+    np.testing.assert_array_equal(rans._symbols(codes, levels, n), expected)
