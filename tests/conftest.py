@@ -30,6 +30,8 @@ if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join(known(*fewer))
 # Eight simulated CPU devices, so that sharding is tested on every machine.
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+# Devices wait for each other in threads of one pool: with few, all of them may wait, for one that gets none.
+os.environ.setdefault("NPROC", "32")
 # What one worker has compiled, the others read.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="lcq-tests-")
