@@ -102,8 +102,9 @@ def demo(out: Path, seed: int = 0, *, force: bool = False, recipe: Recipe = RECI
     }
     reference = ("float", 100 * results[0].test.accuracy)
     figures.write(figures.curves(drawn, reference=reference), drawings["curves"])
-    middle = trees[f"lc-{recipe.bits[len(recipe.bits) // 2]}bit"]
-    figures.write(figures.histograms(middle, trees["float"]), drawings["weights"])
+    middle = recipe.bits[len(recipe.bits) // 2]
+    title = f"LC to {middle} bit{'s' * (middle > 1)}: weights of the float net, and the levels they became"
+    figures.write(figures.histograms(trees[f"lc-{middle}bit"], trees["float"], title=title), drawings["weights"])
     print(f"bits: of all weights and biases; on disk: bytes; accuracy: on {len(split.x_test)} test digits")
     print(f"{len(files)} files saved, reloaded and found equal, and 2 figures: {out}{os.sep}")
 

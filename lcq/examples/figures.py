@@ -20,13 +20,14 @@ _LEVELS = 64
 """Up to this many values of Delta(Theta) are drawn as stems; more as a second histogram."""
 
 
-def histograms(tree: PyTree, reference: Any, *, bins: int = 60) -> Figure:
+def histograms(tree: PyTree, reference: Any, *, bins: int = 60, title: str | None = None) -> Figure:
     """The weights' histogram of every compressed leaf, with the values of Delta(Theta) and their shares.
 
     Args:
         tree: as given by `compress`, `extract` or `load`.
         reference: the weights to draw, a tree with the same leaves; for LC the trained net it started from.
         bins: of a histogram.
+        title: of the figure; None for no title.
 
     Raises:
         ValueError: no form in the tree, or no leaf of the same path and shape in `reference`.
@@ -48,6 +49,8 @@ def histograms(tree: PyTree, reference: Any, *, bins: int = 60) -> Figure:
         axes.set_axis_off()
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    if title is not None:
+        figure.suptitle(title)
     return figure
 
 

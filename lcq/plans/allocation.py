@@ -3,13 +3,12 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.table
 from jax.typing import ArrayLike
-from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from lcq.io.entropy_coding.coded_bits import coded_bits
@@ -17,12 +16,16 @@ from lcq.plans.convex_hull import Point, along, sweep
 from lcq.plans.knapsack import best_choice
 from lcq.plans.plan import Plan
 from lcq.plans.text import right_side
+from lcq.reporting.columns import Column, fit, grid
 from lcq.reporting.summary import dense_of, text
 from lcq.schemes.base import Scheme
 from lcq.tree.aliases import Leaves, Params
 from lcq.tree.compress import check_finite, sizes
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Task, resolve
+
+_SPARE = ("share", "bits/weight", "bits")
+"""What is left out where there is no room."""
 
 
 class Choice(NamedTuple):
@@ -93,27 +96,29 @@ class Allocation:
         """sum_i D_i over all leaves."""
         return math.fsum(choice.distortion for choice in self.choices)
 
-    def __rich__(self) -> rich.table.Table:
-        grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        grid.add_column("leaf", overflow="fold", style="bold")
-        for name in ("shape", "scheme"):
-            grid.add_column(name, overflow="fold")
-        for name in ("bits", "bytes", "bits/weight", "distortion", "share"):
-            grid.add_column(name, justify="right", no_wrap=True)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        fitting, out, space = fit(self._columns(), options.max_width - 2, _SPARE)  # 2: the edges
+        yield grid(fitting, space, 3)
+        if out:
+            yield Text(f"no room in {options.max_width} columns for: {', '.join(out)}")
 
-        def add(words: Sequence[str], bits: int, *more: str, **style: Any) -> None:
-            grid.add_row(*map(Text, [*words, f"{bits:,}", f"{-(-bits // 8):,}", *more]), **style)
-
+    def _columns(self) -> list[Column]:
         total = self.distortion
-        for choice in self.choices:
-            words = [choice.path, "x".join(map(str, choice.shape)), right_side(choice.rule)]
-            share = f"{choice.distortion / total if total else 0:.1%}"
-            each = f"{choice.bits / math.prod(choice.shape):.2f}"
-            add(words, choice.bits, each, f"{choice.distortion:.2e}", share, end_section=choice is self.choices[-1])
-        add(["everything else", "", ""], self.other)
-        add(["total", "", ""], self.bits, "", f"{total:.2e}", style="bold")
-        add(["unused", "", ""], self.unused)
-        return grid
+        sums = (self.other, self.bits, self.unused)
+        bits = [*(choice.bits for choice in self.choices), *sums]
+        shares = [f"{choice.distortion / total if total else 0:.1%}" for choice in self.choices]
+        weights = [f"{choice.bits / math.prod(choice.shape):.2f}" for choice in self.choices]
+        distortions = [f"{choice.distortion:.2e}" for choice in self.choices]
+        return [
+            Column("leaf", (*(choice.path for choice in self.choices), "everything else", "total", "unused")),
+            Column("shape", (*("x".join(map(str, choice.shape)) for choice in self.choices), "", "", "")),
+            Column("scheme", (*(right_side(choice.rule) for choice in self.choices), "", "", "")),
+            Column("bits", tuple(f"{each:,}" for each in bits), True),
+            Column("bytes", tuple(f"{-(-each // 8):,}" for each in bits), True),
+            Column("bits/weight", (*weights, "", "", ""), True),
+            Column("distortion", (*distortions, "", f"{total:.2e}", ""), True),
+            Column("share", (*shares, "", "", ""), True),
+        ]
 
     def __str__(self) -> str:
         return text(self)

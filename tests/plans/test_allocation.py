@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import itertools
 import math
 import re
@@ -12,6 +13,7 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 import lcq
 from lcq.examples import data, models
@@ -163,6 +165,19 @@ def test_it_prints_every_leaf_and_where_the_budget_went():
     smallest = pareto(params(), {"a/kernel": [lcq.Ternary(per="channel")]}, bytes=1000)
     assert "Ternary(per='channel')" in str(smallest) and "100.0%" in str(smallest)
     assert "nan" not in str(Allocation((Choice("w", (2,), None, 64, 0.0),), 0, 64, ((8, 0.0),)))
+
+
+def test_in_a_narrow_terminal_names_are_whole():
+    paths = [f"encoder/layer{i}/attention_norm/kernel" for i in range(2)]
+    choices = tuple(Choice(path, (64, 64), lcq.Uniform(4, per="channel"), 16_384, 0.25) for path in paths)
+    for width in (60, 80, 200):
+        console = Console(file=io.StringIO(), width=width)
+        with console.capture() as captured:
+            console.print(Allocation(choices, 0, 40_000, ((8, 0.0),)))
+        lines = captured.get().splitlines()
+        pieces = {piece for line in lines for piece in re.findall(r"[a-z0-9]+[/_]?", line.split("  ")[0])}
+        assert {"encoder/", "layer0/", "layer1/", "attention_", "norm/", "kernel"} <= pieces
+        assert max(map(len, lines)) <= width and ("no room" in captured.get()) is (width < 200)
 
 
 @dataclasses.dataclass(frozen=True)
