@@ -113,8 +113,9 @@ def best_of_all(x, bits, zeros=(0,), symmetric=False):
     scales = np.abs(x).max() / (2**bits - 1) * np.linspace(0.3, 4 * 2**bits, 20_000)
     best = (x**2).sum()
     for z in zeros:
-        for a in scales if symmetric else (*scales, *-scales):
-            best = min(best, ((x - a * (np.clip(np.round(x / a) + z, levels[0], levels[-1]) - z)) ** 2).sum())
+        for a in (scales[:, None],) if symmetric else (scales[:, None], -scales[:, None]):
+            codes = np.clip(np.round(x.ravel() / a) + z, levels[0], levels[-1])
+            best = min(best, ((x.ravel() - a * (codes - z)) ** 2).sum(1).min())
     return best
 
 
