@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lcq
+from benchmarks.harness.markdown import grid
 from benchmarks.harness.record import record, stored
 from lcq.examples.llama import logits
 from lcq.examples.llama_names import Config
@@ -99,6 +100,26 @@ def run(folder: Path, size: dict[str, int], kill: int, state: Path) -> dict[str,
         "largest_error": max(record.error for record in done.records),
         "digest": hashlib.sha256((folder / "net.lcq").read_bytes()).hexdigest(),
     }
+
+
+def table() -> str:
+    """A row for each call; resumed ones say how many products were there."""
+    rows = []
+    for row in stored("llama_1b"):
+        there, many = row["products_there_before"], row["products"]
+        rows.append(
+            [
+                f"{row['layers']} of {SHAPES['layers']} layers"
+                + (f", resumed after {there} of {many}" if there else ""),
+                f"{row['rounded_weights'] / 1e6:.0f}",
+                f"{row['seconds'] / 60:.1f}",
+                f"{row['cpu_seconds'] / 60:.1f}",
+                f"{row['largest_resident_gb']:.1f}",
+                row["digest"][:8],
+            ]
+        )
+    head = ["run", "10^6 weights rounded", "minutes", "minutes of a core", "peak resident, GB", "sha256 of the file"]
+    return grid(head, rows)
 
 
 def peak() -> float:

@@ -15,6 +15,7 @@ from benchmarks.experiments import (
     headline,
     hemp_summary,
     lenet300_report,
+    llama_1b,
     resnet20_table,
     smallest,
     smooth_binary_table,
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smooth_binary": smooth_binary_table.table,
     "hemp": hemp_summary.table,
     "smallest": smallest.table,
+    "llama_1b": llama_1b.table,
 }
 
 

@@ -312,17 +312,25 @@ def _add(
     def cut(a: Any) -> Any:
         return None if a is None else a[: each * folds].reshape(folds, each, *a.shape[1:])
 
+    def added(sums: Any, k: Any, *part: Any) -> Any:
+        """The sums with those of fold k in their place."""
+        here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, keepdims=False), sums)
+        new = fold(here, *part)
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, k, 0), sums, new)
+
+    def one(k: Any, sums: Any) -> Any:
+        rows_of = [None if a is None else jax.lax.dynamic_slice_in_dim(a, k * each, each) for a in (y, x, rows)]
+        return added(sums, k, *rows_of)
+
     if ragged:
         places, rows = _by_rank(rows, folds, number)
         return jax.lax.map(lambda part: fold(*part), (sums, y[places], None if x is None else x[places], rows))
-    if each:
-        whole = (sums, cut(y), cut(x), cut(rows))
-        sums = jax.lax.map(lambda part: fold(*part), whole) if alone else jax.vmap(fold)(*whole)
+    if each and alone:  # in place, or there would be twice the sums
+        sums = jax.lax.fori_loop(0, folds, one, sums)
+    elif each:
+        sums = jax.vmap(fold)(sums, cut(y), cut(x), cut(rows))
     if len(y) > each * folds:
-        k = number % folds
-        here = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, k, keepdims=False), sums)
-        new = fold(here, *(None if a is None else a[each * folds :] for a in (y, x, rows)))
-        sums = jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, k, 0), sums, new)
+        sums = added(sums, number % folds, *(None if a is None else a[each * folds :] for a in (y, x, rows)))
     return sums
 
 

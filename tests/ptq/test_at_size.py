@@ -12,6 +12,8 @@ import lcq
 from lcq.forms import Codes
 from lcq.ptq import gathering
 from lcq.ptq.leaf_assembly import Assembly
+from lcq.ptq.pieces import cut
+from lcq.ptq.schedule import schedule
 from lcq.tracing.param_flow import trace
 from tests.ptq.small_net import bare, draw
 
@@ -181,3 +183,25 @@ def test_putting_a_layer_together_takes_memory_for_that_layer():
     """Not for the stack, of which only codes are held, which the first put has taken: bytes a weight of the stack."""
     few, many = peak_of_puts(8), peak_of_puts(64)
     assert many < 2.5 and many < few / 2, (few, many)
+
+
+def bytes_of_pieces(tokens):
+    """What the largest piece of the walk needs beside its inputs, for a batch."""
+    program = trace(decoder, params(), tokens, KERNELS)
+    _, pieces = cut(program, 0, schedule([program]))
+    needed = []
+    for piece in pieces.values():
+        shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in piece.ins]
+        found = piece.function.lower(*shapes).compile().memory_analysis()
+        needed.append(found.temp_size_in_bytes + found.output_size_in_bytes)
+    return max(needed)
+
+
+def test_smaller_batches_need_less_memory_and_give_the_same_sums():
+    """Up to rounding, which may move a code that is a tie."""
+    whole = np.concatenate(TOKENS)[:8]
+    parts = [whole[i : i + 2] for i in range(0, 8, 2)]
+    assert bytes_of_pieces(parts[0]) < 0.3 * bytes_of_pieces(whole)
+    one, two = (lcq.quantize(decoder, params(), batches, RULES, METHOD) for batches in ([whole], parts))
+    for name in KERNELS:
+        assert (one.forms[name].codes == two.forms[name].codes).mean() > 0.99, name
