@@ -22,7 +22,7 @@ from benchmarks.experiments import (
     tune,
 )
 from benchmarks.harness.artifacts import FOLDER
-from benchmarks.micro import coder, cstep, gpfq_speed, kernels, lc_overhead
+from benchmarks.micro import coder, cstep, export, gpfq_speed, kernels, lc_overhead
 
 ROOT = FOLDER.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -42,6 +42,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpfq_speed": gpfq_speed.table,
     "kernels": kernels.table,
     "coder": coder.table,
+    "export": export.table,
     "smooth_binary": smooth_binary_table.table,
     "hemp": hemp_summary.table,
     "smallest": smallest.table,

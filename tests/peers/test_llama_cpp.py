@@ -1,0 +1,86 @@
+"""llama.cpp runs a llama that lcq exports from Hugging Face's names and halves: the same probabilities."""
+
+import jax
+import numpy as np
+import pytest
+
+from lcq.examples import llama, llama_names
+from lcq.io import export
+from lcq.io import llama_names as gguf_names
+from tests.io.exports.made import codes, grid
+
+runner = pytest.importorskip("xllamacpp", reason="pip install '.[peers]', or run .ci/peers")
+
+RNG = np.random.default_rng(0)
+WIDTH, HIDDEN, HEADS, KV, WORDS, LAYERS = 64, 96, 4, 2, 300, 2
+SHAPES = {
+    "self_attn.q_proj": (WIDTH, WIDTH),
+    "self_attn.k_proj": (WIDTH * KV // HEADS, WIDTH),
+    "self_attn.v_proj": (WIDTH * KV // HEADS, WIDTH),
+    "self_attn.o_proj": (WIDTH, WIDTH),
+    "mlp.gate_proj": (HIDDEN, WIDTH),
+    "mlp.up_proj": (HIDDEN, WIDTH),
+    "mlp.down_proj": (WIDTH, HIDDEN),
+}
+SPECIAL = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+CONFIG = {
+    "model_type": "llama",
+    "max_position_embeddings": 64,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "intermediate_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "vocab_size": WORDS,
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": [*SPECIAL, *map(str, range(WORDS - len(SPECIAL)))],
+    "tokenizer.ggml.scores": np.zeros(WORDS, np.float32),
+    "tokenizer.ggml.token_type": np.array([2, 3, 3, *[6] * 256, *[1] * (WORDS - 259)], np.int32),
+}
+
+
+def net(quantized):
+    """A llama of random weights, and the same in numbers alone."""
+    tree = {"model.embed_tokens.weight": RNG.normal(size=(WORDS, WIDTH)).astype(np.float32)}
+    tree["model.norm.weight"] = np.ones(WIDTH, np.float32)
+    numbers = dict(tree)
+    for i in range(LAYERS):
+        for seed, (name, shape) in enumerate(SHAPES.items()):
+            form, dense = codes(shape, (shape[0], shape[1] // 32), grid(-8, 7), scale="float16", seed=seed)
+            path, numbers_of = f"model.layers.{i}.{name}.weight", dense.astype(np.float32)
+            numbers[path] = numbers_of
+            tree[path] = form if quantized else numbers_of
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            path = f"model.layers.{i}.{name}.weight"
+            tree[path] = numbers[path] = RNG.uniform(0.5, 1.5, WIDTH).astype(np.float32)
+    return tree, numbers
+
+
+def likeliest(path, tokens):
+    """Log probabilities of the ten likeliest next tokens, in float32 throughout but for products with blocks."""
+    params = runner.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 64, 1, False
+    params.cache_type_k = params.cache_type_v = runner.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = runner.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.cpuparams.n_threads = 1
+    asked = {"prompt": [int(t) for t in tokens], "n_predict": 1, "n_probs": 10, "temperature": -1.0}
+    told = runner.Server(params).handle_completions(asked)
+    return {each["id"]: each["logprob"] for each in told["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+
+
+@pytest.mark.parametrize(("quantized", "within"), [(False, 1e-4), (True, 0.3)])  # activations are rounded to 8 bits
+def test_the_same_probabilities(quantized, within, tmp_path):
+    tree, numbers = net(quantized)
+    names = gguf_names(HEADS, KV)
+    report = export(tree, tmp_path / "net.gguf", format="gguf", names=names, config=CONFIG)
+    assert not report.notes and not report.changed
+    tokens = RNG.integers(3, WORDS, 12).astype(np.int32)
+    config = llama_names.Config(HEADS, 1e-5, 1e4, halves=True)
+    expected = np.asarray(jax.nn.log_softmax(llama.logits(numbers, tokens[None], config)[0, -1]))
+    found = likeliest(tmp_path / "net.gguf", tokens)
+    assert max(abs(expected[token] - value) for token, value in found.items()) < within
+    other = llama_names.Config(HEADS, 1e-5, 1e4, halves=False)
+    wrong = np.asarray(jax.nn.log_softmax(llama.logits(numbers, tokens[None], other)[0, -1]))
+    assert max(abs(wrong[token] - value) for token, value in found.items()) > within  # the convention is seen
