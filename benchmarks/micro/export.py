@@ -2,9 +2,9 @@
 
     taskset -c 0 python -m benchmarks.micro.export [leaves]        results/export.json
 
-A file of so many leaves of 4,096 x 4,096 random codes in groups of 32, not coded, goes out in each format, from the file a
-leaf at a time: once timed (wall and cpu seconds, the file's syncing included), once with every allocation of Python and
-numpy counted, whose peak stands beside the largest leaf made dense in float32. 60 leaves are 1e9 weights.
+A file of so many leaves of 4,096 x 4,096 random codes in groups of 32, not coded, goes out in each format, read from it
+a leaf at a time: once timed (wall and cpu seconds, the file's syncing included), once with every allocation of Python
+and numpy counted, whose peak stands beside the largest leaf made dense in float32. 60 leaves are 1e9 weights.
 """
 
 import os
