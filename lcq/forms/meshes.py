@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -40,10 +40,11 @@ def spec_of(array: Any) -> tuple[Any, ...]:
 
 def placed_like(x: Array, w: Array | np.ndarray) -> Array:
     """An array that lies where another of its shape does. What is made of nothing, such as zeros, a compiler would put
-    whole on every device. On explicit axes, and where an array is at hand, `jnp.zeros_like` has done it."""
+    whole on every device: here each number depends on that of the other, and is the same whatever it is. On explicit
+    axes, and where an array is at hand, `jnp.zeros_like` has done it."""
     if not isinstance(w, jax.core.Tracer) or any(jax.typeof(w).sharding.spec):
         return x
-    return shard_alike(x, w)[0]
+    return jnp.where(w != w, jax.lax.optimization_barrier(x), x)
 
 
 def divides(name: Any, length: int, mesh: Any) -> bool:
