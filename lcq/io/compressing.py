@@ -21,7 +21,7 @@ from lcq.tree.lazy import whole
 from lcq.tree.paths import flatten as leaves_by_path
 from lcq.tree.rules import Rules, Task, check_same_rules, resolve
 
-_PART = 1 << 22
+_PART = 1 << 20
 """Weights that are projected at once where blocks are independent: of all steps in between there is only so much."""
 
 
@@ -104,18 +104,21 @@ def project_in_parts(task: Task, xs: tuple[Any, ...], most: int = _PART) -> tupl
     parts = min(many, -(-size // most))
     parts = next((n for n in range(parts, min(many, 2 * parts) + 1) if many % n == 0), parts)  # of one size, if it goes
     length = -(-many // parts) * (x.shape[axis] // many)
-    before = (slice(None),) * axis
-    made = [
-        jax.device_get(task.project((x[(*before, slice(start, start + length))],))[0])
-        for start in range(0, x.shape[axis], length)
-    ]
-    fields = [f.name for f in dataclasses.fields(made[0]) if not f.metadata.get("static")]
-    joined = {
-        name: np.concatenate([getattr(part, name) for part in made], axis)
-        for name in fields
-        if getattr(made[0], name) is not None
-    }
-    return (dataclasses.replace(made[0], **joined).pack(),)
+    before, joined, first = (slice(None),) * axis, dict[str, np.ndarray](), None
+    for start in range(0, x.shape[axis], length):
+        part = jax.device_get(task.project((x[(*before, slice(start, start + length))],))[0])
+        first = first or part
+        for field in dataclasses.fields(part):
+            array = getattr(part, field.name)
+            if field.metadata.get("static") or array is None:
+                continue
+            if field.name not in joined:
+                along = many if array.shape[axis] < length else x.shape[axis]
+                joined[field.name] = np.empty((*array.shape[:axis], along, *array.shape[axis + 1 :]), array.dtype)
+            share = joined[field.name].shape[axis] * start // x.shape[axis]
+            joined[field.name][(*before, slice(share, share + array.shape[axis]))] = array
+    assert first is not None
+    return (dataclasses.replace(first, **joined).pack(),)
 
 
 def _counts(task: Task, xs: tuple[Any, ...]) -> tuple[int, ...]:

@@ -288,7 +288,8 @@ def _encode_blocks(codes: np.ndarray, levels: int, plan: _Blocks) -> bytes:
     if plan.lanes == 0:
         return stream
     states, words = lanes.encode(_symbols(codes, levels, plan.n), plan.table.frequencies, plan.lanes)
-    return stream + frequency_tables.varint(plan.lanes) + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
+    ends = (states.astype("<u4", copy=False), words.astype("<u2", copy=False))
+    return b"".join((stream, frequency_tables.varint(plan.lanes), *(array.tobytes() for array in ends)))
 
 
 def _raw_bytes(size: int, levels: int) -> int:
