@@ -22,7 +22,7 @@ from benchmarks.experiments import (
     tune,
 )
 from benchmarks.harness.artifacts import FOLDER
-from benchmarks.micro import coder, cstep, export, gpfq_speed, kernels, lc_overhead
+from benchmarks.micro import big_save, coder, cstep, export, gpfq_speed, kernels, lc_overhead
 
 ROOT = FOLDER.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -41,6 +41,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpfq_transformers": gpfq_transformers_table.table,
     "gpfq_speed": gpfq_speed.table,
     "kernels": kernels.table,
+    "big_save": big_save.table,
     "coder": coder.table,
     "export": export.table,
     "smooth_binary": smooth_binary_table.table,
