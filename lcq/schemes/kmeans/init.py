@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Shaped
 
 from lcq.forms.blocks import blocks, explicit_sharding
+from lcq.forms.meshes import is_shared
 from lcq.schemes.grouped import Cut
 from lcq.schemes.kmeans.lloyd import Centres, cell_sum, count_cells, lloyd_pass, move_level
 from lcq.schemes.kmeans.partition import best_partition
@@ -146,7 +147,7 @@ def _partition(
         stat = (*run.shape[:-1], 1)
         mass, total = (cell_sum(a, run, runs, stat)[..., 0, :] for a in (mass, total))
     most = max(_AT_ONCE // ((k + 1) * mass.shape[-1]), 1)
-    if blocks <= most or explicit_sharding(mass) is not None:
+    if blocks <= most or explicit_sharding(mass) is not None or is_shared():  # blocks stay where they are
         return best_partition(mass, total, k, fixed)
     flat = [a.reshape(blocks, -1) for a in (mass, total, fixed) if a is not None]
     levels = lax.map(
