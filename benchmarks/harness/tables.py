@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.checks import scale_aot_table
 from benchmarks.experiments import (
     brute_force,
     gpfq_images,
@@ -33,6 +34,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lenet300_kept": lenet300_report.kept,
     "resnet20": resnet20_table.table,
     "tune": tune.table,
+    "scale_aot": scale_aot_table.table,
     "cstep": cstep.table,
     "lc_overhead": lc_overhead.table,
     "brute_force": brute_force.table,
