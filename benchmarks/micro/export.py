@@ -20,18 +20,17 @@ import numpy as np
 import lcq
 from benchmarks.harness.markdown import grid
 from benchmarks.harness.record import record, stored
-from lcq.forms import Codes
 
 SIDE, GROUP, LEAVES, SEED = 4096, 32, 60, 0
 CASES = (("compressed-tensors", 4), ("compressed-tensors", 3), ("gptq", 4), ("gguf", 4))
 
 
-def form(bits: int) -> Codes:
+def form(bits: int) -> lcq.forms.Codes:
     """Random codes with random scales, as a file holds them."""
     rng, half = np.random.default_rng(SEED), 1 << (bits - 1)
     words = rng.integers(0, 1 << 32, SIDE * SIDE * bits // 32, dtype=np.uint32)
     scale = rng.normal(size=(SIDE // GROUP, SIDE)).astype(np.float16)
-    return Codes(words, scale=scale, values=tuple(map(float, range(-half, half))), packed=(SIDE, SIDE))
+    return lcq.forms.Codes(words, scale=scale, values=tuple(map(float, range(-half, half))), packed=(SIDE, SIDE))
 
 
 def measure(format: str, bits: int, leaves: int, folder: Path) -> dict[str, Any]:

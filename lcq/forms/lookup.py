@@ -57,7 +57,7 @@ def along_last_axis(table: Shaped[Array, "*stat k"], codes: UInt[Array, "*split"
 def selected(table: Shaped[Array, "*stat k"], codes: UInt[Array, "*split"]) -> Shaped[Array, "*split"]:
     """By selects. A long loop keeps nothing of its turns for a gradient."""
     size = table.shape[-1]
-    value = jnp.broadcast_to(table[..., 0], codes.shape, out_sharding=explicit_sharding(codes))
+    value = jnp.where(codes == 0, table[..., 0], jnp.zeros((), table.dtype))
     if size <= _UNROLLED:
         for k in range(1, size):
             value = jnp.where(codes == k, table[..., k], value)
