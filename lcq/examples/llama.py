@@ -142,8 +142,8 @@ def generate(
         >>> layers = {name: square for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")}
         >>> params = {"tok_embeddings": jnp.eye(4, 8), "norm": jnp.ones(8), "output": jnp.roll(jnp.eye(8, 4), 1, 1)}
         >>> params["layers"] = layers | {"attention_norm": one, "ffn_norm": one}
-        >>> generate(params, jnp.array([[0]]), 5, Config(heads=2))
-        array([[1, 2, 3, 0, 1]])
+        >>> generate(params, jnp.array([[0]]), 5, Config(heads=2)).tolist()
+        [[1, 2, 3, 0, 1]]
     """
     if prompt.shape[1] < 1 or count < 1:
         raise ValueError(

@@ -47,7 +47,7 @@ def curvature(
         ValueError: as `lcq.quantize`; names the leaf.
 
     Example:
-        >>> import lcq
+        >>> import lcq, jax.numpy as jnp
         >>> w, rules = {"w": jnp.array([[0.9], [0.4]])}, [lcq.Rule("w", lcq.KMeans(1))]
         >>> h = curvature(lambda w, x: x @ w["w"], w, [jnp.array([[3.0, 1.0]])], rules)
         >>> h["w"].tolist(), f"{float(lcq.compress(w, rules, importance=h)['w'].levels[0, 0, 0]):.4f}"

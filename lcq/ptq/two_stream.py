@@ -13,6 +13,7 @@ once more with all of them replaced, for the errors and for what follows.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -204,7 +205,7 @@ class _Walk:
         ]
 
     def run(self) -> Iterator[Visit]:
-        for group, after in zip(self.groups, [*self.groups[1:], None], strict=True):
+        for group, after in itertools.zip_longest(self.groups, self.groups[1:]):
             yield from self._again(group) if group.again else self._once(group, after)
 
     def _inputs(self, group: Group | None) -> list[list[Any]]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int, PyTree
 
 from lcq.forms.base import Form, is_form
@@ -77,7 +77,7 @@ def lc(
     learning_rate: Schedule | None = None,
     coupling: str | Callable[..., PyTree] = "gradient",
     multipliers: bool = True,
-    multipliers_dtype: DTypeLike | None = None,
+    multipliers_dtype: str | None = None,
     narrow_codes: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that the parameters converge to compressed ones.
@@ -330,7 +330,7 @@ def _check_settings(
         )
 
 
-def _check_dtype(dtype: DTypeLike | None, multipliers: bool) -> DTypeLike | None:
+def _check_dtype(dtype: str | None, multipliers: bool) -> jnp.dtype | None:
     """The format of multipliers, None for that of sums."""
     if dtype is None:
         return None

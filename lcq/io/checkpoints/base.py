@@ -39,7 +39,7 @@ class CheckpointFormat(abc.ABC):
         only_read: whether errors name it apart, as what cannot be written.
 
     Example:
-        >>> import lcq, tempfile
+        >>> import lcq, tempfile, numpy as np
         >>> @CHECKPOINT_FORMATS.register("npy")
         ... class Npy(CheckpointFormat):
         ...     suffix = ".npy"
@@ -78,7 +78,7 @@ class CheckpointFormat(abc.ABC):
         return self.read(path)
 
     def read_lazily(self, path: Path) -> Checkpoint:
-        """The same with `lcq.io.MappedArray`s for arrays.
+        """The same, each array an `lcq.io.MappedArray`.
 
         Raises:
             ValueError: as `read`; or, as here, a format whose arrays cannot be read a part at a time.
