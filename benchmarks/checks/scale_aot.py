@@ -99,10 +99,10 @@ def training_step(tx: optax.GradientTransformation) -> Callable[..., Any]:
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> Any:
+def compiled(function: jax.stages.Wrapped, *args: Any) -> Any:
     here = jax.tree.leaves(args)[0].sharding.mesh.abstract_mesh
     with jax.sharding.use_abstract_mesh(here):  # as jax.set_mesh, which would run on devices that are not there
-        traced = function.trace(*args)  # type: ignore[attr-defined]
+        traced = function.trace(*args)
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 

@@ -9,6 +9,7 @@ has in memory; every digest is checked. That is with the codec rans, as usual; t
 the codec raw, packed codes as they are, and loaded.
 """
 
+import functools
 import os
 import sys
 import tempfile
@@ -73,14 +74,14 @@ def measured(params: dict[str, jax.Array]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         coded, raw = f"{folder}/coded.lcq", f"{folder}/raw.lcq"
         timed(rows[0], "first", lambda: lcq.compress_to(coded, {name: first}, RULES))
-        save = lambda: lcq.compress_to(coded, params, RULES, max_shard_bytes=SHARD)  # noqa: E731
+        save = functools.partial(lcq.compress_to, coded, params, RULES, max_shard_bytes=SHARD)
         rows[0]["bytes"] = timed(rows[0], "compress_and_save", save)
         back = timed(rows[0], "load", lambda: lcq.load(coded))
         rows[0]["distortion"] = distortion(first, back[name])
         print(rows[0], flush=True)
-        save = lambda: lcq.save(raw, back, codecs=["raw"], max_shard_bytes=SHARD)  # noqa: E731
+        save = functools.partial(lcq.save, raw, back, codecs=["raw"], max_shard_bytes=SHARD)
         rows[1]["bytes"] = timed(rows[1], "save", save)
-        del back
+        del back, save
         back = timed(rows[1], "load", lambda: lcq.load(raw))
         rows[1]["distortion"] = distortion(first, back[name])
         print(rows[1], flush=True)

@@ -8,6 +8,7 @@ over whole axes, which on a mesh are small sums over its devices.
 
 import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,9 @@ def count_marks(marks: Iterable[Bool[Array, "..."]]) -> Count:
 def count_parts(parts: Sequence[Int[Array, "*stat"]]) -> Count:
     """The sum of fewer than 2^h arrays of numbers >= 0, elementwise."""
     some = [count_of(part) for part in parts]
-    return _carried(sum(c.high for c in some), sum(c.low for c in some))  # type: ignore[arg-type]
+    return _carried(
+        functools.reduce(operator.add, (c.high for c in some)), functools.reduce(operator.add, (c.low for c in some))
+    )
 
 
 def plus(a: Count, b: Count) -> Count:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lcq.io import Name, export
-from tests.io.exports.made import codes, grid
+from tests.io.exports.made import PRODUCTS, codes
 
 onnx = pytest.importorskip("onnx", reason="pip install '.[peers]', or run .ci/peers")
 runtime = pytest.importorskip("onnxruntime", reason="pip install '.[peers]', or run .ci/peers")
@@ -32,18 +32,7 @@ def dense(path):
     return {"model": path}
 
 
-@pytest.mark.parametrize(
-    ("values", "group", "zeros"),
-    [
-        (grid(-8, 7), 16, False),
-        (grid(-8, 7), None, False),
-        (grid(-128, 127), None, False),
-        (grid(0, 7), 16, True),
-        (grid(0, 3), 16, True),
-        (grid(0, 15), None, True),
-        ((-1.0, 1.0), None, False),
-    ],
-)
+@pytest.mark.parametrize(("values", "group", "zeros"), PRODUCTS)
 def test_products_are_exact(values, group, zeros, tmp_path):
     made = {key: codes((k, n), (k // (group or k), n), values, zeros=zeros) for key, (k, n) in SHAPES.items()}
     forms, (a, b, c) = {key: form for key, (form, _) in made.items()}, [w for _, w in made.values()]

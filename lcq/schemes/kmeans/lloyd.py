@@ -237,8 +237,11 @@ def _pieces(member: Array, code: Array, block: Blocks, most: int) -> Iterable[tu
         return [(member, code)]
     axis = next(i for i in block.axes if block.size // code.shape[i] <= most)
     length = most // (block.size // code.shape[axis])
-    cuts = [(i, min(i + length, code.shape[axis])) for i in range(0, code.shape[axis], length)]
-    return [tuple(lax.slice_in_dim(a, *c, axis=axis) for a in (member, code)) for c in cuts]  # type: ignore[misc]
+
+    def part(a: Array, begin: int) -> Array:
+        return lax.slice_in_dim(a, begin, min(begin + length, a.shape[axis]), axis=axis)
+
+    return [(part(member, i), part(code, i)) for i in range(0, code.shape[axis], length)]
 
 
 def _index(codes: Array, size: int, stat: Stat) -> Array:

@@ -10,6 +10,18 @@ def grid(low, high):
     return tuple(map(float, range(low, high + 1)))
 
 
+PRODUCTS = [
+    (grid(-8, 7), 16, False),
+    (grid(-8, 7), None, False),
+    (grid(-128, 127), None, False),
+    (grid(0, 7), 16, True),
+    (grid(0, 3), 16, True),
+    (grid(0, 15), None, True),
+    ((-1.0, 1.0), None, False),
+]
+"""Values, inputs of a group, and whether there are zeros: what a product of ONNX has to compute."""
+
+
 def codes(shape, blocks, values, *, zeros=False, scale="bfloat16", seed=0):
     """A form in the working layout, in numpy, with so many blocks along the axes, and its weights."""
     rng = np.random.default_rng(seed)

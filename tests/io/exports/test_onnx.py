@@ -5,7 +5,7 @@ import pytest
 
 from lcq.io import Name, export
 from lcq.io.layouts.protobuf import field, fields
-from tests.io.exports.made import codes, grid
+from tests.io.exports.made import PRODUCTS, codes, grid
 
 RNG = np.random.default_rng(0)
 B, C = (RNG.normal(size=shape).astype(np.float32) for shape in ((48, 32), (32, 20)))
@@ -92,18 +92,7 @@ def three(values, group=None, **options):
     return {key: form for key, (form, _) in made.items()}, [dense for _, dense in made.values()]
 
 
-@pytest.mark.parametrize(
-    ("values", "group", "zeros"),
-    [
-        (grid(-8, 7), 16, False),
-        (grid(-8, 7), None, False),
-        (grid(-128, 127), None, False),
-        (grid(0, 7), 16, True),
-        (grid(0, 3), 16, True),
-        (grid(0, 15), None, True),
-        ((-1.0, 1.0), None, False),
-    ],
-)
+@pytest.mark.parametrize(("values", "group", "zeros"), PRODUCTS)
 def test_a_model_computes_what_the_forms_do(values, group, zeros, tmp_path):
     forms, (a, b, c) = three(values, group, zeros=zeros)
     names = [NAMES[0]]
