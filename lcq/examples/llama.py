@@ -107,12 +107,11 @@ def empty_cache(params: Forms, sentences: int, room: int, config: Config) -> Cac
         room: positions, of the prompt and all that follows.
         config: what the parameters do not say.
     """
-    structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)), params, is_leaf=_is_form)
-    tree = jax.eval_shape(by_layers, structs)
+    tree = _shapes(params)
     stack = tree["layers"]
     scanned = isinstance(stack, Mapping)
     layers, first = (stack["wq"].shape[0], stack) if scanned else (len(stack), stack[0])
-    width = first["wq"].shape[-1] // config.heads
+    width = _head_width(first, config)
     shape = (layers, sentences, room, first["wk"].shape[-1] // width, width)
     zeros = functools.partial(jnp.zeros, shape, jnp.result_type(*jax.tree.leaves(tree)))
     return Cache(zeros(), zeros(), jnp.zeros((), jnp.int32))
@@ -135,7 +134,7 @@ def generate(
         choose: logits (n, vocab) to the next tokens (n,); None for the likeliest.
 
     Raises:
-        ValueError: no prompt, or no count.
+        ValueError: no prompt, no count, tokens outside of the vocabulary, or heads that do not divide the weights.
 
     Example:
         >>> square, one = jnp.zeros((1, 8, 8)), jnp.ones((1, 8))
@@ -149,6 +148,11 @@ def generate(
         raise ValueError(
             f"expected a prompt of one token at least and a count above 0, got {list(prompt.shape)} and {count}; "
             "start with the token that begins a text"
+        )
+    vocabulary = _shapes(params)["tok_embeddings"].shape[0]
+    if np.min(prompt) < 0 or np.max(prompt) >= vocabulary:
+        raise ValueError(
+            f"expected tokens from 0 to {vocabulary - 1}, got a prompt from {np.min(prompt)} to {np.max(prompt)}"
         )
     choose = choose or functools.partial(jnp.argmax, axis=-1)
     cache = empty_cache(params, len(prompt), prompt.shape[1] + count, config)
@@ -226,13 +230,31 @@ def rms_norm(x: Float[Array, "*n d"], scale: Float[Array | np.ndarray, " d"], ep
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
 
+def _shapes(params: Forms) -> Params:
+    """Shapes and dtypes of `by_layers`, of forms too."""
+    structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(a.dtype)), params, is_leaf=_is_form)
+    return jax.eval_shape(by_layers, structs)
+
+
+def _head_width(p: Params, config: Config) -> int:
+    """The width of a head."""
+    queries, keys = p["wq"].shape[-1], p["wk"].shape[-1]
+    width = queries // config.heads
+    if width * config.heads != queries or keys % width or config.heads % (keys // width):
+        raise ValueError(
+            f"wq, wk: expected widths that are whole heads, got {queries} and {keys} for heads={config.heads}; say the "
+            "number of heads that the net was trained with"
+        )
+    return width
+
+
 def _is_form(node: PyTree) -> bool:
     return isinstance(node, lcq.forms.Form)
 
 
 def _layer(x: Array, p: Params, config: Config, attend: Attend) -> tuple[Array, PyTree]:
     y = rms_norm(x, p["attention_norm"], config.eps)
-    width = p["wq"].shape[1] // config.heads
+    width = _head_width(p, config)
     q, k, v = ((y @ p[name]).reshape(*y.shape[:2], -1, width) for name in ("wq", "wk", "wv"))
     y, kept = attend(q, k, v)
     x = x + y @ p["wo"]

@@ -52,18 +52,23 @@ class Saved:
         run: by name, a text that says what the run is of; the same in the run that goes on.
 
     Raises:
-        ValueError: the folder is of a run on something else; names what differs.
+        ValueError: the folder is of a run on something else; names what differs. It is a file, or is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], run: Mapping[str, str]) -> None:
         self._folder = Path(folder)
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"resume={os.fspath(folder)!r}: expected a folder, or none yet, got a file; name another")
         self._folder.mkdir(parents=True, exist_ok=True)
         said = self._folder / "run.json"
         if not said.exists():
             with replacing(said) as file:
                 file.write(json.dumps(dict(run), indent=1).encode())
             return
-        before = json.loads(said.read_text("utf-8"))
+        try:
+            before = dict(json.loads(said.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{said}: damaged, {error}; remove the folder, or give a new one") from error
         names = [name for name in {**before, **run} if before.get(name) != run.get(name)]
         if names:
             listed = ", ".join(names[:_SEVERAL]) + (f" and {len(names) - _SEVERAL} more" if names[_SEVERAL:] else "")

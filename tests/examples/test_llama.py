@@ -1,5 +1,6 @@
 """The decoder against one that goes token by token and head by head in float64, its cache, and names of checkpoints."""
 
+import dataclasses
 import json
 import os
 import re
@@ -123,6 +124,20 @@ def test_steps_with_a_cache_are_the_whole(view):
         found.append(scores)
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, rtol=1e-5, atol=1e-5)
     assert cache.length == 7 and not cache.keys[:, :, 7:].any()
+
+
+@pytest.mark.parametrize("heads", [3, 1])
+def test_heads_that_do_not_divide_the_weights_are_refused(heads):
+    config = dataclasses.replace(CONFIG, heads=heads)
+    for call in (llama.logits, lambda *args: llama.generate(args[0], args[1], 2, args[2])):
+        with pytest.raises(ValueError, match="wq, wk: expected widths that are whole heads"):
+            call(make(), TOKENS, config)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_outside_of_the_vocabulary_are_refused(token):
+    with pytest.raises(ValueError, match="expected tokens from 0 to"):
+        llama.generate(make(), np.array([[0, token]]), 2, CONFIG)
 
 
 def test_generation_is_that_of_the_whole_net():

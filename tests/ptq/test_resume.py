@@ -94,6 +94,15 @@ def test_a_damaged_file_is_named(tmp_path):
         quantize(resume=tmp_path / "run")
 
 
+def test_a_folder_that_says_nothing_of_its_run_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"rules": "')
+    with pytest.raises(ValueError, match=r"run\.json: damaged, .*; remove the folder"):
+        quantize(resume=tmp_path / "run")
+    with pytest.raises(ValueError, match="expected a folder, or none yet, got a file"):
+        quantize(resume=tmp_path / "run" / "run.json")
+
+
 def test_the_same_function_made_anew_is_no_other(folder):
     def again(p, x):
         return net(p, x)

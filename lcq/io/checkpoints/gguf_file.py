@@ -11,6 +11,7 @@ before anything is made of it, tensors do not overlap, and lie inside the file.
 Source: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
+import itertools
 import math
 import mmap
 import os
@@ -124,7 +125,7 @@ def _placed(
 ) -> dict[str, GgufTensor]:
     """Tensors with their bytes, each up to where the next begins."""
     filled = sorted(begin for shape, _, begin in infos.values() if math.prod(shape))
-    ends = dict(zip(filled, [*filled[1:], data.size], strict=True))
+    ends = dict(itertools.pairwise([*filled, data.size]))
     if len(ends) < len(filled):
         raise ValueError("two tensors begin at the same place")
     placed = {}

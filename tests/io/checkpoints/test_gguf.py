@@ -175,6 +175,11 @@ def test_tensors_that_are_not_what_they_say(tmp_path, tensors, complaint):
         read(tmp_path / "net.gguf")
 
 
+def test_a_file_of_no_tensors(tmp_path):
+    (tmp_path / "net.gguf").write_bytes(gguf({}))
+    assert read(tmp_path / "net.gguf") == {}
+
+
 def test_damaged_files(tmp_path):
     path, data, rng = tmp_path / "net.gguf", whole()[1], random.Random(0)
     for _ in range(60):
