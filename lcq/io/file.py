@@ -254,7 +254,8 @@ def _places(shardings: PyTree) -> dict[str, jax.sharding.Sharding | None] | jax.
     places = {leaf.path: leaf.value for leaf in flatten(shardings)[0]}
     for path, place_of in places.items():
         if not isinstance(place_of, jax.sharding.Sharding | None):
-            raise ValueError(f"{path}: expected a sharding or None in shardings=, got {type(place_of).__name__}")
+            where = f"{path}: " if path else ""
+            raise ValueError(f"{where}expected a sharding or None in shardings=, got {type(place_of).__name__}")
     return places
 
 
