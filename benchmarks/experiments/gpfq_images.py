@@ -59,7 +59,7 @@ def net(name: str) -> Net:
     """The net by its name in the command line."""
     apply = apply_of(name)
     if name == "resnet20":
-        variables = models.resnet20_from_torch(data.pretrained("resnet20_cifar10"))
+        variables = models.resnet_from_torch(data.pretrained("resnet20_cifar10"))
         recipes = [f"{method}-{levels}" for levels in (16, 8, 4, 3) for method in METHODS]
         return Net(apply, variables, 1024, 128, tuple(recipes))
     trainer = f"python -m benchmarks.experiments.gpfq_train {name} --out FOLDER"
@@ -72,7 +72,7 @@ def net(name: str) -> Net:
 def apply_of(name: str) -> Callable[[Any, Any], Any]:
     """(variables, uint8 images) -> logits of the net by its name."""
     if name == "resnet20":
-        module, mean, std = models.ResNet20(), data.CIFAR10_MEAN, data.CIFAR10_STD
+        module, mean, std = models.ResNet(20), data.CIFAR10_MEAN, data.CIFAR10_STD
     else:
         module, mean, std = NETS[name], RECIPES[name].mean, RECIPES[name].std
     return lambda variables, x: module.apply(variables, data.normalize(x, mean, std))

@@ -56,7 +56,7 @@ RECALIBRATION = (10, 500)
 _NO_EPOCH = 1 << 20
 """The number of the epoch whose order and augmentation those have: none of training."""
 
-NET = models.ResNet20()
+NET = models.ResNet(20)
 EPSILON = 1e-5
 """Of its batch norm."""
 
@@ -152,7 +152,7 @@ RECIPES = {
 
 def given() -> dict[str, Any]:
     """The trained variables all rows start from."""
-    return jax.tree.map(jnp.array, models.resnet20_from_torch(data.pretrained("resnet20_cifar10")))
+    return jax.tree.map(jnp.array, models.resnet_from_torch(data.pretrained("resnet20_cifar10")))
 
 
 @functools.cache

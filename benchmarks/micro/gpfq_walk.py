@@ -31,7 +31,7 @@ def listen(event: str, seconds: float, **_: Any) -> None:
 
 def main() -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
-    net = models.ResNet20()
+    net = models.ResNet(20)
     params = net.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     fn: Any = net.apply
     paths = ["/".join(key.key for key in keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)]

@@ -192,7 +192,7 @@ def net_rows() -> list[dict[str, Any]]:
     resnet = lcq.load(find("resnet20_lc_k2.lcq", maker))
     nets = [
         ("MLP 784-4096-4096-10", mlp_of, lcq.compress(mlp, [lcq.Rule(".*", lcq.KMeans(2))]), (1, 64), (784,)),
-        ("ResNet-20", models.ResNet20().apply, resnet, (1, 64), (32, 32, 3)),
+        ("ResNet-20", models.ResNet(20).apply, resnet, (1, 64), (32, 32, 3)),
     ]
     rows = []
     for name, fn, forms, batches, shape in nets:

@@ -107,7 +107,7 @@ def pretrained(name: str, folder: str | Path | None = None) -> dict[str, Any]:
 
     Args:
         name: "lenet300_tanh_mnist" (the params of `models.lenet300()`; its input is x/255 minus the mean
-            training image), "resnet20_cifar10" (for `models.resnet20_from_torch`; its input is normalized by
+            training image), "resnet20_cifar10" (for `models.resnet_from_torch`; its input is normalized by
             CIFAR10_MEAN and CIFAR10_STD), or the name of any other .npz file.
         folder: where NAME.npz is; default the environment variable LCQ_DATA.
 

@@ -70,26 +70,48 @@ class ResNetBlock(nn.Module):
         return nn.relu(y + jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2))))
 
 
-class ResNet20(nn.Module):
-    """ResNet-20 for 32x32 RGB images: 0.27 million parameters in 20 layers.
+class ResNet(nn.Module):
+    """The residual nets for small RGB images: three stages of (depth - 2) / 6 blocks of two convolutions each.
 
-    Call it with `train=True` and `mutable=["batch_stats"]` to train; else it uses its running statistics.
+    Depths of 20, 32, 44, 56 and 110 at width 16 have .27, .46, .66, .85 and 1.7 million parameters. Call it with
+    `train=True` and `mutable=["batch_stats"]` to train; else it uses its running statistics.
+
+    Attributes:
+        depth: layers with weights on the longest way: 6 n + 2, n >= 1.
+        width: channels of the first stage; the second has twice as many, the third four times.
+        classes: logits.
+
+    Raises:
+        ValueError: when it is called, a depth that is not 6 n + 2.
 
     Source: He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2.
+
+    Example:
+        >>> import jax
+        >>> shapes = jax.eval_shape(ResNet(32).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        464154
     """
 
+    depth: int = 20
+    width: int = 16
+    classes: int = 10
+
     @nn.compact
-    def __call__(self, x: Float[Array | np.ndarray, "n h w 3"], train: bool = False) -> Float[Array, "n 10"]:
-        x = nn.relu(_norm("bn1", train)(_conv(16, "conv1")(x)))
-        for stage, width in enumerate((16, 32, 64), start=1):
-            for i in range(3):
+    def __call__(self, x: Float[Array | np.ndarray, "n h w 3"], train: bool = False) -> Float[Array, "n classes"]:
+        blocks, rest = divmod(self.depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"expected a depth of 6 n + 2, such as 20, 32, 44, 56 or 110, got {self.depth}")
+        x = nn.relu(_norm("bn1", train)(_conv(self.width, "conv1")(x)))
+        for stage in (1, 2, 3):
+            for i in range(blocks):
                 stride = 2 if stage > 1 and i == 0 else 1
-                x = ResNetBlock(width, stride, name=f"stage{stage}_block{i}")(x, train)
-        return nn.Dense(10, name="dense")(x.mean((1, 2)))
+                x = ResNetBlock(self.width << (stage - 1), stride, name=f"stage{stage}_block{i}")(x, train)
+        return nn.Dense(self.classes, name="dense")(x.mean((1, 2)))
 
 
-def resnet20_from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Variables of `ResNet20` from the state_dict of the PyTorch net of the same shape.
+def resnet_from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Variables of `ResNet` from the state_dict of the PyTorch net of the same shape.
 
     Args:
         state: arrays under PyTorch's names, "layer1.0.conv1.weight" and so on; convolutions OIHW.

@@ -65,7 +65,7 @@ def test_small_digits_net_learns_the_digits():
 
 
 def torch_name(path):
-    """PyTorch's name of a ResNet20 variable: stage1_block0/conv1/kernel -> layer1.0.conv1.weight."""
+    """PyTorch's name of a ResNet variable: stage1_block0/conv1/kernel -> layer1.0.conv1.weight."""
     path = re.sub(r"stage(\d)_block(\d)/", r"layer\1.\2.", path).replace("dense/", "linear/")
     names = {
         "kernel": "weight",
@@ -78,8 +78,8 @@ def torch_name(path):
     return f"{module}.{names[name]}"
 
 
-def test_resnet20_from_torch_fills_every_variable():
-    net = models.ResNet20()
+def test_resnet_from_torch_fills_every_variable():
+    net = models.ResNet(20)
     variables = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 269_722
     rng = np.random.default_rng(0)
@@ -89,7 +89,36 @@ def test_resnet20_from_torch_fills_every_variable():
         for path, leaf in jax.tree_util.tree_leaves_with_path(collection):
             name = torch_name("/".join(key.key for key in path))
             state[name] = leaf.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[leaf.ndim])
-    jax.tree.map(np.testing.assert_array_equal, models.resnet20_from_torch(state), expected)
+    jax.tree.map(np.testing.assert_array_equal, models.resnet_from_torch(state), expected)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "classes", "paper"),
+    [
+        (20, 16, 10, 0.27e6),
+        (32, 16, 10, 0.46e6),
+        (44, 16, 10, 0.66e6),
+        (56, 16, 10, 0.85e6),
+        (110, 16, 10, 1.7e6),
+        (8, 4, 100, None),
+    ],
+)
+def test_resnets_have_the_parameters_of_the_paper(depth, width, classes, paper):
+    """9 c_in c_out of a convolution and 2 c_out of its norm, twice a block, and the dense layer."""
+    net = models.ResNet(depth, width, classes)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    n, c = (depth - 2) // 6, np.array([width, 2 * width, 4 * width])
+    before = np.array([width, width, 2 * width])
+    expected = 27 * width + 2 * width + (9 * before * c + 9 * c * c * (2 * n - 1) + 4 * n * c).sum()
+    expected += 4 * width * classes + classes
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == expected
+    assert paper is None or expected == pytest.approx(paper, rel=0.02)
+
+
+@pytest.mark.parametrize("depth", [2, 7, 18, 52])
+def test_a_resnet_of_no_such_depth_is_refused(depth):
+    with pytest.raises(ValueError, match=rf"expected a depth of 6 n \+ 2.*got {depth}"):
+        models.ResNet(depth).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
 def test_resnet_block_shortcut_is_option_a():
@@ -173,6 +202,6 @@ def test_pretrained_lenet300_scores_as_published():
 def test_pretrained_resnet20_is_right_nine_times_in_ten():
     x, y = data.cifar10("test")
     x = data.normalize(x[:500], data.CIFAR10_MEAN, data.CIFAR10_STD)
-    variables = models.resnet20_from_torch(data.pretrained("resnet20_cifar10"))
-    logits = jax.jit(models.ResNet20().apply)(variables, x)
+    variables = models.resnet_from_torch(data.pretrained("resnet20_cifar10"))
+    logits = jax.jit(models.ResNet(20).apply)(variables, x)
     assert (np.argmax(logits, 1) == y[:500]).mean() > 0.89
