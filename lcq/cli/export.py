@@ -63,8 +63,8 @@ def export_file(arguments: argparse.Namespace) -> None:
             progress=lambda i, n, path: advance(path, 1, n),
         )
     headers = ("leaf", "tensor", "as", "bytes", "error", "because of")
-    columns = zip(*report.cells(), strict=True) if report.rows else ((),) * len(headers)
-    cells = (Column(h, tuple(c), number=h in ("bytes", "error")) for h, c in zip(headers, columns, strict=True))
+    columns = zip(headers, zip(*report.cells(), strict=True), strict=True)
+    cells = (Column(h, tuple(c), number=h in ("bytes", "error")) for h, c in columns)
     show(Columns(list(cells)))
     print(f"{out}: {arguments.to}, {report.bytes:,} bytes of {len(report.rows)} tensors")
     for note in report.notes:

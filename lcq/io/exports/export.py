@@ -47,8 +47,8 @@ def export(
         What was written, a row for each tensor, and what changed.
 
     Raises:
-        ValueError: a format that is not known, names that do not fit, or a leaf that the format cannot hold; names it
-            and what to do.
+        ValueError: a format that is not known, nothing to write, names that do not fit, or a leaf that the format
+            cannot hold; names it and what to do.
         OSError: the file cannot be written.
 
     Example:

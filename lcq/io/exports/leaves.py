@@ -77,7 +77,8 @@ def items_of(
         limit: bytes that one leaf of a file may take; by default as `lcq.load` for a whole file.
 
     Raises:
-        ValueError: names that do not fit, two tensors of one name, or what no other program holds; names the leaf.
+        ValueError: nothing to write, names that do not fit, two tensors of one name, or what no other program holds;
+            names the leaf.
     """
     if isinstance(forms, str | os.PathLike):
         path = forms
@@ -99,6 +100,9 @@ def items_of(
     elif not 2 <= nearest <= 8:
         raise ValueError(f"nearest: expected 2 to 8 bits, got {nearest}")
     declared = [item for leaf in kept for item in _layers(leaf, rules[leaf.path], nearest, read=False)]
+    if not declared:
+        why = "names leave all leaves out; drop a Name(.., None)" if leaves else "there are none; give forms or arrays"
+        raise ValueError(f"expected at least one leaf to write, got none: {why}")
     seen = dict[str, str]()
     for item in declared:
         if item.name in seen:

@@ -189,6 +189,8 @@ REFUSED = [
     ({"a/kernel": MASK}, {}, r"a/kernel: expected codes on a grid .* nearest= writes it dense, 8,192"),
     ({"a/kernel": FOUR}, {"names": [Name("v", "v.weight")]}, r"name 'v' decides no leaf"),
     ({"a/kernel": FOUR}, {"nearest": 1}, r"nearest: expected 2 to 8 bits, got 1"),
+    ({}, {}, r"^expected at least one leaf to write, got none: there are none; give forms"),
+    ({"a/kernel": FOUR}, {"names": [Name(".*", None)]}, r"got none: names leave all leaves out; drop a Name"),
     ({"a/kernel": FOUR}, {"format": "onxx"}, r"expected one of the export formats compressed-tensors"),
 ]
 
