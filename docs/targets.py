@@ -45,7 +45,8 @@ def product(path: Path) -> Path:
 def cell(form: object, format: str, folder: Path) -> str:
     """As what a leaf goes out."""
     out, names = folder / f"net{EXPORT_FORMATS[format].suffix}", [Name("w", "w.weight", layout="io")]
-    configs = {"gguf": {"general.architecture": "llama"}, "onnx": {"model": product(folder / "dense.onnx")}}
+    model = {"model": product(folder / "dense.onnx")}
+    configs = {"gguf": {"general.architecture": "llama"}, "onnx": model, "onnx_dequantize": model}
     try:
         (row,) = lcq.io.export({"w": form}, out, format=format, names=names, config=configs.get(format)).rows
     except ValueError:

@@ -139,6 +139,63 @@ def stacked(params: Params) -> Params:
     return {**tree, "layers": jax.tree.map(lambda *layers: np.stack(layers), *tree["layers"])}
 
 
+def to_huggingface(params: Params, config: Config, context: int = 2048) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flat dict of a folder of Hugging Face, weights (out, in) and pairs of halves, and its config.json.
+
+    Args:
+        params: as of `by_layers`, of arrays.
+        config: what they do not say.
+        context: tokens that the net was trained on at once.
+
+    Example:
+        >>> square, one = np.ones((2, 2)), np.ones(2)
+        >>> layer = dict.fromkeys(("wq", "wk", "wv", "wo", "w1", "w2", "w3"), square)
+        >>> layer |= {"attention_norm": one, "ffn_norm": one}
+        >>> flat, said = to_huggingface({"tok_embeddings": square, "norm": one, "layers": [layer]}, Config(1))
+        >>> list(flat)[2:4], said["hidden_size"]
+        (['model.layers.0.input_layernorm.weight', 'model.layers.0.self_attn.q_proj.weight'], 2)
+    """
+    tree = by_layers(params)
+    layers = tree["layers"]
+    if isinstance(layers, Mapping):
+        layers = [{name: array[i] for name, array in layers.items()} for i in range(len(layers["wq"]))]
+    hidden, queries = layers[0]["wq"].shape
+    width = queries // config.heads
+
+    def turned(name: str, weight: Any) -> Any:
+        weight = np.asarray(weight)
+        if weight.ndim < 2:
+            return weight
+        if name in ("wq", "wk") and not config.halves:  # neighbours to halves
+            apart = weight.reshape(len(weight), -1, width // 2, 2)
+            weight = apart.swapaxes(2, 3).reshape(weight.shape)
+        return np.ascontiguousarray(weight.T)
+
+    flat = {f"{name}.weight": np.asarray(tree[ours]) for ours, name in _TOP["hf"].items() if ours != "output"}
+    for i, layer in enumerate(layers):
+        prefix = f"{_PREFIX['hf']}{i}."
+        flat |= {f"{prefix}{name}.weight": turned(ours, layer[ours]) for ours, name in _LAYER["hf"].items()}
+    if "output" in tree:
+        flat[f"{_TOP['hf']['output']}.weight"] = turned("output", tree["output"])
+    said = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": layers[0]["w1"].shape[1],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": layers[0]["wk"].shape[1] // width,
+        "head_dim": width,
+        "vocab_size": len(tree["tok_embeddings"]),
+        "max_position_embeddings": context,
+        "rms_norm_eps": config.eps,
+        "rope_theta": config.theta,
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output" not in tree,
+    }
+    return flat, said
+
+
 def from_llama2c(arrays: Mapping[str, np.ndarray]) -> Params:
     """The stacked tree of a llama2.c checkpoint: weights of all layers (layers, out, in), pairs of neighbours.
 

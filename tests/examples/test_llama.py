@@ -13,8 +13,16 @@ import pytest
 
 import lcq
 from lcq.cli.main import main
-from lcq.examples import llama, transformers
-from lcq.examples.llama_names import Config, by_layers, config_from_gguf, from_llama2c, read_config, stacked
+from lcq.examples import llama, llama_names, transformers
+from lcq.examples.llama_names import (
+    Config,
+    by_layers,
+    config_from_gguf,
+    from_llama2c,
+    read_config,
+    stacked,
+    to_huggingface,
+)
 
 needs_data = pytest.mark.skipif(
     "LCQ_DATA" not in os.environ, reason="real data: set LCQ_DATA to the folder that holds it"
@@ -230,6 +238,19 @@ def test_configs_of_hugging_face(tmp_path, change, complaint):
     else:
         with pytest.raises(ValueError, match=complaint):
             read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("halves", "tied"), [(False, True), (True, False)])
+def test_a_folder_of_hugging_face(halves, tied, tmp_path):
+    params, config = make(tied=tied), Config(HEADS, 1e-5, 100.0, halves)
+    flat, said = to_huggingface(params, config, 64)
+    lcq.io.write(tmp_path / "model.safetensors", flat, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    read, again = llama_names.load(tmp_path)
+    assert again == dataclasses.replace(config, halves=True)
+    assert said["num_key_value_heads"] == 2 and said["tie_word_embeddings"] == tied
+    expected = llama.logits(params, TOKENS, config)
+    np.testing.assert_allclose(llama.logits(read, TOKENS, again), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_configs_of_gguf():

@@ -4,6 +4,7 @@ from lcq.io.exports import compressed_tensors as compressed_tensors
 from lcq.io.exports import gguf as gguf
 from lcq.io.exports import gptq as gptq
 from lcq.io.exports import onnx as onnx
+from lcq.io.exports import onnx_dequantize as onnx_dequantize
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.export import export as export
 from lcq.io.exports.leaves import Item

@@ -7,7 +7,7 @@
     zeros   uint8 [out, ceil(ceil(in / g) b / 8)], packed likewise; without, 2^(b-1)
 
 `accuracy_level=1`: ONNX Runtime then computes with the activations as they are, where its default for DequantizeLinear
-rounds them to 8 bits. Neither the package onnx nor protobuf is needed.
+(`onnx_dequantize`) rounds them to 8 bits. Neither the package onnx nor protobuf is needed.
 
 Source: ContribOperators.md of onnxruntime 1.32.
 """
@@ -35,6 +35,7 @@ from lcq.io.exports.onnx_graph import (
     MICROSOFT,
     NODE,
     OPSETS,
+    Node,
     is_product,
     name_of,
     node,
@@ -45,6 +46,7 @@ from lcq.io.layouts.protobuf import Field, field, fields, opened
 
 _BITS = (2, 4, 8)
 _TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int16": 5, "int32": 6, "int64": 7, "bool": 9, "float16": 10}
+_FOUR_BITS = {"uint4": 21, "int4": 22}
 _MOST = 1 << 31
 
 
@@ -83,25 +85,17 @@ class Onnx(ExportFormat):
         name = self._name(item)
         self._replaced.add(name)
         if not isinstance(item.value, Codes):
-            return {name: _declared(_dtype(item), *item.value.shape)}
-        used = [each for each in self._nodes if name in each.inputs or name in each.inner]
-        for each in used:
-            if not is_product(each, name):
-                raise ValueError(
-                    f"expected {name!r} to be used in products x W alone, got {each.op} too; leave this leaf out of "
-                    "the rules, or make it dense"
-                )
-        if not used:
-            raise ValueError(f"expected {name!r} to be used in a product, got no use; leave it out: Name(.., None)")
+            return {name: declared(_dtype(item), *item.value.shape)}
+        self._products(name)
         kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
         group = block_length(kind.group, kind.inputs)
         blocks = -(-kind.inputs // group)
         made = {
-            f"{name}_codes": _declared("uint8", kind.outputs, blocks, group * bits // 8),
-            f"{name}_scales": _declared("float32", kind.outputs, blocks),
+            f"{name}_codes": declared("uint8", kind.outputs, blocks, group * bits // 8),
+            f"{name}_scales": declared("float32", kind.outputs, blocks),
         }
         if kind.steps.shifted:
-            made[f"{name}_zeros"] = _declared("uint8", kind.outputs, -(-blocks * bits // 8))
+            made[f"{name}_zeros"] = declared("uint8", kind.outputs, -(-blocks * bits // 8))
         settings = {"K": kind.inputs, "N": kind.outputs, "bits": bits, "block_size": group, "accuracy_level": 1}
         self._layers[name] = tuple(made), settings
         return made
@@ -116,17 +110,19 @@ class Onnx(ExportFormat):
         blocks = -(-kind.inputs // group)
         padded = np.pad(grid.codes, ((0, 0), (0, blocks * group - kind.inputs)))
         made = {
-            f"{name}_codes": _packed(padded, bits).reshape(kind.outputs, blocks, group * bits // 8),
+            f"{name}_codes": packed_bytes(padded, bits).reshape(kind.outputs, blocks, group * bits // 8),
             f"{name}_scales": _each_block(grid.scale, kind.group, group, blocks),
         }
         if grid.zero is not None:
-            made[f"{name}_zeros"] = _packed(_each_block(whole_zeros(grid.zero, bits), kind.group, group, blocks), bits)
+            made[f"{name}_zeros"] = packed_bytes(
+                _each_block(whole_zeros(grid.zero, bits), kind.group, group, blocks), bits
+            )
         return Encoded(made, f"MatMulNBits of {bits} bits, blocks of {group}", error)
 
     def write(
         self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
     ) -> tuple[str, ...]:
-        pieces: list[bytes | memoryview] = [piece for entry in self._graph for piece in self._entry(entry)]
+        pieces = [*self._first_nodes(), *(piece for entry in self._graph for piece in self._entry(entry))]
         heads = {name: _tensor_head(name, each) for name, each in tensors.items()}
         inner = sum(map(len, pieces)) + sum(len(heads[name]) + each.size for name, each in tensors.items())
         around: list[bytes | memoryview] = [each.raw for each in self._model if each.number != GRAPH]
@@ -141,6 +137,27 @@ class Onnx(ExportFormat):
                 file.write(heads[name])
                 file.write(flat(np.ascontiguousarray(array)).data)
         return ()
+
+    def _products(self, name: str) -> list[Node]:
+        """The products that a weight is used in.
+
+        Raises:
+            ValueError: none, or other uses.
+        """
+        used = [each for each in self._nodes if name in each.inputs or name in each.inner]
+        for each in used:
+            if not is_product(each, name):
+                raise ValueError(
+                    f"expected {name!r} to be used in products x W alone, got {each.op} too; leave this leaf out of "
+                    "the rules, or make it dense"
+                )
+        if not used:
+            raise ValueError(f"expected {name!r} to be used in a product, got no use; leave it out: Name(.., None)")
+        return used
+
+    def _first_nodes(self) -> list[bytes | memoryview]:
+        """Nodes that go before those of the model."""
+        return []
 
     def _entry(self, entry: Field) -> Iterator[bytes | memoryview]:
         """What takes the place of an entry of the graph."""
@@ -166,7 +183,7 @@ class Onnx(ExportFormat):
         return self._known[item.name]
 
 
-def _declared(dtype: str, *shape: int) -> Tensor:
+def declared(dtype: str, *shape: int) -> Tensor:
     return Tensor(shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize)
 
 
@@ -207,7 +224,7 @@ def _each_block(numbers: Shaped[np.ndarray, "out groups"], group: int, length: i
     return np.repeat(numbers, many, axis=1)
 
 
-def _packed(codes: UInt[np.ndarray, "rows n"], bits: int) -> UInt8[np.ndarray, "rows bytes"]:
+def packed_bytes(codes: UInt[np.ndarray, "rows n"], bits: int) -> UInt8[np.ndarray, "rows bytes"]:
     """Codes of 2, 4 or 8 bits in bytes, the first in the lowest bits; rows are filled to whole bytes."""
     rows, n = codes.shape
     each = 8 // bits
@@ -218,6 +235,6 @@ def _packed(codes: UInt[np.ndarray, "rows n"], bits: int) -> UInt8[np.ndarray, "
 
 def _tensor_head(name: str, each: Tensor) -> bytes:
     """An initializer up to its bytes."""
-    said = b"".join(field(1, n) for n in each.shape) + field(2, _TYPES[each.kind]) + field(8, name)
+    said = b"".join(field(1, n) for n in each.shape) + field(2, (_TYPES | _FOUR_BITS)[each.kind]) + field(8, name)
     body = said + opened(9, each.size)
     return opened(INITIALIZER, len(body) + each.size) + body

@@ -75,6 +75,14 @@ def _bytes(entry: Field) -> memoryview:
     return entry.value
 
 
+def opset_of(model: Sequence[Field]) -> int:
+    """The version of ONNX's own operators that a ModelProto uses; 1 if it says none."""
+    for entry in (list(fields(_bytes(f))) for f in model if f.number == OPSETS):
+        if not any(f.number == 1 and text(f.value) for f in entry):
+            return next((f.value for f in entry if f.number == 2 and isinstance(f.value, int)), 1)
+    return 1
+
+
 def is_product(node: Node, name: str) -> bool:
     """Whether a node is x W for a weight of a name, W [in, out], or of Gemm [out, in], and x [.., in]."""
     if node.inputs[1:2] != (name,) or node.inputs.count(name) > 1 or name in node.inner:
