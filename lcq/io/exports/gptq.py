@@ -3,11 +3,15 @@
     value[i, o] = scale[i // g, o] (q[i, o] - z[i // g, o]),    q of 2, 3, 4 or 8 bits, z = 2^(b-1) without zeros
 
     NAME.qweight   int32 [in b / 32, out]      q, a bit stream down each column
-    NAME.qzeros    int32 [in / g, out b / 32]  zeros, a bit stream along each row; version 1 stores (z - 1) mod 2^b
+    NAME.qzeros    int32 [in / g, out b / 32]  zeros, a bit stream along each row; version 1 stores z - 1
     NAME.scales    float16 [in / g, out]
     NAME.g_idx     int32 [in]                  i // g
 
-Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda.py.
+Version 1 has no zero of 0, as its readers add 1 without a mask: such groups go out turned round, which is exact,
+
+    scale (q - 0) = -scale ((2^b - 1 - q) - (2^b - 1))
+
+Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda.py; auto_round 0.16.1, auto_round_extension/torch.
 """
 
 from collections.abc import Mapping
@@ -76,14 +80,17 @@ class _Gptq(SafetensorsFolder):
         stem, kind, bits = stem_of(item), kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
         before = "float32" if item.value.scale is None else str(item.value.scale.dtype)
         grid, error = encoded(item, bits, "float16")
-        zero = np.full(grid.scale.shape, offset_of(kind.steps, bits), np.uint8)
+        codes, scale, zero = grid.codes, grid.scale, np.full(grid.scale.shape, offset_of(kind.steps, bits), np.uint8)
         if grid.zero is not None:
             zero = whole_zeros(grid.zero, bits)
-        stored = (zero - np.uint8(self.before)) & np.uint8((1 << bits) - 1)
+        if (low := zero < self.before).any():
+            top = np.uint8((1 << bits) - 1)
+            codes = np.where(np.repeat(low, kind.group, axis=1), top - codes, codes)
+            scale, zero = np.where(low, -scale, scale), np.where(low, top, zero)
         made = {
-            "qweight": pack_rows(grid.codes, bits).T,
-            "qzeros": pack_rows(np.ascontiguousarray(stored.T), bits),
-            "scales": grid.scale.T,
+            "qweight": pack_rows(codes, bits).T,
+            "qzeros": pack_rows(np.ascontiguousarray((zero - np.uint8(self.before)).T), bits),
+            "scales": scale.T,
             "g_idx": np.arange(kind.inputs, dtype=np.int32) // kind.group,
         }
         why = f"scales {before} to float16" if error else ""
@@ -108,7 +115,7 @@ class _Gptq(SafetensorsFolder):
 
 @EXPORT_FORMATS.register("gptq")
 class GptqV1(_Gptq):
-    """Zeros are stored less one, as by auto_gptq."""
+    """Zeros are stored less one, as by auto_gptq and auto_round."""
 
     version = "gptq"
     before = 1

@@ -40,7 +40,7 @@ def gptq(tensors, name, bits, version):
     words, scale, group = (tensors[f"{name}.{part}"] for part in ("qweight", "scales", "g_idx"))
     q = bits_along(words, bits, len(group))
     z = bits_along(tensors[f"{name}.qzeros"].T, bits, scale.shape[1]).T
-    z = (z + 1) % (1 << bits) if version == 1 else z
+    z = z + (version == 1)  # without a mask, as the libraries do
     return ((q - z[group]) * scale.astype(np.float64)[group]).T
 
 
