@@ -1,6 +1,7 @@
 """Set up before jax or lcq is imported: how XLA compiles, simulated devices, run-time shape checks, hypothesis."""
 
 import ctypes
+import functools
 import gc
 import os
 import subprocess
@@ -46,10 +47,23 @@ import jaxtyping  # noqa: E402
 
 
 def checked(function):
-    """beartype, an int being a float, except for `Self`, which it refuses where it does not decorate the class."""
+    """beartype, an int being a float, except for `Self`, which it refuses where it does not decorate the class.
+
+    It is given a body of one line for a signature, and for a function in a function at every call of the outer one:
+    equal signatures of one name are looked at once.
+    """
     hints = getattr(function, "__annotations__", {})
     hints.update({name: typing.Any for name, hint in hints.items() if hint is typing.Self})
-    return beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))(function)
+    defaults = function.__defaults__, *(function.__kwdefaults__ or {}).items()
+    signature = function.__module__, function.__qualname__, function.__code__, *hints.items(), *defaults
+    try:
+        return checks.get(signature) or checks.setdefault(signature, check(function))
+    except TypeError:  # a default that has no hash
+        return check(function)
+
+
+check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+checks = {}
 
 
 # Every annotated function of lcq checks its shapes and types while the tests run.
@@ -61,6 +75,10 @@ gc.set_threshold(10_000, 20, 20)
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
+
+# jax lowers each program in a context of its own; to make one takes as long as to lower a small program in it.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 hypothesis.settings.register_profile(
     "lcq", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=True
