@@ -13,7 +13,7 @@ from lcq.forms import bitpack
 from lcq.forms.axes import shares
 from lcq.forms.base import Decoding, Form, leafwise, register_form, static
 from lcq.forms.blocks import blocks, compute_dtype, cut_axes, join_axes
-from lcq.forms.columns import columns, equal_steps
+from lcq.forms.columns import SELECT, columns, equal_steps
 from lcq.forms.dtypes import nearest_number, wider
 from lcq.forms.lookup import level_of
 from lcq.forms.processes import on_host
@@ -195,7 +195,8 @@ class Codes(Form):
 
     @property
     def decoding(self) -> Decoding:
-        return "many rows" if equal_steps(self.values, self.size_of_table) else "always"
+        short = equal_steps(self.values, self.size_of_table) or self.size_of_table <= SELECT
+        return "many rows" if short else "always"
 
     def _tables(self) -> dict[str, Array]:
         form = self.with_zeros()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,15 +15,15 @@ from lcq.forms.base import Decoding, own, static, tree_form
 from lcq.forms.column_words import fields, pack_columns
 from lcq.forms.prepacked import Prepacked
 
-_SELECT = 16
-"""Up to this many levels a lookup is a chain of selects, which vectorises; above, a gather."""
+SELECT = 16
+"""Up to this many levels a lookup is a tree of selects, which vectorises; above, a gather, which does not on CPUs."""
 
 
 @tree_form
 class Columns(Prepacked):
     """Codes prepacked for products, packed down the columns of the matrix.
 
-        Delta[k, n] = first[n] + step[n] code[k, n]  if levels are equally far apart,  else levels[n, code[k, n]]
+        Delta[k, n] = first[n] + step[n] code[k, n]  if levels are equally far apart,  else levels[code[k, n], n]
 
     The rows of the matrix are cut into b equal blocks, each with words and numbers of its own. Of a grid with a scale
     first = (lowest - zero) step is not kept: step has the scale's dtype and zero that of codes, 16 and 8 bits a block.
@@ -31,7 +32,7 @@ class Columns(Prepacked):
         words: uint32 [*stacked, b, w, n], see `column_words.fields`; a block's last word is filled with zeros.
         first: [*stacked, b, 1 or n]; None if there are `levels`, or a `lowest`.
         step: [*stacked, b, 1 or n]; None if there are `levels`.
-        levels: [*stacked, b, 1 or n, K]; None if they are equally far apart.
+        levels: [*stacked, b, K, 1 or n]; None if they are equally far apart.
         zero: like `step`; None for 0.
         lowest: the lowest level of a grid, in steps.
         width: bits of a code, 1, 2, 4, 8 or 16.
@@ -44,7 +45,7 @@ class Columns(Prepacked):
     zero: Any = own(default=None)
     lowest: float | None = static(default=None)
     width: int = static(default=1)
-    column_axes = MappingProxyType({"words": -1, "first": -1, "step": -1, "levels": -2, "zero": -1})
+    column_axes = MappingProxyType({"words": -1, "first": -1, "step": -1, "levels": -1, "zero": -1})
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -61,7 +62,7 @@ class Columns(Prepacked):
 
     @property
     def decoding(self) -> Decoding:
-        return "many rows" if self.levels is None else "always"
+        return "many rows" if self.levels is None or self.levels.shape[-2] <= SELECT else "always"
 
     def lines(self) -> tuple[Array, Array]:
         """(first, step) in float32, of levels that are equally far apart."""
@@ -76,7 +77,7 @@ class Columns(Prepacked):
             first, step = self.lines()
             values = first[..., None, :] + step[..., None, :] * codes.astype(jnp.int32).astype(jnp.float32)
         else:
-            values = _lookup(codes, self.levels[..., None, :, :])
+            values = _lookup(codes, self.levels)
         return values.reshape(*self.words.shape[:-3], -1, self.words.shape[-1])
 
     def take_columns(self, numbers: Int[Array, " m"]) -> "Columns":
@@ -89,7 +90,7 @@ class Columns(Prepacked):
             first=some(self.first, -1),
             step=some(self.step, -1),
             zero=some(self.zero, -1),
-            levels=some(self.levels, -2),
+            levels=some(self.levels, -1),
             tail=(self.rows, numbers.shape[0]),
             axes=(0, 1),
         )
@@ -120,7 +121,7 @@ def columns(
     words = pack_columns(codes.reshape(*stacked, b, rows // b, n), width)
     made = Columns(words=words, width=width, tail=(rows, n), axes=(0, 1))
     if not equal_steps(values, table.shape[-1]):
-        return dataclasses.replace(made, levels=each((table - zeros) * scales))
+        return dataclasses.replace(made, levels=each((table - zeros) * scales).swapaxes(-1, -2))
     if (grid := _short_spacing(values, scale, zero)) is not None:
         spacing, lowest = grid
         kept = None if zero is None else each(jnp.asarray(zero)[..., None], zero.dtype)[..., 0]
@@ -150,14 +151,20 @@ def _short_spacing(values: tuple[float, ...] | None, scale: Any, zero: Any) -> t
     return (spacing, values[0] / spacing) if spacing == 1 or short else None
 
 
-def _lookup(codes: UInt32[Array, "*g k n"], levels: Float[Array, "*g 1 across levels"]) -> Float[Array, "*g k n"]:
-    """levels[code]; codes beyond the table, of columns that only fill a tile, stand for its last entry."""
-    count = levels.shape[-1]
-    if count > _SELECT and math.prod(levels.shape[:-1]) == 1:
+def by_bits(code: UInt32[Array, "*#a"], levels: Sequence[Float[Array, "*#a"]]) -> Float[Array, "*a"]:
+    """The level of each code, by K - 1 selects on the lowest bits of the code; what is above them is ignored."""
+    for bit in range((len(levels) - 1).bit_length()):
+        on = ((code >> jnp.uint32(bit)) & jnp.uint32(1)).astype(bool)
+        pairs = zip(levels[::2], levels[1::2], strict=False)
+        levels = [*(jnp.where(on, b, a) for a, b in pairs), *levels[len(levels) & ~1 :]]
+    return levels[0]
+
+
+def _lookup(codes: UInt32[Array, "*g k n"], levels: Float[Array, "*g levels across"]) -> Float[Array, "*g k n"]:
+    """levels[code]; codes beyond the table, of columns that only fill a tile, stand for some entry."""
+    count = levels.shape[-2]
+    if count <= SELECT:
+        return by_bits(codes, [levels[..., k : k + 1, :] for k in range(count)])
+    if math.prod(levels.shape) == count:
         return levels.reshape(-1)[codes]
-    if count > _SELECT:
-        return jnp.take_along_axis(levels, codes[..., None].astype(jnp.int32), axis=-1)[..., 0]
-    value = jnp.broadcast_to(levels[..., -1], codes.shape)
-    for k in range(count - 1):
-        value = jnp.where(codes == k, levels[..., k], value)
-    return value
+    return jnp.take_along_axis(levels, codes.astype(jnp.int32), axis=-2)

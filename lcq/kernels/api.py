@@ -86,6 +86,24 @@ def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -
     return jnp.matmul(x.astype(dtype), form.dense().astype(dtype)) if y is None else y.astype(dtype)
 
 
+def way(form: Form, rows: int) -> str:
+    """The name of the kernel that multiplies so many rows with a form, see `KERNELS`; "" where the form does it itself.
+
+    Args:
+        form: of arrays, or of their shapes.
+        rows: of the activations; of each, with stacked forms.
+
+    Example:
+        >>> import lcq
+        >>> form = lcq.Binary().project(jnp.ones((64, 8)))
+        >>> way(form, 1), way(form, 64)
+        ('words', 'tiles')
+    """
+    ready = jax.eval_shape(lambda form: form.prepack(traced=True), form)
+    how = chosen(ready)
+    return "" if how is None else how.way(ready, rows)
+
+
 def _by_rows(kernel: Kernel, x: Num[Array, "*rows k"], form: Form) -> Num[Array, "*rows n"]:
     n = form.shape[-1]
     if 0 in x.shape:

@@ -33,6 +33,11 @@ class Kernel(abc.ABC):
         del form
         return False
 
+    def way(self, form: Form, rows: int) -> str:
+        """The name, for reports, of how it multiplies so many rows: of another kernel if it leaves them to one."""
+        del form, rows
+        return KERNELS.name_of(type(self)) or type(self).__name__
+
     @abc.abstractmethod
     def check(self, form: Form) -> None:
         """Raises ValueError, with a remedy, unless it can multiply this form."""
@@ -46,7 +51,8 @@ KERNELS: Registry[type[Kernel]] = Registry("kernels", "leave kernel= out to have
 """How forms are multiplied, and when a product takes which:
 
 codes        all codes: the best of these for the rows and the platform
-words        at most 2 rows and equal steps: to read the weights is most of the work, and packed ones are fewer bytes
+words        at most 2 rows, of equal steps or at most 16 levels, in whatever blocks: to read the weights is most of the
+             work, and packed ones are fewer bytes
 tiles        all else: dense for one tile of columns after another, which costs little beside a product of many rows
 pallas_tpu   one bit, on TPU: bits are unpacked beside the matrix unit, which waits for fewer bytes
 pallas_gpu   one bit, on GPU: likewise

@@ -7,46 +7,51 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
 
 from lcq.forms.base import Form
-from lcq.forms.columns import Columns
+from lcq.forms.columns import SELECT, Columns
 from lcq.forms.meshes import is_shared
 from lcq.kernels import codes_xla
 from lcq.kernels.base import KERNELS
 from lcq.kernels.codes_xla import OfCodes
+from lcq.kernels.words_xla import FEW, word_by_word
 from lcq.tracing import jaxpr
 
 
 @KERNELS.register("codes")
 class CodeProduct(OfCodes):
-    """Levels with equal steps by code, where bits are multiplied or rows are few; else tiles."""
+    """Few rows by words, where they can be; bits by Pallas on TPU and GPU; else tiles."""
 
     def suits(self, form: Form) -> bool:
         return isinstance(form, Columns)
 
+    def way(self, form: Any, rows: int) -> str:
+        return "words" if by_words(form) and jaxpr.at_most(rows, FEW) else "tiles"
+
     def product(self, x: Array, form: Any) -> Array:
-        few = form.width == 1 or jaxpr.at_most(x.shape[0], codes_xla.FEW)
-        return by_code(x, form) if form.levels is None and few else codes_xla.matrix_product(x, form)
+        if self.way(form, x.shape[0]) == "words" or _is_bits(form):
+            return code_product(x, form)
+        return codes_xla.matrix_product(x, form)
 
 
 @KERNELS.register("words")
 class Words(OfCodes):
-    """Levels with equal steps, a word of each column at a time."""
+    """Levels with equal steps, or few, a word of each column at a time."""
 
     name = "words"
 
     def check(self, form: Form) -> None:
         super().check(form)
         assert isinstance(form, Columns)
-        if form.levels is not None:
+        if not by_words(form):
             raise ValueError(
-                f"the kernel {self.name!r} wants levels with equal steps, got a codebook of {form.levels.shape[-1]}; "
-                "leave kernel= out"
+                f"the kernel {self.name!r} wants levels with equal steps or at most {SELECT} of them, got a codebook "
+                f"of {form.levels.shape[-2]}; leave kernel= out"
             )
 
     def product(self, x: Array, form: Any) -> Array:
-        return by_code(x, form, self.name)
+        return code_product(x, form, self.name)
 
 
 class _Pallas(Words):
@@ -55,7 +60,7 @@ class _Pallas(Words):
     def check(self, form: Form) -> None:
         super().check(form)
         assert isinstance(form, Columns)
-        if form.width != 1:
+        if not _is_bits(form):
             raise ValueError(f"the kernel {self.name!r} wants codes of 1 bit, got {form.width} bits; leave kernel= out")
 
 
@@ -73,64 +78,103 @@ class PallasGPU(_Pallas):
     name = "pallas_gpu"
 
 
-def by_code(x: Float[Array, "m k"], form: Columns, kernel: str | None = None) -> Float[Array, "m n"]:
-    """sum over blocks b of first[b] sum(x[b]) + step[b] (x[b].code[b])."""
+def by_words(form: Columns) -> bool:
+    """Whether a form can be multiplied word by word."""
+    return form.levels is None or form.levels.shape[-2] <= SELECT
+
+
+def _is_bits(form: Columns) -> bool:
+    return form.width == 1 and form.levels is None
+
+
+def code_product(x: Float[Array, "m k"], form: Columns, kernel: str | None = None) -> Float[Array, "m n"]:
+    """y = x Delta(form) in float32; under vmap over x alone, the rows of all are one product."""
+    if kernel is None and is_shared():
+        kernel = _anywhere(x, form)
+    named = {name: a for name in _NUMBERS if (a := getattr(form, name)) is not None}
+    bind = _primitive(tuple(named)).bind
+    return bind(x, *named.values(), lowest=form.lowest, width=form.width, kernel=kernel)
+
+
+_NUMBERS = ("words", "first", "step", "levels", "zero")
+
+
+def _anywhere(x: Array, form: Columns) -> str:
+    return CodeProduct().way(form, x.shape[0])
+
+
+@functools.cache
+def _primitive(names: tuple[str, ...]) -> Any:
+    """The product with a form of arrays by these names, as a primitive."""
+
+    def form_of(x: Array, arrays: Sequence[Array], static: dict[str, Any]) -> Columns:
+        fields: dict[str, Any] = dict(zip(names, arrays, strict=True))
+        fields |= {name: static[name] for name in ("lowest", "width")}
+        return Columns(**fields, tail=(x.shape[-1], arrays[0].shape[-1]), axes=(0, 1))
+
+    def compute(x: Array, *arrays: Array, **static: Any) -> Array:
+        return _product(x, form_of(x, arrays, static), static["kernel"])
+
+    def along_x(tangent: Array, x: Array, *arrays: Array, **static: Any) -> Array:
+        return codes_xla.matrix_product(tangent, form_of(x, arrays, static))
+
+    def along(i: int) -> Callable[..., Array] | None:
+        def change(tangent: Array, x: Array, *arrays: Array, **static: Any) -> Array:
+            def product(a: Array) -> Array:
+                return codes_xla.matrix_product(x, form_of(x, [*arrays[:i], a, *arrays[i + 1 :]], static))
+
+            return jax.jvp(product, (arrays[i],), (tangent,))[1]
+
+        return None if names[i] == "words" else change
+
+    def mapped(operands: Sequence[Array], axes: Sequence[int | None], **static: Any) -> tuple[Array, int]:
+        def product(x: Array, *arrays: Array) -> Array:
+            form = form_of(x, arrays, static)
+            return code_product(x, form, static["kernel"])
+
+        return jax.vmap(mapped_over_rows(product), axes)(*operands), 0
+
+    def shape(x: Any, words: Any, *_: Any) -> tuple[tuple[int, int], Any]:
+        return (x.shape[0], words.shape[-1]), jnp.float32
+
+    return jaxpr.primitive("code_product", compute, shape, [along_x, *map(along, range(len(names)))], mapped)
+
+
+def _product(x: Array, form: Columns, kernel: str | None) -> Array:
+    how: dict[str, Callable[[Array, Columns], Array]] = {"words": word_by_word, "tiles": codes_xla.matrix_product}
+    anywhere = how[_anywhere(x, form)]
+    if kernel in how:
+        return how[kernel](x, form)
+    taken = _is_bits(form) and x.dtype in (jnp.float32, jnp.bfloat16) and jaxpr.is_known(x.shape)
+    if kernel is None and not taken:
+        return anywhere(x, form)  # what the Pallas kernels do not take
+    tpu, gpu = (functools.partial(bits_by_block, pallas.bit_product) for pallas in pallas_kernels())
+    if kernel is not None:
+        return (tpu if kernel == "pallas_tpu" else gpu)(x, form)
+    return jax.lax.platform_dependent(x, form, tpu=tpu, cuda=gpu, default=anywhere)
+
+
+def bits_by_block(
+    product: Callable[[Array, Array], Array], x: Float[Array, "m k"], form: Columns
+) -> Float[Array, "m n"]:
+    """sum over blocks b of first[b] sum(x[b]) + step[b] (x[b].code[b]).
+
+    Args:
+        product: (x [m, k], words [w, n]) -> x.code [m, n].
+    """
 
     def block(y: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         x, words, first, step = part
         total = x.sum(1, keepdims=True, dtype=jnp.float32)
-        return y + first * total + step * code_product(x, words, form.width, kernel), None
+        return y + first * total + step * product(x, words), None
 
     cut = x.reshape(x.shape[0], -1, form.block).swapaxes(0, 1)
-    nothing = jnp.zeros((x.shape[0], form.words.shape[-1]), jnp.float32)
+    nothing = jnp.zeros((x.shape[0], form.columns), jnp.float32)
     return jax.lax.scan(block, nothing, (cut, form.words, *form.lines()))[0]
 
 
-def code_product(
-    x: Float[Array, "m k"], words: UInt32[Array, "w n"], width: int, kernel: str | None = None
-) -> Float[Array, "m n"]:
-    """y[m, n] = sum_k x[m, k] code[k, n] in float32; under vmap over x alone, the rows of all are one product."""
-    if kernel is None and is_shared():
-        kernel = _anywhere(x)
-    return _PRODUCT.bind(x, words, width=width, kernel=kernel)
-
-
-def _anywhere(x: Array) -> str:
-    return "words" if jaxpr.at_most(x.shape[0], codes_xla.FEW) else "tiles"
-
-
-def _code_product(x: Array, words: Array, *, width: int, kernel: str | None) -> Array:
-    by_name: dict[str | None, Callable[..., Array]] = {
-        "words": functools.partial(codes_xla.word_by_word, width=width),
-        "tiles": functools.partial(codes_xla.in_tiles, width=width),
-    }
-    anywhere = by_name[_anywhere(x)]
-    if kernel in by_name:
-        return by_name[kernel](x, words)
-    taken = width == 1 and x.dtype in (jnp.float32, jnp.bfloat16) and jaxpr.is_known(x.shape)
-    if kernel is None and not taken:
-        return anywhere(x, words)  # what the Pallas kernels do not take
-    tpu, gpu = (pallas.bit_product for pallas in pallas_kernels())
-    if kernel is not None:
-        return (tpu if kernel == "pallas_tpu" else gpu)(x, words)
-    return jax.lax.platform_dependent(x, words, tpu=tpu, cuda=gpu, default=anywhere)
-
-
-_RowsAndWords = Callable[[Array, Array], Array]
-"""A product of rows of numbers with words down the columns."""
-
-
-def _mapped_product(operands: Sequence[Array], axes: Sequence[int | None], **how: Any) -> tuple[Array, int]:
-    return jax.vmap(mapped_over_rows(functools.partial(code_product, **how)), axes)(*operands), 0
-
-
-_PRODUCT = jaxpr.primitive(
-    "code_product",
-    _code_product,
-    lambda x, words: ((x.shape[0], words.shape[1]), jnp.float32),
-    (lambda tangent, _, words, width, kernel: codes_xla.in_tiles(tangent, words, width), None),
-    _mapped_product,
-)
+_RowsAndWords = Callable[..., Array]
+"""A product of rows of numbers with words down the columns, and what else there is of these."""
 
 
 def pallas_kernels() -> tuple[ModuleType, ModuleType]:
@@ -145,11 +189,16 @@ def mapped_over_rows(product: _RowsAndWords) -> _RowsAndWords:
     mapped = jax.custom_batching.custom_vmap(product)
 
     @mapped.def_vmap
-    def _(size: int, batched: Sequence[bool], rows: Array, words: Array) -> tuple[Array, bool]:
-        if batched[1]:
-            rows = rows if batched[0] else jnp.broadcast_to(rows, (size, *rows.shape))
-            return jax.lax.map(lambda one: mapped(*one), (rows, words)), True
-        y = mapped(rows.reshape(-1, rows.shape[-1]), words)
+    def _(size: int, batched: Sequence[bool], rows: Array, *others: Array) -> tuple[Array, bool]:
+        if any(batched[1:]):
+            arrays = (rows, *others)
+
+            def one(some: list[Array]) -> Array:
+                its = iter(some)
+                return mapped(*(next(its) if many else a for a, many in zip(arrays, batched, strict=True)))
+
+            return jax.lax.map(one, [a for a, many in zip(arrays, batched, strict=True) if many]), True
+        y = mapped(rows.reshape(-1, rows.shape[-1]), *others)
         return y.reshape(size, -1, y.shape[-1]), True
 
     return mapped

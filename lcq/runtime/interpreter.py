@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from lcq.forms.base import Form
 from lcq.forms.relayout import MatrixView
 from lcq.runtime.loops import CONTROL
 from lcq.runtime.traced_form import Pieces, TracedForm, pieces_relaid, relaid
@@ -33,6 +34,8 @@ class Runner:
         self.held = held
         self.uses: dict[Hashable, Use] = {}
         self.views: dict[Hashable, MatrixView | None] = {}
+        self.multiplied: dict[Hashable, tuple[Form, int]] = {}
+        """Forms in products, as shapes, and their rows."""
         self.latest: Content = None
         self.room = held
         self.looping = False

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lcq.kernels.codes_xla import FEW
+from lcq.kernels.words_xla import FEW
 from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr
 from lcq.tracing.equation import Body, Content, Equation, Frame

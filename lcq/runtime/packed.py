@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from lcq.forms.base import is_form
 from lcq.forms.dtypes import native_tree
 from lcq.forms.restored import check_restored
+from lcq.kernels.api import way
 from lcq.kernels.shards import struct_of
 from lcq.runtime.interpreter import Runner, value_of
 from lcq.runtime.prepacking import prepacked_as
@@ -36,6 +37,8 @@ class Packed:
         _check(forms, args, kwargs)
         runner = Runner(self.held)
         jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
+        for here, (form, rows) in runner.multiplied.items():
+            runner.uses[here] = runner.uses[here]._replace(kernel=way(form, rows))
         return list(runner.uses.values())
 
     def prepack(self, forms: Forms, /, *args: PyTree, **kwargs: PyTree) -> PyTree:

@@ -21,7 +21,7 @@ from lcq.forms.meshes import bare, by_compiler, explicit_mesh, placed_on, spec_o
 from lcq.forms.prepacked import Prepacked
 from lcq.forms.relayout import MatrixView
 from lcq.kernels.api import matmul
-from lcq.kernels.ragged import ragged_product
+from lcq.kernels.ragged import ROWS, ragged_product
 from lcq.runtime.form_views import order_of, relayout
 from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr, joined
@@ -44,6 +44,7 @@ class Use(NamedTuple):
         source: The file and line of the use.
         kind: The kind of a product: "dot", "conv", or "ragged dot", one for each of G experts with the rows that are
             its own, M in all.
+        kernel: The name of a product's kernel, in a report; "" of a form that multiplies itself, such as factors.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Use(NamedTuple):
     shape: tuple[int, ...]
     source: str
     kind: str = ""
+    kernel: str = ""
 
 
 def _product(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
@@ -65,9 +67,9 @@ def _product(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> li
         return None
     product = _product_of(eqn, side, leaf.provenance.path)
     g, m, k, n = product.shape
-    lead = (g,) if g > 1 else ()
+    lead, here = (g,) if g > 1 else (), (*frame, side)
     if product.window > 1 and not jaxpr.at_most(m, _PLACES):
-        runner.note((*frame, side), leaf, "decoded", product.w.shape)
+        runner.note(here, leaf, "decoded", product.w.shape)
         return jaxpr.bind(eqn, [runner.dense(ins[0], (*frame, 0)), leaf.dense(runner.latest)])
 
     def matrix(w: Array) -> Array:
@@ -79,12 +81,13 @@ def _product(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> li
             return None
         if wider(x.dtype, moved.dtype) != dtype:
             x = x.astype(dtype)  # an accumulator wider than the operands
+        runner.multiplied[here] = _shapes(moved), m
         with _precision(eqn.params["precision"]):
             y = matmul(x.reshape(*lead, m, k), moved)
         back = jax.linear_transpose(product.outputs, product.y)  # of a permutation it is the inverse
         return list(back(y.astype(dtype).reshape(g, m, n)))
 
-    runner.note(here := (*frame, side), leaf, "product", product.shape, product.kind)
+    runner.note(here, leaf, "product", product.shape, product.kind)
     x = runner.dense(ins[1 - side], (*frame, 1 - side))
     y = by_compiler(multiply, _onto(eqn, x, leaf.form), x, leaf.form)
     if y is None:
@@ -127,7 +130,10 @@ def _ragged(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> lis
 
     def product(x: Content, leaf: TracedForm, sizes: Content) -> list[Content] | None:
         experts = leaf.stacked()
-        return None if experts is None else [ragged_product(x, experts.form, sizes, multiply)]
+        if experts is None:
+            return None
+        runner.multiplied[here] = _shapes(experts.form), min(m, ROWS) if jaxpr.is_known(x.shape) else m
+        return [ragged_product(x, experts.form, sizes, multiply)]
 
     (m, k), (g, _, n) = x.shape, leaf.shape
     runner.note(here, leaf, "product", (g, m, k, n), "ragged dot")
@@ -225,6 +231,10 @@ def _rows_onto(some: Callable[..., Content], table: TracedForm, start: Content) 
         for a, b in zip(old, new, strict=True)
     ]
     return jax.tree.unflatten(structure, [placed_on(mesh, spec) for spec in specs])
+
+
+def _shapes(form: Form) -> Form:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), form)
 
 
 def _precision(chosen: Any) -> contextlib.AbstractContextManager[Any]:

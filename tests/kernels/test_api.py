@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.forms import Codes
+from lcq.forms import Codes, Columns
 from lcq.forms.column_words import pack_columns
-from lcq.kernels import codes_xla, reference
+from lcq.kernels import reference, words_xla
 from lcq.kernels.api import matmul
 from lcq.kernels.code_product import code_product
 from tests.kernels.products import CODED, form_of, near, product
@@ -26,6 +26,12 @@ OTHERS = [
     lcq.Prune(fraction=0.2),
     lcq.Additive(lcq.KMeans(2), lcq.Prune(fraction=0.1)),
 ]
+
+
+def plain(words, width, k):
+    """Codes themselves as weights."""
+    one = jnp.ones((1, 1))
+    return Columns(words=words[None], first=0 * one, step=one, width=width, tail=(k, words.shape[1]), axes=(0, 1))
 
 
 @pytest.mark.parametrize("scheme", CODED + OTHERS, ids=repr)
@@ -61,8 +67,28 @@ def test_products_with_codes_of_every_width(width, rows, k, n):
     codes = RNG.integers(0, 2**width, (k, n))
     x = RNG.normal(size=(rows, k)).astype(np.float32)
     words = pack_columns(jnp.asarray(codes, jnp.uint16), width)
-    near(jax.jit(code_product, static_argnums=2)(jnp.asarray(x), words, width), x, codes, least=2.0**width)
+    near(jax.jit(code_product)(jnp.asarray(x), plain(words, width, k)), x, codes, least=2.0**width)
     near(reference.code_product(jnp.asarray(x), words, width), x, codes)
+
+
+@pytest.mark.parametrize(("rows", "block", "n"), [(1, 32, 128), (2, 13, 37)])  # whole words and vectors, and ragged
+@pytest.mark.parametrize("levels", [3, 5, 16, 0])
+def test_few_rows_by_words_in_blocks_of_any_length(rows, block, n, levels):
+    """Against float64 numpy, of levels, and of equal steps with zeros and signed scales in 16 bits."""
+    blocks, k = 3, 3 * block
+    own = (blocks, block, n)
+    codes, x = RNG.integers(0, levels or 8, own), RNG.normal(size=(rows, k)).astype(np.float32)
+    words = pack_columns(jnp.asarray(codes, jnp.uint8), 2 if levels == 3 else 4)
+    if levels:
+        table = RNG.normal(size=(blocks, levels, n)).astype(np.float32)
+        kept, dense = {"levels": table}, np.take_along_axis(table, codes, 1)
+    else:
+        step, zero = RNG.normal(size=(blocks, n)).astype(np.float16), RNG.integers(0, 8, (blocks, n)).astype(np.uint8)
+        kept, dense = {"step": step, "zero": zero, "lowest": 0.0}, (codes - zero[:, None].astype(float)) * step[:, None]
+    kept = {name: jnp.asarray(a) if name != "lowest" else a for name, a in kept.items()}
+    form = Columns(words=words, width=2 if levels == 3 else 4, tail=(k, n), axes=(0, 1), **kept)
+    y, dense = product(jnp.asarray(x), form, kernel="words"), np.asarray(dense, np.float64).reshape(k, n)
+    near(y, x, dense, least=16 * np.abs(dense).max() / 7)
 
 
 @pytest.mark.parametrize("kernel", ["words", "tiles", "dense"])
@@ -74,8 +100,8 @@ def test_every_kernel_gives_the_same(kernel):
 
 
 def test_few_rows_go_word_by_word_and_many_in_tiles():
-    words, x = jnp.zeros((3, 130), jnp.uint32), jnp.zeros((codes_xla.FEW + 1, 96))
-    few, many = (jax.jit(code_product, static_argnums=2).lower(x, words, 1) for x in (x[1:], x))
+    form, x = plain(jnp.zeros((3, 130), jnp.uint32), 1, 96), jnp.zeros((words_xla.FEW + 1, 96))
+    few, many = (jax.jit(code_product).lower(x, form) for x in (x[1:], x))
     assert MANTISSA in few.as_text() and MANTISSA not in many.as_text()
 
 
@@ -201,8 +227,8 @@ def test_what_does_not_fit_is_refused():
         matmul(jnp.zeros((2, 70)), form, kernel="fast")
     with pytest.raises(ValueError, match=r"expected a form prepacked as the matrix it is, got axes \(1, 0\)"):
         matmul(jnp.zeros((2, 70)), dataclasses.replace(form.prepack(), axes=(1, 0)))
-    with pytest.raises(ValueError, match="'words' wants levels with equal steps, got a codebook of 4"):
-        matmul(jnp.zeros((2, 70)), form, kernel="words")
+    with pytest.raises(ValueError, match=r"'words' wants .* equal steps or at most 16 of them, got a codebook of 20"):
+        matmul(jnp.zeros((2, 70)), form_of(lcq.KMeans(20, per="channel")), kernel="words")
     with pytest.raises(ValueError, match="'pallas_tpu' wants codes of 1 bit, got 4 bits"):
         matmul(jnp.zeros((2, 70)), form_of(lcq.Uniform(3, per=(35, 1), zero_point=True)), kernel="pallas_tpu")
     with pytest.raises(ValueError, match=r"expected codes of a matrix \[K, n\], or stacked ones, got \[6\]"):
