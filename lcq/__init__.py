@@ -41,6 +41,7 @@ from lcq.schemes import (
     Prune,
     PruneGroups,
     Ternary,
+    Trellis,
     Uniform,
 )
 from lcq.training import (
@@ -80,6 +81,7 @@ __all__ = [
     "Qronos",
     "Rule",
     "Ternary",
+    "Trellis",
     "Uniform",
     "__version__",
     "cli",

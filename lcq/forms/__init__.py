@@ -11,6 +11,8 @@ from lcq.forms.registry import Registry
 from lcq.forms.relayout import MatrixView, Relayout
 from lcq.forms.sparse import Sparse
 from lcq.forms.sums import Sum
+from lcq.forms.trellis import Trellis
+from lcq.forms.trellis_columns import TrellisColumns
 
 __all__ = [
     "FORMS",
@@ -26,6 +28,8 @@ __all__ = [
     "Relayout",
     "Sparse",
     "Sum",
+    "Trellis",
+    "TrellisColumns",
     "is_form",
     "leafwise",
     "own",

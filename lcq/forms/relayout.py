@@ -136,7 +136,7 @@ def _blocks(numbers: np.ndarray) -> np.ndarray | None:
     size = numbers.size
     for axis, length in enumerate(numbers.shape):
         lines = np.moveaxis(numbers, axis, 0)
-        changes = (lines[1:] != lines[:-1]).reshape(length - 1, -1).any(1)
+        changes = (lines[1:] != lines[:-1]).any(tuple(range(1, lines.ndim)))
         numbers = numbers.take(range(0, length, np.gcd.reduce([*np.flatnonzero(changes) + 1, length])), axis)
     columns = math.prod(numbers.shape[:-1]) == 1
     return numbers if columns or 2 * numbers.size <= size or len(np.unique(numbers)) == numbers.size else None

@@ -8,6 +8,7 @@ from lcq.schemes.levels import Binary, Levels, PowersOfTwo, Ternary
 from lcq.schemes.lowrank import LowRank
 from lcq.schemes.norms import L0Penalty, L1Ball, L1Penalty
 from lcq.schemes.prune import NofM, Prune, PruneGroups
+from lcq.schemes.trellis import Trellis
 from lcq.schemes.uniform import Uniform
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Quantizer",
     "Scheme",
     "Ternary",
+    "Trellis",
     "Uniform",
 ]
 

@@ -30,6 +30,7 @@ SCHEMES = {
     "pruned codes": lcq.Prune(count=9, values=lcq.KMeans(2)),
     "LowRank": lcq.LowRank(2),
     "full rank": lcq.LowRank(6),
+    "Trellis": lcq.Trellis(2, memory=5, per="channel"),
     "Additive": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
 }
 
@@ -66,7 +67,9 @@ def test_forms_of_both_layouts(scheme):
         np.testing.assert_allclose(fn.call(form, X), X @ form.dense(), atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", [lcq.Uniform(4, per=4), lcq.KMeans(2), lcq.Prune(count=3)], ids=repr)
+@pytest.mark.parametrize(
+    "scheme", [lcq.Uniform(4, per=4), lcq.KMeans(2), lcq.Prune(count=3), lcq.Trellis(2, memory=5)], ids=repr
+)
 def test_what_is_prepacked(scheme):
     form = scheme.project(W)
     ready = form.prepack()

@@ -56,6 +56,9 @@ CASES = [
     lcq.L0Penalty(2.0, group=2),
     lcq.LowRank(2),
     lcq.LowRank(penalty=0.005),
+    lcq.Trellis(1, memory=4),
+    lcq.Trellis(2, memory=5, per="channel", code="gaussian"),
+    lcq.Trellis(2, memory=4, code="learned"),
     lcq.Additive(lcq.KMeans(2), lcq.Prune(fraction=0.1)),
     lcq.Additive(lcq.LowRank(1), lcq.L0Penalty(0.5)),
     lcq.Additive(lcq.KMeans(2, exact=True), lcq.LowRank(1)),
@@ -259,6 +262,8 @@ def test_an_importance_of_one_is_none(scheme, form):
 def test_whole_importances_are_repetitions(scheme):
     if any(isinstance(s, Sparsifier) for s in settings_of(scheme)) or scheme.costly or getattr(scheme, "rate", 0):
         return  # budgets and costs count weights: repeated ones would count again
+    if isinstance(scheme, lcq.Trellis):
+        return  # each of them has a code of its own
     long = scheme
     if isinstance(getattr(scheme, "per", None), int):
         long = dataclasses.replace(scheme, per=2 * scheme.per)
