@@ -113,8 +113,11 @@ def _unpack(words: Array, bits: int, shape: tuple[int, ...]) -> Array:
     if bits == 0:
         return jnp.zeros(shape, dtype)
     rows = -(-size // 32)
-    words = jnp.pad(words, (0, rows * bits - words.shape[0])).reshape(rows, bits)
     mask = jnp.uint32((1 << bits) - 1)
+    if 32 % bits == 0:  # no code lies across two words: one step for all places, which is fused with what comes next
+        shifts = jnp.arange(0, 32, bits, dtype=jnp.uint32)
+        return ((words[:, None] >> shifts) & mask).astype(dtype).reshape(-1)[:size].reshape(shape)
+    words = jnp.pad(words, (0, rows * bits - words.shape[0])).reshape(rows, bits)
     codes = []
     for i in range(32):
         word, shift = divmod(i * bits, 32)

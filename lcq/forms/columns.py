@@ -74,8 +74,10 @@ class Columns(Prepacked):
     def matrix(self) -> Float[Array, "*stacked k n"]:
         codes = fields(self.words, self.width)[..., : self.block, :]
         if self.levels is None:
-            first, step = self.lines()
-            values = first[..., None, :] + step[..., None, :] * codes.astype(jnp.int32).astype(jnp.float32)
+            first, step = (a[..., None, :] for a in self.lines())
+            one_bit = self.width == 1  # two levels are chosen faster than made
+            steps = step * codes.astype(jnp.int32).astype(jnp.float32)
+            values = by_bits(codes, [first, first + step]) if one_bit else first + steps
         else:
             values = _lookup(codes, self.levels)
         return values.reshape(*self.words.shape[:-3], -1, self.words.shape[-1])

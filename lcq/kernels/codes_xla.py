@@ -18,7 +18,7 @@ from lcq.kernels.base import KERNELS, Kernel
 _Parts = dict[str, Any]
 """Arrays of a form by the names of their fields."""
 
-_TILE = 128
+_TILE = 64
 """Columns that are made dense at once."""
 
 

@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
@@ -46,7 +48,8 @@ class Packed:
 
         Without, every call has to bring codes into that layout first, which takes as long as reading the dense weights,
         and makes the dense array of a form of few weights. Forms that are used in several ways, or not in a product,
-        stay as they are, as do factors and lists of weights that are not few; under jit all but codes do.
+        stay as they are, as do factors and lists of weights that are not few; under jit all but codes do. The kernel of
+        a convolution is prepacked so that decoding it is one pass. Arrays of numpy go to the device.
 
         Raises:
             ValueError: a leaf that is no array, form or number.
@@ -64,10 +67,13 @@ class Packed:
         jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
         leaves, structure = flatten(forms)
         for path, leaf in leaves.items():
-            views = {view for use, view in runner.views.items() if runner.uses[use].path == path}
-            others = {use.how for use in runner.uses.values() if use.path == path} - {"product"}
+            uses = {here: use.how for here, use in runner.uses.items() if use.path == path}
+            views = {runner.views[here] for here in uses if here in runner.views}
+            others = {how for here, how in uses.items() if here not in runner.views}
             if is_form(leaf) and len(views) == 1 and (view := views.pop()) is not None and others <= view.allows:
                 leaves[path] = prepacked_as(leaf, view)
+            if any(isinstance(a, np.ndarray) for a in jax.tree.leaves(leaves[path])):
+                leaves[path] = jax.tree.map(jnp.asarray, leaves[path])
         return jax.tree.unflatten(structure, leaves.values())
 
     def _run(self, runner: "Runner", forms: Forms, args: PyTree, kwargs: PyTree) -> PyTree:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
 from lcq.forms.base import Form
+from lcq.forms.codes import Codes
 from lcq.forms.dtypes import wider
 from lcq.forms.meshes import bare, by_compiler, explicit_mesh, placed_on, spec_of
 from lcq.forms.prepacked import Prepacked
@@ -70,6 +71,9 @@ def _product(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> li
     lead, here = (g,) if g > 1 else (), (*frame, side)
     if product.window > 1 and not jaxpr.at_most(m, _PLACES):
         runner.note(here, leaf, "decoded", product.w.shape)
+        if isinstance(leaf.form, Codes):
+            shape = leaf.form.shape
+            runner.views[here] = MatrixView(tuple(range(len(shape))), shape[-1])
         return jaxpr.bind(eqn, [runner.dense(ins[0], (*frame, 0)), leaf.dense(runner.latest)])
 
     def matrix(w: Array) -> Array:
