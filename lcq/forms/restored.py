@@ -1,4 +1,4 @@
-"""Dicts that were forms: what checkpoints give when they are restored without a target."""
+"""Trees that look like compressed ones and are none: dicts that were forms, and states of training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,16 +8,18 @@ import jax
 from jaxtyping import PyTree
 
 from lcq.forms.base import FORMS, is_form
-from lcq.forms.serialization import MARK, name_of
+from lcq.forms.serialization import MARK, is_of_state, name_of
 
 
 def check_restored(tree: PyTree) -> None:
-    """Refuses a tree with dicts in place of forms. Their shapes and kinds are in no checkpoint but flax's.
+    """Refuses a tree with dicts in place of forms, and one with a state of training.
 
-    A dict with a single entry, as orbax makes of a `Cast`, may be anyone's and passes.
+    Checkpoints that are restored without a target give such dicts, and none but flax's says shapes and kinds. A dict
+    with a single entry, as orbax makes of a `Cast`, may be anyone's and passes. A state holds forms of an earlier
+    moment of a run, of some methods whole.
 
     Raises:
-        ValueError: a dict with the fields of a form.
+        ValueError: a dict with the fields of a form, or a state; says where it is.
 
     Example:
         >>> import lcq, flax.serialization as fs, jax.numpy as jnp
@@ -27,8 +29,17 @@ def check_restored(tree: PyTree) -> None:
         ...
         ValueError: w: expected a form, got a dict that was Codes: it was restored without a target; ...
     """
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_form(node) or _kind(node) is not None)
-    for keys, node in pairs:
+
+    def is_one(node: PyTree) -> bool:
+        return is_form(node) or is_of_state(node) or _kind(node) is not None
+
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_one)[0]:
+        if is_of_state(node):
+            path = jax.tree_util.keystr(keys[:-1], simple=True, separator="/") or "the tree"
+            raise ValueError(
+                f"{path}: expected forms or arrays, got an optimizer state, which is that of a run; call "
+                "lcq.extract(state, params) for what it ends with"
+            )
         if (kind := _kind(node)) is not None:
             path = jax.tree_util.keystr(keys, simple=True, separator="/") or "the tree"
             raise ValueError(

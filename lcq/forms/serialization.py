@@ -90,10 +90,21 @@ def register_node(
     return cls
 
 
+_empty: list[type[Any]] = []
+"""Classes that came to `register_empty`: every state of training has one of them in it, and no tree of forms has."""
+
+
 def register_empty(cls: type[_T]) -> type[_T]:
-    """Registers a node without arrays with `flax.serialization`: nothing is written, the target's is restored."""
+    """Registers a node without arrays, in states of training, with `flax.serialization`: nothing is written, the
+    target's is restored."""
+    _empty.append(cls)
     flax.serialization.register_serialization_state(cls, lambda node: {}, lambda target, state: target)
     return cls
+
+
+def is_of_state(node: object) -> bool:
+    """Whether a node is one without arrays that states of training have."""
+    return isinstance(node, tuple(_empty))
 
 
 def name_of(state: Any) -> str | None:

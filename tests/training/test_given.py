@@ -179,15 +179,47 @@ def test_a_state_that_was_restored_into_one_goes_on(name):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-6)
 
 
-SCHEMES = [lcq.KMeans(2), lcq.Cast("bfloat16"), lcq.Prune(count=3), lcq.Additive(lcq.KMeans(2), lcq.Prune(count=2))]
+SCHEMES = [
+    lcq.KMeans(2),
+    lcq.Cast("bfloat16"),
+    lcq.LowRank(1),
+    lcq.Prune(count=3),
+    lcq.Additive(lcq.KMeans(2), lcq.Prune(count=2)),
+]
 
 
+WRAPPERS = {
+    "lc": lambda inner, rules: lcq.lc(inner, rules, mu=0.1, every=2),
+    "iterated direct": lambda inner, rules: lcq.training.iterated_direct(inner, rules, every=2),
+    "straight-through": lcq.training.straight_through_training,
+}
+DOORS = {
+    "save": lambda tree: lcq.save("net.lcq", tree),
+    "decompress": lcq.decompress,
+    "table": lcq.table,
+    "packed": lambda tree: lcq.packed(lambda p, x: x)(tree, 1.0),
+    "export": lambda tree: lcq.io.export(tree, "net", format="compressed-tensors"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_state_is_not_what_is_saved(scheme, tmp_path):
-    tx = lc(scheme=scheme)
-    words = r"0: expected forms or arrays, got an optimizer state, .*; call lcq.extract\(state, params\)"
-    with pytest.raises(ValueError, match=words):
-        lcq.save(tmp_path / "net.lcq", tx.init(PARAMS))
+def test_a_state_is_not_what_is_saved(scheme, name, tmp_path, monkeypatch):
+    """Whatever forms it holds, in one part or in two, alone and beside the parameters."""
+    monkeypatch.chdir(tmp_path)
+    state = WRAPPERS[name](optax.sgd(0.1), [lcq.Rule("kernel", scheme)]).init(PARAMS)
+    words = r"{}: expected forms or arrays, got an optimizer state, .*; call lcq.extract\(state, params\)"
+    with pytest.raises(ValueError, match=words.format("lagrangian" if name == "lc" else "the tree")):
+        DOORS["save"](state)
+    for door in DOORS.values() if scheme == SCHEMES[0] else [DOORS["save"]]:
+        with pytest.raises(ValueError, match=words.format("opt.*")):
+            door({"params": PARAMS, "opt": state})
+    assert not list(tmp_path.iterdir())
+
+
+def test_codebooks_of_a_state_are_not_what_is_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"0: expected forms or arrays, got an optimizer state, .*; call lcq.extract"):
+        lcq.save(tmp_path / "net.lcq", lc().init(PARAMS).lagrangian.codebooks)
     assert not list(tmp_path.iterdir())
 
 
