@@ -218,6 +218,24 @@ def unpack_positions(words: UInt32[Array, " words"], gap: int | None, count: int
     return jnp.zeros(size, bool).at[jnp.where(here, places, size)].set(True, mode="drop")
 
 
+def unpack_positions_host(
+    words: UInt32[np.ndarray, " words"], gap: int | None, count: int, size: int
+) -> Bool[np.ndarray, " size"]:
+    """As `unpack_positions`, in numpy.
+
+    Example:
+        >>> np.flatnonzero(unpack_positions_host(np.array([134217726], np.uint32), 2, 2, 64))
+        array([ 2, 40])
+    """
+    if gap is None:
+        return unpack_host(words, 1, size).astype(bool)
+    codes, escape = unpack_host(words, gap, 32 * words.size // gap), (1 << gap) - 1
+    places = np.cumsum(codes.astype(np.int64) + (codes < escape)) - 1
+    chosen = np.zeros(size, bool)
+    chosen[places[codes < escape][:count]] = True  # what fills the last word is none
+    return chosen
+
+
 def check_positions(words: UInt32[np.ndarray, " words"], gap: int | None, count: int, size: int) -> None:
     """Raises ValueError unless words choose exactly `count` of `size` places. Host only."""
     if gap is None:

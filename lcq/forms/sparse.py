@@ -20,6 +20,10 @@ from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
+_SMALL = 1 << 16
+"""Up to so many weights a stored form on the host is unpacked there: array operations and their compilations, one for
+each number of kept weights, would take longer."""
+
 
 @register_form
 class Sparse(Form):
@@ -117,6 +121,8 @@ class Sparse(Form):
         lengths = self._lengths(self.packed)
         counts = tuple(n // g for n, g in zip(self.packed, lengths, strict=True))
         groups = self.kept // math.prod(lengths)
+        if math.prod(self.packed) <= _SMALL and all(isinstance(a, np.ndarray) for a in self._arrays):
+            return self._unpack_host(lengths, counts, groups)
         mask = bitpack.unpack_positions(jnp.asarray(self.mask), self.gap, groups, math.prod(counts)).reshape(counts)
         for axis, length in enumerate(lengths):
             mask = jnp.repeat(mask, length, axis) if length > 1 else mask
@@ -129,13 +135,25 @@ class Sparse(Form):
             spread = jnp.where(mask, values[jnp.where(mask, order, 0)], spread)
         return dataclasses.replace(self, mask=mask, values=spread, packed=None, kept=0, gap=None)
 
+    def _unpack_host(self, lengths: tuple[int, ...], counts: tuple[int, ...], groups: int) -> Self:
+        """As `unpack`, in numpy."""
+        mask = bitpack.unpack_positions_host(self.mask, self.gap, groups, math.prod(counts)).reshape(counts)
+        for axis, length in enumerate(lengths):
+            mask = np.repeat(mask, length, axis)
+        values = self.values if self.levels is None else bitpack.unpack_host(self.values, self._width, self.kept)
+        spread = np.zeros(self.shape, values.dtype)
+        spread[mask] = values
+        return dataclasses.replace(
+            self, mask=jnp.asarray(mask), values=jnp.asarray(spread), packed=None, kept=0, gap=None
+        )
+
     def dense(self) -> Array:
         form = self.unpack()
         values = form.values
         if form.levels is not None:
             values = Codes(values, levels=form.levels, dtype=str(form.levels.dtype)).dense()
         values = nearest_number(values, self.dtype)
-        return jnp.where(form.mask, values, jnp.zeros_like(values))
+        return jnp.where(form.mask, values, np.zeros((), values.dtype))
 
     def describe(self) -> str:
         words = [f"sparse {self.values.dtype if self.levels is None else f'K={self.levels.shape[-1]}'}"]

@@ -26,7 +26,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Integer, PyTree
 
 from lcq.forms import Codes
 from lcq.forms.base import Form, is_form
@@ -154,12 +154,12 @@ def _in_blocks(
     width = upper - lower
     tau = jnp.where(width > 0, (w.astype(width.dtype) - lower) / jnp.where(width > 0, width, 1), 0)
     tau = jnp.where(tau < 0, 0, jnp.where(tau > 1, 1, tau))  # clip would have no slope at the centres themselves
-    tau, index = (_rows(a, order, layout) for a in (tau, index))
+    tau, index = (rows_of(a, order, layout) for a in (tau, index))
     cell = functools.reduce(lambda cell, i: cell * (size - 1) + i, index.T)
     return tau, cell
 
 
-def _rows(a: Array, order: int, layout: Layout) -> Array:
+def rows_of(a: Array, order: int, layout: Layout) -> Array:
     """The whole blocks of a leaf, one a row; a leaf on a mesh with explicit axes is gathered."""
     if (sharding := explicit_sharding(a)) is not None:
         a = jax.sharding.reshard(a, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
@@ -288,8 +288,9 @@ def levels_of(path: str, form: Form) -> Float[Array, "*counts n"]:
     return table.reshape(-1) if math.prod(table.shape[:-1]) == 1 else table
 
 
-def codes_of(form: Codes, ranks: Int[Array, "*leaf"]) -> Int[Array, "*leaf"]:
-    """The codes of the levels with these ranks, from the lowest; where a scale is negative they count downwards."""
+def codes_of(form: Codes, ranks: Integer[Array, "*leaf"]) -> Integer[Array, "*leaf"]:
+    """The codes of the levels with these ranks, from the lowest; where a scale is negative they count downwards.
+    Its own inverse: ranks of codes."""
     if form.scale is None:
         return ranks
     scale = jnp.asarray(form.scale)

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Integer, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from lcq.forms import Codes
 from lcq.forms.base import is_form, join_leafwise, split_leafwise
-from lcq.forms.blocks import blocks, compute_dtype, cut_axes, join_axes
+from lcq.forms.blocks import compute_dtype, cut_axes, join_axes
 from lcq.forms.dtypes import native_tree, nearest_number, wider
 from lcq.schemes.base import Quantizer
 from lcq.schemes.levels import code_dtype
@@ -35,6 +35,7 @@ from lcq.training.block_entropy import (
     levels_of,
     nearest,
 )
+from lcq.training.collapse import Reading, largest_share
 from lcq.training.given import RESTORED, Optimizer, Schedule, abstract, check_state, slope_of, start_inner, weights_of
 from lcq.training.objective import refuse_used
 from lcq.training.placeholders import NO_PARAMETER, has_placeholders
@@ -60,8 +61,10 @@ class HempState(NamedTuple):
         codebooks: The codebook of every task and leaf: forms without codes.
         entropy: H_n of the parameters that the last update was given, in bits per weight; before the first update its
             bound, log2 of the largest codebook.
+        reading: In which blocks the entropy reads a leaf, static.
         shares: By task and leaf, the share of the weights that are nearest to the most common level of their codebook,
-            the mean over codebooks; 0 before the first update.
+            the mean over codebooks, or of the blocks of n weights that are alike in their levels, if it is larger; 0
+            before the first update.
     """
 
     inner: PyTree
@@ -69,6 +72,7 @@ class HempState(NamedTuple):
     tasks: Tasks
     codebooks: PyTree
     entropy: Float[Array, ""]
+    reading: Reading
     shares: tuple[tuple[Float[Array, ""], ...], ...]
 
 
@@ -150,6 +154,7 @@ def hemp(
     """
     rules, inner = checked(rules), optax.with_extra_args_support(inner)
     _check_settings(rules, order, every, small, layout)
+    reading = Reading(check_order(order), layout)
     numbers = {"entropy_weight": entropy_weight, "error_weight": error_weight, "learning_rate": learning_rate}
     for name, number in numbers.items():
         if isinstance(number, int | float) and not 0 <= number < float("inf"):
@@ -158,7 +163,7 @@ def hemp(
     def first_state(params: Params, blank: bool) -> HempState:
         inner_state = start_inner(inner, params)
         if has_placeholders(params):
-            return HempState(inner_state, *(NO_PARAMETER,) * 5)
+            return HempState(inner_state, *(NO_PARAMETER,) * 6)
         tasks, leaves = Tasks(resolve(rules, params)), flatten(params)[0]
         for task in tasks:
             for path in task.paths:
@@ -180,7 +185,7 @@ def hemp(
         wide = wider(*(table.dtype for table in levels.values()))
         bound = jnp.full([], math.log2(max(levels[path].shape[-1] for path in counted)), wide)
         shares = tuple(tuple(jnp.zeros([], jnp.float32) for _ in task.paths) for task in tasks)
-        return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, codebooks, bound, shares)
+        return HempState(inner_state, jnp.zeros([], jnp.int32), tasks, codebooks, bound, reading, shares)
 
     def init(params: Params) -> PyTree:
         if abstract(params):
@@ -215,7 +220,7 @@ def hemp(
         shares = {}
         for path, w in ws.items():
             ranks, goal = nearest(w, levels[path])
-            shares[path] = share_of(ranks, levels[path])
+            shares[path] = largest_share(ranks, levels[path], reading)
             step = of_error * (w - goal) + of_entropy * pushes.get(path, 0)
             insensitive = jax.nn.relu(1 - jnp.abs(slopes[path].astype(w.dtype)))
             moved = _clip(w + moves[path].astype(w.dtype) - eta * insensitive * step, levels[path])
@@ -223,7 +228,7 @@ def hemp(
         updates = jax.tree.unflatten(structure, moves.values())
         steps, entropy = optax.safe_increment(state.steps), entropy.astype(state.entropy.dtype)
         by_task = tuple(tuple(shares[path] for path in task.paths) for task in state.tasks)
-        return updates, HempState(inner_state, steps, state.tasks, codebooks, entropy, by_task)
+        return updates, HempState(inner_state, steps, state.tasks, codebooks, entropy, reading, by_task)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -233,19 +238,6 @@ def _clip(w: Float[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[
     counts, stat = blocks_of(w, levels)
     x = jnp.clip(cut_axes(w, counts), levels[..., 0].reshape(stat), levels[..., -1].reshape(stat))
     return join_axes(x, w.shape)
-
-
-def share_of(ranks: Integer[Array, "*leaf"], levels: Float[Array, "*counts k"]) -> Float[Array, ""]:
-    """The share of a leaf's weights that have the most common level of their codebook: the mean over codebooks."""
-    counts = levels.shape[:-1] or (1,) * ranks.ndim
-    cut, within = cut_axes(ranks, counts), blocks(ranks.shape, counts)
-    kind = jnp.int32 if within.size < 1 << 31 else jnp.float32
-
-    def most(k: Int[Array, ""], most: Array) -> Array:
-        return jnp.maximum(most, jnp.sum(cut == k, within.axes, keepdims=True, dtype=kind))
-
-    largest = jax.lax.fori_loop(0, levels.shape[-1], most, jnp.zeros(within.stat, kind))
-    return jnp.mean(largest.astype(jnp.float32)) / within.size
 
 
 def is_sound(state: PyTree) -> bool:

@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import warnings
-from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -13,16 +10,14 @@ from jaxtyping import Array, Float
 from lcq.forms import Codes
 from lcq.forms.blocks import blocks, compute_dtype, cut_axes
 from lcq.training.baselines import Tasks
-from lcq.training.block_entropy import levels_of
+from lcq.training.block_entropy import codes_of, levels_of
+from lcq.training.collapse import largest_share, warn_of_lost
 from lcq.training.given import weights_of
-from lcq.training.hemp import HempState, nearest_forms, share_of
+from lcq.training.hemp import HempState, nearest_forms
 from lcq.tree.aliases import Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Task
-
-NEARLY_ALL = 0.99
-"""A leaf with more of its weights on one level has lost them."""
 
 
 def hemp_forms(state: HempState, params: Params, levels: str) -> tuple[Tasks, list[tuple[Codes, ...]]]:
@@ -41,7 +36,7 @@ def hemp_forms(state: HempState, params: Params, levels: str) -> tuple[Tasks, li
         ValueError: weights that are not finite.
 
     Warns:
-        UserWarning: more than 99 % of a leaf's weights are on one level; names it.
+        UserWarning: more than 99 % of a leaf's weights are on one level, or of its blocks alike; names it.
 
     Source: arXiv 2107.05298, section 3: the quantizer of the training is that of the file.
     """
@@ -52,26 +47,10 @@ def hemp_forms(state: HempState, params: Params, levels: str) -> tuple[Tasks, li
             check_finite(path, weights_of(leaves, path, "hemp"))
         forms = nearest_forms(task, leaves, codebooks)
         for path, form in zip(task.paths, forms, strict=True):
-            shares[path] = share_of(form.codes, levels_of(path, form))
+            shares[path] = largest_share(codes_of(form, form.codes), levels_of(path, form), state.reading)
         all_forms.append(_fit(task, take(leaves, task), forms) if levels == "fitted" else forms)
     warn_of_lost(shares, stacklevel=5)
     return state.tasks, all_forms
-
-
-def warn_of_lost(shares: Mapping[str, Array | np.ndarray], stacklevel: int) -> None:
-    """Warns of leaves with nearly all weights on one level; in a trace nothing can be looked at."""
-    if any(isinstance(share, jax.core.Tracer) for share in shares.values()):
-        return
-    lost = {path: float(np.max(share)) for path, share in shares.items()}
-    lost = {path: share for path, share in lost.items() if share > NEARLY_ALL}
-    if lost:
-        names = ", ".join(f"{path or 'the only leaf'} ({share:.1%})" for path, share in list(lost.items())[:8])
-        more = f" and {len(lost) - 8} more leaves" if len(lost) > 8 else ""
-        warnings.warn(
-            f"nearly all weights are on one level: {names}{more}; these leaves do nothing any more: lower "
-            "entropy_weight=, or let it fall in time (docs/guides/entropy_weight.md)",
-            stacklevel=stacklevel,
-        )
 
 
 def _fit(task: Task, ws: tuple[Array | np.ndarray, ...], forms: tuple[Codes, ...]) -> tuple[Codes, ...]:

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lcq.training.collapse import NEARLY_ALL, warn_of_lost
 from lcq.training.given import RESTORED
 from lcq.training.hemp import find_hemp, hemp_states
-from lcq.training.hemp_forms import NEARLY_ALL, warn_of_lost
 from lcq.training.lc import find_lagrangian, lagrangians
 from lcq.tree.aliases import OptState
 
@@ -31,14 +31,16 @@ def metrics(opt_state: OptState) -> dict[str, Array | np.ndarray]:
         Of `hemp`, at the parameters that its last update was given:
 
         entropy: H_n in bits per weight; before the first update its bound.
-        largest_share: of the leaf that comes off worst the share of its weights that are nearest to one level.
-        collapsed: how many leaves have more than 99 % of their weights there.
+        largest_share: of the leaf that comes off worst the share of its weights that are nearest to one level, or
+            of its blocks of n weights that are alike, if it is larger.
+        collapsed: how many leaves have a share of more than 99 %.
 
     Raises:
         ValueError: no state of either, several of one, or one that was restored without its types.
 
     Warns:
-        UserWarning: more than 99 % of a leaf's weights are nearest to one level; names it. Not in a trace.
+        UserWarning: more than 99 % of a leaf's weights are nearest to one level, or of its blocks alike; names it. Not
+            in a trace.
 
     Example:
         >>> import lcq, optax

@@ -5,6 +5,7 @@ Small at first, so that the loss decides, large in the end, so that w arrives at
 
 import dataclasses
 import math
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ _FULL = 100
 """Updates in which Adam at its usual rates takes w to where an L step pulls it."""
 _FEW = 6
 """L steps that a short run has at least."""
+_SHORT = 300
+"""Updates below which w may not arrive."""
 _GROWING = 0.6
 """The share of C steps in which mu grows; in the others w arrives."""
 
@@ -122,6 +125,9 @@ def penalty_schedule(updates: int, *, start: float = 1e-3, end: float = 10.0) ->
         ValueError: no whole number of updates, or fewer than 60; weights that are no positive numbers, or that do not
             grow.
 
+    Warns:
+        UserWarning: fewer than 300 updates, after which w may be far from Delta(Theta).
+
     Example:
         >>> mu, every = penalty_schedule(5000)
         >>> every, mu.steps, float(mu.at(0)), round(float(mu.at(100)), 3)
@@ -141,6 +147,13 @@ def penalty_schedule(updates: int, *, start: float = 1e-3, end: float = 10.0) ->
         )
     if not 0 < start < end:
         raise ValueError(f"expected 0 < start < end, got {start} and {end}; mu has to grow")
+    if updates < _SHORT:
+        warnings.warn(
+            f"{updates} updates may not bring weights to their codes: six L steps of {updates // _FEW} updates are "
+            f"short for all but large learning rates; train for at least {_SHORT}, and see that the gap of "
+            "lcq.metrics(state) ends below .01",
+            stacklevel=2,
+        )
     every = max(updates // _L_STEPS, min(_FULL, updates // _FEW))
     steps = max(1, round(_GROWING * (updates // every - 1)))
     return PenaltySchedule(geometric(start, (end / start) ** (1 / steps), steps=steps), every)

@@ -137,7 +137,8 @@ def test_positions_take_the_fewest_words_and_come_back(name):
     assert words.dtype == np.uint32 and words.tolist() == coded[gap]
     assert words.size == min(map(len, coded.values()))
     bitpack.check_positions(words, gap, int(chosen.sum()), chosen.size)
-    np.testing.assert_array_equal(unpack_positions(words, gap, int(chosen.sum()), chosen.size), chosen)
+    for unpacked in (unpack_positions, bitpack.unpack_positions_host):
+        np.testing.assert_array_equal(unpacked(words, gap, int(chosen.sum()), chosen.size), chosen)
 
 
 @pytest.mark.parametrize("gap", [2, 3, 5, 7, 16])
@@ -145,7 +146,8 @@ def test_gap_codes_of_every_width_are_unpacked(gap):
     chosen = np.random.default_rng(gap).random(300) < 0.1
     words = np.array(words_of(gap_codes(chosen, gap), gap), np.uint32)
     bitpack.check_positions(words, gap, int(chosen.sum()), chosen.size)
-    np.testing.assert_array_equal(unpack_positions(words, gap, int(chosen.sum()), chosen.size), chosen)
+    for unpacked in (unpack_positions, bitpack.unpack_positions_host):
+        np.testing.assert_array_equal(unpacked(words, gap, int(chosen.sum()), chosen.size), chosen)
 
 
 def words(*codes, bits=4):

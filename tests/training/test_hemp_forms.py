@@ -128,7 +128,9 @@ def test_entropy_that_was_paid_for_stays():
 
 def test_a_leaf_that_lost_its_weights_is_named():
     state, params = ran(lcq.KMeans(4), 1e-3 * W)
-    with pytest.warns(UserWarning, match=r"nearly all weights are on one level: w \(100.0%\).*lower entropy_weight="):
+    with pytest.warns(
+        UserWarning, match=r"nearly all weights are on one level, .*: w \(100.0%\).*lower entropy_weight="
+    ):
         forms = extracted(state, params)
     assert len(np.unique(forms["w"].codes)) == 1
     tx = lcq.hemp(optax.sgd(0.1), [lcq.Rule("w", lcq.KMeans(4))], order=1, small=0)
@@ -142,12 +144,40 @@ def test_a_leaf_that_lost_its_weights_is_named():
     np.testing.assert_allclose(sound["largest_share"], np.bincount(codes.ravel()).max() / W.size, rtol=1e-6)
     assert sound["collapsed"] == 0 and 0 < sound["entropy"] <= 2
     _, after = tx.update(params, state, params)
-    with pytest.warns(UserWarning, match=r"on one level: w \(100.0%\)"):
+    with pytest.warns(UserWarning, match=r"on one level, .*: w \(100.0%\)"):
         lost = lcq.metrics(after)
     assert lost["largest_share"] == 1 and lost["collapsed"] == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert jax.jit(lcq.metrics)(after)["collapsed"] == 1  # in a trace nothing can be looked at
+
+
+def blocks_alike(codes, order):
+    """The share of the most common block, by counting."""
+    many = codes.size // order
+    _, counts = np.unique(codes.reshape(-1)[: many * order].reshape(many, order), axis=0, return_counts=True)
+    return counts.max() / many
+
+
+@pytest.mark.parametrize(("order", "layout"), [(2, "jax"), (3, "jax"), (2, "torch")])
+def test_a_leaf_that_repeats_one_block_is_lost(order, layout):
+    """No level has more than half of its weights, and H_n is that of a constant leaf."""
+    pattern = np.resize(np.arange(order), 96).astype(np.float32)
+    pattern[[5, 40, 41]] += 1 - 2 * (pattern[[5, 40, 41]] > 0)  # three weights off
+    w = pattern.reshape(8, 12) if layout == "jax" else pattern.reshape(12, 8).T
+    params, rules = {"w": jnp.asarray(w)}, [lcq.Rule("w", lcq.KMeans(order))]
+    tx = lcq.hemp(optax.sgd(0.0), rules, order=order, small=0, layout=layout, entropy_weight=0, error_weight=0)
+    _, state = tx.update(params, tx.init(params), params)
+    wanted = blocks_alike(pattern, order)
+    np.testing.assert_allclose(lcq.metrics(state)["largest_share"], wanted, rtol=1e-6)
+    assert wanted > 0.9 and lcq.metrics(state)["collapsed"] == 0
+    clean = np.resize(np.arange(order), 96).astype(np.float32)
+    clean = {"w": jnp.asarray(clean.reshape(8, 12) if layout == "jax" else clean.reshape(12, 8).T)}
+    with pytest.warns(UserWarning, match=r"repeating block of codes: w \(100.0%\)"):
+        lcq.extract(state, clean)
+    _, state = tx.update(clean, state, clean)
+    with pytest.warns(UserWarning, match=r"w \(100.0%\)"):
+        assert lcq.metrics(state)["collapsed"] == 1 and abs(state.entropy) < 1e-6
 
 
 def test_channels_that_gathered_on_levels_of_their_own_are_lost_too():
