@@ -25,7 +25,7 @@ Code = Literal["computed", "gaussian", "learned"]
 CODES: tuple[str, ...] = get_args(Code)
 
 _TIMES, _PLUS = 2032882385, 2198257139
-"""Of the computed code: of random ones those of least error on a Gaussian at 2 bits (benchmarks.experiments.trellis)."""
+"""Of the computed code: of random ones those of least error on a Gaussian at 2 bits."""
 
 _MIDDLE, _SPREAD = 510.0, (4 * (256**2 - 1) / 12) ** 0.5
 """Mean and standard deviation of the sum of four bytes."""

@@ -51,9 +51,9 @@ class TrellisColumns(Prepacked):
         return self.rows // self.words.shape[-3]
 
     def states(self) -> UInt32[Array, "*stacked k n"]:
-        before, here = self.words[..., :-1, :], self.words[..., 1:, :]
-        each = [state_at(before, here, i, self.width, self.memory) for i in range(codes_of_word(self.width))]
-        states = jnp.stack(each, -2)
+        before, here = self.words[..., :-1, None, :], self.words[..., 1:, None, :]
+        places = jnp.arange(codes_of_word(self.width))[:, None]
+        states = state_at(before, here, places, self.width, self.memory)
         states = states.reshape(*self.words.shape[:-2], -1, self.columns)[..., : self.length, :]
         return states.reshape(*self.stacked, self.rows, self.columns)
 
@@ -79,14 +79,14 @@ def codes_of_word(width: int) -> int:
 
 
 def state_at(
-    before: UInt32[Array, "..."], here: UInt32[Array, "..."], place: int, width: int, memory: int
+    before: UInt32[Array, "..."], here: UInt32[Array, "..."], place: Any, width: int, memory: int
 ) -> UInt32[Array, "..."]:
-    """The state at a place of a word, from it and the one before."""
-    each = codes_of_word(width)
-    shift = width * (each - 1 - place)
-    state = here >> jnp.uint32(shift)
-    if memory > width * (place + 1):
-        state |= before << jnp.uint32(width * each - shift)
+    """The state at a place of a word, a number or an array of such, from it and the one before."""
+    used = width * codes_of_word(width)
+    shift = used - width * (place + 1)
+    state = here >> jnp.asarray(shift, jnp.uint32)
+    if not isinstance(place, int) or memory > used - shift:  # what it has not in this word
+        state |= before << jnp.asarray(used - shift, jnp.uint32)
     return state & jnp.uint32((1 << memory) - 1)
 
 

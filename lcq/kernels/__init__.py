@@ -2,6 +2,7 @@
 
 from lcq.kernels import code_product as code_product
 from lcq.kernels import ell as ell
+from lcq.kernels import trellis as trellis
 from lcq.kernels.api import binary_matmul, matmul
 from lcq.kernels.base import KERNELS, Kernel
 

@@ -57,6 +57,7 @@ tiles        all else: dense for one tile of columns after another, which costs 
 pallas_tpu   one bit, on TPU: bits are unpacked beside the matrix unit, which waits for fewer bytes
 pallas_gpu   one bit, on GPU: likewise
 ell          few weights, prepacked
+trellis      weights on a trellis, prepacked: at most 2 rows word by word, more by places of a word
 dense        any form that has no better way; and, by name, as a measure of the others
 """
 

@@ -133,7 +133,7 @@ def _points(
     x: Array, h: Array | None, piece: Pieces
 ) -> tuple[Float[Array, "t p"], Float[Array, "t p"], Float[Array, " p"]]:
     """Of a leaf its weights times the roots of their importance, and these roots, in units of each piece, so that
-    squares neither overflow nor vanish; and the units, zero for a piece that weighs nothing: it counts as unweighted."""
+    squares neither overflow nor vanish; and the units, zero for a piece without weight: it counts as unweighted."""
     points = as_paths(x, *piece)
     root, size = jnp.ones_like(points), jnp.ones_like(points[0])
     if h is not None:

@@ -24,8 +24,8 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int, UInt16
 
-_LANES = 64
-"""Paths side by side, at most."""
+_LANES = 16
+"""Paths side by side, at most: a vector register."""
 
 _MEMORY = 1 << 26
 """Bytes of back pointers, about, that one pass may keep: so many paths go side by side, but at least one."""
