@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,7 @@ def test_a_warm_start_never_raises_the_distortion(scheme, form):
     assert objective(scheme, scheme.project(x, form, mu=MU), x) <= objective(scheme, form, x) * (1 + 1e-5) + 1e-9
 
 
+@pytest.mark.skipif("optimization_level=0" in os.environ["XLA_FLAGS"], reason="runs in test_optimized.py")
 def test_eager_is_jit_is_vmap(scheme, form):
     if scheme.host:
         with pytest.raises(ValueError, match="cannot run under jit"):

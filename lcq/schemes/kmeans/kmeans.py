@@ -153,23 +153,30 @@ def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, .
     if warm is not None:
         centres = Centres(*_freeze(warm.reshape(*whole.blocks[0].stat, scheme.k), scheme.fixed))
     else:
-        short, centres, many = _explore(scheme, whole)
-        passes = many if short is whole else _WARM
-    if learned:
+        short, centres, many = _explore(scheme, whole, twice=True)
+        if short is whole:
+            passes = many if learned > EXACT else 0  # these were taken
+    if learned and passes:
         centres = descend(whole, centres, passes)
     codes, centres, _ = lloyd_pass(whole, centres)
     return codes, centres.levels
 
 
-def _explore(scheme: KMeans, whole: Cut) -> tuple[Cut, Centres, int]:
-    """What stands in for the data at a cold start, the best levels found there, and how many passes it may take."""
+def _explore(scheme: KMeans, whole: Cut, *, twice: bool = False) -> tuple[Cut, Centres, int]:
+    """What stands in for the data at a cold start, the best levels found there, and how many passes it may take.
+
+    `twice` takes twice as many where nothing stands in for them: then no others need follow.
+    """
     stat, learned = whole.blocks[0].stat, scheme.k - len(scheme.fixed)
     if learned == 0:
         return whole, _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed), _WARM
     short, levels = summarise(whole, learned, scheme.fixed)
     many = _COLD if sum(x.size for x in short.leaves) <= _SHORT else _COLD // 5
     start = _merge(levels, scheme.fixed)
-    centres = descend(short, start, many) if learned <= EXACT else explore(short, start, many)
+    if learned <= EXACT:
+        centres = descend(short, start, 2 * many if twice and short is whole else many)
+    else:
+        centres = explore(short, start, many)
     return short, Centres(*(a.reshape(*stat, scheme.k) for a in centres)), many
 
 
