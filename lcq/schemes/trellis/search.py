@@ -21,13 +21,19 @@ from lcq.forms.state_values import table_of
 from lcq.schemes.grouped import cut
 from lcq.schemes.levels import keep_better, of_size_one
 from lcq.schemes.scales import as_scale, rounded_scale
-from lcq.schemes.trellis.viterbi import better_paths, tail_biting
+from lcq.schemes.trellis.viterbi import best_paths, better_paths, tail_biting
 
 _COLD, _WARM, _LEARNED = 1, 1, 12
 """Turns at a cold start, at a warm one, and at a cold one of a learned table."""
 
 _START = {1: 0.88}
 """The best scale for a Gaussian over the root of its mean square, by the bits of a code; 1 for more than one."""
+
+_LONGER = (1.0, 1.2, 1.45, 1.75, 2.1)
+"""Times that: where tails are long and codes have many bits, what few large weights miss is more."""
+
+_SAMPLE = 16
+"""Pieces of each leaf, at most, by which one of these is chosen."""
 
 
 class Pieces(NamedTuple):
@@ -110,6 +116,8 @@ def search(
     scale = rounded_scale(jnp.sqrt(mean) * _START.get(width, 1.0), dtype)
     table = jnp.asarray(table_of(memory, code), scale.dtype)
     if given is None:
+        sample = [_sample(v, g) for (v, _, _), g in zip(points, gains(scale), strict=True)]
+        scale = rounded_scale(scale * _longer(sample, table, width), dtype)
         each = zip(points, gains(scale), strict=True)
         states = tuple(tail_biting(v, g, table, width) for (v, _, _), g in each)
         turns = _LEARNED if code == "learned" else _COLD
@@ -142,6 +150,25 @@ def _points(
         root, size = jnp.where(top > 0, jnp.sqrt(weights / _or_one(top)), root), jnp.sqrt(top / _or_one(top.max()))
     unit = _or_one(jnp.abs(root * points).max(0))
     return root * points / unit, root / unit, size * unit
+
+
+def _sample(v: Float[Array, "t p"], g: Float[Array, "t p"]) -> tuple[Float[Array, "t q"], Float[Array, "t q"]]:
+    """A few pieces, evenly spaced, over the root of their sum of squares."""
+    every = -(-v.shape[1] // _SAMPLE)
+    v, g = v[:, ::every], g[:, ::every]
+    size = _or_one(jnp.sqrt((v * v).sum(0)))
+    return v / size, g / size
+
+
+def _longer(sample: Sequence[tuple[Array, Array]], table: Array, width: int) -> Float[Array, ""]:
+    """The factor of all scales with which free paths miss least."""
+
+    def missed(factor: Array) -> Array:
+        paths = [(v, factor * g, best_paths(v, factor * g, table, None, width)) for v, g in sample]
+        return functools.reduce(jnp.add, [((v - g * table[s]) ** 2).sum() for v, g, s in paths])
+
+    factors = jnp.asarray(_LONGER, table.dtype)
+    return factors[jnp.argmin(jax.lax.map(missed, factors))]
 
 
 def _or_one(a: Array) -> Array:
