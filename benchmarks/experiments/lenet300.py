@@ -122,6 +122,11 @@ RECIPES = {
     "lc_rank_slow_3e-7": Recipe(each(lcq.LowRank(penalty=3e-7, unit=1.0)), **SLOW),
     "lc_rank_teacher": Recipe(each(lcq.LowRank(penalty=1e-6, unit=1.0)), teacher=3.0, **SLOW),
 }
+RECIPES |= {
+    f"{method}_trellis{bits}": Recipe(each(lcq.Trellis(bits, memory=10)), method)
+    for method in ("dc", "lc")
+    for bits in (1, 2)
+}
 CANDIDATES = {
     f"{name}_{factor}x{l_steps}x{epochs}_{rate}": Recipe(
         rules, factor=factor, l_steps=l_steps, epochs=(epochs, epochs), rate=rate

@@ -18,13 +18,18 @@ RECIPES = {
     "lc_k2_slowest": ("1 bit: **LC**, slower", "error 2.3 (2.13)"),
     "lc_k2_teacher": ("1 bit: **LC**, slow, teacher", "error 2.3 (2.13)"),
     "lc_k2_teacher_slowest": ("1 bit: **LC**, slower, teacher", "error 2.3 (2.13)"),
+    "dc_trellis1": ("1 bit, trellis: direct compression", ""),
+    "lc_trellis1": ("1 bit, trellis: **LC**", ""),
     "dc_ternary": ("scaled ternary: direct compression", ""),
     "lc_ternary": ("scaled ternary: **LC**", "loss .0058 (.0045)"),
     "dc_k4": ("2 bits: direct compression", ""),
+    "lc_k4": ("2 bits: **LC**", ""),
     "lc_k4_slow": ("2 bits: **LC**, slow", "error 2.13 (2.0)"),
     "lc_k4_slow_0.2": ("2 bits: **LC**, slow, rate .2", "error 2.13 (2.0)"),
     "lc_k4_teacher": ("2 bits: **LC**, slow, rate .2, teacher", "error 2.13 (2.0)"),
     "lc_k4_teacher_0.09": ("2 bits: **LC**, slow, teacher", "error 2.13 (2.0)"),
+    "dc_trellis2": ("2 bits, trellis: direct compression", ""),
+    "lc_trellis2": ("2 bits, trellis: **LC**", ""),
 }
 
 

