@@ -26,11 +26,15 @@ from lcq.forms import Codes
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per
 from lcq.schemes.base import SCHEMES, Quantizer
+from lcq.schemes.grid_search import SHORTEST, Grid, search_grid
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, rounded_scale, scale_format
 
 _CANDIDATES = 64
 _ZOOM = 16
+_LONG = 512
+"""Numbers of a block from which enough of them are not zero for the fast search of a grid."""
+
 _SAMPLE = 1 << 15
 """Weights of a block, evenly spaced, that the first search looks at."""
 
@@ -215,9 +219,12 @@ def _nearest_scaled(x: Array, values: tuple[float, ...], a: Array) -> Array:
     """Codes of the nearest of a * values, for a of either sign; a broadcasts against x."""
     if not mirrored(values):
         x, a = jnp.where(a < 0, -x, x), jnp.abs(a)
-    if len(values) > 32 and is_grid(values):  # round instead of comparing
-        safe = jnp.where(a > 0, a, 1)
-        return (jnp.clip(jnp.round(x / safe), values[0], values[-1]) - values[0]).astype(code_dtype(len(values)))
+    if is_grid(values) and values[0] <= 0 <= values[-1]:  # round instead of comparing
+        u = x / jnp.where(a > 0, a, 1)
+        size = jnp.abs(u)
+        whole = jnp.where(size == 0.5, 1, jnp.ceil(size - 0.5))
+        codes = jnp.clip(jnp.where(u < 0, -whole, whole), values[0], values[-1]) - values[0]
+        return codes.astype(jnp.int32).astype(code_dtype(len(values)))
     return _count(x, [a * jnp.asarray(t, x.dtype) for t in thresholds(values)], len(values))
 
 
@@ -231,6 +238,11 @@ def _level_near(x: Array, values: tuple[float, ...], a: Array) -> Array:
 def is_grid(values: tuple[float, ...]) -> bool:
     """Whether a codebook is consecutive whole numbers."""
     return values == tuple(range(int(values[0]), int(values[0]) + len(values)))
+
+
+def _has_fast_search(values: tuple[float, ...]) -> bool:
+    """Whether `search_grid` finds the scales of long blocks; those of three levels are exact as they are."""
+    return len(values) > 3 and is_grid(values) and values[0] < 0 < values[-1]
 
 
 def mirrored(values: tuple[float, ...]) -> bool:
@@ -276,6 +288,27 @@ def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = Non
     Returns:
         One number per block.
     """
+    size, start = sum(b.size for b in whole.blocks), None
+    if warm is not None:
+        start = warm.reshape(whole.blocks[0].stat).astype(whole.leaves[0].dtype)
+
+    def thoroughly(leaves: tuple[Array, ...], start: Array | None) -> Array:
+        return _search_thoroughly(whole._replace(leaves=leaves), values, start, dtype)
+
+    def fast(leaves: tuple[Array, ...], start: Array | None) -> Array:
+        return search_grid(whole._replace(leaves=leaves), Grid(values[0], values[-1], dtype), start)
+
+    if not _has_fast_search(values) or whole.importance is not None or size < SHORTEST:
+        return thoroughly(whole.leaves, start)
+    if size >= _LONG:
+        return fast(whole.leaves, start)
+    count = whole.sum([(x != 0).astype(x.dtype) for x in whole.leaves])
+    few = jnp.any((count > 0) & (count < SHORTEST * 3 // 4))
+    return jax.lax.cond(few, thoroughly, fast, whole.leaves, start)
+
+
+def _search_thoroughly(whole: Cut, values: tuple[float, ...], warm: Array | None, dtype: str | None) -> Array:
+    """The search for any codebook and block: each candidate gets its best scale before it is judged."""
     whole, unit = of_size_one(whole)
     many = _CANDIDATES if thresholds(values).any() else 1  # the codes of {-1, 1} do not depend on a
     ranges = [_range(whole, values, sign) for sign in ((1.0,) if mirrored(values) else (1.0, -1.0))]
