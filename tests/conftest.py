@@ -86,6 +86,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("lcq")
 
 
+def pytest_collection_modifyitems(items):
+    """First what is about lcq as a whole, where the longest tests are: at the end one core would wait for the other."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 def pytest_collection_finish():
     """What was imported stays: the collector need not look at it again."""
     gc.collect()

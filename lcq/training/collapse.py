@@ -33,6 +33,7 @@ class Reading:
     layout: Layout
 
 
+@jax.jit
 def largest_share(
     ranks: Integer[Array, "*leaf"], levels: Float[Array, "*counts k"], reading: Reading
 ) -> Float[Array, ""]:

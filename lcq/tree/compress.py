@@ -100,7 +100,7 @@ def check_finite(path: str, leaf: Array | np.ndarray | np.number | jax.ShapeDtyp
     if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     with jax.ensure_compile_time_eval():  # a concrete leaf may be met inside a trace
-        finite = all(bool(jnp.isfinite(part).all()) for part in parts(leaf))
+        finite = all(bool(_all_finite(part)) for part in parts(leaf))
     if not finite:
         with jax.ensure_compile_time_eval():
             bad = sum(int((~jnp.isfinite(part)).sum()) for part in parts(leaf))
@@ -109,6 +109,12 @@ def check_finite(path: str, leaf: Array | np.ndarray | np.number | jax.ShapeDtyp
             f"{path}: expected finite weights, got {bad} NaN or infinite of {size}; train again with a smaller "
             f"learning rate, or exclude it with {leave_out(path)} before its rule"
         )
+
+
+@jax.jit
+def _all_finite(x: Array) -> Array:
+    """Whether every number is; as one program, which keeps nothing of the length of x."""
+    return jnp.isfinite(x).all()
 
 
 class Size(NamedTuple):
