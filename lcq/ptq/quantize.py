@@ -161,7 +161,9 @@ def quantize(
             statistics, of means and of errors. Where it cannot be followed a warning names leaf and equation, and
             `Record.lost` keeps it; then all rows count.
         bias_correction: whether biases and batch-norm means that are added to a product, and nothing else, absorb the
-            change of its mean; weights are then rounded on centred statistics.
+            change of its mean; weights are then rounded on centred statistics. One that is
+            concatenated, or added to concatenated products, stays as it is, and `Record.bias_correction` is False:
+            instead of x @ concatenate([q, k], 1) + concatenate([b, c]) write concatenate([x @ q + b, x @ k + c], 1).
         offload: whether activations between products are kept in the host's memory; those that are spread over a mesh
             stay on it.
         resume: a folder for what has been rounded so far, made if it is not there. A run that was killed and is called

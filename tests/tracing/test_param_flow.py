@@ -138,6 +138,22 @@ def test_no_shift_for_a_bias_of_two_layers():
     assert trace(fn, shapes(w=(4, 4), v=(4, 4), b=(4,)), X, ["w", "v"]).bias_sites == {}
 
 
+JOINED = {
+    "both": (lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], 1) + jnp.concatenate([p["b"], p["c"]]), []),
+    "bias": (lambda p, x: x @ p["w"] + jnp.concatenate([p["b"], p["c"]]), []),
+    "neither": (lambda p, x: jnp.concatenate([x @ p["q"] + p["b"], x @ p["k"] + p["c"]], 1), ["b", "c"]),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_biases_that_are_concatenated_stay_as_they_are(name):
+    """As `quantize` says, with a remedy."""
+    fn, paths = JOINED[name]
+    params = shapes(q=(4, 3), k=(4, 3), w=(4, 6), b=(3,), c=(3,))
+    program = trace(fn, params, X, ["w"] if name == "bias" else ["q", "k"])
+    assert sorted(site.path for site in program.bias_sites.values()) == paths
+
+
 def test_first_of_two_biases_and_one_that_is_followed():
     """A mean is subtracted after the bias: the bias takes the shift. A leaf in a product is no bias."""
 
