@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.forms.base import Form
-from lcq.forms.columns import Columns
+from lcq.forms.columns import SELECT, Columns
 from lcq.kernels.base import KERNELS, Kernel
 
 _Parts = dict[str, Any]
@@ -48,6 +48,9 @@ def matrix_product(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]
 
     named = {name: getattr(form, name) for name in ("words", "first", "step", "levels", "zero")}
     parts = {name: a for name, a in named.items() if a is not None}
+    if form.levels is not None and 2 < form.levels.shape[-2] < SELECT and form.levels.shape[-1] > 1:
+        # XLA fuses the slices of fewer levels with their selects, which then take twice as long, as no vectors are made
+        parts["levels"] = jnp.pad(form.levels, ((0, 0), (0, SELECT - form.levels.shape[-2]), (0, 0)), mode="edge")
     return tile_by_tile(x.astype(jnp.float32), form.columns, parts, dense)
 
 
