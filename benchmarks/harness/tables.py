@@ -24,7 +24,7 @@ from benchmarks.experiments import (
     tune,
 )
 from benchmarks.harness.artifacts import FOLDER
-from benchmarks.micro import big_save, coder, cstep, export, gpfq_speed, kernels, lc_overhead
+from benchmarks.micro import big_save, coder, cstep, export, generate, gpfq_speed, kernels, lc_overhead, rows
 
 ROOT = FOLDER.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -46,6 +46,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpfq_transformers": gpfq_transformers_table.table,
     "gpfq_speed": gpfq_speed.table,
     "kernels": kernels.table,
+    "rows": rows.table,
+    "generate": generate.table,
     "big_save": big_save.table,
     "coder": coder.table,
     "export": export.table,
