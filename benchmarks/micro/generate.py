@@ -32,14 +32,14 @@ def forms_of() -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from lcq.forms import Codes
+    import lcq
 
     rng, keys = np.random.default_rng(0), WIDTH // HEADS * GROUPS
 
-    def codes(bits: int, shape: tuple[int, ...], blocks: tuple[int, ...]) -> Codes:
+    def codes(bits: int, shape: tuple[int, ...], blocks: tuple[int, ...]) -> Any:
         values = tuple(float(level) for level in range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
         scale = jnp.asarray(rng.uniform(0.5, 1, blocks) * 0.1 / len(values), jnp.float16)
-        return Codes(jnp.asarray(rng.integers(0, len(values), shape, np.uint8)), values=values, scale=scale)
+        return lcq.forms.Codes(jnp.asarray(rng.integers(0, len(values), shape, np.uint8)), values=values, scale=scale)
 
     sizes = {"wq": (WIDTH, WIDTH), "wk": (WIDTH, keys), "wv": (WIDTH, keys), "wo": (WIDTH, WIDTH)}
     sizes |= {"w1": (WIDTH, HIDDEN), "w3": (WIDTH, HIDDEN), "w2": (HIDDEN, WIDTH)}

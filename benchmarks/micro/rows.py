@@ -52,7 +52,7 @@ def forms_of() -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from lcq.forms import Codes, Sum
+    import lcq
 
     rng, made = np.random.default_rng(0), {}
 
@@ -63,11 +63,11 @@ def forms_of() -> dict[str, Any]:
         scale = jnp.asarray(rng.uniform(-1, 1, blocks), jnp.float16 if blocks == GROUPS else jnp.float32)
         zero = jnp.asarray(rng.integers(0, count, blocks, np.uint8)) if zeros else None
         values = tuple(float(level if zeros else level - count // 2) for level in range(count))
-        made[name] = Codes(codes(count), values=values, scale=scale, zero=zero)
+        made[name] = lcq.forms.Codes(codes(count), values=values, scale=scale, zero=zero)
     for name, (count, blocks) in BOOKS.items():
         levels = np.sort(rng.normal(size=(*blocks, count)).astype(np.float32), -1)
-        made[name] = Codes(codes(count), levels=jnp.asarray(levels))
-    made["sum of two codebooks of 4"] = Sum((made["codebook of 4, leaf"],) * 2)
+        made[name] = lcq.forms.Codes(codes(count), levels=jnp.asarray(levels))
+    made["sum of two codebooks of 4"] = lcq.forms.Sum((made["codebook of 4, leaf"],) * 2)
     return made
 
 
