@@ -70,7 +70,7 @@ def test_what_takes_arrays_takes_lazy_leaves(tmp_path):
 
 def test_other_formats_and_damaged_files(tmp_path):
     np.savez(tmp_path / "net.npz", w=np.ones(2))
-    with pytest.raises(ValueError, match=r"net\.npz: expected a \.safetensors file, or shards, for lazy=True"):
+    with pytest.raises(ValueError, match=r"net\.npz: expected \.safetensors, whole or in shards, or \.gguf for lazy"):
         lcq.io.read(tmp_path / "net.npz", lazy=True)
     path = whole(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])

@@ -84,8 +84,8 @@ class CheckpointFormat(abc.ABC):
             ValueError: as `read`; or, as here, a format whose arrays cannot be read a part at a time.
         """
         raise ValueError(
-            f"{path}: expected a .safetensors file, or shards, for lazy=True, got another format; leave it out, or "
-            "write it anew: lcq.io.write('net.safetensors', tree)"
+            f"{path}: expected .safetensors, whole or in shards, or .gguf for lazy=True, got another format; leave it "
+            "out, or write it anew: lcq.io.write('net.safetensors', tree)"
         )
 
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:

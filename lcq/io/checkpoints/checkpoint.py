@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str], *, forms: bool = False, lazy: bool = Fals
         path: of the file or folder.
         forms: whether codes stay codes, as forms, stored.
         lazy: whether leaves are `lcq.io.MappedArray`s, which are read when they are asked for, as `lcq.quantize` does
-            layer by layer; of safetensors only.
+            layer by layer; of safetensors and GGUF only, whose blocks are then made dense a slice at a time.
 
     Raises:
         ValueError: another kind of file, a damaged one, shards that are not whole, or arrays of a dtype without a name

@@ -1,5 +1,8 @@
 """Checkpoints in .gguf files of llama.cpp: made dense, or with their codes as forms."""
 
+import functools
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFo
 from lcq.io.checkpoints.gguf_file import GgufTensor, as_text, open_gguf
 from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType
 from lcq.io.layouts.gguf_superblocks import SUPERBLOCK_TYPES, SuperBlockType
+from lcq.io.mapped import MappedArray
 
 PLAIN = {number: TENSOR_DTYPES[name] for name, number in TENSOR_TYPES.items()}
 """Types of numbers by what stands for them in a file."""
@@ -30,30 +34,94 @@ class Gguf(CheckpointFormat):
     only_read = True
 
     def read(self, path: Path) -> Checkpoint:
-        return _read(path, forms=False)
+        return _read(path, _dense)
 
     def read_forms(self, path: Path) -> Checkpoint:
-        return _read(path, forms=True)
+        return _read(path, _form)
+
+    def read_lazily(self, path: Path) -> Checkpoint:
+        return _read(path, functools.partial(_lazy, path))
 
 
-def _read(path: Path, *, forms: bool) -> Checkpoint:
+class MappedBlocks:
+    """A tensor of blocks in a file, made dense in float32 when it is asked for, a slice at a time, as `MappedArray`.
+
+    Attributes:
+        data: bytes of blocks, [.., blocks of a row, bytes of a block].
+        block: their type.
+        shape: of the tensor.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, data: MappedArray, block: BlockType | SuperBlockType, shape: tuple[int, ...]) -> None:
+        self.data, self.block, self.shape = data, block, shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        given = index if isinstance(index, tuple) else (index,)
+        simple = all(isinstance(each, int | np.integer | slice) for each in given)
+        rows = given[: self.ndim - 1] if simple else ()
+        data = self.data[rows]
+        dense = self.block.values(self.block.unpack(data)).reshape(*data.shape[:-2], self.shape[-1])
+        left = tuple(slice(None) for each in rows if isinstance(each, slice))
+        return dense[(*left, *given[len(rows) :])]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("expected to copy what is read from a file, got copy=False; leave it out")
+        return self[()].astype(dtype or self.dtype, copy=False)
+
+    def __repr__(self) -> str:
+        return f"MappedBlocks({self.data.path.name!r}, {self.block.name}{list(self.shape)})"
+
+
+def _read(path: Path, leaf_of: Callable[[GgufTensor], Any]) -> Checkpoint:
     file = open_gguf(path)
     tree = {}
     for name, tensor in file.tensors.items():
         try:
-            tree[name] = _leaf(tensor, forms)
+            tree[name] = leaf_of(tensor)
         except ValueError as error:
             raise ValueError(f"{path}: {name[:200]}: {error}") from error
     texts = {name: as_text(field) for name, field in file.fields.items()}
     return Checkpoint(tree, {name: text for name, text in texts.items() if text is not None}, "oi")
 
 
-def _leaf(tensor: GgufTensor, forms: bool) -> Any:
+def _dense(tensor: GgufTensor) -> np.ndarray:
+    if tensor.type in PLAIN:
+        return _numbers(tensor)
+    block, data = _blocks(tensor)
+    return block.values(block.unpack(data)).reshape(tensor.shape)
+
+
+def _form(tensor: GgufTensor) -> Codes | np.ndarray:
+    if tensor.type in PLAIN:
+        return _numbers(tensor)
+    block, data = _blocks(tensor)
+    return form_of(block.unpack(data), block.levels, tensor.shape)
+
+
+def _lazy(path: Path, tensor: GgufTensor) -> MappedArray | MappedBlocks:
+    if tensor.type in PLAIN:
+        found = _numbers(tensor)
+        return MappedArray(path, tensor.shape, found.dtype, tensor.begin)
+    block, data = _blocks(tensor)
+    return MappedBlocks(MappedArray(path, data.shape, np.uint8, tensor.begin), block, tensor.shape)
+
+
+def _numbers(tensor: GgufTensor) -> np.ndarray:
+    dtype = PLAIN[tensor.type]
+    data = _bytes(tensor, math.prod(tensor.shape) * dtype.itemsize)
+    return native(data.view(_little(dtype)).reshape(tensor.shape))
+
+
+def _blocks(tensor: GgufTensor) -> tuple[BlockType | SuperBlockType, np.ndarray]:
+    """The type of a tensor's blocks, and their bytes, [.., blocks of a row, bytes of a block]."""
     shape, kind = tensor.shape, tensor.type
-    if kind in PLAIN:
-        dtype = PLAIN[kind]
-        data = _bytes(tensor, int(np.prod(shape)) * dtype.itemsize)
-        return native(data.view(_little(dtype)).reshape(shape))
     if kind not in BLOCKS:
         known = ", ".join(block.name for block in BLOCKS.values())
         raise ValueError(
@@ -64,9 +132,7 @@ def _leaf(tensor: GgufTensor, forms: bool) -> Any:
     if not shape or shape[-1] % block.length:
         raise ValueError(f"expected rows of blocks of {block.length} for {block.name}, got the shape {list(shape)}")
     rows = (*shape[:-1], shape[-1] // block.length)
-    data = _bytes(tensor, int(np.prod(rows)) * block.size).reshape(*rows, block.size)
-    blocks = block.unpack(data)
-    return form_of(blocks, block.levels, shape) if forms else block.values(blocks).reshape(shape)
+    return block, _bytes(tensor, math.prod(rows) * block.size).reshape(*rows, block.size)
 
 
 def _little(dtype: np.dtype) -> np.dtype:

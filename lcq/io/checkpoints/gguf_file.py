@@ -59,7 +59,7 @@ class GgufTensor(NamedTuple):
     Attributes:
         shape: as numpy has it, (out, in) of a weight.
         type: number of its type.
-        begin: where its data begin, from the start of the data.
+        begin: byte of the file at which its data begin.
         data: bytes from there on, as many as follow before another tensor or the end.
     """
 
@@ -116,12 +116,12 @@ def _parsed(data: np.ndarray) -> GgufFile:
     alignment = fields.get("general.alignment", GgufField(4, ALIGNMENT)).value
     if not isinstance(alignment, int | np.integer) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment: expected a power of 2, got {alignment!r:.80}")
-    begin = -(-cursor.at // int(alignment)) * int(alignment)
-    return GgufFile(fields, _placed(infos, data[min(begin, data.size) :], int(alignment)))
+    start = min(-(-cursor.at // int(alignment)) * int(alignment), data.size)
+    return GgufFile(fields, _placed(infos, data[start:], start, int(alignment)))
 
 
 def _placed(
-    infos: dict[str, tuple[tuple[int, ...], int, int]], data: np.ndarray, alignment: int
+    infos: dict[str, tuple[tuple[int, ...], int, int]], data: np.ndarray, start: int, alignment: int
 ) -> dict[str, GgufTensor]:
     """Tensors with their bytes, each up to where the next begins."""
     filled = sorted(begin for shape, _, begin in infos.values() if math.prod(shape))
@@ -135,7 +135,7 @@ def _placed(
                 f"{name!r:.200}: expected data that begin at a multiple of {alignment} up to {data.size}, got {begin}"
             )
         end = ends[begin] if math.prod(shape) else begin
-        placed[name] = GgufTensor(shape, kind, begin, data[begin:end])
+        placed[name] = GgufTensor(shape, kind, start + begin, data[begin:end])
     return placed
 
 

@@ -52,6 +52,23 @@ def test_names_numbers_and_fields(tmp_path):
     }
 
 
+def test_lazily(tmp_path):
+    """Each slice is that of the dense tensor; nothing is read before."""
+    (tmp_path / "net.gguf").write_bytes(whole()[1])
+    dense, lazy = read(tmp_path / "net.gguf"), read(tmp_path / "net.gguf", lazy=True)
+    blocks, plain = lazy["blk.0.attn_q.weight"], lazy["token_embd.weight"]
+    for name, leaf in lazy.items():
+        assert leaf.shape == dense[name].shape and leaf.dtype == dense[name].dtype
+        np.testing.assert_array_equal(np.asarray(leaf), dense[name])
+    whole_blocks = dense["blk.0.attn_q.weight"]
+    for index in [0, (1,), (slice(0, 1), 3), (1, slice(2, 9)), (slice(None), slice(1, 3)), ..., ([1, 0], 2), -1]:
+        np.testing.assert_array_equal(blocks[index], whole_blocks[index])
+        np.testing.assert_array_equal(plain[index], dense["token_embd.weight"][index])
+    (tmp_path / "net.gguf").write_bytes(whole()[1][:-40])
+    with pytest.raises(ValueError, match="attn_q"):
+        read(tmp_path / "net.gguf", lazy=True)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(tmp_path, name):
     number, length, _, halves, _ = BLOCKS[name]
