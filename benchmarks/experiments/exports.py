@@ -34,7 +34,6 @@ import numpy as np
 import lcq
 from benchmarks.experiments import gpfq_transformers, smollm2
 from benchmarks.experiments.exports_peers import GROUP, PEERS, Weights
-from benchmarks.harness.markdown import grid
 from benchmarks.harness.record import record, stored
 from lcq.examples import llama
 
@@ -135,13 +134,11 @@ def smollm(path: str) -> Net:
 
 
 def _layers(leaf: Any) -> list[Any]:
-    """The layers of a stacked leaf: arrays, or forms in numpy."""
+    """The layers of a stacked leaf: arrays, or forms."""
     if not isinstance(leaf, lcq.forms.Codes):
         return list(np.asarray(leaf))
-    from lcq.io.exports.working import layer_of, on_host
-
-    whole = on_host(leaf)
-    return [layer_of(whole, (i,)) for i in range(leaf.shape[0])]
+    whole = leaf.unpack()
+    return [jax.tree.map(lambda array, i=i: np.asarray(array[i]), whole) for i in range(leaf.shape[0])]
 
 
 def kept(net: Net, grid: str, file: Path | None) -> Any:
@@ -180,20 +177,6 @@ def run(name: str, net: Net, grids: list[str], keep: str | None) -> None:
             print(row, flush=True)
             others = [old for old in stored("exports") if any(old[k] != row[k] for k in ("net", "format", "grid"))]
             record("exports", [*others, row], seeds=[0], smollm2_windows=WINDOWS)
-
-
-def table() -> str:
-    """Each row's perplexities."""
-    head = ["net, format, grid", "float32", "its own codes", "lcq's", "of the gap closed"]
-    lines = [
-        [
-            f"{row['net']}, {row['format']}, {row['grid']}",
-            *(f"{row[key]:.3f}" for key in ("float", "own", "lcq")),
-            f"{100 * row['gap_closed']:.0f} %",
-        ]
-        for row in stored("exports")
-    ]
-    return grid(head, lines)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.checks import scale_aot_table
 from benchmarks.experiments import (
     brute_force,
+    exports_table,
     gpfq_images,
     gpfq_rows,
     gpfq_transformers_table,
@@ -51,6 +52,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "big_save": big_save.table,
     "coder": coder.table,
     "export": export.table,
+    "exports": exports_table.table,
     "smooth_binary": smooth_binary_table.table,
     "hemp": hemp_summary.table,
     "smallest": smallest.table,
