@@ -17,11 +17,10 @@ import numpy as np
 import safetensors.numpy
 
 import lcq
-from lcq.io import Name, export, to_qwix
 
 GROUP = 32
 Weights = dict[str, np.ndarray]
-NAMES = [Name(r"(.*)", r"\1.weight", "io")]
+NAMES = [lcq.io.Name(r"(.*)", r"\1.weight", "io")]
 
 
 class Peer(NamedTuple):
@@ -49,7 +48,7 @@ def gguf_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> Weights:
     import gguf
 
     with _folder() as folder:
-        export(forms, folder / "net.gguf", format="gguf", names=NAMES, config={"general.architecture": "llama"})
+        lcq.io.export(forms, folder / "net.gguf", format="gguf", names=NAMES, config={"general.architecture": "llama"})
         read = gguf.GGUFReader(folder / "net.gguf")
         return {
             t.name.removesuffix(".weight"): gguf.quants.dequantize(t.data, t.tensor_type).T.copy() for t in read.tensors
@@ -75,9 +74,9 @@ def compressed_tensors_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> 
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    names = [Name(r"(.*)", r"\1.weight", "io", type=f"int{bits}")]
+    names = [lcq.io.Name(r"(.*)", r"\1.weight", "io", type=f"int{bits}")]
     with _folder() as folder:
-        export(forms, folder / "net", format="compressed-tensors", names=names)
+        lcq.io.export(forms, folder / "net", format="compressed-tensors", names=names)
         said = json.loads((folder / "net" / "config.json").read_text())["quantization_config"]
         tensors = safetensors.numpy.load_file(folder / "net" / "model.safetensors")
     scheme = QuantizationConfig.model_validate(said).config_groups["group_0"]
@@ -106,7 +105,7 @@ def qwix_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> Weights:
     import qwix
 
     made = {}
-    for path, leaf in to_qwix(forms).items():
+    for path, leaf in lcq.io.to_qwix(forms).items():
         parts = {key: jnp.asarray(a) for key, a in leaf["array"].items()}
         parts["scale"] = parts["scale"].astype(jnp.float32)
         made[path] = np.asarray(qwix.dequantize(qwix.QArray(**parts)))
@@ -130,7 +129,7 @@ def onnx_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> Weights:
             held = [("w.weight", form.shape)]
             node = onnx.helper.make_node("MatMul", ["x", "w.weight"], ["y"])
             onnx.save(_onnx_model([node], [("x", (None, form.shape[0])), *held], ["y"], []), folder / "dense.onnx")
-            export(
+            lcq.io.export(
                 {"w": form},
                 folder / f"{path}.onnx",
                 format="onnx",

@@ -24,7 +24,6 @@ from scipy.stats import spearmanr
 import lcq
 from benchmarks.experiments import gpfq_transformers
 from benchmarks.harness.record import record
-from lcq.io import Name, export
 
 SENTENCES, TOKENS = 64, 32
 
@@ -97,9 +96,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
         dense_model(net, path / "dense.onnx")
-        names = [Name(r".*kernel", r"\g<0>", "io"), Name(".*", r"\g<0>")]
+        names = [lcq.io.Name(r".*kernel", r"\g<0>", "io"), lcq.io.Name(".*", r"\g<0>")]
         config = {"model": path / "dense.onnx"}
-        export(forms, path / "net.onnx", format="onnx", names=names, config=config)
+        lcq.io.export(forms, path / "net.onnx", format="onnx", names=names, config=config)
         row("MatMulNBits", session(path / "net.onnx"), (path / "net.onnx").stat().st_size)
 
 
