@@ -65,7 +65,7 @@ def _array(name: str, leaf: Any) -> Any:
             f"{name}: expected an array, got {_told(leaf)}; leave it out of the batch, or close over it: "
             "lambda params, batch: fn(params, batch, ...)"
         )
-    return jnp.asarray(leaf if np.isscalar(leaf) else native(array))
+    return jnp.asarray(leaf) if np.isscalar(leaf) else jax.device_put(native(array))
 
 
 def _told(value: Any) -> str:

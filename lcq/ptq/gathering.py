@@ -24,8 +24,8 @@ from lcq.forms.blocks import compute_dtype, explicit_sharding
 from lcq.forms.dtypes import own_promotion, wider
 from lcq.ptq.pieces import Structure
 from lcq.ptq.rounding.sequential import dot
-from lcq.ptq.shrinkage import aligned
-from lcq.ptq.statistics import Moments, counted, gather, mean
+from lcq.ptq.shrinkage import Folds
+from lcq.ptq.statistics import Moments, about, counted, mean
 from lcq.ptq.two_stream import Use
 from lcq.tracing.contraction import Operand, Product
 
@@ -42,53 +42,52 @@ def fold_count(inputs: int) -> int:
 
 
 @own_promotion()
-def folded(uses: Sequence[Use]) -> Moments:
+def folded(uses: Sequence[Use], w: Float[np.ndarray, "G N n"] | None = None, moments: bool = True) -> Folds:
     """Sums over the rows of each fold, of all uses and batches.
 
     Args:
         uses: of the same weights in the same layout.
+        w: the weights, or some neurons of them; None for no differences.
+        moments: whether there are to be moments.
 
     Returns:
-        Moments with leading axes [G, K], each shifted by a mean of its own.
+        Folds with leading axes [G, K], None in place of what is not asked for.
     """
-    return _summed(uses, None)
-
-
-@own_promotion()
-def differences(uses: Sequence[Use], w: Float[Array, "G N n"]) -> Array:
-    """The sum of ((X - Y) w)^2 over the rows of each fold of `folded`, for every neuron, [G, K, n].
-
-    Args:
-        uses: of the weights w, in the same layout.
-        w: the weights.
-    """
-    if _are_same(uses):
-        y = uses[0].inputs[0][1].x
-        return jnp.zeros((len(w), fold_count(w.shape[1]), w.shape[2]), wider(jnp.float32, y.dtype))
-    return _summed(uses, w)
-
-
-def _are_same(uses: Sequence[Use]) -> bool:
-    """Whether X is Y in all uses and batches."""
-    return all(one is two for use in uses for one, two in use.inputs)
-
-
-def _summed(uses: Sequence[Use], w: Array | None) -> Any:
-    """The moments, or given weights the differences."""
-    sums: Any = None
     pairs = [pair for use in uses for pair in use.inputs]
-    same = _are_same(uses)
+    same = all(one is two for one, two in pairs)
     alone = all(len(a.sharding.device_set) == 1 for a in jax.tree.leaves(pairs) if isinstance(a, jax.Array))
+    given: Any = None if same else w
+    kind = wider(jnp.float32, pairs[0][1].x.dtype)
+    groups, _, many, _ = uses[0].product.shape
+    nothing = functools.partial(_nothing, np, groups, many, kind, given, moments=moments, drift=not same)
+    sums: Any = jax.device_put(nothing()) if alone else None
     number = 0
-    for use in uses:
-        alike = w is None and all(operand.counts is None for pair in use.inputs for operand in pair)
+    for use in uses if moments or given is not None else ():
+        alike = given is None and all(operand.counts is None for pair in use.inputs for operand in pair)
         key = Structure(use.product.reading if alike else use.product.structure, use.product)
         parts = use.product.parts(_ROWS) if alone else 1
-        add = _gather(key, parts, fold_count(use.product.shape[2]), alone)
+        add = _gather(key, parts, fold_count(use.product.shape[2]), alone, moments)
         for x, y in use.inputs:
-            sums = add(y, None if same else x, w, sums, number)
+            sums = add(y, None if same else x, given, sums, number)
             number += parts
+    sums = Folds(None, None) if sums is None else sums
+    if same and w is not None:
+        sums = sums._replace(differences=jax.device_put(np.zeros((groups, fold_count(many), w.shape[2]), kind)))
     return sums
+
+
+def _nothing(numpy: Any, groups: int, many: int, kind: Any, w: Any, *, moments: bool, drift: bool) -> Folds:
+    """Sums of no rows, by numpy, for which nothing is compiled, or in a program by jax's."""
+    folds = fold_count(many)
+
+    def zeros(*shape: int) -> Any:
+        return numpy.zeros((groups, folds, *shape), kind)
+
+    found = None
+    if moments:
+        square, count = zeros(many, many) if drift else None, numpy.zeros((groups, folds), np.int32)
+        found = Moments(count, zeros(many), zeros(many), zeros(many), zeros(many, many), square)
+    return Folds(found, None if w is None else zeros(w.shape[2]))
 
 
 class LastMoments:
@@ -105,21 +104,19 @@ class LastMoments:
         self._uses: list[Use] = []
         self._moments: Moments | None = None
 
-    def of(self, uses: Sequence[Use]) -> Moments:
-        """The sums over folds, all of the same shift, see `lcq.ptq.shrinkage.aligned`."""
-        moments = self._moments
-        if moments is None or not _have_same_inputs(self._uses, uses):
+    def of(self, uses: Sequence[Use], w: Float[np.ndarray, "G N n"] | None = None) -> Folds:
+        """The sums over folds."""
+        known = self._moments if _have_same_inputs(self._uses, uses) else None
+        if known is None:
             self.forget()  # before there are two of them
-            moments = _aligned(folded(uses))
-        self._uses, self._moments = (list(uses), moments) if self.wanted else ([], None)
-        return moments
+        sums = folded(uses, w, known is None)
+        sums = sums if known is None else sums._replace(moments=known)
+        self._uses, self._moments = (list(uses), sums.moments) if self.wanted else ([], None)
+        return sums
 
     def forget(self) -> None:
         """Drops what is held, the inputs too."""
         self._uses, self._moments = [], None
-
-
-_aligned = jax.jit(jax.vmap(aligned), donate_argnums=0)
 
 
 def _have_same_inputs(one: Sequence[Use], two: Sequence[Use]) -> bool:
@@ -214,7 +211,7 @@ def _members(product: Product, y: Operand, x: Operand | None) -> tuple[Array, Ar
 
 
 @functools.lru_cache(maxsize=256)
-def _gather(key: Structure, parts: int, folds: int, alone: bool) -> Callable[..., Any]:
+def _gather(key: Structure, parts: int, folds: int, alone: bool, moments: bool) -> Callable[..., Any]:
     """Adds one batch of a product's inputs to the sums of its folds, compiled once for all products of this kind.
 
     A convolution's inputs become matrices part by part, which stay in the cache and need less memory; the experts of a
@@ -243,8 +240,12 @@ def _gather(key: Structure, parts: int, folds: int, alone: bool) -> Callable[...
         return jax.vmap(one)(product.inputs(y), None if x is None else product.inputs(x), counts, w, sums)
 
     def sums(y: Operand, x: Operand | None, w: Any, before: Any, number: Any) -> Any:
-        if before is None:
-            before = _nothing(product, y, w, folds, x is not None)
+        if before is None:  # where they lie is the compiler's to say
+            groups, _, many = jax.eval_shape(product.inputs, y.x).shape
+            if product.kind == "ragged":
+                groups = jax.eval_shape(product.members, y).shape[0]
+            kind = wider(jnp.float32, y.x.dtype)
+            before = _nothing(jnp, groups, many, kind, w, moments=moments, drift=x is not None)
         if product.kind == "ragged":
             return experts(y, x, w, before, number)
         counts = _counts(product, y, x)
@@ -271,22 +272,6 @@ def _gather(key: Structure, parts: int, folds: int, alone: bool) -> Callable[...
     return add
 
 
-def _nothing(product: Product, y: Operand, w: Array | None, folds: int, drift: bool) -> Any:
-    """Sums of no rows."""
-    groups, _, many = jax.eval_shape(product.inputs, y.x).shape
-    if product.kind == "ragged":
-        groups = jax.eval_shape(product.members, y).shape[0]
-
-    def zeros(*shape: int) -> Array:
-        return jnp.zeros((groups, folds, *shape), wider(jnp.float32, y.x.dtype))
-
-    if w is not None:
-        return zeros(w.shape[2])
-    count = jnp.zeros((groups, folds), jnp.int32)
-    square = zeros(many, many)
-    return Moments(count, zeros(many), zeros(many), zeros(many), square, zeros(many, many) if drift else None)
-
-
 def _add(
     y: Array,
     x: Array | None,
@@ -298,16 +283,24 @@ def _add(
     ragged: bool = False,
     alone: bool = True,
 ) -> Any:
-    """Adds the rows of one group to the sums of its folds [K, ...]: moments, or differences where there are weights."""
+    """Adds the rows of one group to the sums of its folds [K, ...]; the first rows that count say what moments are
+    shifted by."""
     each = len(y) // folds
+    if sums.moments is not None:
+        before = sums.moments
+        shift = jnp.where(before.count.any(), before.shift[0], mean(y.astype(before.shift.dtype), rows))
+        sums = sums._replace(moments=before._replace(shift=jnp.broadcast_to(shift, before.shift.shape)))
 
     def fold(before: Any, y: Any, x: Any, rows: Any) -> Any:
-        if w is not None:
-            wide = before.dtype
+        moments, differences = before
+        if differences is not None:
+            wide = differences.dtype
             away = counted(x.astype(wide) - y.astype(wide), rows)
-            return before + (dot(away, w.astype(wide)) ** 2).sum(0)
-        shift = jnp.where(before.count > 0, before.shift, mean(y.astype(before.shift.dtype), rows))
-        return gather(y, x, before._replace(shift=shift), rows=rows)
+            differences += (dot(away, w.astype(wide)) ** 2).sum(0)
+        if moments is None:
+            return Folds(None, differences)
+        batch = about(moments.shift, y, x, rows=rows)
+        return Folds(jax.tree.map(jnp.add, moments, batch)._replace(shift=moments.shift), differences)
 
     def cut(a: Any) -> Any:
         return None if a is None else a[: each * folds].reshape(folds, each, *a.shape[1:])

@@ -16,9 +16,9 @@ from lcq.forms import Codes
 from lcq.ptq import shrinkage
 from lcq.ptq.gathering import fold_count, matrices
 from lcq.ptq.rounding.base import Rounding, correction
-from lcq.ptq.rounding.codebook import every_scaled
+from lcq.ptq.rounding.codebook import scaled, with_data
 from lcq.ptq.rounding.gpfq import GPFQ
-from lcq.ptq.rounding.sequential import dot, follow
+from lcq.ptq.rounding.sequential import alive, dot, follow
 from lcq.ptq.two_stream import Use
 
 _PROBES = 64
@@ -37,6 +37,9 @@ class Inputs(NamedTuple):
         method: The method, which is GPFQ.
         w: The weights, [G, N, n].
         centred: Whether the mean is taken off, which x and y show once settled.
+        noise: Which parts of H and of the mean are noise, [G, 2].
+        finite: Whether all inputs are finite.
+        squares: Sums of squares of the inputs, [G, N], once settled.
         shares: The shares p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
         means: The means of x and of y, once settled.
         raw: The inputs x and y as they were, once settled, if the correction leaves out what is noise.
@@ -50,6 +53,9 @@ class Inputs(NamedTuple):
     method: GPFQ
     w: Array
     centred: bool
+    noise: Any = None
+    finite: bool = True
+    squares: Any = None
     shares: Any = None
     means: Any = None
     raw: Any = None
@@ -66,65 +72,93 @@ class Inputs(NamedTuple):
         folds = fold_count(w.shape[1])
         x, y, rows, fold = matrices(uses, folds)
         rows = jnp.ones(y.shape[:2], bool) if rows is None else rows
-        return cls(x, y, rows, jnp.asarray(fold), folds, method, w, centred)
+        return cls(x, y, rows, jnp.asarray(fold), folds, method, w, centred).looked()
+
+    def looked(self) -> "Inputs":
+        """With its noise, and whether it is finite."""
+        found, finite = _looked(self.x, self.y, self.rows, self.fold, self.folds)
+        return self._replace(noise=np.asarray(found), finite=bool(finite))
 
     @property
-    def finite(self) -> bool:
-        sums = (self.y**2).sum(1, where=self.rows[..., None]) + 0 * self.x.sum(1, where=self.rows[..., None])
-        return bool(jnp.isfinite(sums).all())
-
-    @property
-    def counts(self) -> Array:
+    def counts(self) -> np.ndarray:
         """Rows that count, of every group."""
-        return self.rows.sum(1)
+        return np.asarray(self.rows).sum(1)
 
-    @property
-    def noise(self) -> Array:
-        return jax.vmap(lambda y, rows: noise(y, rows, self.fold, self.folds))(self.y, self.rows)
+    def of_neurons(self, w: Float[np.ndarray, "G N j"]) -> "Inputs":
+        """The same rows for other neurons."""
+        return self._replace(w=w)
 
-    @property
-    def squares(self) -> Array:
-        """Sums of squares of the inputs, [G, N], once settled."""
-        return (self.y**2).sum(1)
-
-    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[Array, Array]:
+    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
+        """As of `lcq.ptq.sums`, which have the same methods."""
         del key
         given = (self.w, self.x, self.y, self.rows, form, self.noise)
-        c = jnp.asarray(tried, self.y.dtype)
-        return _held(*given, self.fold, c, self.folds, self.method.act_order, self.centred)
+        c = np.asarray(tried, self.y.dtype)
+        errors, sizes = _held(*given, self.fold, c, self.folds, self.method.act_order, self.centred)
+        return np.asarray(errors, np.float64), np.asarray(sizes, np.float64)
+
+    def settled(self, shares: Any, careful: bool) -> "Inputs":
+        """With these shares, means taken off."""
+        x, y, squares, *means = _settled(self.x, self.y, self.rows, self.centred)
+        raw = (self.x, self.y) if careful else None
+        given = np.asarray(shares, y.dtype)
+        return self._replace(x=x, y=y, squares=squares, means=means, raw=raw, shares=given)
 
     def ready(self) -> "Inputs":
         """As it is: the recursion needs nothing made before."""
         return self
 
-    def shrunk(self, shares: Any, careful: bool) -> "Inputs":
-        """With these shares, means taken off."""
-        x, y, *means = jax.vmap(functools.partial(taken, centred=self.centred))(self.x, self.y, self.rows)
-        raw = (self.x, self.y) if careful else None
-        return self._replace(x=x, y=y, means=means, raw=raw, shares=np.asarray(shares))
-
-    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Array | None) -> Array:
+    def tried(self, form: Codes, factor: Any, key: Array | None) -> tuple[Codes, Array]:
         del key
-        return jax.lax.map(lambda factor: self._follow(every_scaled(form, factor))[1], factors)
+        assert self.shares is not None
+        shares = self.shares if self.shares.any() else None
+        return _tried(self.method.act_order, self.w, self.x, self.y, form, factor, self.squares, shares, self.rows)
 
-    def codes(self, form: Codes, key: Array | None) -> tuple[Codes, float]:
-        del key
-        return self._follow(form)[0], 0.0
+    @property
+    def damping(self) -> float:
+        """The method has none."""
+        return 0.0
 
     def correction(self, form: Codes) -> Array:
         if self.raw is None:
             return jax.vmap(correction)(self.w, self.means[0], self.means[1], form)
-        one = functools.partial(steady, fold=self.fold, folds=self.folds)
-        return jax.vmap(one)(self.w.astype(self.y.dtype), self.raw[0], self.raw[1], form, self.rows)
+        return _steady(self.w, *self.raw, form, self.rows, self.fold, self.folds)
 
-    def _follow(self, form: Codes) -> tuple[Codes, Array]:
-        one = functools.partial(follow, act_order=self.method.act_order)
-        if not self.shares.any():
-            return jax.vmap(one)(self.w, self.x, self.y, form)
-        shares = jnp.asarray(self.shares, self.y.dtype)
-        return jax.vmap(lambda w, x, y, form, share, use: one(w, x, y, form, shares=share, use=use))(
-            self.w, self.x, self.y, form, shares, self.rows
-        )
+
+@functools.partial(jax.jit, static_argnums=4)
+def _looked(x: Array, y: Array, rows: Array, fold: Array, folds: int) -> tuple[Array, Array]:
+    sums = (y**2).sum(1, where=rows[..., None]) + 0 * x.sum(1, where=rows[..., None])
+    return jax.vmap(lambda y, rows: noise(y, rows, fold, folds))(y, rows), jnp.isfinite(sums).all()
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _settled(x: Array, y: Array, rows: Array, centred: bool) -> tuple[Array, ...]:
+    x, y, mean_x, mean_y = jax.vmap(functools.partial(taken, centred=centred))(x, y, rows)
+    return x, y, (y**2).sum(1), mean_x, mean_y
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tried(
+    act_order: bool,
+    w: Array,
+    x: Array,
+    y: Array,
+    form: Codes,
+    factor: Array | None,
+    squares: Array,
+    shares: Array | None,
+    rows: Array,
+) -> tuple[Codes, Array]:
+    def one(w: Array, x: Array, y: Array, form: Codes, factor: Any, squares: Array, share: Any, use: Array) -> Any:
+        if factor is not None:
+            form = with_data(alive(squares), scaled(form, factor), form)
+        return follow(w, x, y, form, act_order, share, None if share is None else use)
+
+    return jax.vmap(one)(w, x, y, form, factor, squares, shares, rows)
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _steady(w: Array, x: Array, y: Array, form: Codes, rows: Array, fold: Array, folds: int) -> Array:
+    return jax.vmap(functools.partial(steady, fold=fold, folds=folds))(w.astype(y.dtype), x, y, form, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(8, 9, 10))

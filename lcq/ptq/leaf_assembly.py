@@ -107,9 +107,12 @@ class Assembly:
         assert self._codes is not None
         product, index = put.product, put.product.weight.index
         inside = product.places(self.shape, len(index))
-        codes = jax.numpy.asarray(self._codes[index].reshape(-1)[inside])
-        values = np.asarray(jax.vmap(Codes.dense)(dataclasses.replace(put.form, codes=codes)))
+        codes = self._codes[index].reshape(-1)[inside]
+        values = np.asarray(_dense(dataclasses.replace(put.form, codes=codes)))
         part[index[depth:]].reshape(-1)[inside] = values
+
+
+_dense = jax.jit(jax.vmap(Codes.dense))
 
 
 def placed(values: Any, like: PyTree) -> jax.Array:
@@ -120,7 +123,7 @@ def placed(values: Any, like: PyTree) -> jax.Array:
 def lies_as(array: np.ndarray, leaf: Any) -> Array:
     """What belongs to a leaf where the leaf lies: cut along the same axes, as far as it has as many places on them."""
     if not isinstance(leaf, jax.Array) or not leaf.committed:
-        return jax.numpy.asarray(array)
+        return jax.device_put(array)
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
         names = zip(array.shape, (*sharding.spec, *(None,) * array.ndim), strict=False)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from lcq.forms import Codes
 from lcq.ptq.rounding.base import correction, residual
@@ -60,7 +60,7 @@ class Folds(NamedTuple):
     """Sums over each of K parts of the rows, of one group.
 
     Attributes:
-        moments: The sums of each fold, with a leading axis [K], all shifted alike, see `aligned`.
+        moments: The sums of each fold, with a leading axis [K], all shifted alike.
         differences: The sum of ((X - Y) w)^2 in each fold, [K, n].
     """
 
@@ -68,34 +68,20 @@ class Folds(NamedTuple):
     differences: Any
 
 
-def aligned(moments: Moments) -> Moments:
-    """Moments [K, ...] of folds with a shift each, with one for all."""
-    filled = moments.count > 0
-    shift = moments.shift[jnp.argmax(filled)]
+def together(moments: Moments, use: Bool[Array, "K"] | None = None) -> Moments:
+    """The sums over all folds, or over those in use."""
 
-    def move(fold: Moments) -> Moments:
-        by, count = fold.shift - shift, fold.count.astype(shift.dtype)
-        cross = fold.sum_y[:, None] * by
-        return fold._replace(
-            shift=shift,
-            sum_y=fold.sum_y + count * by,
-            gram=fold.gram + cross + cross.T + count * by[:, None] * by,
-            drift=None if fold.drift is None else fold.drift + by[:, None] * fold.sum_difference,
-        )
+    def summed(a: Array) -> Array:
+        return (a if use is None else jnp.where(use.reshape(-1, *[1] * (a.ndim - 1)), a, 0)).sum(0)
 
-    return jax.lax.map(move, moments)
-
-
-def together(moments: Moments) -> Moments:
-    """The sums over all folds."""
-    return jax.tree.map(lambda a: a.sum(0), moments)._replace(shift=moments.shift[0])
+    return jax.tree.map(summed, moments)._replace(shift=moments.shift[0])
 
 
 def noise(moments: Moments) -> Float[Array, "2"]:
     """Which part of off(C) and of off(M) is noise: 0 to .999.
 
     Args:
-        moments: of folds [K, ...], aligned.
+        moments: of folds [K, ...].
     """
     total, counts = together(moments), moments.count.astype(moments.shift.dtype)
     if len(total.shift) == 1:
@@ -177,7 +163,7 @@ def steady(
     Args:
         w: weights.
         form: of them, rounded.
-        moments: of folds, aligned.
+        moments: of folds.
         squares: diagonal of C, of the folds in use.
         use: 0 or 1 for each fold; all by default.
     """
@@ -209,42 +195,29 @@ def less_noise(sums: Float[Array, "K n"], counts: Float[Array, "K"], squares: Fl
     return jnp.where(many > 1, believed, 0) * total / jnp.maximum(many, 1)
 
 
-def without(
-    moments: Moments, noise: Float[Array, "2"], c: Array | float, fold: Array | int, centred: bool
-) -> Statistics:
-    """The statistics of all folds but one, shrunk for c."""
-    total, here = together(moments), jax.tree.map(lambda a: a[fold], moments)
-    rest = jax.tree.map(jnp.subtract, total, here)._replace(shift=total.shift)
-    many = len(moments.count)
-    return shrunk(rest, shares(noise, c, many / (many - 1)), centred)
-
-
-def judged(w: Float[Array, "N n"], folds: Folds, form: Codes, fold: Array | int, centred: bool) -> Float[Array, ""]:
+def judged(
+    w: Float[Array, "N n"], folds: Folds, form: Codes, fold: Array | int, centred: bool
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The error on the rows of one fold of codes that all others chose, summed over neurons.
 
     Returns:
-        ||X w - Y q||^2, or that after the bias has followed; 0 where that fold, or all others, have no rows.
+        ||X w - Y q||^2, or that after the bias has followed, and ||X w||^2; 0 where that fold, or all others, have no
+        rows.
     """
     moments = folds.moments
     here, others = jax.tree.map(lambda a: a[fold], moments), jnp.arange(len(moments.count)) != fold
     w = w.astype(moments.shift.dtype)
-    judge = finish(here, centred)
+    judge, plain = finish(here, centred), finish(here)
     error = residual(w, judge, form) + folds.differences[fold]
+    pull = dot(plain.gram, w) + (0 if plain.drift is None else 2 * dot(plain.drift, w))
+    whole = (w * pull).sum(0) + folds.differences[fold]
     if centred:
         own = correction(w, judge.mean_x, judge.mean_y, form)
-        rest = jax.tree.map(jnp.subtract, together(moments), here)._replace(shift=here.shift)
-        squares = jnp.diagonal(finish(rest, True).gram)
+        squares = jnp.diagonal(finish(together(moments, others), True).gram)
         taken, away = steady(w, form, moments, squares, others), judge.mean_x - judge.mean_y
         error += here.count.astype(w.dtype) * ((own - taken) ** 2 - dot(away, w) ** 2)
-    return jnp.where((here.count > 0) & (moments.count.sum() > here.count), error, 0).sum()
-
-
-def size(w: Float[Array, "N n"], folds: Folds) -> Float[Array, ""]:
-    """||X w||^2 over all rows, summed over neurons; 0 of less than two folds with rows."""
-    moments = folds.moments
-    w, whole = w.astype(moments.shift.dtype), finish(together(moments))
-    pull = dot(whole.gram, w) + (0 if whole.drift is None else 2 * dot(whole.drift, w))
-    return jnp.where((moments.count > 0).sum() > 1, (w * pull).sum() + folds.differences.sum(), 0)
+    sees = (here.count > 0) & (moments.count.sum() > here.count)
+    return jnp.where(sees, error, 0).sum(), jnp.where(sees, whole, 0).sum()
 
 
 def parts(noise: Shaped[np.ndarray, "G 2"]) -> tuple[float, ...]:

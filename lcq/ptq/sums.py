@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lcq.forms import Codes
 from lcq.ptq import shrinkage
-from lcq.ptq.gathering import LastMoments, differences
+from lcq.ptq.gathering import LastMoments
 from lcq.ptq.rounding.base import Rounding, correction, residual
-from lcq.ptq.rounding.codebook import every_scaled
+from lcq.ptq.rounding.codebook import scaled, with_data
+from lcq.ptq.rounding.sequential import alive, dot
 from lcq.ptq.shrinkage import Folds
-from lcq.ptq.statistics import Moments, Statistics, finish
+from lcq.ptq.statistics import Moments, Statistics, column_sums, finish
 from lcq.ptq.two_stream import Use
 
 
@@ -27,9 +28,12 @@ class Sums(NamedTuple):
         w: The weights [G, N, n].
         folds: Sums over parts of the rows, [G, K, ...]; of the moments counts and means alone once settled.
         centred: Whether the mean is taken off.
+        noise: Which parts of H and of the mean are noise, [G, 2], see `lcq.ptq.shrinkage`.
+        finite: Whether all sums are finite.
         statistics: Those of all rows, shrunk, once settled.
+        squares: Diagonal of H [G, N], once settled.
         prepared: What the method makes of them.
-        shares: The shares p and p' of each group, once settled, see `lcq.ptq.shrinkage`.
+        shares: The shares p and p' of each group, once settled.
         careful: Whether the correction leaves out what is noise.
     """
 
@@ -37,7 +41,10 @@ class Sums(NamedTuple):
     w: Array
     folds: Folds
     centred: bool
+    noise: Any = None
+    finite: bool = True
     statistics: Any = None
+    squares: Any = None
     prepared: Any = None
     shares: Any = None
     careful: bool = False
@@ -50,74 +57,75 @@ class Sums(NamedTuple):
         w: Float[Array, "G N n"],
         centred: bool,
         *,
+        judges: Float[np.ndarray, "G N j"] | None = None,
         last: LastMoments | None = None,
-        judged: bool = True,
     ) -> "Sums":
-        """The sums of a product; `last` may have the moments already, and `judged` is whether errors are asked for."""
-        moments = (last or LastMoments()).of(uses)
-        return cls(method, w, Folds(moments, differences(uses, w) if judged else None), centred)
+        """The sums of a product; `last` may have the moments already, and `judges` are the neurons on which errors will
+        be asked for."""
+        return cls(method, w, (last or LastMoments()).of(uses, judges), centred).looked()
+
+    def looked(self) -> "Sums":
+        """With its noise, and whether it is finite."""
+        noise, finite = _looked(self.folds.moments, self.centred)
+        return self._replace(noise=np.asarray(noise), finite=bool(finite))
 
     @property
-    def finite(self) -> bool:
-        return bool(_finite(self.folds.moments, self.centred))
-
-    @property
-    def counts(self) -> Array:
+    def counts(self) -> np.ndarray:
         """Rows that count, of every group."""
-        return self.folds.moments.count.sum(1)
+        return np.asarray(self.folds.moments.count).sum(1)
 
-    @property
-    def noise(self) -> Array:
-        return _noise(self.folds.moments)
+    def of_neurons(self, w: Float[np.ndarray, "G N j"]) -> "Sums":
+        """The same rows for other neurons."""
+        return self._replace(w=w, prepared=None)
 
-    @property
-    def squares(self) -> Array:
-        """Diagonal of H [G, N], once settled."""
-        return jnp.diagonal(self.statistics.gram, axis1=1, axis2=2)
+    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
+        """Of codes from all folds but one the errors on that one, summed over folds, [S, G] for each c, and the sizes
+        ||X w||^2 [G]."""
+        many = self.folds.moments.count.shape[1]
 
-    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[Array, Array]:
-        """`lcq.ptq.shrinkage.held` of every group: errors [S, G] for each c, and sizes [G]."""
-        noise, folds = self.noise, self.folds.moments.count.shape[1]
+        def one(c: float, fold: int) -> np.ndarray:
+            shares = shrinkage.shares(self.noise, np.float32(c), np.float32(many / (many - 1)))
+            statistics, _ = _statistics(self.folds.moments, shares, np.arange(many) != fold, self.centred)
+            prepared = _prepared(self.method, self.w, statistics)
+            chosen, _ = _tried(self.method, self.w, statistics, prepared, form, unchanged(form), key)
+            return np.asarray(_judged(self.w, self.folds, chosen, fold, self.centred), np.float64)
 
-        def one(c: float, fold: int) -> Array:
-            rest = _prepared(
-                self.method, self.w, _without(self.folds.moments, noise, np.float32(c), fold, self.centred)
-            )
-            chosen = _solved(self.method, rest, form, key)
-            return _judged(self.w, self.folds, chosen, fold, self.centred)
-
-        errors = [functools.reduce(jnp.add, [one(c, fold) for fold in range(folds)]) for c in tried]
-        return jnp.stack(errors), _sizes(self.w, self.folds)
+        found = np.stack([sum(one(c, fold) for fold in range(many)) for c in tried])
+        return found[:, 0], found[0, 1]
 
     def settled(self, shares: Any, careful: bool) -> "Sums":
-        """With these shares, ready for its method."""
-        return self.shrunk(shares, careful).ready()
-
-    def shrunk(self, shares: Any, careful: bool) -> "Sums":
         """With these shares; the sums of folds are no longer held."""
         moments = self.folds.moments
-        statistics = _shrunk(moments, jnp.asarray(shares, moments.shift.dtype), self.centred)
+        given, every = np.asarray(shares, moments.shift.dtype), np.ones(moments.count.shape[1], bool)
+        statistics, squares = _statistics(moments, given, every, self.centred)
         means = Folds(moments._replace(gram=None, drift=None), None)
-        return self._replace(folds=means, statistics=statistics, shares=np.asarray(shares), careful=careful)
+        return self._replace(folds=means, statistics=statistics, squares=squares, shares=given, careful=careful)
 
     def ready(self) -> "Sums":
         """With what the method makes of the statistics."""
         return self._replace(prepared=_prepared(self.method, self.w, self.statistics))
 
-    def losses(self, form: Codes, factors: Float[Array, "F G n"], key: Array | None) -> Array:
-        """||X w - Y q||^2 [F, G, n] of codes with the form's scale times each factor, one after another."""
+    def tried(self, form: Codes, factor: Any, key: Array | None) -> tuple[Codes, Array]:
+        """The form with new codes, and ||X w - Y q||^2 [G, n] but for what is the same for all.
 
-        def one(factor: Array) -> Array:
-            chosen = _solved(self.method, self.prepared, every_scaled(form, factor), key)
-            return _residuals(self.w, self.statistics, chosen)
+        Args:
+            form: the codebook.
+            factor: what its scale is multiplied by where there are data, [G, 1] or [G, n]; None of a fixed table.
+            key: for methods that draw.
+        """
+        return _tried(self.method, self.w, self.statistics, self.prepared, form, factor, key)
 
-        return jnp.stack([one(factor) for factor in factors])
+    def sketched(
+        self, form: Codes, factors: Float[np.ndarray, "F"], directions: Any, rest: Any
+    ) -> Float[np.ndarray, "F G n"]:
+        """`tried` of methods that round every weight for itself, for factors in turn, with U'U + diag(rest) for H."""
+        return np.asarray(_sketched(self.method, self.w, self.statistics, directions, rest, form, factors))
 
-    def codes(self, form: Codes, key: Array | None) -> tuple[Codes, float]:
-        """Codes, and the damping that they took."""
+    @property
+    def damping(self) -> float:
+        """The damping that the method took, the most of all groups."""
         damping = self.method.damped(self.prepared)
-        form = _solved(self.method, self.prepared, form, key)
-        return form, 0.0 if damping is None else float(damping.max())
+        return 0.0 if damping is None else float(np.asarray(damping).max())
 
     def correction(self, form: Codes) -> Array:
         if self.careful:
@@ -125,11 +133,31 @@ class Sums(NamedTuple):
         return _correction(self.w, self.statistics.mean_x, self.statistics.mean_y, form)
 
 
-_noise = jax.jit(jax.vmap(shrinkage.noise))
-_residuals = jax.jit(jax.vmap(residual))
-_sizes = jax.jit(jax.vmap(shrinkage.size))
+def unchanged(form: Codes) -> np.ndarray | None:
+    """The factor that leaves a form of groups as it is, see `Sums.tried`."""
+    if form.scale is None and form.levels is None:
+        return None
+    return np.ones((len(form.codes), (form.scale if form.levels is None else form.levels).shape[2]), np.float32)
+
+
 _steady = jax.jit(jax.vmap(shrinkage.steady))
 _correction = jax.jit(jax.vmap(correction))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _looked(moments: Moments, centred: bool) -> tuple[Array, Array]:
+    statistics = jax.vmap(lambda m: finish(shrinkage.together(m), centred))(moments)
+    squares = jnp.diagonal(statistics.gram, axis1=1, axis2=2)
+    return jax.vmap(shrinkage.noise)(moments), jnp.isfinite(squares + 0 * statistics.mean_x).all()
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _statistics(
+    moments: Moments, shares: Float[Array, "G 2"], use: Bool[Array, "K"], centred: bool
+) -> tuple[Statistics, Array]:
+    """Those of the folds in use, shrunk, and the diagonal of H."""
+    made = jax.vmap(lambda m, s: shrinkage.shrunk(shrinkage.together(m, use), s, centred))(moments, shares)
+    return made, jnp.diagonal(made.gram, axis1=1, axis2=2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -138,29 +166,36 @@ def _prepared(method: Rounding, w: Array, statistics: Statistics) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _solved(method: Rounding, prepared: Any, form: Codes, key: Array | None) -> Codes:
-    return jax.vmap(method.solve, (0, 0, None))(prepared, form, key)
+def _tried(
+    method: Rounding, w: Array, statistics: Statistics, prepared: Any, form: Codes, factor: Any, key: Array | None
+) -> tuple[Codes, Array]:
+    def one(w: Array, statistics: Statistics, prepared: Any, form: Codes, factor: Any) -> tuple[Codes, Array]:
+        if factor is not None:
+            form = with_data(alive(jnp.diagonal(statistics.gram)), scaled(form, factor), form)
+        chosen = method.solve(prepared, form, key)
+        return chosen, residual(w, statistics, chosen)
+
+    return jax.vmap(one)(w, statistics, prepared, form, factor)
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _without(moments: Moments, noise: Array, c: Array, fold: Array, centred: bool) -> Statistics:
-    one = functools.partial(shrinkage.without, c=c, fold=fold, centred=centred)
-    return jax.vmap(one)(moments, noise)
+@functools.partial(jax.jit, static_argnums=0)
+def _sketched(
+    method: Rounding, w: Array, statistics: Statistics, directions: Array, rest: Array, form: Codes, factors: Array
+) -> Array:
+    def one(w: Array, statistics: Statistics, directions: Array, rest: Array, form: Codes) -> Array:
+        wide, prepared = w.astype(rest.dtype), method.prepare(w, statistics)
+        slope = 0 if statistics.drift is None else 2 * dot(statistics.drift, wide)
+
+        def loss(factor: Array) -> Array:
+            errors = wide - method.solve(prepared, scaled(form, factor)).dense().astype(wide.dtype)
+            return column_sums(errors * (rest[:, None] * errors + slope)) + (dot(directions, errors) ** 2).sum(0)
+
+        return jax.lax.map(loss, factors)
+
+    return jax.vmap(one, out_axes=1)(w, statistics, directions, rest, form)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _judged(w: Array, folds: Folds, form: Codes, fold: Array, centred: bool) -> Array:
     one = functools.partial(shrinkage.judged, fold=fold, centred=centred)
-    return jax.vmap(one)(w, folds, form)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _finite(moments: Moments, centred: bool) -> Array:
-    statistics = jax.vmap(lambda m: finish(shrinkage.together(m), centred))(moments)
-    squares = jnp.diagonal(statistics.gram, axis1=1, axis2=2)
-    return jnp.isfinite(squares + 0 * statistics.mean_x).all()
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _shrunk(moments: Moments, shares: Array, centred: bool) -> Statistics:
-    return jax.vmap(lambda m, s: shrinkage.shrunk(shrinkage.together(m), s, centred))(moments, shares)
+    return jnp.stack(jax.vmap(one)(w, folds, form))

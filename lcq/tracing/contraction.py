@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,27 @@ class Step(NamedTuple):
     def __call__(self, a: Content) -> Content:
         result = self.primitive.bind(a, *self.rest, **self.params)
         return result[self.out] if self.primitive.multiple_results else result
+
+    def on_host(self, a: np.ndarray) -> np.ndarray:
+        """The same without a compilation, for what numpy has too."""
+        of = self.params
+        match self.primitive.name:
+            case "reshape" if of["dimensions"] is None:
+                return a.reshape(of["new_sizes"])
+            case "transpose":
+                return a.transpose(of["permutation"])
+            case "squeeze":
+                return a.squeeze(tuple(of["dimensions"]))
+            case "rev":
+                return np.flip(a, of["dimensions"])
+            case "slice":
+                strides = of["strides"] or (1,) * a.ndim
+                return a[tuple(map(slice, of["start_indices"], of["limit_indices"], strides))]
+            case "broadcast_in_dim" if not self.rest:
+                sizes = dict(zip(of["broadcast_dimensions"], a.shape, strict=True))
+                return np.broadcast_to(a.reshape([sizes.get(i, 1) for i in range(len(of["shape"]))]), of["shape"])
+        with jax.ensure_compile_time_eval():
+            return np.asarray(self(jax.device_put(a)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,22 +73,27 @@ class ParamSite:
         moves = (step for step in self.steps if step.primitive.name not in IN_PLACE)
         return dataclasses.replace(self, steps=tuple(moves)).of(leaf)
 
+    def moved_on_host(self, leaf: Content) -> np.ndarray:
+        """`moved` of a leaf that the host can read, without a compilation."""
+        part = np.asarray(np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf[self.index])
+        part = part[self.index] if isinstance(leaf, jax.Array) else part
+        moves = (step for step in self.steps if step.primitive.name not in IN_PLACE)
+        return functools.reduce(lambda a, step: step.on_host(a), moves, part)
+
     def elements(self, shape: tuple[int, ...]) -> np.ndarray:
         """For each element that reaches the product, its flat place in a leaf of this shape."""
-        with jax.ensure_compile_time_eval():
-            places = self._inside(shape)
-        return _placed(places, self.start(shape))
+        return _placed(self._inside(shape), self.start(shape))
 
     def start(self, shape: tuple[int, ...], depth: int = 0) -> int:
         """Where leaf[index] begins in leaf[index[:depth]], of a leaf of this shape."""
         lead = shape[depth : len(self.index)]
         return int(np.ravel_multi_index(self.index[depth:], lead)) * math.prod(shape[len(self.index) :]) if lead else 0
 
-    def _inside(self, shape: tuple[int, ...]) -> Array:
+    def _inside(self, shape: tuple[int, ...]) -> np.ndarray:
         """Flat places in leaf[index], which 32 bits can count."""
         rest = shape[len(self.index) :]
         whole = dataclasses.replace(self, index=())
-        return whole.moved(jnp.arange(math.prod(rest), dtype=jnp.int32).reshape(rest))
+        return whole.moved_on_host(np.arange(math.prod(rest), dtype=np.int32).reshape(rest))
 
     def then(self, step: Step) -> "ParamSite":
         return dataclasses.replace(self, steps=(*self.steps, step))
@@ -210,7 +236,7 @@ class Product:
         shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    def weights(self, w: Shaped[Array, "..."]) -> Shaped[Array, "G N n"]:
+    def weights(self, w: Shaped[Any, "..."]) -> Shaped[Any, "G N n"]:
         """The weight operand in its canonical layout."""
         if self.kind != "conv":
             contract, batch = self._axes(self.side)
@@ -221,9 +247,7 @@ class Product:
 
     def places(self, shape: tuple[int, ...], depth: int = 0) -> np.ndarray:
         """Flat places of the weights [G, N, n] in leaf[index[:depth]], of a leaf of this shape."""
-        with jax.ensure_compile_time_eval():
-            places = self.weights(self.weight._inside(shape))
-        return _placed(places, self.weight.start(shape, depth))
+        return _placed(self.weights(self.weight._inside(shape)), self.weight.start(shape, depth))
 
     def is_whole(self, shape: tuple[int, ...]) -> bool:
         """Whether its weights are all of leaf[index]: no change of layout of a followed leaf copies elements."""
@@ -263,7 +287,7 @@ class Product:
         place = jax.lax.broadcasted_iota(last.dtype, lengths, 0).reshape(1, -1)
         return (place < last) & (place >= last - sizes.reshape(-1, 1))
 
-    def spread(self, number: Shaped[Array, "G n"]) -> Shaped[Array, "..."]:
+    def spread(self, number: Shaped[Any, "G n"]) -> Shaped[Any, "..."]:
         """One number for each neuron, shaped to broadcast against the result."""
         if self.kind == "conv":
             shape = [1] * len(self.y.shape)
@@ -364,11 +388,10 @@ def slice_of(leaf: Content, index: tuple[int, ...]) -> Array:
     return leaf
 
 
-def _placed(places: Array, start: int) -> np.ndarray:
+def _placed(places: np.ndarray, start: int) -> np.ndarray:
     """Places counted from the start of something larger."""
-    found = np.asarray(places)
-    small = start + int(found.max(initial=0)) < 2**31
-    return np.asarray(found + (start if small else np.int64(start)))  # of no axes it would be a number
+    small = start + int(places.max(initial=0)) < 2**31
+    return np.asarray(places + (start if small else np.int64(start)))  # of no axes it would be a number
 
 
 def _straight(product: Product) -> tuple[object, ...] | None:
@@ -384,9 +407,8 @@ def per_neuron(
     """The place in the bias of each neuron [G, n]; None unless neurons and places go one to one."""
     g, _, _, n = product.shape
     moves = [step for step in steps if step.primitive.name not in IN_PLACE]
-    with jax.ensure_compile_time_eval():
-        number = product.spread(jnp.arange(g * n, dtype=jnp.int32).reshape(g, n))
-        neurons = functools.reduce(lambda a, step: step(a), moves, jnp.broadcast_to(number, product.y.shape))
+    number = product.spread(np.arange(g * n, dtype=np.int32).reshape(g, n))
+    neurons = functools.reduce(lambda a, step: step.on_host(a), moves, np.broadcast_to(number, product.y.shape))
     if neurons.shape != onto:
         return None
     of, at = np.asarray(neurons).reshape(-1), np.broadcast_to(places, onto).reshape(-1)

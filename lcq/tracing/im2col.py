@@ -8,6 +8,7 @@ HWIO kernel is reshaped as it is.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Array, Shaped
 Pairs = Sequence[tuple[int, int]]
 
 
-def flatten_axes(a: Shaped[Array, "..."], *groups: Sequence[int]) -> Shaped[Array, "..."]:
+def flatten_axes(a: Shaped[Any, "..."], *groups: Sequence[int]) -> Shaped[Any, "..."]:
     """Brings the axes into the order of `groups` and makes one axis of each group; an empty group has length 1.
 
     Example:
@@ -77,7 +78,7 @@ def patches(
     return stacked.transpose(2, 0, 1, 3).reshape(groups, rows, len(seen) * (x.shape[-1] // groups))
 
 
-def kernel_matrix(w: Shaped[Array, "..."], spec: Sequence[int], groups: int = 1) -> Shaped[Array, "G N n"]:
+def kernel_matrix(w: Shaped[Any, "..."], spec: Sequence[int], groups: int = 1) -> Shaped[Any, "G N n"]:
     """A convolution's kernel, its outputs cut into groups.
 
     Args:

@@ -110,9 +110,9 @@ def test_equal_inputs_share_one_set_of_sums(monkeypatch):
     """Queries, keys and values; gate and up. The same codes as each with sums of its own."""
     calls, plain = [], gathering.folded
 
-    def counted(uses):
-        calls.append(uses)
-        return plain(uses)
+    def counted(uses, w, moments):
+        calls.extend([uses] * moments)
+        return plain(uses, w, moments)
 
     monkeypatch.setattr(gathering, "folded", counted)
     one = lcq.quantize(decoder, params(), TOKENS, RULES, METHOD)
@@ -134,9 +134,10 @@ def test_shared_sums_are_those_of_the_inputs():
     x = draw(12, 4)
     seen, plain = [], gathering.folded
 
-    def kept(uses):
-        seen.append(jax.tree.map(np.array, moments := plain(uses)))
-        return moments
+    def kept(uses, w, moments):
+        sums = plain(uses, w, moments)
+        seen.extend([jax.tree.map(np.array, sums.moments)] * moments)
+        return sums
 
     try:
         gathering.folded = kept

@@ -98,10 +98,10 @@ def test_sums_cross_devices_and_rows_do_not():
     x = jax.device_put(draw(1024, WIDTH), NamedSharding(mesh, P("data")))
     y = jax.device_put(draw(1024, WIDTH, seed=1), NamedSharding(mesh, P("data")))
     (product,) = trace(lambda p, x: x @ p["w"], {"w": draw(WIDTH, 8)}, x, ["w"]).products
-    add = gathering._gather(Structure(product.reading, product), 1, 4, False)
+    add = gathering._gather(Structure(product.reading, product), 1, 4, False, True)
     text = add.lower(Operand(y), Operand(x), None, None, 0).compile().as_text()
     assert largest_gathered(text) <= 4 * WIDTH * WIDTH < x.size, largest_gathered(text)
-    moments = add(Operand(y), Operand(x), None, None, 0)
+    moments = add(Operand(y), Operand(x), None, None, 0).moments
     whole, away = np.asarray(y, np.float64), np.asarray(x, np.float64) - np.asarray(y, np.float64)
     for k in range(4):
         rows = slice(256 * k, 256 * k + 256)

@@ -11,7 +11,7 @@ from lcq.ptq.rounding.base import residual
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.sequential import follow
 from lcq.ptq.shrinkage import Folds
-from lcq.ptq.statistics import Statistics, gather
+from lcq.ptq.statistics import Statistics, about
 
 K, SIZE, NEURONS = 4, 6, 3
 FORM = lcq.Uniform(3, per="channel")
@@ -34,9 +34,10 @@ def folds():
 
 def folds_of(w, x, y, fold):
     w, x, y = (np.asarray(a) for a in (w, x, y))
-    parts = [gather(jnp.asarray(y[fold == k]), jnp.asarray(x[fold == k])) for k in range(K)]
+    shift = jnp.asarray(y[fold == 0].mean(0))
+    parts = [about(shift, jnp.asarray(y[fold == k]), jnp.asarray(x[fold == k])) for k in range(K)]
     differences = jnp.stack([(((x - y) @ w)[fold == k] ** 2).sum(0) for k in range(K)])
-    return Folds(shrinkage.aligned(jax.tree.map(lambda *a: jnp.stack(a), *parts)), differences)
+    return Folds(jax.tree.map(lambda *a: jnp.stack(a), *parts), differences)
 
 
 def off(a):
@@ -117,12 +118,13 @@ def test_errors_on_rows_held_back(centred):
     tried = jnp.array([0.0, 1.0])
     sums = folds()
 
-    def error(c, k):
-        statistics = shrinkage.without(sums.moments, part, c, k, centred)
-        return shrinkage.judged(jnp.asarray(w), sums, GPFQ().codes(jnp.asarray(w), statistics, form), k, centred)
+    def judged(c, k):
+        rest, share = shrinkage.together(sums.moments, jnp.arange(K) != k), shrinkage.shares(part, c, K / (K - 1))
+        codes = GPFQ().codes(jnp.asarray(w), shrinkage.shrunk(rest, share, centred), form)
+        return np.stack(shrinkage.judged(jnp.asarray(w), sums, codes, k, centred))
 
-    got = [sum(error(c, k) for k in range(K)) for c in tried]
-    size = shrinkage.size(jnp.asarray(w), sums)
+    pairs = [sum(judged(c, k) for k in range(K)) for c in tried]
+    got, (size, _) = [error for error, _ in pairs], [size for _, size in pairs]
     every = jnp.ones(len(y), bool)
     given = (jnp.asarray(w), jnp.asarray(x), jnp.asarray(y), every, form, jnp.asarray(fold))
     other, other_size = inputs.held(*given, K, part, tried, False, centred)

@@ -1,4 +1,4 @@
-"""A product's rounding on statistics: each of its programs against a plain loop over groups, factors and folds."""
+"""A product's rounding on statistics: each of its programs against a plain loop over groups and folds."""
 
 import jax
 import jax.numpy as jnp
@@ -30,26 +30,27 @@ def groups():
 def sums(method, centred=False):
     w, x, y, _ = groups()
     each = [folds_of(*group, np.arange(ROWS) * K // ROWS) for group in zip(w, x, y, strict=True)]
-    return Sums(method, w, jax.tree.map(lambda *a: jnp.stack(a), *each), centred)
+    return Sums(method, w, jax.tree.map(lambda *a: jnp.stack(a), *each), centred).looked()
 
 
 @pytest.mark.parametrize("method", [GPFQ(), SPFQ(), Qronos(act_order=True), Descent(refit=False)])
 @pytest.mark.parametrize("columns", [1, NEURONS])
-def test_losses_are_a_loop(method, columns):
+def test_codes_and_losses_are_those_of_each_group(method, columns):
     w, x, y, forms = groups()
-    factors = jnp.asarray([0.8, 1.0, 1.3])[:, None, None] * jnp.linspace(0.9, 1.1, columns) * jnp.ones((GROUPS, 1))
-    settled = sums(method).settled(np.zeros((GROUPS, 2), np.float32), careful=False)
+    settled = sums(method).settled(np.zeros((GROUPS, 2), np.float32), careful=False).ready()
     unknown = settled.folds.differences is None
     assert unknown
-    got = settled.losses(forms, factors, KEY)
-    for g in range(GROUPS):
-        form = jax.tree.map(lambda a, g=g: a[g], forms)
-        statistics = jax.tree.map(lambda a, g=g: a[g], settled.statistics)
-        missing = (((np.asarray(x[g], np.float64) - y[g]) @ np.asarray(w[g], np.float64)) ** 2).sum(0)
-        for factor, errors in zip(factors[:, g], got[:, g], strict=True):
-            one = method.codes(w[g], statistics, scaled(form, factor), KEY)
+    for factor in (0.8, 1.0, 1.3):
+        factors = np.float32(factor) * np.linspace(0.9, 1.1, columns, dtype=np.float32) * np.ones((GROUPS, 1), "f4")
+        found, got = settled.tried(forms, factors, KEY)
+        for g in range(GROUPS):
+            form, given = (jax.tree.map(lambda a, g=g: a[g], tree) for tree in (found, forms))
+            statistics = jax.tree.map(lambda a, g=g: a[g], settled.statistics)
+            missing = (((np.asarray(x[g], np.float64) - y[g]) @ np.asarray(w[g], np.float64)) ** 2).sum(0)
+            one = method.codes(w[g], statistics, scaled(given, jnp.asarray(factors[g])), KEY)
+            np.testing.assert_array_equal(form.codes, one.codes)
             direct = path_error(*(np.asarray(a[g]) for a in (w, x, y)), one)
-            np.testing.assert_allclose(errors + missing, direct, rtol=1e-3, atol=1e-5 * direct.max())
+            np.testing.assert_allclose(got[g] + missing, direct, rtol=1e-3, atol=1e-5 * direct.max())
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -60,10 +61,15 @@ def test_held_is_a_loop(centred):
     assert errors.shape == (2, GROUPS) and sizes.shape == (GROUPS,)
     for g in range(GROUPS):
         form, here = (jax.tree.map(lambda a, g=g: a[g], tree) for tree in (forms, whole.folds))
-        np.testing.assert_allclose(sizes[g], shrinkage.size(w[g], here), rtol=1e-5)
+        outputs = (np.asarray(a[g], np.float64) for a in groups()[1:2])
+        np.testing.assert_allclose(sizes[g], ((next(outputs) @ np.asarray(w[g], np.float64)) ** 2).sum(), rtol=1e-4)
         for c, error in zip(tried, errors[:, g], strict=True):
             total = 0.0
             for k in range(K):
-                statistics = shrinkage.without(here.moments, whole.noise[g], c, k, centred)
-                total += float(shrinkage.judged(w[g], here, Qronos().codes(w[g], statistics, form), k, centred))
+                share = shrinkage.shares(whole.noise[g], c, K / (K - 1))
+                statistics = shrinkage.shrunk(
+                    shrinkage.together(here.moments, jnp.arange(K) != k), jnp.asarray(share), centred
+                )
+                codes = Qronos().codes(w[g], statistics, form)
+                total += float(shrinkage.judged(w[g], here, codes, k, centred)[0])
             np.testing.assert_allclose(error, total, rtol=1e-3)

@@ -25,7 +25,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import wider
 from lcq.forms.registry import Registry
 from lcq.ptq.rounding.sequential import alive, by_norm, dot
-from lcq.ptq.statistics import Statistics
+from lcq.ptq.statistics import Statistics, column_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Rounding(abc.ABC):
 
     search: bool = dataclasses.field(default=True, kw_only=True)
     shrink: float | None = dataclasses.field(default=None, kw_only=True)
+    tries: ClassVar[int] = 5
+    """How many scales are tried on all of many neurons, one less than twice that with few inputs, see
+    `lcq.ptq.scale_search`."""
+    independent: ClassVar[bool] = False
+    """Whether every weight is rounded for itself."""
 
     def __post_init__(self) -> None:
         if self.shrink is not None and not 0 <= self.shrink <= 1:
@@ -164,13 +169,13 @@ def wide(w: Array, statistics: Statistics) -> Array:
 def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:
     """`residual` as a function of the form, the products with w made once."""
     w, drift, difference = wide(w, statistics), statistics.drift, statistics.difference
-    fixed = 0 if difference is None else (w * dot(difference, w)).sum(0)
+    fixed = 0 if difference is None else column_sums(w * dot(difference, w))
     slope = None if drift is None else 2 * dot(drift, w)
 
     def measure(form: Codes) -> Array:
         errors = w - form.dense().astype(w.dtype)
         moved = dot(statistics.gram, errors)
-        return fixed + (errors * (moved if slope is None else moved + slope)).sum(0)
+        return fixed + column_sums(errors * (moved if slope is None else moved + slope))
 
     return measure
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lcq.forms import Codes
 from lcq.forms.blocks import compute_dtype
@@ -125,10 +125,18 @@ def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
     return dataclasses.replace(form, levels=jnp.moveaxis(times(levels), 0, -1))
 
 
-@jax.jit
-def every_scaled(form: Codes, factor: Float[Array, "G n"]) -> Codes:
-    """`scaled` of every group, with a factor for each neuron, or one for all of a group, [G, 1]."""
-    return jax.vmap(scaled)(form, factor)
+def with_data(lives: Bool[Array, "N"], found: Codes, given: Codes) -> Codes:
+    """`found` with the scales and levels of `given` in blocks of inputs without data."""
+    blocks = block_count(given)
+    known = lives.reshape(blocks, -1).any(1)
+
+    def one(new: Array | None, old: Array | None) -> Array | None:
+        if new is None or old is None:
+            return new
+        here = known if len(new) == blocks else known.any(keepdims=True)
+        return jnp.where(here.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=one(found.scale, given.scale))
 
 
 def spaced(form: Codes, threshold: float) -> Codes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from lcq.ptq.rounding.codebook import choose
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.qronos import Qronos
 from lcq.ptq.rounding.sequential import Recursion, alive, dot, recurse
-from lcq.ptq.statistics import Statistics
+from lcq.ptq.statistics import Statistics, column_sums
 from lcq.schemes.scales import as_scale, rounded_scale
 
 _SAME = 1e-6
@@ -55,6 +55,7 @@ class Descent(Rounding):
     before: Rounding = dataclasses.field(default_factory=Qronos)
     sweeps: int = 4
     refit: bool = True
+    tries: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,10 +117,10 @@ def refitted(form: Codes, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
 
     def moved(b: Array) -> Array:
         columns = jax.lax.dynamic_slice_in_dim(gram, b * c.shape[1], c.shape[1], 1)
-        return (dot(columns, c[b]).reshape(part) * c).sum(1)
+        return column_sums(dot(columns, c[b]).reshape(part) * c)
 
     a = jnp.moveaxis(jax.lax.map(moved, jnp.arange(blocks)), -1, 0)
-    r = (pull.reshape(part) * c).sum(1).T
+    r = column_sums(pull.reshape(part) * c).T
     size = jnp.trace(a, axis1=1, axis2=2) / blocks
     ridge = jnp.where(size > 0, 1e-6 * size, 1)
     old = form.scale.astype(a.dtype).T

@@ -1,6 +1,7 @@
 """Rounding to nearest: every weight for itself."""
 
 import dataclasses
+from typing import ClassVar
 
 from jaxtyping import Array, Float
 
@@ -15,6 +16,8 @@ from lcq.ptq.statistics import Statistics
 @dataclasses.dataclass(frozen=True)
 class RTN(Rounding):
     """Every weight to its nearest level, q_t = Q(w_t)."""
+
+    independent: ClassVar[bool] = True
 
     def prepare(self, w: Float[Array, "N n"], statistics: Statistics) -> Array:
         del statistics

@@ -30,7 +30,8 @@ Pick = Callable[[Array, Codes, Any], Array]
 _BLOCK, _ROWS = 128, 8
 _CHUNK = 4
 """Blocks of errors, at most, that one product takes."""
-_DEAD = 1e-10
+DEAD = 1e-10
+"""The part of the largest up to which an input's ||Y_t||^2 counts as none."""
 _WAITING = 4
 """How much longer an operation of `follow` takes than one of a matrix product, about: measured 5 on two cores."""
 
@@ -132,7 +133,7 @@ def by_norm(diagonal: Float[Array, "N"]) -> Int[Array, "N"]:
 
 def alive(diagonal: Float[Array, "N"]) -> Bool[Array, "N"]:
     """Which columns are not dead."""
-    return diagonal > _DEAD * diagonal.max()
+    return diagonal > DEAD * diagonal.max()
 
 
 @functools.partial(jax.jit, static_argnames="act_order")
