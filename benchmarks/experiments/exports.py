@@ -13,7 +13,7 @@ matrix on its own, by the largest weight or the smallest and largest of a group.
 
 stories260K: calibration and evaluation of gpfq_transformers (all 100 stories). w2 has 172 inputs, of which 32 makes no
 whole groups: it stays float32.
-SmolLM2-135M: the protocol of smollm2, a quarter of its windows (1,020 predictions), as all cost too much here; the
+SmolLM2-135M, not run to its end yet: the protocol of smollm2, a quarter of its windows (1,020 predictions); the
 first 2,048 tokens of the other half of the text calibrate. Its weights are Q4_1's already, minimum and scale of each
 group of 32 being known, so that rows with zeros would compare nothing. TQ2_0 has blocks of 256 inputs: the
 down-projections alone.
