@@ -64,7 +64,8 @@ def error(source: str, name: str, bits: int) -> dict[str, Any]:
     for x in leaves(source):
         if random and name[-2:] == "16":
             x = x[:, : WORK // (1 << 16) // PIECE]  # 2^16 operations a weight
-        form = lcq.compress({"w": jnp.asarray(x)}, [lcq.Rule("w", scheme)])["w"]
+        layout = "oihw" if source == "resnet20" else None
+        form = lcq.compress({"w": jnp.asarray(x)}, [lcq.Rule("w", scheme, layout=layout)])["w"]
         missed += float(((x - np.asarray(form.dense(), np.float64)) ** 2).sum())
         square, counted, size = square + float((x.astype(np.float64) ** 2).sum()), counted + form.bits, size + x.size
     return {
