@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
 
     def of_neurons(self, w: Float[np.ndarray, "G N j"]) -> "Inputs":
         """The same rows for other neurons."""
-        return self._replace(w=w)
+        return self._replace(w=jax.device_put(w))
 
     def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
         """As of `lcq.ptq.sums`, which have the same methods."""

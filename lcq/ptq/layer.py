@@ -190,10 +190,10 @@ def _of_neurons(form: Codes, columns: np.ndarray) -> Codes:
 def _codebook(path: str, w: Any, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
     """The scheme's projection of w [G, N, n] with a codebook for every group, and the axes of losses [G, n] over which
     one scale is shared. The form is on the host."""
-    assert rule.scheme is not None
     groups, many, neurons = w.shape
 
     def projected(a: Any, stacked: int = 0) -> Codes:
+        assert rule.scheme is not None
         (form,) = Task((path,), rule.scheme, stacked).project((a if isinstance(a, Array) else jax.device_put(a),))
         assert isinstance(form, Codes)
         return jax.device_get(form)

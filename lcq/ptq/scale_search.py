@@ -85,7 +85,8 @@ class Search:
         one = unchanged(form)
         found, losses = problem.tried(form, one, key)
         self.form: Codes = jax.device_get(found)
-        self._first = self._best = self._summed(losses)
+        self._first: Any = self._summed(losses)
+        self._best: Any = self._first
         self.factor = np.ones(self._best.shape, np.float32)
         self._one = one
 
@@ -94,8 +95,8 @@ class Search:
         assert self._one is not None
         if np.all(factor == 1):
             return self._first
-        found, losses = self._problem.tried(self._given, self._one * np.float32(factor), self._key)
-        losses = self._summed(losses)
+        found, each = self._problem.tried(self._given, self._one * np.float32(factor), self._key)
+        losses = self._summed(each)
         better = (losses < self._first - _SAME * np.abs(self._first)) & (losses < self._best)
         if better.any():
             self._best = np.where(better, losses, self._best)

@@ -60,11 +60,11 @@ class Folds(NamedTuple):
     """Sums over each of K parts of the rows, of one group.
 
     Attributes:
-        moments: The sums of each fold, with a leading axis [K], all shifted alike.
+        moments: The sums of each fold, with a leading axis [K], all shifted alike; None where they are not asked for.
         differences: The sum of ((X - Y) w)^2 in each fold, [K, n].
     """
 
-    moments: Moments
+    moments: Any
     differences: Any
 
 

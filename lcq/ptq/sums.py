@@ -76,7 +76,7 @@ class Sums(NamedTuple):
 
     def of_neurons(self, w: Float[np.ndarray, "G N j"]) -> "Sums":
         """The same rows for other neurons."""
-        return self._replace(w=w, prepared=None)
+        return self._replace(w=jax.device_put(w), prepared=None)
 
     def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
         """Of codes from all folds but one the errors on that one, summed over folds, [S, G] for each c, and the sizes
