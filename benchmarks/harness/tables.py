@@ -25,7 +25,7 @@ from benchmarks.experiments import (
     tune,
 )
 from benchmarks.harness.artifacts import FOLDER
-from benchmarks.micro import big_save, coder, cstep, export, generate, gpfq_speed, kernels, lc_overhead, rows
+from benchmarks.micro import big_save, coder, cstep, csteps, export, generate, gpfq_speed, kernels, lc_overhead, rows
 
 ROOT = FOLDER.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,6 +40,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trellis_speed": trellis.speed_table,
     "scale_aot": scale_aot_table.table,
     "cstep": cstep.table,
+    "csteps": csteps.table,
     "lc_overhead": lc_overhead.table,
     "brute_force": brute_force.table,
     "gpfq_images": gpfq_images.table,

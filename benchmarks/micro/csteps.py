@@ -8,6 +8,8 @@ qwix's `quantize` of the leaf to int4: scales from the largest magnitude, no sea
 get fewer columns.
 """
 
+import functools
+import importlib
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import qwix
 
 import lcq
 from benchmarks.harness.markdown import grid
@@ -46,6 +47,12 @@ def best(run: Callable[[], Any]) -> float:
     return min(seconds)
 
 
+def reading(w: jax.Array) -> float:
+    """Seconds of a sum."""
+    total = jax.jit(jnp.sum)
+    return best(lambda: total(w))
+
+
 def distortion(w: jax.Array, dense: jax.Array) -> float:
     return float(jnp.sum((w - dense) ** 2) / jnp.sum(w**2))
 
@@ -59,13 +66,14 @@ def leaf(columns: int) -> tuple[jax.Array, jax.Array]:
 
 def measured(schemes: dict[str, Any], columns: int) -> list[dict[str, Any]]:
     before, w = leaf(columns)
-    read, rows = best(lambda total=jax.jit(jnp.sum): total(w)), []
+    read, rows = reading(w), []
     for name, scheme in schemes.items():
         cold, warm = jax.jit(scheme.project), jax.jit(lambda w, form, scheme=scheme: scheme.project(w, form))
         form = cold(before)
         row = {"scheme": name, "columns": columns, "distortion": distortion(w, cold(w).dense())}
         row["warm_distortion"] = distortion(w, warm(w, form).dense())
-        for kind, run in (("cold", lambda: cold(w)), ("warm", lambda: warm(w, form))):
+        calls = {"cold": functools.partial(cold, w), "warm": functools.partial(warm, w, form)}
+        for kind, run in calls.items():
             seconds = best(run)
             row |= {f"{kind}_per_second": w.size / seconds, f"{kind}_passes": seconds / read}
         print(row, flush=True)
@@ -75,8 +83,8 @@ def measured(schemes: dict[str, Any], columns: int) -> list[dict[str, Any]]:
 
 def peers(columns: int) -> list[dict[str, Any]]:
     """qwix, the largest magnitude of every column, and of every 32 rows of it."""
-    _, w = leaf(columns)
-    read, rows = best(lambda total=jax.jit(jnp.sum): total(w)), []
+    qwix, (_, w) = importlib.import_module("qwix"), leaf(columns)
+    read, rows = reading(w), []
     for name, tiled in (("qwix int4, channel", None), ("qwix int4, tiles of 32", {0: 32})):
         run = jax.jit(lambda w, tiled=tiled: qwix.quantize(w, jnp.int4, channelwise_axes=[1], tiled_axes=tiled))
         seconds = best(lambda run=run: run(w))
