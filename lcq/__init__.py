@@ -45,6 +45,7 @@ from lcq.schemes import (
     Uniform,
 )
 from lcq.training import (
+    distill,
     extract,
     finetune,
     geometric,
@@ -88,6 +89,7 @@ __all__ = [
     "compress",
     "compress_to",
     "decompress",
+    "distill",
     "dry_run",
     "examples",
     "extract",

@@ -3,6 +3,7 @@
 from lcq.training.baselines import IteratedState, StraightThroughState, iterated_direct, straight_through_training
 from lcq.training.batch_norm import recalibrate_batch_norm
 from lcq.training.block_entropy import block_entropy, entropy_centres
+from lcq.training.distill import distill
 from lcq.training.extraction import extract
 from lcq.training.finetune import finetune
 from lcq.training.hemp import HempState, hemp
@@ -29,6 +30,7 @@ __all__ = [
     "adam_step",
     "block_entropy",
     "c_step",
+    "distill",
     "entropy_centres",
     "extract",
     "finetune",

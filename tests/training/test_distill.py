@@ -1,0 +1,80 @@
+"""Distillation: its losses against numpy in float64, its solutions against normal equations, on forms of quantize."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lcq
+from lcq.training.distill import divergence, relative_error
+
+RANDOM = np.random.default_rng(0)
+X = RANDOM.normal(size=(200, 6)).astype(np.float32)
+W = RANDOM.normal(size=(6, 4)).astype(np.float32)
+PARAMS = {"kernel": W, "bias": np.ones(4, np.float32)}
+
+
+def affine(params, x):
+    return x @ params["kernel"] + params["bias"]
+
+
+def softmax(a):
+    e = np.exp(a.astype(np.float64) - a.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_divergence_is_that_of_kullback_and_leibler(temperature):
+    a, b = RANDOM.normal(size=(2, 3, 5, 4)).astype(np.float32) * 3
+    p, q = softmax(a / temperature), softmax(b / temperature)
+    expected = temperature**2 * (p * np.log(p / q)).sum(-1).mean()
+    assert float(divergence(jnp.array(a), jnp.array(b), temperature)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_relative_error_is_over_all_outputs():
+    a, b = ({"u": RANDOM.normal(size=(3, 2)).astype(np.float32), "v": np.full(4, c, np.float32)} for c in (1.0, 2.0))
+    flat = [np.concatenate([t["u"].ravel(), t["v"]]).astype(np.float64) for t in (a, b)]
+    expected = ((flat[0] - flat[1]) ** 2).sum() / (flat[0] ** 2).sum()
+    assert float(relative_error(a, b)) == pytest.approx(expected, rel=1e-6)
+    assert float(relative_error(jnp.zeros(2), jnp.ones(2))) == 2.0
+
+
+def test_values_are_matched_as_well_as_the_codes_allow():
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.KMeans(3, per="channel"))])
+    codes = np.asarray(forms["kernel"].unpack().codes)
+    tx = optax.adam(optax.cosine_decay_schedule(0.05, 500))
+    tuned = lcq.decompress(lcq.distill(affine, PARAMS, forms, tx, [X] * 500, outputs="values"))
+    wanted, got = (np.asarray(affine(p, X), np.float64) for p in (PARAMS, tuned))
+    for j in range(4):  # each output alone: the inputs summed by code, and the bias
+        design = np.stack([X[:, codes[:, j] == k].sum(1, dtype=np.float64) for k in range(3)] + [np.ones(len(X))], 1)
+        least = np.linalg.lstsq(design, wanted[:, j], rcond=None)[1][0]
+        assert ((got - wanted)[:, j] ** 2).sum() == pytest.approx(least, rel=1e-3)
+
+
+def test_logits_of_a_quantized_net_come_nearer_and_codes_stay():
+    done = lcq.quantize(affine, PARAMS, [X], [lcq.Rule("kernel", lcq.Uniform(2, per="channel"))])
+    tuned = lcq.distill(affine, PARAMS, done.forms, optax.adam(1e-2), [X] * 100)
+    before, after = (
+        float(divergence(jnp.asarray(affine(PARAMS, X)), affine(lcq.decompress(f), X))) for f in (done.forms, tuned)
+    )
+    assert after < 0.9 * before
+    np.testing.assert_array_equal(tuned["kernel"].unpack().codes, done.forms["kernel"].unpack().codes)
+
+
+def test_a_teacher_in_bfloat16_and_batches_of_numpy():
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(4))])
+    low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), PARAMS)
+    losses = []
+    lcq.distill(affine, low, forms, optax.adam(1e-3), [X] * 3, on_step=lambda n, v: losses.append(float(v)))
+    assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"outputs": "labels"}, "outputs="), ({"temperature": 0.0}, "temperature > 0"), ({"steps": 0}, "steps >= 1")],
+)
+def test_settings_are_checked(settings, words):
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(4))])
+    with pytest.raises(ValueError, match=words):
+        lcq.distill(affine, PARAMS, forms, optax.sgd(0.1), [X], **settings)
