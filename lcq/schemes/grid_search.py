@@ -30,7 +30,7 @@ SHORTEST = 32
 """Numbers of a block from which this search is good enough; below, errors are too rugged for few candidates."""
 
 _COLD = 40
-"""Candidates of the first search, over the whole range."""
+"""Candidates of the first search, over the whole range; twice as many for grids of more than 16 values."""
 
 _FEW = 16
 """Those over the whole range beside the ones around an earlier scale."""
@@ -96,7 +96,7 @@ def _search(numbers: "_Plain | _Rows", warm: Array | None) -> Array:
     high = _BEYOND * jnp.maximum(above, below) / shorter
     low = jnp.minimum(numbers.mean() / shorter, high)
     least, range_ = jnp.log(jnp.where(low > 0, low, 1)), jnp.log(jnp.where(low > 0, high / low, 1))
-    many = _COLD if warm is None else _FEW
+    many = (_COLD if longer <= 8 else 2 * _COLD) if warm is None else _FEW
     tried = _spaced(jnp.ones_like(high), least, range_ / (many - 1), range(many))
     if longer > shorter:
         larger = jnp.where((above > below) == (-grid.low > grid.high), -tried, tried)

@@ -34,7 +34,7 @@ def best(x, low, high, dtype):
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize(("bits", "per"), [(4, 32), (2, 32), (3, "channel"), (4, None)])
+@pytest.mark.parametrize(("bits", "per"), [(4, 32), (2, 32), (3, "channel"), (4, None), (5, "channel")])
 def test_the_error_is_that_of_a_dense_grid_of_scales(law, bits, per):
     rng, low, high = np.random.default_rng(bits), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     x = LAWS[law](rng, (512, 24)).astype(jnp.bfloat16 if law == "normal" else np.float32)
