@@ -45,7 +45,7 @@ def state_values(states: UInt[Array, "*s"], memory: int, code: str, table: Array
 
     Example:
         >>> state_values(jnp.arange(4, dtype=jnp.uint16), 2, "gaussian").tolist()
-        [-1.1503493785858154, 0.31863936781883240, -0.31863936781883240, 1.1503493785858154]
+        [1.1503493785858154, -0.3186393678188324, -1.1503493785858154, 0.3186393678188324]
     """
     if code == "computed":
         return (byte_sum(states.astype(jnp.uint32)) - _MIDDLE) * (1 / _SPREAD)

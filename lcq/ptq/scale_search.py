@@ -53,7 +53,7 @@ def sample(inputs: int, neurons: int) -> np.ndarray | None:
 
     Example:
         >>> sample(512, 512)[:4], sample(512, 64)
-        (array([  3,   8,  15,  23]), None)
+        (array([ 2,  5, 15, 41]), None)
     """
     if inputs < _INPUTS or neurons <= _NEURONS:
         return None

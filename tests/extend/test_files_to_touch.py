@@ -118,9 +118,9 @@ class Bare(Codec):
 }
 LAYERS = {  # what pyproject.toml says of the folder: the new file beside another
     "schemes": ('"additive | cast', '"additive | halved | cast'),
-    "forms": ('"cast | columns"', '"cast | columns | twice"'),
+    "forms": ('"cast | columns |', '"cast | twice | columns |'),
     "rounding": ('"gpfq | gptq', '"gpfq | same | gptq'),
-    "kernels": ('"code_product | ell"', '"at_once | code_product | ell"'),
+    "kernels": ('"code_product | ell', '"at_once | code_product | ell'),
 }
 PROGRAM = """
 import numpy as np, jax.numpy as jnp, lcq

@@ -49,6 +49,7 @@ class Trellis(Scheme):
         ValueError: a setting out of range.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x = jnp.sin(jnp.arange(64.0) ** 2)
         >>> two = Trellis(2, memory=8).project(x)
         >>> two.bits, float(jnp.mean((x - two.dense()) ** 2)) < 0.05
