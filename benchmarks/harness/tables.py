@@ -25,7 +25,19 @@ from benchmarks.experiments import (
     tune,
 )
 from benchmarks.harness.artifacts import FOLDER
-from benchmarks.micro import big_save, coder, cstep, csteps, export, generate, gpfq_speed, kernels, lc_overhead, rows
+from benchmarks.micro import (
+    big_save,
+    coder,
+    cstep,
+    csteps,
+    export,
+    generate,
+    gpfq_speed,
+    kernels,
+    lc_overhead,
+    quantize_call,
+    rows,
+)
 
 ROOT = FOLDER.parent
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -47,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpfq_rows": gpfq_rows.table,
     "gpfq_transformers": gpfq_transformers_table.table,
     "gpfq_speed": gpfq_speed.table,
+    "quantize_call": quantize_call.table,
     "kernels": kernels.table,
     "rows": rows.table,
     "generate": generate.table,
