@@ -31,8 +31,7 @@ def metrics(opt_state: OptState) -> dict[str, Array | np.ndarray]:
         Of `hemp`, at the parameters that its last update was given:
 
         entropy: H_n in bits per weight; before the first update its bound.
-        largest_share: of the leaf that comes off worst the share of its weights that are nearest to one level, or
-            of its blocks of n weights that are alike, if it is larger.
+        largest_share: the worst leaf's share of weights nearest to one level, or of blocks of n weights that are alike.
         collapsed: how many leaves have a share of more than 99 %.
 
     Raises:

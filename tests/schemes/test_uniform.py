@@ -20,11 +20,11 @@ def test_a_grid_beats_a_fine_search_of_scales(bits):
     half = 2 ** (bits - 1)
     best = min(
         ((x - a * np.clip(np.round(x / a), -half, half - 1)) ** 2).sum(dtype=np.float64)
-        for a in np.linspace(1e-3, np.abs(x).max(), 4000)
+        for a in np.abs(x).max() / half * np.linspace(0.2, 2.2, 4000)
         for a in (a, -a)
     )
     form = lcq.Uniform(bits).project(jnp.asarray(x))
-    assert best * (0.98 if bits == 8 else 0.999) <= distortion(form, x) <= best * 1.001
+    assert best * 0.999 <= distortion(form, x) <= best * (1.003 if bits == 8 else 1.001)
     assert form.bits == 3000 * bits + 32
 
 
