@@ -92,7 +92,7 @@ class Run(NamedTuple):
 
 
 RUNS = {
-    "stories-3": Run(lambda: stories(3), "stories260K, 3 bits in groups", 40, 1e-3, "half of the loss that is left"),
+    "stories-3": Run(lambda: stories(3), "stories260K, 3 bits in groups", 10, 5e-4, "half of the loss that is left"),
     "resnet20-4": Run(lambda: resnet20(4), "ResNet-20, 4 levels", 20, 1e-3, "90.8 (91.2)"),
     "resnet20-3": Run(lambda: resnet20(3), "ResNet-20, 3 levels", 20, 1e-3, "89.9 (90.6)"),
 }
