@@ -9,18 +9,15 @@ of their caches; figures are medians. A step reads more weights than a cache hol
 Vector width: that of XLA's `--xla_cpu_prefer_vector_width`.
 """
 
-import argparse
 import functools
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
+from benchmarks.harness.each_width import measure
 from benchmarks.harness.markdown import grid
-from benchmarks.harness.record import record, stored
+from benchmarks.harness.record import stored
 
 STEPS, ROOM = 24, 64
 LAYERS, VOCABULARY, WIDTH, HIDDEN, HEADS, GROUPS = 30, 49152, 576, 1536, 9, 3
@@ -107,26 +104,5 @@ def table() -> str:
     return grid(head, [[name, *(found.get(run, "") for run in runs)] for name, found in lines.items()])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a process of its own: rows to stdout
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(rows()))
-        return
-    here, made = sorted(os.sched_getaffinity(0)), []
-    for cores in args.cores:
-        for width in args.widths:
-            child = [sys.executable, "-m", "benchmarks.micro.generate", "--one"]
-            os.sched_setaffinity(0, here[:cores])  # the child inherits it
-            flags = {"XLA_FLAGS": f"--xla_cpu_prefer_vector_width={width}"}
-            out = subprocess.run(child, env={**os.environ, **flags}, stdout=subprocess.PIPE, check=True)
-            made += [{"cores": cores, "vector_bits": width, **found} for found in json.loads(out.stdout)]
-    os.sched_setaffinity(0, here)
-    record("generate", made)
-
-
 if __name__ == "__main__":
-    main()
+    measure("generate", __doc__, rows)

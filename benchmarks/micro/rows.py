@@ -8,16 +8,13 @@ time of float32's `jnp.dot` over that of another. Of onnxruntime it is MatMulNBi
 activations in float32 (accuracy level 0) and in 8 bits (level 4).
 """
 
-import argparse
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.harness.each_width import measure
 from benchmarks.harness.markdown import grid
-from benchmarks.harness.record import record, stored
+from benchmarks.harness.record import stored
 from benchmarks.micro.kernels import row, times
 
 SIZE, GROUP, LONG = 4096, 32, 128
@@ -129,26 +126,5 @@ def table() -> str:
     return grid(head, [[name, *("; ".join(cells[run]) for run in runs)] for name, cells in lines.items()])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # a process of its own: rows to stdout
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(rows()))
-        return
-    here, made = sorted(os.sched_getaffinity(0)), []
-    for cores in args.cores:
-        for width in args.widths:
-            child = [sys.executable, "-m", "benchmarks.micro.rows", "--one"]
-            os.sched_setaffinity(0, here[:cores])  # the child inherits it
-            flags = {"XLA_FLAGS": f"--xla_cpu_prefer_vector_width={width}"}
-            out = subprocess.run(child, env={**os.environ, **flags}, stdout=subprocess.PIPE, check=True)
-            made += [{"cores": cores, "vector_bits": width, **found} for found in json.loads(out.stdout)]
-    os.sched_setaffinity(0, here)
-    record("rows", made)
-
-
 if __name__ == "__main__":
-    main()
+    measure("rows", __doc__, rows)
