@@ -1,5 +1,6 @@
 """Finetuning without labels: a compressed net trained to give what the net gave before."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -10,6 +11,7 @@ from lcq.forms.dtypes import native_tree
 from lcq.training.finetune import finetune
 from lcq.training.given import Optimizer
 from lcq.tree.aliases import Batch, Forms, Function, Params
+from lcq.tree.paths import flatten
 
 
 def distill(
@@ -51,7 +53,7 @@ def distill(
         The tree with stored forms that differ in these numbers alone.
 
     Raises:
-        ValueError: T not above 0, unknown `outputs`, or what `finetune` refuses.
+        ValueError: T not above 0 or infinite, unknown `outputs`, `params` of another net, or what `finetune` refuses.
 
     Example:
         >>> import lcq, optax
@@ -68,8 +70,13 @@ def distill(
     """
     if outputs not in ("logits", "values"):
         raise ValueError(f'expected outputs="logits" or "values", got {outputs!r}')
-    if not temperature > 0:
-        raise ValueError(f"expected temperature > 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"expected a finite temperature > 0, got {temperature}")
+    before, after = (flatten(tree)[0] for tree in (params, forms))
+    for path in before | after:
+        had, has = (jnp.shape(leaves[path]) if path in leaves else None for leaves in (before, after))
+        if had != has:
+            raise ValueError(f"{path}: expected the net before compression, of shape {has} here, got {had} in params")
     teacher, params = jax.jit(function), native_tree(params)
 
     def taught() -> Iterator[tuple[Batch, PyTree]]:

@@ -72,9 +72,21 @@ def test_a_teacher_in_bfloat16_and_batches_of_numpy():
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"outputs": "labels"}, "outputs="), ({"temperature": 0.0}, "temperature > 0"), ({"steps": 0}, "steps >= 1")],
+    [
+        ({"outputs": "labels"}, "outputs="),
+        ({"temperature": 0.0}, "temperature > 0"),
+        ({"temperature": float("inf")}, "finite temp"),
+        ({"steps": 0}, "steps >= 1"),
+    ],
 )
 def test_settings_are_checked(settings, words):
     forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(4))])
     with pytest.raises(ValueError, match=words):
         lcq.distill(affine, PARAMS, forms, optax.sgd(0.1), [X], **settings)
+
+
+@pytest.mark.parametrize("params", [PARAMS | {"kernel": W[:, :2]}, {"kernel": W}, PARAMS | {"scale": np.ones(4)}])
+def test_the_net_before_compression_has_to_be_the_same(params):
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(4))])
+    with pytest.raises(ValueError, match=r"(kernel|bias|scale): expected the net before compression"):
+        lcq.distill(affine, params, forms, optax.sgd(0.1), [X])
