@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped, UInt, UInt16
+from jaxtyping import Array, Int, Shaped, UInt, UInt16
 
 from lcq.forms.relayout import Relayout
 
@@ -77,17 +77,31 @@ def moved_paths(along: tuple[int, ...], change: Relayout) -> tuple[int, ...] | N
     run = math.prod(change.shape[i] for i in along)
     order = np.empty(places.size, np.int32)  # of each weight the number of its path times `run`, and its place there
     order[as_paths(places, along, run).T.reshape(-1)] = np.arange(places.size)
-    found = order[change.places]
+    return path_axes(order[change.places], run, run)
+
+
+def path_axes(found: Int[np.ndarray, "..."], run: int, length: int) -> tuple[int, ...] | None:
+    """The axes along which paths run, counted from the end; None if their pieces do not run along whole axes.
+
+    Args:
+        found: for each weight of a leaf the number of its path times `run`, and its place there.
+        run: weights of a path.
+        length: of a piece of it.
+
+    Example:
+        >>> path_axes(np.array([[0, 1, 2], [3, 4, 5]]), 3, 3), path_axes(np.array([[0, 2], [1, 3]]), 2, 2)
+        ((-1,), (-2,))
+    """
     steps = {}
     for axis in range(-found.ndim, 0):
         first = np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1)[:2, 0]
         if len(first) == 2 and first[0] // run == first[1] // run:
             steps[axis] = first[1] - first[0]
     axes = tuple(sorted(steps, key=lambda axis: -steps[axis]))
-    if math.prod(found.shape[i] for i in axes) != run:
+    if math.prod(found.shape[i] for i in axes) % length:
         return None
-    paths = as_paths(found, axes, run)
-    same = (paths[0] % run == 0).all() and (paths == paths[0] + np.arange(run)[:, None]).all()
+    paths = as_paths(found, axes, length)
+    same = (paths[0] % length == 0).all() and (paths == paths[0] + np.arange(length)[:, None]).all()
     return axes if same else None
 
 

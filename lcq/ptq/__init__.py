@@ -2,7 +2,7 @@
 
 from lcq.ptq.importance import curvature
 from lcq.ptq.quantize import Quantized, Record, quantize
-from lcq.ptq.rounding import GPFQ, GPTQ, ROUNDING_METHODS, RTN, SPFQ, Descent, Qronos, Rounding, SparseGPFQ
+from lcq.ptq.rounding import GPFQ, GPTQ, ROUNDING_METHODS, RTN, SPFQ, BlockLDL, Descent, Qronos, Rounding, SparseGPFQ
 
 __all__ = [
     "GPFQ",
@@ -10,6 +10,7 @@ __all__ = [
     "ROUNDING_METHODS",
     "RTN",
     "SPFQ",
+    "BlockLDL",
     "Descent",
     "Qronos",
     "Quantized",

@@ -17,6 +17,7 @@ from lcq.ptq import shrinkage
 from lcq.ptq.gathering import fold_count, matrices
 from lcq.ptq.rounding.base import Rounding, correction
 from lcq.ptq.rounding.codebook import scaled, with_data
+from lcq.ptq.rounding.coded import Coded
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.sequential import alive, dot, follow
 from lcq.ptq.two_stream import Use
@@ -107,9 +108,9 @@ class Inputs(NamedTuple):
         """As it is: the recursion needs nothing made before."""
         return self
 
-    def tried(self, form: Codes, factor: Any, key: Array | None) -> tuple[Codes, Array]:
+    def tried(self, form: Coded, factor: Any, key: Array | None) -> tuple[Codes, Array]:
         del key
-        assert self.shares is not None
+        assert self.shares is not None and isinstance(form, Codes)
         shares = self.shares if self.shares.any() else None
         return _tried(self.method.act_order, self.w, self.x, self.y, form, factor, self.squares, shares, self.rows)
 
@@ -148,7 +149,7 @@ def _tried(
     shares: Array | None,
     rows: Array,
 ) -> tuple[Codes, Array]:
-    def one(w: Array, x: Array, y: Array, form: Codes, factor: Any, squares: Array, share: Any, use: Array) -> Any:
+    def one(w: Array, x: Array, y: Array, form: Any, factor: Any, squares: Array, share: Any, use: Array) -> Any:
         if factor is not None:
             form = with_data(alive(squares), scaled(form, factor), form)
         return follow(w, x, y, form, act_order, share, None if share is None else use)

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcq.forms import Codes
+from lcq.forms import Codes, Trellis
 from lcq.forms.dtypes import own_promotion
 from lcq.ptq import scale_search, shrinkage
 from lcq.ptq.gathering import LastMoments
 from lcq.ptq.inputs import Inputs
 from lcq.ptq.neurons import apart, mesh_of, on
 from lcq.ptq.rounding.base import Rounding
+from lcq.ptq.rounding.coded import Coded, codes_of, has_scale, tables, with_codes
 from lcq.ptq.rounding.gpfq import GPFQ
 from lcq.ptq.rounding.sequential import DEAD, cheaper
 from lcq.ptq.sums import Sums
@@ -44,7 +45,7 @@ class Rounded(NamedTuple):
         damping: The most that the method damped H by, in units of the mean of its diagonal; 0 if it does not.
     """
 
-    form: Codes
+    form: Coded
     correction: Array | None
     recursion: str
     factor: float
@@ -82,7 +83,7 @@ def round_product(
     """
     product = uses[0].product
     form, tied = _codebook(product.path, w, rule)
-    search = method.search and not (form.scale is None and form.levels is None)
+    search = method.search and has_scale(form) and not method.fits(form)
     columns = scale_search.sample(*w.shape[1:])
     few, judges = form, np.asarray(w)
     if columns is not None:
@@ -122,7 +123,7 @@ def round_product(
 
 def _rounded(
     problem: Any,
-    form: Codes,
+    form: Coded,
     tied: tuple[int, ...],
     method: Rounding,
     search: bool,
@@ -166,7 +167,7 @@ def _recursion(uses: Sequence[Use], method: Rounding, runs: int) -> str:
     return cheaper(count, many, neurons, runs)
 
 
-def _shares(problem: Any, form: Codes, shrink: float | None, key: Any) -> tuple[np.ndarray, float | None]:
+def _shares(problem: Any, form: Coded, shrink: float | None, key: Any) -> tuple[np.ndarray, float | None]:
     """By how much statistics are shrunk, and the error on rows held back."""
     if shrink is not None:
         return np.full((len(problem.w), 2), shrink), None
@@ -178,7 +179,7 @@ def _shares(problem: Any, form: Codes, shrink: float | None, key: Any) -> tuple[
     return shares, (float(error / size) if size > 0 else None)
 
 
-def _of_neurons(form: Codes, columns: np.ndarray) -> Codes:
+def _of_neurons(form: Coded, columns: np.ndarray) -> Coded:
     """The form of some neurons, on the host."""
 
     def one(a: Any) -> np.ndarray:
@@ -187,15 +188,15 @@ def _of_neurons(form: Codes, columns: np.ndarray) -> Codes:
     return jax.tree.map(one, form)
 
 
-def _codebook(path: str, w: Any, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
+def _codebook(path: str, w: Any, rule: Rule) -> tuple[Coded, tuple[int, ...]]:
     """The scheme's projection of w [G, N, n] with a codebook for every group, and the axes of losses [G, n] over which
     one scale is shared. The form is on the host."""
     groups, many, neurons = w.shape
 
-    def projected(a: Any, stacked: int = 0) -> Codes:
+    def projected(a: Any, stacked: int = 0) -> Coded:
         assert rule.scheme is not None
         (form,) = Task((path,), rule.scheme, stacked).project((a if isinstance(a, Array) else jax.device_put(a),))
-        assert isinstance(form, Codes)
+        assert isinstance(form, Codes | Trellis)
         return jax.device_get(form)
 
     if rule.stacked:
@@ -203,20 +204,19 @@ def _codebook(path: str, w: Any, rule: Rule) -> tuple[Codes, tuple[int, ...]]:
         return form, (1,) if _columns(form) == 1 else ()
     merged = projected(w.swapaxes(0, 1).reshape(many, groups * neurons))
 
-    def split(a: np.ndarray | None) -> np.ndarray | None:
-        if a is None:
-            return None
+    def split(a: np.ndarray) -> np.ndarray:
         if a.shape[1] == 1:
             return np.broadcast_to(a, (groups, *a.shape))
         return a.reshape(a.shape[0], groups, neurons, *a.shape[2:]).swapaxes(0, 1)
 
-    fields: dict[str, Any] = {name: split(getattr(merged, name)) for name in ("codes", "levels", "scale", "zero")}
-    return dataclasses.replace(merged, **fields), (0, 1) if _columns(merged) == 1 else ()
+    fields: dict[str, Any] = {name: split(array) for name, array in tables(merged).items()}
+    merged = dataclasses.replace(with_codes(merged, split(codes_of(merged))), **fields)
+    return merged, (0, 1) if _columns(merged) == 1 else ()
 
 
-def _columns(form: Codes) -> int:
+def _columns(form: Coded) -> int:
     """How many neurons of a group have a codebook of their own; 1 if they share it."""
-    if form.levels is not None:
+    if isinstance(form, Codes) and form.levels is not None:
         return form.levels.shape[-2]
     return 1 if form.scale is None else form.scale.shape[-1]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lcq.forms import Codes
+from lcq.forms import Trellis
 from lcq.forms.meshes import divides
+from lcq.forms.paths import path_axes
 from lcq.ptq.block_numbers import BlockNumbers
+from lcq.ptq.rounding.coded import Coded, codes_of, tables, with_codes
 from lcq.tracing.contraction import Product, slice_of
 
 
@@ -19,7 +22,7 @@ class _Put(NamedTuple):
     """The product whose codes were taken, and their form, but for the codes."""
 
     product: Product
-    form: Codes
+    form: Coded
 
 
 class Assembly:
@@ -42,20 +45,21 @@ class Assembly:
         self._puts: list[_Put] = []
         self._dense: dict[tuple[int, ...], Array] = {}
 
-    def put(self, product: Product, form: Codes) -> None:
+    def put(self, product: Product, form: Coded) -> None:
         """Takes the codes [G, N, n] of one product, and the numbers of its codebook: one row for each block."""
         index, host = product.weight.index, jax.device_get(form)
-        if self._codes is None or self._codes.dtype != host.codes.dtype:
+        codes = codes_of(host)
+        if self._codes is None or self._codes.dtype != codes.dtype:
             old = 0 if self._codes is None else self._codes
-            self._codes = np.zeros(self.shape, host.codes.dtype)
+            self._codes = np.zeros(self.shape, codes.dtype)
             self._codes[...] = old
-        self._codes[index].reshape(-1)[product.places(self.shape, len(index))] = host.codes
-        rows, numbers = _rows(host, host.codes.shape)
+        self._codes[index].reshape(-1)[product.places(self.shape, len(index))] = codes
+        rows, numbers = _rows(host, codes.shape)
         self._numbers.put(product, numbers + np.int32(sum(map(len, self._rows))))
         self._rows.append(rows)
         before = self[index]
         after = np.array(before, order="C")
-        self._puts.append(_Put(product, dataclasses.replace(host, codes=None)))
+        self._puts.append(_Put(product, with_codes(host, None)))
         self._write(after, len(index), self._puts[-1])
         apart = {key: part for key, part in self._dense.items() if not (_within(key, index) or _within(index, key))}
         self._dense = apart | {index: placed(after, before)}
@@ -85,22 +89,22 @@ class Assembly:
         """The whole leaf, quantized where its products have been."""
         return self[()]
 
-    def form(self) -> Codes:
+    def form(self) -> Coded:
         """The form of the whole leaf, its blocks as large as equal numbers allow."""
         assert self._codes is not None
         last = self._puts[-1].form
         numbers, which = np.unique(np.concatenate(self._rows), axis=0, return_inverse=True)
         numbers = numbers[self._numbers.equal_blocks(which.reshape(-1))]
         fields: dict[str, Any] = {}
-        for name in ("scale", "zero", "levels"):
-            array = getattr(last, name)
-            if array is not None:
-                many = array.shape[-1] if name == "levels" else 1
-                part, numbers = numbers[..., :many], numbers[..., many:]
-                fields[name] = (part if name == "levels" else part[..., 0]).astype(array.dtype)
-        fields["codes"] = self._codes
+        for name, array in tables(last).items():
+            many = array.shape[-1] if name == "levels" else 1
+            part, numbers = numbers[..., :many], numbers[..., many:]
+            fields[name] = (part if name == "levels" else part[..., 0]).astype(array.dtype)
         lies: dict[str, Any] = {name: lies_as(a, self._leaf) for name, a in fields.items()}
-        return Codes(**lies, values=last.values, dtype=str(self.dtype))
+        if isinstance(last, Trellis):
+            lies["along"] = paths_along(self.shape, [put.product for put in self._puts], last.length)
+        whole = dataclasses.replace(last, **lies, dtype=str(self.dtype))
+        return with_codes(whole, lies_as(self._codes, self._leaf))
 
     def _write(self, part: np.ndarray, depth: int, put: _Put) -> None:
         """Writes the weights of a product into leaf[index[:depth]]."""
@@ -108,11 +112,33 @@ class Assembly:
         product, index = put.product, put.product.weight.index
         inside = product.places(self.shape, len(index))
         codes = self._codes[index].reshape(-1)[inside]
-        values = np.asarray(_dense(dataclasses.replace(put.form, codes=codes)))
+        values = np.asarray(_dense(with_codes(put.form, codes)))
         part[index[depth:]].reshape(-1)[inside] = values
 
 
-_dense = jax.jit(jax.vmap(Codes.dense))
+_dense = jax.jit(jax.vmap(lambda form: form.dense()))
+
+
+def paths_along(shape: tuple[int, ...], products: Sequence[Product], length: int) -> tuple[int, ...]:
+    """The axes of a leaf along which the paths of its products run, in pieces of a length.
+
+    Raises:
+        ValueError: paths of products that run along no axes of the leaf, or do not take all of it.
+    """
+    found, first = np.full(math.prod(shape), -1, np.int64), 0
+    for product in products:
+        places = product.places(shape)
+        groups, many, neurons = places.shape
+        paths = first + np.arange(groups * neurons).reshape(groups, 1, neurons)
+        found[places] = paths * many + np.arange(many)[:, None]
+        first += groups * neurons
+    along = path_axes(found.reshape(shape), products[0].shape[2], length) if found.min() >= 0 else None
+    if along is None:
+        raise ValueError(
+            f"{products[0].path}: expected products that take the whole leaf {list(shape)}, their inputs along axes of "
+            "it, for paths along these, got others; split the leaf, or take a scheme without paths, such as Uniform"
+        )
+    return along
 
 
 def placed(values: Any, like: PyTree) -> jax.Array:
@@ -137,12 +163,11 @@ def _within(index: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return index[: len(other)] == other
 
 
-def _rows(form: Codes, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _rows(form: Coded, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """(scale, zero, levels) of every block as rows, in float64, and for each code [G, N, n] the number of its row."""
     many = shape[1]
-    arrays = [form.scale, form.zero, form.levels]
-    columns = [a if a is None or i == 2 else a[..., None] for i, a in enumerate(arrays)]
-    parts = [a.astype(np.float64) for a in columns if a is not None]
+    columns = [a if name == "levels" else a[..., None] for name, a in tables(form).items()]
+    parts = [a.astype(np.float64) for a in columns]
     if not parts:
         return np.zeros((1, 0)), np.zeros(shape, np.int32)
     blocks = np.broadcast_shapes(*(a.shape[:3] for a in parts))

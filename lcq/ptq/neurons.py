@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from lcq.forms import Codes
 from lcq.forms.meshes import divides
+from lcq.ptq.rounding.coded import Coded, codes_of, tables, with_codes
 from lcq.ptq.sums import Sums
 
 
@@ -30,7 +30,7 @@ def mesh_of(*trees: PyTree) -> Mesh | None:
     return None
 
 
-def apart(problem: Sums, form: Codes, mesh: Mesh) -> tuple[Sums, Codes]:
+def apart(problem: Sums, form: Coded, mesh: Mesh) -> tuple[Sums, Coded]:
     """The problem with its neurons over the devices, as far as the mesh's axes divide them, and its sums on each.
 
     Args:
@@ -54,8 +54,9 @@ def apart(problem: Sums, form: Codes, mesh: Mesh) -> tuple[Sums, Codes]:
     folds = problem.folds
     moments = jax.device_put(folds.moments, NamedSharding(mesh, P()))
     folds = folds._replace(moments=moments, differences=put(folds.differences, 2))
-    tables = {name: put(getattr(form, name), 2) for name in ("codes", "scale", "zero", "levels")}
-    return problem._replace(w=put(problem.w, 2), folds=folds), dataclasses.replace(form, **tables)
+    beside = {name: put(array, 2) for name, array in tables(form).items()}
+    form = dataclasses.replace(with_codes(form, put(codes_of(form), 2)), **beside)
+    return problem._replace(w=put(problem.w, 2), folds=folds), form
 
 
 @contextlib.contextmanager

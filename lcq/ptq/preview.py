@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from lcq import forms
 from lcq.forms import Codes
 from lcq.forms.base import is_form
 from lcq.forms.blocks import block_counts
 from lcq.forms.validate import named
 from lcq.ptq.block_numbers import period
-from lcq.ptq.quantize import decide
+from lcq.ptq.leaf_assembly import paths_along
+from lcq.ptq.rounding.coded import Coded, codes_of, tables, with_codes
+from lcq.ptq.tasks import decide
+from lcq.schemes import Trellis
 from lcq.tracing.contraction import Product
 from lcq.tracing.param_flow import trace
 from lcq.tree.aliases import Batch, Params
@@ -48,13 +52,15 @@ def preview(
     dense = jax.tree.unflatten(structure, shapes.values())
     chosen, direct = decide(rules, rtn, dense, given)
     blocks = {path: np.zeros(shapes[path].shape, np.int64) for path in chosen}
+    found: dict[str, list[Product]] = {path: [] for path in chosen}
     for product in trace(fn, dense, batch, chosen).products:
         path = product.path
         places, flat = product.places(shapes[path].shape), blocks[path].reshape(-1)
         if not flat[places].any():  # else an earlier product has chosen its codes
             flat[places] = _numbers(product, chosen[path]) + flat.max() + 1
-    forms = {path: _form(shapes[path], chosen[path], numbers) for path, numbers in blocks.items()}
-    return jax.tree.unflatten(structure, (leaves | forms).values()), tuple(direct)
+            found[path].append(product)
+    made = {path: _form(shapes[path], chosen[path], numbers, found[path]) for path, numbers in blocks.items()}
+    return jax.tree.unflatten(structure, (leaves | made).values()), tuple(direct)
 
 
 def _numbers(product: Product, rule: Rule) -> np.ndarray:
@@ -68,19 +74,20 @@ def _numbers(product: Product, rule: Rule) -> np.ndarray:
     return np.broadcast_to(numbers, (groups, many, neurons))
 
 
-def _form(leaf: Any, rule: Rule, blocks: np.ndarray) -> Codes:
+def _form(leaf: Any, rule: Rule, blocks: np.ndarray, products: Sequence[Product]) -> Coded:
     """The form of a whole leaf."""
     scheme: Any = rule.scheme
     if scheme.host:
         scheme = dataclasses.replace(scheme, exact=False)
-    group = (scheme.per, 1) if isinstance(scheme.per, int) else (1, 1)  # one block, whose numbers are as of all
+    inputs = products[0].shape[2] if isinstance(scheme, Trellis) else 1
+    group = (scheme.per if isinstance(scheme.per, int) else inputs, 1)  # one block, whose numbers are as of all
     one = jax.eval_shape(scheme.project, jax.ShapeDtypeStruct(group, leaf.dtype))
-    assert isinstance(one, Codes)
+    assert isinstance(one, Codes | forms.Trellis)
     counts = tuple(n // period(axis, blocks) for axis, n in enumerate(blocks.shape))
-
-    def spread(a: Any) -> Any:
-        return None if a is None else jax.ShapeDtypeStruct((*counts, *a.shape[2:]), a.dtype)
-
-    codes = jax.ShapeDtypeStruct(leaf.shape, one.codes.dtype)
-    tables = {name: spread(getattr(one, name)) for name in ("scale", "zero", "levels")}
-    return dataclasses.replace(one, codes=codes, **tables)
+    spread: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((*counts, *a.shape[2:]), a.dtype) for name, a in tables(one).items()
+    }
+    if isinstance(one, forms.Trellis):
+        spread["along"] = paths_along(leaf.shape, products, one.length)
+    codes = jax.ShapeDtypeStruct(leaf.shape, codes_of(one).dtype)
+    return dataclasses.replace(with_codes(one, codes), **spread)

@@ -1,8 +1,6 @@
 """Quantization of a trained net without labels or retraining: one walk, and a rounding method at each product."""
 
-import dataclasses
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from lcq.forms.base import Form, is_form
+from lcq.forms.base import is_form
 from lcq.forms.dtypes import nearest_number
 from lcq.forms.processes import shared_by_processes
 from lcq.ptq.batches import Mask, checked_batches, traced
@@ -21,15 +19,16 @@ from lcq.ptq.layer import Rounded, round_product
 from lcq.ptq.leaf_assembly import Assembly, placed
 from lcq.ptq.resume import Saved, description
 from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
+from lcq.ptq.rounding.coded import level_count
+from lcq.ptq.tasks import check_paths, decide, method_at, warn_of_direct
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
-from lcq.schemes.base import Quantizer
 from lcq.tracing.contraction import BiasSite, Product
 from lcq.tracing.param_flow import Program
 from lcq.tree.aliases import Batch, Forms, Function, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.lazy import is_lazy, shape_of, whole
 from lcq.tree.paths import check_numbers, flatten
-from lcq.tree.rules import Rule, Rules, Task, checked, resolve
+from lcq.tree.rules import Rules
 
 
 class Record(NamedTuple):
@@ -40,8 +39,9 @@ class Record(NamedTuple):
             qkv[:, 0:64].
         shape: Shape (G, M, N, n) of the product for one batch: groups, rows, inputs and neurons, see
             `lcq.tracing.im2col`.
-        levels: Number of levels of the codebook.
-        method: The rounding method with those of its settings that are not as usual, such as GPFQ(act_order=True).
+        levels: Number of levels of the codebook; of a trellis 2^bits, from which each code chooses.
+        method: The rounding method with those of its settings that are not as usual, such as GPFQ(act_order=True); of a
+            trellis the one that stands for it.
         recursion: "blocked" on statistics, or "follow" on the inputs themselves.
         bias_correction: Whether a bias or a batch-norm mean took up the change of the mean.
         factor: Median over neurons of the size of the factor that the exact residual chose for the scale.
@@ -148,12 +148,15 @@ def quantize(
         params: a tree of arrays; leaves that are forms already stay as they are.
         calibration: batches of unlabelled inputs of fn, all kept until the end; may be sharded over a mesh. Of any
             shapes: a trace and a compilation for each.
-        rules: schemes of the leaves: `Uniform`, `Levels` and its kin, or `KMeans`. per="channel" means a neuron of the
-            product whatever the leaf's layout, and per=g groups of g of its inputs. Other schemes, such as `Cast`,
-            are projected as `compress` does.
+        rules: schemes of the leaves: `Uniform`, `Levels` and its kin, `KMeans`, or `Trellis`. per="channel" means a
+            neuron of the product whatever the leaf's layout, and per=g groups of g of its inputs; paths run along its
+            inputs. Other schemes are projected on the weights alone, before the walk, as `compress` does: with a
+            warning, but for `Cast`.
         method: "descent", best on most nets that were measured, from Qronos's codes; "qronos", "gptq", "gpfq" as its
             paper has it, "rtn" (round to nearest); or a `Rounding` with settings of your own, such as SPFQ(seed=0) or
-            GPTQ(damping=0.1, shrink=0), see `lcq.ptq.Rounding` for those that all have.
+            GPTQ(damping=0.1, shrink=0), see `lcq.ptq.Rounding` for those that all have. A `Trellis` is rounded by
+            `lcq.ptq.BlockLDL`, for which "descent", "qronos" and "gptq" stand, or to the nearest paths by "rtn"; others
+            refuse it.
         rtn: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
         mask: which positions of a batch count; None for all. Either a function of the batch that gives a boolean array
             (or 0 and 1) of the leading axes of its leaves, such as lambda tokens: tokens != 0, or a tree with such an
@@ -204,6 +207,8 @@ def quantize(
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, map(shape_of, original.values()))
     chosen, direct = decide(rules, rtn, dense, given)
+    warn_of_direct(direct, rtn)
+    methods = {path: method_at(path, method, rule) for path, rule in chosen.items()}
     for path in (*chosen, *(path for task in direct for path in task.paths)):
         if is_lazy(original[path]):
             check_finite(path, original[path])
@@ -214,6 +219,7 @@ def quantize(
             result[path], other[path] = form, form.dense()
     programs, inputs = traced(fn, dense, batches, chosen, mask)
     _warn_of_lost(programs)
+    check_paths(programs[0], chosen, dense)
     assemblies = {path: Assembly(original[path]) for path in chosen}
     updates: dict[str, np.ndarray] = {}
     records: list[Record] = []
@@ -249,7 +255,7 @@ def quantize(
                 visit.uses,
                 _weights(product, original[product.path]),
                 chosen[product.path],
-                method,
+                methods[product.path],
                 centred=shift is not None,
                 last=last,
             )
@@ -261,7 +267,7 @@ def quantize(
                 updates[shift.path] = np.array(whole(original[shift.path]), np.float32, order="C")
             update = updates[shift.path]
             update.reshape(-1)[shift.elements] += shift.sign * np.asarray(rounded.correction)
-        record = _record(visit, method, rounded)
+        record = _record(visit, methods[product.path], rounded)
         outcome = visit.finish(rounded.correction)
         if not unit.others and len(unit.uses) == 1:
             assembly.forget(product)
@@ -301,47 +307,6 @@ def _method(method: str | Rounding) -> Rounding:
     return method if isinstance(method, Rounding) else ROUNDING_METHODS[method]()
 
 
-def decide(
-    rules: Sequence[Rule], rtn: Sequence[Rule], dense: Any, given: dict[str, Form]
-) -> tuple[dict[str, Rule], list[Task]]:
-    """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
-    rules, rtn = checked(rules), checked(rtn)
-    for rule in rules:
-        per = getattr(rule.scheme, "per", None)
-        if isinstance(per, tuple):
-            raise ValueError(
-                f"rule {rule.pattern!r}: expected per=None, 'channel' or a group length, "
-                f"whose axes the product decides, got per={per!r}"
-            )
-    kept = [Rule(re.escape(path), None) for path in given]
-    direct = resolve([*kept, *rtn], dense) if rtn else ()
-    taken = {path for task in direct for path in task.paths}
-    whole = [dataclasses.replace(rule, scheme=_without_blocks(rule)) for rule in rules]
-    tasks = resolve([*kept, *(Rule(re.escape(path), None) for path in taken), *whole], dense)
-    chosen: dict[str, Rule] = {}
-    before = list(direct)
-    for task in tasks:
-        if not isinstance(task.scheme, Quantizer):
-            before.append(task)
-            continue
-        if len(task.paths) > 1:
-            raise ValueError(f"{', '.join(task.paths)}: each product has a codebook of its own; drop joint=True")
-        chosen[task.name] = next(rule for rule in rules if re.fullmatch(rule.pattern, task.name))
-        if chosen[task.name].stacked > 1:
-            raise ValueError(f"{task.name}: expected stacked=0 or 1; layers of a scan are independent without it")
-    for path in (*chosen, *(path for task in before for path in task.paths)):
-        check_finite(path, flatten(dense)[0][path])
-    return chosen, before
-
-
-def _without_blocks(rule: Rule) -> Any:
-    """The scheme on the whole leaf: the blocks of `per` are the product's, not the leaf's."""
-    if not isinstance(rule.scheme, Quantizer):
-        return rule.scheme
-    scheme: Any = rule.scheme  # a dataclass, as all schemes are
-    return dataclasses.replace(scheme, per=None)
-
-
 def _like(values: np.ndarray, leaf: Any) -> Array:
     return placed(nearest_number(values, leaf.dtype), leaf)
 
@@ -376,7 +341,7 @@ def _record(visit: Visit, method: Rounding, rounded: Rounded) -> Record:
     return Record(
         visit.unit.name,
         product.shape,
-        rounded.form.size_of_table,
+        level_count(rounded.form),
         str(method),
         rounded.recursion,
         rounded.correction is not None,

@@ -20,15 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcq.forms import Codes
+from lcq.forms import Codes, Trellis
 from lcq.io.checkpoints.checkpoint import read_checkpoint, write
 from lcq.io.file import replacing
 from lcq.ptq.layer import Rounded
+from lcq.ptq.rounding.coded import codes_of, tables
 from lcq.tracing.param_flow import Program
 from lcq.tree.aliases import Leaves
 from lcq.tree.lazy import parts
 
-_ARRAYS = ("codes", "levels", "scale", "zero")
+_FORMS = {kind.__name__: kind for kind in (Codes, Trellis)}
 _SEVERAL = 6  # names that an error lists
 
 
@@ -91,20 +92,25 @@ class Saved:
         if said.pop("name") != name:
             raise ValueError(f"{path}: expected the outcome at {name}, got that of another product; remove the folder")
         arrays = {key: jnp.asarray(a) for key, a in found.tree.items()}
-        tables: dict[str, Any] = {key: arrays.get(key) for key in _ARRAYS}
-        values = said.pop("values")
-        form = Codes(**tables, values=None if values is None else tuple(values), dtype=said.pop("dtype"))
+        correction, static = arrays.pop("correction", None), said.pop("form")
+        kind = _FORMS[static.pop("kind")]
+        fields: dict[str, Any] = arrays | {key: tuple(a) if isinstance(a, list) else a for key, a in static.items()}
         seconds = said.pop("seconds")
         silent = tuple(said.pop("silent"))
-        return Rounded(form=form, correction=arrays.get("correction"), silent=silent, **said), seconds
+        return Rounded(form=kind(**fields), correction=correction, silent=silent, **said), seconds
 
     def put(self, number: int, name: str, rounded: Rounded, seconds: float) -> None:
         """Keeps the outcome at a product."""
         form = rounded.form
-        said = {"name": name, "seconds": seconds, "values": form.values, "dtype": form.dtype, **rounded._asdict()}
-        del said["form"], said["correction"]
-        arrays = {key: getattr(form, key) for key in _ARRAYS} | {"correction": rounded.correction}
-        tree = {key: jax.device_get(a) for key, a in arrays.items() if a is not None}
+        beside = {"codes" if isinstance(form, Codes) else "steps": codes_of(form), **tables(form)}
+        static = {field.name: getattr(form, field.name) for field in dataclasses.fields(form)}
+        static = {key: value for key, value in static.items() if key not in beside and value is not None}
+        said = {"name": name, "seconds": seconds, **rounded._asdict()}
+        said["form"] = {"kind": type(form).__name__, **static}
+        del said["correction"]
+        tree = {
+            key: jax.device_get(a) for key, a in {**beside, "correction": rounded.correction}.items() if a is not None
+        }
         write(self._path(number), tree, {"record": json.dumps(said)})
 
     def _path(self, number: int) -> Path:

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcq.forms import Codes
+from lcq.forms import Trellis
 from lcq.ptq.inputs import Inputs
 from lcq.ptq.rounding.base import Rounding
+from lcq.ptq.rounding.coded import Coded, codes_of
 from lcq.ptq.sums import Sums, unchanged
 from lcq.schemes.levels import mirrored
 
@@ -60,7 +61,7 @@ def sample(inputs: int, neurons: int) -> np.ndarray | None:
     return np.sort(np.random.default_rng(0).permutation(neurons)[:_NEURONS])
 
 
-def runs(method: Rounding, form: Codes, many: bool) -> int:
+def runs(method: Rounding, form: Coded, many: bool) -> int:
     """At least how many roundings of all neurons a search takes; `many` is whether there is a sample."""
     signs = len(_signs(form))
     return 1 + method.tries + signs - 1 if many else signs * len(_COARSE) + len(_FINE)
@@ -80,11 +81,11 @@ class Search:
         factor: What the scheme's scale was multiplied by, [G or 1, n or 1].
     """
 
-    def __init__(self, problem: Sums | Inputs, form: Codes, tied: tuple[int, ...], key: Array | None) -> None:
+    def __init__(self, problem: Sums | Inputs, form: Coded, tied: tuple[int, ...], key: Array | None) -> None:
         self._problem, self._given, self._tied, self._key = problem, form, tied, key
         one = unchanged(form)
         found, losses = problem.tried(form, one, key)
-        self.form: Codes = jax.device_get(found)
+        self.form: Coded = jax.device_get(found)
         self._first: Any = self._summed(losses)
         self._best: Any = self._first
         self.factor = np.ones(self._best.shape, np.float32)
@@ -118,7 +119,7 @@ class Search:
         signs = _signs(self._given)
         losses = np.stack([self.attempt(sign * centre) for sign in signs])
         sign = np.asarray(signs, np.float32)[losses.argmin(0)]
-        far = 2 if self._given.codes.shape[1] >= _WIDE else 1
+        far = 2 if codes_of(self._given).shape[1] >= _WIDE else 1
         for power in range(-(tries - 1), tries, far):
             if power:
                 self.attempt(sign * centre * np.float32(_NEAR**power))
@@ -138,14 +139,14 @@ class Search:
         losses = np.asarray(losses)
         return losses.sum(self._tied, keepdims=True) if self._tied else losses
 
-    def _keep(self, better: np.ndarray, found: Codes) -> None:
+    def _keep(self, better: np.ndarray, found: Coded) -> None:
         def one(new: Any, old: Any) -> Any:
             return np.where(better.reshape(len(better), 1, -1, *[1] * (new.ndim - 3)), new, old)
 
         self.form = jax.tree.map(one, found, self.form)
 
 
-def centre_of(few: Sums | Inputs, form: Codes, tied: tuple[int, ...], key: Array | None) -> Float[np.ndarray, "G 1"]:
+def centre_of(few: Sums | Inputs, form: Coded, tied: tuple[int, ...], key: Array | None) -> Float[np.ndarray, "G 1"]:
     """The coarse factor that is best for a sample of neurons together, its sign left out.
 
     Args:
@@ -176,7 +177,9 @@ def sketch(gram: Float[np.ndarray, "N N"]) -> tuple[Float[np.ndarray, "16 N"], F
     return directions, np.maximum(np.diagonal(gram) - (directions**2).sum(0), 0)
 
 
-def _signs(form: Codes) -> tuple[int, ...]:
+def _signs(form: Coded) -> tuple[int, ...]:
     """Of the factors that are tried; both where the mirrored table is another one."""
+    if isinstance(form, Trellis):
+        return (1,)
     one = form.scale is None or form.zero is not None or (form.values is not None and mirrored(form.values))
     return (1,) if one else (1, -1)

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from lcq.forms import Codes
 from lcq.ptq.rounding.base import correction, residual
+from lcq.ptq.rounding.coded import Coded
 from lcq.ptq.rounding.sequential import dot
 from lcq.ptq.statistics import Moments, Statistics, finish
 
@@ -156,7 +156,7 @@ def shrunk(moments: Moments, share: Float[Array, "2"], centred: bool) -> Statist
 
 
 def steady(
-    w: Array, form: Codes, moments: Moments, squares: Float[Array, "N"], use: Shaped[Array, "K"] | None = None
+    w: Array, form: Coded, moments: Moments, squares: Float[Array, "N"], use: Shaped[Array, "K"] | None = None
 ) -> Float[Array, "n"]:
     """What the bias is to take up, less by the part of it that may be noise, see `lcq.ptq.rounding.base.correction`.
 
@@ -196,7 +196,7 @@ def less_noise(sums: Float[Array, "K n"], counts: Float[Array, "K"], squares: Fl
 
 
 def judged(
-    w: Float[Array, "N n"], folds: Folds, form: Codes, fold: Array | int, centred: bool
+    w: Float[Array, "N n"], folds: Folds, form: Coded, fold: Array | int, centred: bool
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The error on the rows of one fold of codes that all others chose, summed over neurons.
 

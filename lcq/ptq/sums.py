@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from lcq.forms import Codes
 from lcq.ptq import shrinkage
 from lcq.ptq.gathering import LastMoments
 from lcq.ptq.rounding.base import Rounding, correction, residual
 from lcq.ptq.rounding.codebook import scaled, with_data
+from lcq.ptq.rounding.coded import Coded, codes_of, has_scale, tables
 from lcq.ptq.rounding.sequential import alive, dot
 from lcq.ptq.shrinkage import Folds
 from lcq.ptq.statistics import Moments, Statistics, column_sums, finish
@@ -78,7 +78,7 @@ class Sums(NamedTuple):
         """The same rows for other neurons."""
         return self._replace(w=jax.device_put(w), prepared=None)
 
-    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
+    def held(self, form: Coded, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
         """Of codes from all folds but one the errors on that one, summed over folds, [S, G] for each c, and the sizes
         ||X w||^2 [G]."""
         many = self.folds.moments.count.shape[1]
@@ -105,7 +105,7 @@ class Sums(NamedTuple):
         """With what the method makes of the statistics."""
         return self._replace(prepared=_prepared(self.method, self.w, self.statistics))
 
-    def tried(self, form: Codes, factor: Any, key: Array | None) -> tuple[Codes, Array]:
+    def tried(self, form: Coded, factor: Any, key: Array | None) -> tuple[Coded, Array]:
         """The form with new codes, and ||X w - Y q||^2 [G, n] but for what is the same for all.
 
         Args:
@@ -116,7 +116,7 @@ class Sums(NamedTuple):
         return _tried(self.method, self.w, self.statistics, self.prepared, form, factor, key)
 
     def sketched(
-        self, form: Codes, factors: Float[np.ndarray, "F"], directions: Any, rest: Any
+        self, form: Coded, factors: Float[np.ndarray, "F"], directions: Any, rest: Any
     ) -> Float[np.ndarray, "F G n"]:
         """`tried` of methods that round every weight for itself, for factors in turn, with U'U + diag(rest) for H."""
         return np.asarray(_sketched(self.method, self.w, self.statistics, directions, rest, form, factors))
@@ -127,17 +127,19 @@ class Sums(NamedTuple):
         damping = self.method.damped(self.prepared)
         return 0.0 if damping is None else float(np.asarray(damping).max())
 
-    def correction(self, form: Codes) -> Array:
+    def correction(self, form: Coded) -> Array:
         if self.careful:
             return _steady(self.w, form, self.folds.moments, self.squares)
         return _correction(self.w, self.statistics.mean_x, self.statistics.mean_y, form)
 
 
-def unchanged(form: Codes) -> np.ndarray | None:
+def unchanged(form: Coded) -> np.ndarray | None:
     """The factor that leaves a form of groups as it is, see `Sums.tried`."""
-    if form.scale is None and form.levels is None:
+    if not has_scale(form):
         return None
-    return np.ones((len(form.codes), (form.scale if form.levels is None else form.levels).shape[2]), np.float32)
+    arrays = tables(form)
+    own = arrays["levels" if "levels" in arrays else "scale"]
+    return np.ones((len(codes_of(form)), own.shape[2]), np.float32)
 
 
 _steady = jax.jit(jax.vmap(shrinkage.steady))
@@ -167,9 +169,9 @@ def _prepared(method: Rounding, w: Array, statistics: Statistics) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _tried(
-    method: Rounding, w: Array, statistics: Statistics, prepared: Any, form: Codes, factor: Any, key: Array | None
-) -> tuple[Codes, Array]:
-    def one(w: Array, statistics: Statistics, prepared: Any, form: Codes, factor: Any) -> tuple[Codes, Array]:
+    method: Rounding, w: Array, statistics: Statistics, prepared: Any, form: Coded, factor: Any, key: Array | None
+) -> tuple[Coded, Array]:
+    def one(w: Array, statistics: Statistics, prepared: Any, form: Coded, factor: Any) -> tuple[Coded, Array]:
         if factor is not None:
             form = with_data(alive(jnp.diagonal(statistics.gram)), scaled(form, factor), form)
         chosen = method.solve(prepared, form, key)
@@ -180,9 +182,9 @@ def _tried(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sketched(
-    method: Rounding, w: Array, statistics: Statistics, directions: Array, rest: Array, form: Codes, factors: Array
+    method: Rounding, w: Array, statistics: Statistics, directions: Array, rest: Array, form: Coded, factors: Array
 ) -> Array:
-    def one(w: Array, statistics: Statistics, directions: Array, rest: Array, form: Codes) -> Array:
+    def one(w: Array, statistics: Statistics, directions: Array, rest: Array, form: Coded) -> Array:
         wide, prepared = w.astype(rest.dtype), method.prepare(w, statistics)
         slope = 0 if statistics.drift is None else 2 * dot(statistics.drift, wide)
 
@@ -196,6 +198,6 @@ def _sketched(
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _judged(w: Array, folds: Folds, form: Codes, fold: Array, centred: bool) -> Array:
+def _judged(w: Array, folds: Folds, form: Coded, fold: Array, centred: bool) -> Array:
     one = functools.partial(shrinkage.judged, fold=fold, centred=centred)
     return jnp.stack(jax.vmap(one)(w, folds, form))

@@ -50,7 +50,7 @@ def test_no_path_is_better(bits, memory, length):
     v, g = (RNG.normal(size=(length, 5)).astype(np.float32) for _ in range(2))
     overlaps = RNG.integers(0, 1 << (memory - bits), 5)
     free = np.asarray(best_paths(*map(jnp.asarray, (v, g, table)), None, bits))
-    bound = np.asarray(best_paths(*map(jnp.asarray, (v, g, table, overlaps)), bits))
+    bound = np.asarray(best_paths(*map(jnp.asarray, (v, g, table, [overlaps] * 2)), bits))
     wide = [a.astype(np.float64) for a in (v, g, table)]
     for i in range(5):
         for states, overlap in ((free[:, i], None), (bound[:, i], int(overlaps[i]))):

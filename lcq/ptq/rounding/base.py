@@ -31,10 +31,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcq.forms import Codes
+from lcq.forms import Trellis
 from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import wider
 from lcq.forms.registry import Registry
+from lcq.ptq.rounding.coded import Coded
 from lcq.ptq.rounding.sequential import alive, by_norm, dot
 from lcq.ptq.statistics import Statistics, column_sums
 
@@ -77,7 +78,7 @@ class Rounding(abc.ABC):
                 given.append(f"{field.name}={value if isinstance(value, Rounding) else repr(value)}")
         return f"{type(self).__name__}({', '.join(given)})"
 
-    def codes(self, w: Float[Array, "N n"], statistics: Statistics, form: Codes, key: Array | None = None) -> Codes:
+    def codes(self, w: Float[Array, "N n"], statistics: Statistics, form: Coded, key: Array | None = None) -> Coded:
         """Chooses codes for the codebook of a form.
 
         Args:
@@ -103,7 +104,8 @@ class Rounding(abc.ABC):
             Array([[0.],
                    [1.]], dtype=float32)
         """
-        chosen, damping = solved(self, w, statistics, form, key)
+        method = self.on_paths() if isinstance(form, Trellis) else self
+        chosen, damping = solved(method, w, statistics, form, key)
         if damping is not None and not isinstance(damping, jax.core.Tracer) and not jnp.isfinite(damping):
             raise ValueError(
                 f"expected H + delta I with a root, got none with {self}: "
@@ -116,8 +118,24 @@ class Rounding(abc.ABC):
         """What does not depend on the codebook, computed once for many."""
 
     @abc.abstractmethod
-    def solve(self, prepared: Any, form: Codes, key: Array | None = None) -> Codes:
-        """`codes`, from what `prepare` gave."""
+    def solve(self, prepared: Any, form: Any, key: Array | None = None) -> Any:
+        """`codes`, from what `prepare` gave; of methods that `on_paths` gives, of paths too."""
+
+    def on_paths(self) -> "Rounding":
+        """The method that stands for this one where codes are steps of paths, as those of a `Trellis`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(
+            f"expected a method that rounds a trellis, got {self}, which takes one weight after another; "
+            "pass 'descent', 'qronos', 'gptq', 'block_ldl' or 'rtn'"
+        )
+
+    def fits(self, form: Any) -> bool:
+        """Whether it fits the scales of a form, so that none are searched."""
+        del form
+        return False
 
     def random_key(self, number: int) -> Array | None:
         """The random key for product `number` of a net; None for methods that draw nothing."""
@@ -138,14 +156,14 @@ ROUNDING_METHODS: Registry[Callable[..., Rounding]] = Registry(
 
 @functools.partial(jax.jit, static_argnums=0)
 def solved(
-    method: Rounding, w: Array, statistics: Statistics, form: Codes, key: Array | None
-) -> tuple[Codes, Array | None]:
-    """Codes, and the damping that they took."""
+    method: Rounding, w: Array, statistics: Statistics, form: Coded, key: Array | None
+) -> tuple[Coded, Array | None]:
+    """Coded, and the damping that they took."""
     prepared = method.prepare(w, statistics)
     return method.solve(prepared, form, key), method.damped(prepared)
 
 
-def residual(w: Float[Array, "N n"], statistics: Statistics, form: Codes) -> Float[Array, "n"]:
+def residual(w: Float[Array, "N n"], statistics: Statistics, form: Coded) -> Float[Array, "n"]:
     """||X w - Y q||^2 = w'Kw + 2 e'Dw + e'He per neuron, e = w - q, without X and Y.
 
     Where K is None its term is left out: it is 0 if X is Y, and else the same for every q, so that differences between
@@ -155,7 +173,7 @@ def residual(w: Float[Array, "N n"], statistics: Statistics, form: Codes) -> Flo
 
 
 def correction(
-    w: Float[Array, "N n"], mean_x: Float[Array, "N"], mean_y: Float[Array, "N"], form: Codes
+    w: Float[Array, "N n"], mean_x: Float[Array, "N"], mean_y: Float[Array, "N"], form: Coded
 ) -> Float[Array, "n"]:
     """What to add to the bias when statistics are centred: mean(X) w - mean(Y) q per neuron."""
     w = w.astype(mean_y.dtype)
@@ -166,13 +184,13 @@ def wide(w: Array, statistics: Statistics) -> Array:
     return w.astype(wider(compute_dtype(w.dtype), statistics.gram.dtype))
 
 
-def _measure(w: Array, statistics: Statistics) -> Callable[[Codes], Array]:
+def _measure(w: Array, statistics: Statistics) -> Callable[[Coded], Array]:
     """`residual` as a function of the form, the products with w made once."""
     w, drift, difference = wide(w, statistics), statistics.drift, statistics.difference
     fixed = 0 if difference is None else column_sums(w * dot(difference, w))
     slope = None if drift is None else 2 * dot(drift, w)
 
-    def measure(form: Codes) -> Array:
+    def measure(form: Coded) -> Array:
         errors = w - form.dense().astype(w.dtype)
         moved = dot(statistics.gram, errors)
         return fixed + column_sums(errors * (moved if slope is None else moved + slope))

@@ -14,8 +14,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from lcq.forms import Codes
+from lcq.forms import Codes, Trellis
 from lcq.forms.blocks import compute_dtype
+from lcq.ptq.rounding.coded import Coded, has_scale, tables
 from lcq.schemes.kmeans.lloyd import assign
 from lcq.schemes.levels import code_dtype, is_grid, nearest, thresholds
 from lcq.schemes.scales import as_scale
@@ -24,9 +25,9 @@ _COMPARE = 32
 """Integer grids with more levels are rounded instead of compared with thresholds, as in `Levels`."""
 
 
-def block_count(form: Codes) -> int:
+def block_count(form: Coded) -> int:
     """B, the number of blocks along the inputs."""
-    return next((a.shape[0] for a in (form.scale, form.levels, form.zero) if a is not None), 1)
+    return next((a.shape[0] for a in tables(form).values()), 1)
 
 
 def row_block(form: Codes, block: int | Int[Array, ""]) -> Codes:
@@ -92,7 +93,7 @@ def choose_all(w: Float[Array, "N n"], form: Codes) -> UInt[Array, "N n"]:
     return jax.lax.map(lambda b: choose(parts[b], row_block(form, b)), jnp.arange(blocks)).reshape(w.shape)
 
 
-def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) -> Codes:
+def scaled(form: Coded, factor: float | Float[Array, ""] | Float[Array, "n"]) -> Coded:
     """The form with its scale times a factor, in the format that it has; learned levels are scaled themselves.
 
     Args:
@@ -102,7 +103,7 @@ def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
     Raises:
         ValueError: a fixed table without a scale, which cannot change.
     """
-    if form.scale is None and form.levels is None:
+    if not has_scale(form):
         raise ValueError("expected a form with a scale or with learned levels, got a fixed table: pass scale=True")
     factor = jnp.asarray(factor)
 
@@ -113,6 +114,8 @@ def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
     def spread(a: Array) -> Array:
         return jnp.broadcast_to(a, (a.shape[0], max(a.shape[1], factor.size), *a.shape[2:]))
 
+    if isinstance(form, Trellis):
+        return dataclasses.replace(form, scale=times(spread(form.scale)))
     form = dataclasses.replace(
         form,
         levels=None if form.levels is None else spread(form.levels),
@@ -125,7 +128,7 @@ def scaled(form: Codes, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
     return dataclasses.replace(form, levels=jnp.moveaxis(times(levels), 0, -1))
 
 
-def with_data(lives: Bool[Array, "N"], found: Codes, given: Codes) -> Codes:
+def with_data(lives: Bool[Array, "N"], found: Coded, given: Coded) -> Coded:
     """`found` with the scales and levels of `given` in blocks of inputs without data."""
     blocks = block_count(given)
     known = lives.reshape(blocks, -1).any(1)
@@ -136,7 +139,10 @@ def with_data(lives: Bool[Array, "N"], found: Codes, given: Codes) -> Codes:
         here = known if len(new) == blocks else known.any(keepdims=True)
         return jnp.where(here.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-    return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=one(found.scale, given.scale))
+    scale = one(found.scale, given.scale)
+    if isinstance(found, Trellis) or isinstance(given, Trellis):
+        return dataclasses.replace(found, scale=scale)
+    return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=scale)
 
 
 def spaced(form: Codes, threshold: float) -> Codes:

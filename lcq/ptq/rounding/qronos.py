@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lcq.ptq.rounding.base import ROUNDING_METHODS, ordered
-from lcq.ptq.rounding.gptq import Damped, damped_root, triangular
+from lcq.ptq.rounding.block_ldl import BlockLDL
+from lcq.ptq.rounding.damped import Damped, damped_root, triangular
 from lcq.ptq.rounding.sequential import Recursion, dot
 from lcq.ptq.statistics import Statistics
 
@@ -51,3 +52,6 @@ class Qronos(Damped):
         rest = triangular(root, triangular(root, pull[1:], lower=True, trans=1), lower=True)
         target = w.at[1:].add(jnp.where(found[:, None], rest, 0))
         return Recursion(order, target.at[0].add(inverse[0] * pull[0]), target, feedback, inverse, damping)
+
+    def on_paths(self) -> BlockLDL:
+        return BlockLDL(**self.settings).on_paths()

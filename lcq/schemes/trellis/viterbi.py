@@ -18,6 +18,7 @@ arXiv 2406.11235, algorithm 4.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -35,8 +36,9 @@ def best_paths(
     v: Float[Array, "t p"],
     g: Float[Array, "t p"],
     table: Float[Array, " s"],
-    overlap: Int[Array, " p"] | None,
+    ends: Int[Array, "2 p"] | None,
     bits: int,
+    skip: Int[Array, ""] | None = None,
 ) -> UInt16[Array, "t p"]:
     """The states of the best path for each column.
 
@@ -44,15 +46,18 @@ def best_paths(
         v: numbers, each times the root of its importance.
         g: their scales, likewise.
         table: the value of each state, 2^L of them.
-        overlap: the L - k bits that a path begins after and has to end with, as one that bites its tail; None for a
-            path that is free at both ends.
+        ends: the L - k bits that a path begins after, and those that it has to end with: of one that bites its tail the
+            same; negative where it is free. None for paths that are free at both ends.
         bits: of a code, k, at most L.
+        skip: how many numbers come before the path, whose states have no meaning; for paths with ends.
     """
-    given = (v, g, table) if overlap is None else (v, g, table, overlap)
+    given = (v, g, table) if ends is None else (v, g, table, ends, jnp.int32(0) if skip is None else skip)
     return sequential_vmap(functools.partial(_in_chunks, bits=bits))(*given)
 
 
-def _in_chunks(v: Array, g: Array, table: Array, *overlap: Array, bits: int) -> Array:
+def _in_chunks(
+    v: Array, g: Array, table: Array, ends: Array | None = None, skip: Array | None = None, *, bits: int
+) -> Array:
     """`best_paths`, so many at a time as there is memory for; mapped over leaves, these one after another."""
     length, count = v.shape
     lanes = max(_MEMORY // (length * (table.shape[0] >> bits)), 1)
@@ -63,12 +68,12 @@ def _in_chunks(v: Array, g: Array, table: Array, *overlap: Array, bits: int) -> 
         filled = jnp.pad(a, ((0, 0), (0, chunks * lanes - count)))
         return jnp.moveaxis(filled.reshape(-1, chunks, lanes), 1, 0)
 
-    parts = (chunked(v), chunked(g), *(chunked(a[None])[:, 0] for a in overlap))
-    states = lax.map(lambda part: _side_by_side(*part, table=table, bits=bits), parts)
+    parts = (chunked(v), chunked(g), *(() if ends is None else (chunked(ends),)))
+    states = lax.map(lambda part: _side_by_side(*part, table=table, bits=bits, skip=skip), parts)
     return jnp.moveaxis(states, 0, 1).reshape(length, chunks * lanes)[:, :count]
 
 
-def _side_by_side(v: Array, g: Array, overlap: Array | None = None, *, table: Array, bits: int) -> Array:
+def _side_by_side(v: Array, g: Array, ends: Array | None = None, *, table: Array, bits: int, skip: Any = None) -> Array:
     """`best_paths` of a few columns."""
     rest = (table.shape[0].bit_length() - 1) - bits  # L - k, the bits of q
     upper = min(bits, rest)  # of q / 2^k, those that are of j
@@ -76,8 +81,9 @@ def _side_by_side(v: Array, g: Array, overlap: Array | None = None, *, table: Ar
     values = table.reshape(1 << upper, 1 << (bits - upper), 1 << lower, -1, 1)
     lanes = v.shape[1]
 
-    def step(least: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
-        v, g = row
+    def step(least: Array, row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        v, g, number = row
+        least = least if skip is None else jnp.where(number == skip, start, least)
         before = least.reshape(1 << upper, 1 << lower, 1, lanes)
         best = before[0] + (v - g * values[0, 0]) ** 2
         where = jnp.zeros(best.shape, jnp.int32)
@@ -89,15 +95,16 @@ def _side_by_side(v: Array, g: Array, overlap: Array | None = None, *, table: Ar
         return best.reshape(-1, lanes), where.astype(jnp.uint8).reshape(-1, lanes)
 
     start = jnp.zeros((1 << rest, lanes), v.dtype)
-    if overlap is not None:
-        start = jnp.where(jnp.arange(1 << rest)[:, None] == overlap, start, jnp.inf)
-    least, chosen = lax.scan(step, start, (v, g))
+    if ends is not None:
+        start = jnp.where((ends[0] < 0) | (jnp.arange(1 << rest)[:, None] == ends[0]), start, jnp.inf)
+    least, chosen = lax.scan(step, start, (v, g, jnp.arange(len(v))))
 
     def back(q: Array, chosen: Array) -> tuple[Array, Array]:
         state = jnp.take_along_axis(chosen, q[None], 0)[0].astype(jnp.int32) << rest | q
         return state >> bits, state.astype(jnp.uint16)
 
-    last = jnp.argmin(least, 0).astype(jnp.int32) if overlap is None else overlap
+    last = jnp.argmin(least, 0).astype(jnp.int32)
+    last = last if ends is None else jnp.where(ends[1] < 0, last, ends[1])
     return lax.scan(back, last, chosen, reverse=True)[1]
 
 
@@ -113,7 +120,12 @@ def tail_biting(
     where neither of its ends matters."""
     half = v.shape[0] // 2
     free = best_paths(jnp.roll(v, half, 0), jnp.roll(g, half, 0), table, None, bits)
-    return best_paths(v, g, table, overlap_of(free[: half or 1], table, bits), bits)
+    return best_paths(v, g, table, closed(overlap_of(free[: half or 1], table, bits)), bits)
+
+
+def closed(overlap: Int[Array, " p"]) -> Int[Array, "2 p"]:
+    """The ends of paths that bite their tails."""
+    return jnp.stack([overlap, overlap])
 
 
 def better_paths(
@@ -124,6 +136,6 @@ def better_paths(
     half = states.shape[0] // 2
     for turn in (half, 0) if half else (0,):
         turned = [jnp.roll(a, turn, 0) for a in (states, v, g)]
-        found = best_paths(turned[1], turned[2], table, overlap_of(turned[0], table, bits), bits)
+        found = best_paths(turned[1], turned[2], table, closed(overlap_of(turned[0], table, bits)), bits)
         states = jnp.roll(found, -turn, 0)
     return states
