@@ -3,6 +3,7 @@
     LCQ_DATA=folder python -m benchmarks.experiments.lenet300    every recipe, 3 seeds: results/lenet300_*, artifacts/
     ... lc_k2 lc_ternary      some recipes
     ... idc_k4 --seeds 0      one seed: the points of the rate-distortion picture
+    ... --state folder        goes on where a run that was killed had begun its last L step
     ... --plot                results/lenet300.png and lenet300_rates.png again
     ... --tune                schedules judged on 5,000 held-back training images
 
@@ -14,8 +15,10 @@ recipe and seed, after training; curves are of the training set.
 import argparse
 import dataclasses
 import functools
+import json
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -192,8 +195,10 @@ def optimizer_of(recipe: Recipe, per_epoch: int) -> optax.GradientTransformation
     return lcq.lc(inner, rules, mu=mu, every=(first, rest), learning_rate=rate, coupling=recipe.coupling)
 
 
-def train(recipe: Recipe, params: Any, x: Any, y: Any, seed: int) -> tuple[Any, list[dict[str, float]], Any]:
-    """Forms, the training curve (one point an L step), and the last metrics."""
+def train(
+    recipe: Recipe, params: Any, x: Any, y: Any, seed: int, saved: Path | None = None
+) -> tuple[Any, list[dict[str, float]], Any]:
+    """Forms, the training curve (one point an L step), and the last metrics; `saved` is what a run is kept in."""
     rules = recipe.rules
     if recipe.method in ("dc", "none"):
         return (lcq.compress(params, rules) if recipe.method == "dc" else params), [], {}
@@ -216,8 +221,10 @@ def train(recipe: Recipe, params: Any, x: Any, y: Any, seed: int) -> tuple[Any, 
     if recipe.method == "ste":
         params = lcq.decompress(lcq.compress(params, rules))
     compress = jax.jit(lambda p: lcq.compress(p, rules))
-    curve = []
-    for n in range(recipe.all_epochs):
+    begin, curve = 0, []
+    if saved is not None and saved.exists():
+        (params, state), begin, curve = resumed(saved, (params, state))
+    for n in range(begin, recipe.all_epochs):
         params, state = epoch(params, state, jax.random.fold_in(jax.random.key(seed), n))
         l_step, within = divmod(n + 1 - recipe.epochs[0], recipe.epochs[1])
         if l_step >= 0 and within == 0:
@@ -225,7 +232,26 @@ def train(recipe: Recipe, params: Any, x: Any, y: Any, seed: int) -> tuple[Any, 
             numbers = judge(lcq.decompress(forms), x, y)
             curve.append({"epoch": n + 1, **dict(zip(("train_loss", "train_error"), map(float, numbers), strict=True))})
             curve[-1]["gap"] = gap(params, forms)
+            if saved is not None:
+                keep(saved, (params, state), n + 1, curve)
     return forms, curve, lcq.metrics(state) if recipe.method == "lc" else {}
+
+
+def keep(saved: Path, state: Any, done: int, curve: list[dict[str, float]]) -> None:
+    """Writes a run after so many epochs; the file appears whole or not at all."""
+    arrays = {str(i): np.asarray(a).view(np.uint8) for i, a in enumerate(map(jnp.atleast_1d, jax.tree.leaves(state)))}
+    with saved.with_suffix(".part").open("wb") as file:
+        np.savez(file, **arrays, said=json.dumps([done, curve]))
+    saved.with_suffix(".part").replace(saved)
+
+
+def resumed(saved: Path, like: Any) -> tuple[Any, int, list[dict[str, float]]]:
+    """What `keep` wrote of a run, as `like` is."""
+    leaves, structure = jax.tree.flatten(like)
+    with np.load(saved) as found:
+        arrays = [found[str(i)].view(a.dtype).reshape(a.shape) for i, a in enumerate(map(jnp.asarray, leaves))]
+        done, curve = json.loads(str(found["said"]))
+    return jax.tree.unflatten(structure, map(jnp.asarray, arrays)), done, curve
 
 
 def gap(params: Any, forms: Any) -> float:
@@ -234,12 +260,13 @@ def gap(params: Any, forms: Any) -> float:
     return float(sum(jnp.sum((w - d) ** 2) for w, d in pairs) / sum(jnp.sum(w**2) for w, _ in pairs))
 
 
-def run(name: str, recipe: Recipe, seeds: Any, sets: Any) -> dict[str, Any]:
+def run(name: str, recipe: Recipe, seeds: Any, sets: Any, folder: Path | None = None) -> dict[str, Any]:
     params, x, y, x_test, y_test = sets
     rows = []
     for seed in seeds:
         start = time.time()
-        forms, curve, info = train(recipe, params, x, y, seed)
+        saved = None if folder is None else folder / f"lenet300_{name}_{seed}.npz"
+        forms, curve, info = train(recipe, params, x, y, seed, saved)
         path = ARTIFACTS / f"lenet300_{name}_{seed}.lcq"
         size = lcq.save(path, forms)
         dense = lcq.decompress(lcq.load(path))
@@ -283,6 +310,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--plot", action="store_true", help="only draw results/lenet300.png and lenet300_rates.png")
+    parser.add_argument("--state", type=Path, help="a folder in which runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     if args.plot:
@@ -296,7 +324,7 @@ def main() -> None:
             record("lenet300_tuning", [*others, tune(name, CANDIDATES[name], sets)], seeds=[0])
         return
     for name in args.recipes or RECIPES:
-        record(f"lenet300_{name}", [run(name, RECIPES[name], args.seeds, sets)], seeds=args.seeds)
+        record(f"lenet300_{name}", [run(name, RECIPES[name], args.seeds, sets, args.state)], seeds=args.seeds)
     plot()
     plot_rates()
 

@@ -123,20 +123,20 @@ def paths_along(shape: tuple[int, ...], products: Sequence[Product], length: int
     """The axes of a leaf along which the paths of its products run, in pieces of a length.
 
     Raises:
-        ValueError: paths of products that run along no axes of the leaf, or do not take all of it.
+        ValueError: paths of products that run along no axes of the leaf.
     """
-    found, first = np.full(math.prod(shape), -1, np.int64), 0
+    found, first = np.zeros(math.prod(shape), np.int64), 0
     for product in products:
         places = product.places(shape)
         groups, many, neurons = places.shape
         paths = first + np.arange(groups * neurons).reshape(groups, 1, neurons)
         found[places] = paths * many + np.arange(many)[:, None]
         first += groups * neurons
-    along = path_axes(found.reshape(shape), products[0].shape[2], length) if found.min() >= 0 else None
+    along = path_axes(found.reshape(shape), products[0].shape[2], length)
     if along is None:
         raise ValueError(
-            f"{products[0].path}: expected products that take the whole leaf {list(shape)}, their inputs along axes of "
-            "it, for paths along these, got others; split the leaf, or take a scheme without paths, such as Uniform"
+            f"{products[0].path}: expected products whose inputs lie along axes of the leaf {list(shape)}, for paths "
+            "along these, got others; split the leaf, or take a scheme without paths, such as Uniform"
         )
     return along
 
