@@ -2,11 +2,13 @@
 
     LCQ_DATA=folder python -m benchmarks.experiments.gpfq_transformers    both nets: results/gpfq_{stories,minilm}.json
     ... stories --methods gptq gpfq --bits 3                     some rows again
+    ... stories --methods descent --per trellis --bits 2 3 4     on a trellis
     ... minilm --minilm folder                                   model.safetensors and tokenizer.json from there
     ... --tune                                                   calibration sizes, judged on held-back data
 
 Every weight of a dense layer is quantized, with a scale per output ("channel") or per output and group of 32 inputs
-("groups"; 43 where 172 inputs do not divide by 32). Embeddings, norms and biases stay float32. No labels are used.
+("groups"; 43 where 172 inputs do not divide by 32), or on a trellis of 12 bits with a bfloat16 scale per output
+("trellis"). Embeddings, norms and biases stay float32. No labels are used.
 
 stories: calibration on 112 windows of tinystories_sample.txt, BOS and 255 tokens from a paragraph's start, so that
 every row of X is a token. The 100 evaluation stories lie in that text too: they are cut out of it first. Held back: 32
@@ -46,6 +48,7 @@ from lcq.examples import transformers
 
 LCQ_METHODS = ("nearest", "gptq", "gpfq", "qronos", "descent")
 PEERS = ("qwix", "qwix_gptq")
+PER, MEMORY = ("channel", "groups"), 12
 STORY_TOKENS, WINDOWS_HELD_BACK, FIRST_BYTE = 256, 32, 3
 NEWLINE = FIRST_BYTE + ord("\n")
 SENTENCE_TOKENS, PAIRS_HELD_BACK = 16, 1500
@@ -80,9 +83,14 @@ class Net(NamedTuple):
         return np.split(chosen, max(1, len(chosen) // 16))
 
     def rules(self, bits: int, per: str) -> list[lcq.Rule]:
+        def scheme(group: int) -> Any:
+            if per == "trellis":
+                return lcq.Trellis(bits, memory=MEMORY, per="channel", scale_dtype="bfloat16")
+            return lcq.Uniform(bits, per=group if per == "groups" else "channel")
+
         return [
             lcq.Rule("tok_embeddings|embeddings/.*", None),
-            *(lcq.Rule(p, lcq.Uniform(bits, per=g if per == "groups" else "channel")) for p, g in self.weights.items()),
+            *(lcq.Rule(pattern, scheme(group)) for pattern, group in self.weights.items()),
         ]
 
 
@@ -374,6 +382,9 @@ def main() -> None:
     parser.add_argument("nets", nargs="*", default=["stories", "minilm"])
     parser.add_argument("--methods", nargs="+", default=["float", *LCQ_METHODS], help=f"also {', '.join(PEERS)}")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument(
+        "--per", nargs="+", default=PER, help="also trellis, which gptq, qronos and descent round alike"
+    )
     parser.add_argument("--minilm", help="folder of model.safetensors, config.json and tokenizer.json")
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
@@ -381,7 +392,7 @@ def main() -> None:
         net = load_stories() if name == "stories" else load_minilm(args.minilm)
         file = f"gpfq_{name}_tuning" if args.tune else f"gpfq_{name}"
         for method in args.methods:
-            settings = [(bits, per) for bits in args.bits for per in ("channel", "groups")]
+            settings = [(bits, per) for bits in args.bits for per in args.per]
             if method == "float":
                 settings = [(32, "")]
             elif method == "qwix_gptq":
