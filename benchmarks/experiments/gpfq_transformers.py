@@ -326,9 +326,14 @@ def by_qwix(net: Net, bits: int, per: str, size: int, gptq: bool) -> tuple[Any, 
     return jax.tree_util.tree_map_with_path(quantize, net.params, taps), stored_bits / count
 
 
-def by_lcq(net: Net, bits: int, per: str, size: int, method: str) -> Any:
+def by_lcq(net: Net, bits: int, per: str, size: int, method: str, resume: Path | None = None) -> Any:
     return lcq.quantize(
-        net.fn, net.params, net.batches(size), net.rules(bits, per), "rtn" if method == "nearest" else method
+        net.fn,
+        net.params,
+        net.batches(size),
+        net.rules(bits, per),
+        "rtn" if method == "nearest" else method,
+        resume=resume,
     ).forms
 
 
@@ -351,10 +356,20 @@ def put_back(params: Any, tree: Any) -> Any:
     }
 
 
-def run(name: str, net: Net, method: str, bits: int, per: str, size: int | None = None, tune: bool = False) -> Any:
+def run(
+    name: str,
+    net: Net,
+    method: str,
+    bits: int,
+    per: str,
+    size: int | None = None,
+    tune: bool = False,
+    resume: Path | None = None,
+) -> Any:
     """One row: how a method does on the evaluation data, or on held-back data.
 
-    Files are of everything for stories, and of what changed for MiniLM, one method's only: they are large.
+    Files are of everything for stories, and of what changed for MiniLM, one method's only: they are large. A run that
+    goes on from a folder does not say how long it took.
     """
     size = size or net.size
     start, row = time.time(), {"method": method, "bits": bits, "per": per, "calibration": size}
@@ -363,10 +378,11 @@ def run(name: str, net: Net, method: str, bits: int, per: str, size: int | None 
     elif method in PEERS:
         params, cost = by_qwix(net, bits, per, size, method == "qwix_gptq")
     else:
-        forms = by_lcq(net, bits, per, size, method)
+        folder = None if resume is None else resume / f"{name}_{method}_{bits}_{per}_{size}"
+        forms = by_lcq(net, bits, per, size, method, folder)
         params, cost = lcq.decompress(forms), bits_per_weight(forms)
     jax.block_until_ready(params)
-    row |= {"bits_per_weight": round(cost, 3), "seconds": round(time.time() - start, 1)}
+    row |= {"bits_per_weight": round(cost, 3), "seconds": None if resume else round(time.time() - start, 1)}
     if not tune and method in LCQ_METHODS and (name == "stories" or (method, per) == ("descent", "groups")):
         kept = forms if name == "stories" else changed(forms, net.params)
         path = ARTIFACTS / f"gpfq_{name}_{method}_{bits}_{per}.lcq"
@@ -386,6 +402,7 @@ def main() -> None:
         "--per", nargs="+", default=PER, help="also trellis, which gptq, qronos and descent round alike"
     )
     parser.add_argument("--minilm", help="folder of model.safetensors, config.json and tokenizer.json")
+    parser.add_argument("--resume", type=Path, help="a folder from which runs that were killed go on")
     parser.add_argument("--tune", action="store_true")
     args = parser.parse_args()
     for name in args.nets:
@@ -399,7 +416,7 @@ def main() -> None:
                 settings = [(bits, per) for bits, per in settings if bits == 4]
             for bits, per in settings:
                 for size in SIZES[name] if args.tune else [net.size]:
-                    row = run(name, net, method, bits, per, size, args.tune)
+                    row = run(name, net, method, bits, per, size, args.tune, args.resume)
                     keys = ("method", "bits", "per", "calibration")
                     others = [old for old in stored(file) if any(old[key] != row[key] for key in keys)]
                     record(file, [*others, row], seeds=[0])
