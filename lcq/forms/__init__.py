@@ -2,6 +2,7 @@
 
 from lcq.forms.base import FORMS, Form, is_form, leafwise, own, register_form, static
 from lcq.forms.cast import Cast
+from lcq.forms.coded_trellis import CodedTrellis
 from lcq.forms.codes import Codes
 from lcq.forms.columns import Columns
 from lcq.forms.ell import Ell
@@ -17,6 +18,7 @@ from lcq.forms.trellis_columns import TrellisColumns
 __all__ = [
     "FORMS",
     "Cast",
+    "CodedTrellis",
     "Codes",
     "Columns",
     "Ell",

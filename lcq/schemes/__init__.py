@@ -3,6 +3,7 @@
 from lcq.schemes.additive import Additive
 from lcq.schemes.base import SCHEMES, Quantizer, Scheme
 from lcq.schemes.cast import Cast
+from lcq.schemes.coded_trellis import CodedTrellis
 from lcq.schemes.kmeans import KMeans
 from lcq.schemes.levels import Binary, Levels, PowersOfTwo, Ternary
 from lcq.schemes.lowrank import LowRank
@@ -16,6 +17,7 @@ __all__ = [
     "Additive",
     "Binary",
     "Cast",
+    "CodedTrellis",
     "KMeans",
     "L0Penalty",
     "L1Ball",

@@ -30,6 +30,7 @@ SCHEMES = {
     "pruned codes": lcq.Prune(count=9, values=lcq.KMeans(2)),
     "LowRank": lcq.LowRank(2),
     "full rank": lcq.LowRank(6),
+    "CodedTrellis": lcq.CodedTrellis(0.05, memory=3),
     "Trellis": lcq.Trellis(2, memory=5, per="channel"),
     "Additive": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
 }
@@ -68,7 +69,15 @@ def test_forms_of_both_layouts(scheme):
 
 
 @pytest.mark.parametrize(
-    "scheme", [lcq.Uniform(4, per=4), lcq.KMeans(2), lcq.Prune(count=3), lcq.Trellis(2, memory=5)], ids=repr
+    "scheme",
+    [
+        lcq.Uniform(4, per=4),
+        lcq.KMeans(2),
+        lcq.Prune(count=3),
+        lcq.Trellis(2, memory=5),
+        lcq.CodedTrellis(0.05, memory=3),
+    ],
+    ids=repr,
 )
 def test_what_is_prepacked(scheme):
     form = scheme.project(W)

@@ -57,6 +57,7 @@ CASES = [
     lcq.L0Penalty(2.0, group=2),
     lcq.LowRank(2),
     lcq.LowRank(penalty=0.005),
+    lcq.CodedTrellis(0.01, memory=3),
     lcq.Trellis(1, memory=4),
     lcq.Trellis(2, memory=5, per="channel", code="gaussian"),
     lcq.Trellis(2, memory=4, code="learned"),
@@ -105,8 +106,10 @@ def coded(scheme, form):
     """The squared distance that entropy-coded codes are worth."""
     if not getattr(scheme, "rate", 0):
         return 0.0
-    number = np.unique(form.codes, return_counts=True)[1]
-    return float(scheme.rate * (number * np.log2(form.codes.size / number)).sum())
+    codes = np.asarray(form.codes).reshape(-1)
+    kinds = [codes[codes % 2 == kind] for kind in (0, 1)] if isinstance(scheme, lcq.CodedTrellis) else [codes]
+    numbers = [np.unique(kind, return_counts=True)[1] for kind in kinds]
+    return float(scheme.rate * sum((number * np.log2(number.sum() / number)).sum() for number in numbers))
 
 
 def distortion(form, x=X, h=1.0):
