@@ -221,6 +221,10 @@ def train(
     if recipe.method == "ste":
         params = lcq.decompress(lcq.compress(params, rules))
     compress = jax.jit(lambda p: lcq.compress(p, rules))
+
+    def formed() -> Any:
+        return lcq.extract(state, params) if recipe.method == "lc" else compress(params)
+
     begin, curve = 0, []
     if saved is not None and saved.exists():
         (params, state), begin, curve = resumed(saved, (params, state))
@@ -228,13 +232,13 @@ def train(
         params, state = epoch(params, state, jax.random.fold_in(jax.random.key(seed), n))
         l_step, within = divmod(n + 1 - recipe.epochs[0], recipe.epochs[1])
         if l_step >= 0 and within == 0:
-            forms = lcq.extract(state, params) if recipe.method == "lc" else compress(params)
+            forms = formed()
             numbers = judge(lcq.decompress(forms), x, y)
             curve.append({"epoch": n + 1, **dict(zip(("train_loss", "train_error"), map(float, numbers), strict=True))})
             curve[-1]["gap"] = gap(params, forms)
             if saved is not None:
                 keep(saved, (params, state), n + 1, curve)
-    return forms, curve, lcq.metrics(state) if recipe.method == "lc" else {}
+    return formed(), curve, lcq.metrics(state) if recipe.method == "lc" else {}
 
 
 def keep(saved: Path, state: Any, done: int, curve: list[dict[str, float]]) -> None:
