@@ -1,5 +1,7 @@
 """`Registry`: what a name in a file, a text or an argument stands for, and how other packages add to it."""
 
+import importlib.metadata
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +18,7 @@ class Registry(Generic[_T]):
     Args:
         kind: what these are, in the plural, for errors.
         remedy: what to do about an unknown name.
+        group: entry points of installed packages that register more; they are loaded when first a name is looked for.
 
     Example:
         >>> SHAPES = Registry("shapes")
@@ -30,9 +33,12 @@ class Registry(Generic[_T]):
         ValueError: expected one of the shapes square, got 'circle'; import the package that registers it
     """
 
-    def __init__(self, kind: str, remedy: str = "import the package that registers it") -> None:
+    def __init__(
+        self, kind: str, remedy: str = "import the package that registers it", group: str | None = None
+    ) -> None:
         self.kind, self.remedy = kind, remedy
         self._known: dict[str, _T] = {}
+        self._group, self._loading = group, threading.RLock()
 
     def register(self, name: str) -> Callable[[_U], _U]:
         """A decorator that gives a name to a class or function, which it returns as it is.
@@ -75,19 +81,27 @@ class Registry(Generic[_T]):
 
     def name_of(self, thing: Any) -> str | None:
         """The name that a thing is registered under; None if it is not."""
-        return next((name for name, known in self._known.items() if known is thing), None)
+        return next((name for name, known in self._all().items() if known is thing), None)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name in self._known
+        return isinstance(name, str) and name in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._all())
 
     def __repr__(self) -> str:
-        return f"Registry({self.kind}: {', '.join(self._known)})"
+        return f"Registry({self.kind}: {', '.join(self._all())})"
+
+    def _all(self) -> dict[str, _T]:
+        """With what the entry points register, which look for names themselves while they are loaded."""
+        with self._loading:
+            group, self._group = self._group, None
+            for point in importlib.metadata.entry_points(group=group) if group else ():
+                point.load()
+        return self._known
 
 
 def _home(thing: Any) -> str:

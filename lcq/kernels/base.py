@@ -47,8 +47,9 @@ class Kernel(abc.ABC):
         """x Delta(form), of real x and at least one row, in any dtype; for stacked forms it is mapped."""
 
 
-KERNELS: Registry[type[Kernel]] = Registry("kernels", "leave kernel= out to have one chosen")
-"""How forms are multiplied, and when a product takes which:
+KERNELS: Registry[type[Kernel]] = Registry("kernels", "leave kernel= out to have one chosen", group="lcq.kernels")
+"""How forms are multiplied, and when a product takes which; installed packages add theirs by entry points of the group
+`lcq.kernels`:
 
 codes        all codes: the best of these for the rows and the platform
 words        at most 2 rows, of equal steps or at most 16 levels, in whatever blocks: to read the weights is most of the

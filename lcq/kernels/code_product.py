@@ -1,9 +1,10 @@
 """Products that read codes: words one by one, Pallas on TPU and GPU, or tiles, whichever is best where it runs."""
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,41 @@ class PallasGPU(_Pallas):
     name = "pallas_gpu"
 
 
+class CompiledKernel(OfCodes):
+    """A kernel of codes for one platform, of which JAX knows only that it can be called, as by `jax.ffi`.
+
+        y = x Delta(form),   in float32
+
+    It is given its rules here: gradients are taken by tiles, and rows that are mapped are more rows. On other
+    platforms, where the compiler shares out the work among devices, and in exported programs, which have to run where
+    it is not installed, the kernel `codes` takes its place.
+
+    Example:
+        >>> import jax.numpy as jnp, lcq
+        >>> @KERNELS.register("plain")
+        ... class Plain(CompiledKernel):
+        ...     def compute(self, x, form):
+        ...         return x @ form.matrix()
+        >>> lcq.kernels.matmul(jnp.ones(3), lcq.KMeans(2).project(jnp.ones((3, 2))), kernel="plain").tolist()
+        [3.0, 3.0]
+        >>> KERNELS.unregister("plain")
+    """
+
+    platform: ClassVar[Literal["cpu", "cuda", "tpu"]] = "cpu"
+
+    @abc.abstractmethod
+    def compute(self, x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]:
+        """x Delta(form), of real x in any dtype, of at least one row."""
+
+    def way(self, form: Any, rows: int) -> str:
+        here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) == self.platform
+        return super().way(form, rows) if here and not is_shared() else CodeProduct().way(form, rows)
+
+    def product(self, x: Array, form: Any) -> Array:
+        name = KERNELS.name_of(type(self))
+        return CodeProduct().product(x, form) if is_shared() else code_product(x, form, name)
+
+
 def by_words(form: Columns) -> bool:
     """Whether a form can be multiplied word by word."""
     return form.levels is None or form.levels.shape[-2] <= SELECT
@@ -137,7 +173,18 @@ def _primitive(names: tuple[str, ...]) -> Any:
     def shape(x: Any, words: Any, *_: Any) -> tuple[tuple[int, int], Any]:
         return (x.shape[0], words.shape[-1]), jnp.float32
 
-    return jaxpr.primitive("code_product", compute, shape, [along_x, *map(along, range(len(names)))], mapped)
+    def exported(x: Array, *arrays: Array, **static: Any) -> Array:
+        kernel = None if _compiled(static["kernel"]) else static["kernel"]
+        return _product(x, form_of(x, arrays, static), kernel)
+
+    slopes = [along_x, *map(along, range(len(names)))]
+    return jaxpr.primitive("code_product", compute, shape, slopes, mapped, exported)
+
+
+def _compiled(kernel: str | None) -> CompiledKernel | None:
+    """The kernel of a name, if it is one that JAX cannot look into."""
+    how = None if kernel is None else KERNELS[kernel]()
+    return how if isinstance(how, CompiledKernel) else None
 
 
 def _product(x: Array, form: Columns, kernel: str | None) -> Array:
@@ -145,6 +192,8 @@ def _product(x: Array, form: Columns, kernel: str | None) -> Array:
     anywhere = how[_anywhere(x, form)]
     if kernel in how:
         return how[kernel](x, form)
+    if (made := _compiled(kernel)) is not None:
+        return jax.lax.platform_dependent(x, form, default=anywhere, **{made.platform: made.compute})
     taken = _is_bits(form) and x.dtype in (jnp.float32, jnp.bfloat16) and jaxpr.is_known(x.shape)
     if kernel is None and not taken:
         return anywhere(x, form)  # what the Pallas kernels do not take

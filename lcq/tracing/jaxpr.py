@@ -49,6 +49,7 @@ def primitive(
     shape: Callable[..., tuple[Sequence[int], DTypeLike]],
     slopes: Sequence[Callable[..., Array] | None],
     mapped: Callable[..., tuple[Array, int]],
+    exported: Callable[..., Array] | None = None,
 ) -> Primitive:
     """A function of arrays as a primitive of its own, whose rules hold wherever it gets to.
 
@@ -61,6 +62,7 @@ def primitive(
         shape: (*arrays) -> its shape and dtype.
         slopes: for each array (tangent, *arrays, **static) -> the change of the result; None for one without.
         mapped: (arrays, their mapped axes or None, **static) -> the result and its mapped axis.
+        exported: what takes the place of `compute` in exported programs.
 
     Returns:
         What `bind(*arrays, **static)` runs.
@@ -68,7 +70,12 @@ def primitive(
     made = core.Primitive(name)
     made.def_impl(lambda *arrays, **static: _compiled(compute, tuple(static.items()))(*arrays))
     made.def_abstract_eval(lambda *arrays, **_: jax.core.ShapedArray(*shape(*arrays)))
-    mlir.register_lowering(made, mlir.lower_fun(compute, multiple_results=False))
+
+    def lower(context: Any, *arrays: Any, **static: Any) -> Any:
+        portable = exported is not None and context.module_context.lowering_parameters.for_export
+        return mlir.lower_fun(exported if portable else compute, multiple_results=False)(context, *arrays, **static)
+
+    mlir.register_lowering(made, lower)
     ad.defjvp(made, *slopes)
     batching.primitive_batchers[made] = mapped
     return made
