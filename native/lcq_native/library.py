@@ -9,7 +9,7 @@ import jax
 _LIBRARY = ctypes.cdll.LoadLibrary(str(next(Path(__file__).parent.glob("lcq_native.*"))))
 _LIBRARY.lcq_best.restype = ctypes.c_char_p
 
-for _name in ("lcq_book",):
+for _name in ("lcq_book", "lcq_even"):
     jax.ffi.register_ffi_target(_name, jax.ffi.pycapsule(getattr(_LIBRARY, _name)), platform="cpu")
 
 

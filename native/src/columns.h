@@ -9,7 +9,10 @@
 
 namespace {
 
-constexpr int64_t kColumns = Vector::kFloats;
+using lcq::Product;
+using V = Vector;
+
+constexpr int64_t kColumns = V::kFloats;
 
 // Memory for a product, with nothing in it. No template of the standard library is used here, nor in what includes it:
 // the linker keeps one copy of each, which may be that compiled for a larger instruction set.
@@ -46,14 +49,22 @@ inline Rows rows_of(const uint32_t* words, int64_t count, int64_t stride, int64_
 }
 
 // y += sums, of as many columns as are left.
-inline void add_to(float* y, Vector::Float sums, int64_t left) {
+inline void add_to(float* y, V::Float sums, int64_t left) {
   if (left >= kColumns) {
-    Vector::store(y, Vector::add(Vector::load(y), sums));
+    V::store(y, V::add(V::load(y), sums));
     return;
   }
   float found[kColumns];
-  Vector::store(found, sums);
+  V::store(found, sums);
   for (int64_t i = 0; i < left; ++i) y[i] += found[i];
+}
+
+// Floats from their four bytes: byte 4 i + e in lane l of the bytes becomes element e in lane l of out[i].
+inline void zip_bytes(const V::Int* bytes, V::Int* out) {
+  const V::Int low01 = V::low8(bytes[0], bytes[1]), high01 = V::high8(bytes[0], bytes[1]);
+  const V::Int low23 = V::low8(bytes[2], bytes[3]), high23 = V::high8(bytes[2], bytes[3]);
+  out[0] = V::low16(low01, low23), out[1] = V::high16(low01, low23);
+  out[2] = V::low16(high01, high23), out[3] = V::high16(high01, high23);
 }
 
 }  // namespace

@@ -66,10 +66,36 @@ ffi::Error book(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::
   Product p{};
   if (auto error = begin(x, words, y, width, p); error.failure()) return error;
   const auto ls = levels.dimensions();
-  if (ls.size() != 3 || ls[0] != p.blocks || ls[1] > 16 || ls[1] > 1 << width || (ls[2] != 1 && ls[2] != p.columns))
-    return refuse("at most 16 levels [b, K, 1 or n] that codes can name");
   if (width != 2 && width != 4) return refuse("codes of 2 or 4 bits");
+  if (ls.size() != 3 || ls[0] != p.blocks || ls[1] < 1 || ls[1] > 1 << width || (ls[2] != 1 && ls[2] != p.columns))
+    return refuse("levels [b, K, 1 or n], no more than codes can name");
   p.levels = levels.typed_data(), p.levels_count = ls[1], p.across = ls[2];
+  return finish(pool, x.typed_data(), x.dimensions()[1], p, set);
+}
+
+// Numbers of blocks, or none.
+template <typename Array>
+bool fits(const Product& p, const Array& a) {
+  const auto s = a.dimensions();
+  return a.element_count() == 0 || (s.size() == 2 && s[0] == p.blocks && s[1] == p.across);
+}
+
+ffi::Error even(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U32> words, ffi::AnyBuffer step,
+                ffi::Buffer<ffi::F32> first, ffi::AnyBuffer zero, ffi::ResultBuffer<ffi::F32> y, int64_t width,
+                float lowest, std::string_view set) {
+  Product p{};
+  if (auto error = begin(x, words, y, width, p); error.failure()) return error;
+  const auto ss = step.dimensions();
+  if (ss.size() != 2 || ss[0] != p.blocks || (ss[1] != 1 && ss[1] != p.columns)) return refuse("steps [b, 1 or n]");
+  p.across = ss[1], p.lowest = lowest;
+  if (!fits(p, first) || !fits(p, zero)) return refuse("first levels and zeros of the shape of steps, or none");
+  if (step.element_type() == ffi::F32) p.scale = lcq::Scale::kFloat32;
+  else if (step.element_type() == ffi::F16) p.scale = lcq::Scale::kFloat16;
+  else if (step.element_type() == ffi::BF16) p.scale = lcq::Scale::kBfloat16;
+  else return refuse("steps in float32, float16 or bfloat16");
+  if (zero.element_type() != ffi::U8 && zero.element_type() != ffi::F32) return refuse("zeros in uint8 or float32");
+  p.step = step.untyped_data(), p.first = first.element_count() ? first.typed_data() : nullptr;
+  p.zero = zero.element_count() ? zero.untyped_data() : nullptr, p.zero_is_float = zero.element_type() == ffi::F32;
   return finish(pool, x.typed_data(), x.dimensions()[1], p, set);
 }
 
@@ -83,6 +109,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(lcq_book, book,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("width")
+                                  .Attr<std::string_view>("set"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(lcq_even, even,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("width")
+                                  .Attr<float>("lowest")
                                   .Attr<std::string_view>("set"));
 
 extern "C" const char* lcq_best() { return lcq::best(); }

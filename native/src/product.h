@@ -18,13 +18,13 @@ struct Product {
   const float* x;         // [rows, blocks, count * 32 / width], with zeros behind the rows of a block
   const float* total;     // [rows, blocks], the sums of x; for even steps
   const uint32_t* words;  // [blocks, count, columns]
-  const float* levels;    // [blocks, levels_count, across]; null for even steps
+  const float* levels;    // [blocks, levels_count, across]; at most 16; null for even steps
   const void* step;       // [blocks, across]
   const float* first;     // [blocks, across], or null: first = (lowest - zero) step
   const void* zero;       // [blocks, across] uint8, or float32 if `zero_is_float`; null for 0
   float* y;               // [rows, columns]
   int64_t rows, blocks, count, columns, across, levels_count;
-  int width;  // bits of a code: 1, 2, 4, 8 or 16
+  int width;  // bits of a code: 1, 2, 4, 8 or 16; with levels 2 or 4
   Scale scale;
   bool zero_is_float;
   float lowest;
