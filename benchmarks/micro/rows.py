@@ -4,8 +4,9 @@
     ... --cores 1 2 --widths 256 512                    what is measured; each pair in a process of its own
 
 x [m, 4096] by W [4096, 4096] of random codes, prepacked once, measured as in `benchmarks.micro.kernels`: `times` is the
-time of float32's `jnp.dot` over that of another. Of onnxruntime it is MatMulNBits, 4 bits in groups of 32, with
-activations in float32 (accuracy level 0) and in 8 bits (level 4).
+time of float32's `jnp.dot` over that of another. Where the compiled kernels are installed (`pip install ./native`),
+every form that they multiply has a second line, "in XLA", for what is taken without them. Of onnxruntime it is
+MatMulNBits, 4 bits in groups of 32, with activations in float32 (accuracy level 0) and in 8 bits (level 4).
 """
 
 import os
@@ -101,14 +102,17 @@ def rows() -> list[dict[str, Any]]:
 
     forms = {name: form.prepack() for name, form in forms_of().items()}
     w = jnp.asarray(np.random.default_rng(1).normal(size=(SIZE, SIZE)), jnp.float32)
-    dot, door, found = jax.jit(jnp.dot), jax.jit(matmul), []
+    dot, door, found = jax.jit(jnp.dot), jax.jit(matmul, static_argnames="kernel"), []
     for m in (1, 64):
         x = jnp.asarray(np.random.default_rng(2).normal(size=(m, SIZE)), jnp.float32)
         contestants: dict[str, Callable[[], Any]] = {"float32": lambda x=x: dot(x, w)}
-        contestants |= {name: lambda x=x, form=form: door(x, form) for name, form in forms.items()}
+        kernels = {name: way(form, m) for name, form in forms.items()}
+        for name, form in forms.items():
+            contestants[name] = lambda x=x, form=form: door(x, form)
+            if kernels[name] == "native":
+                contestants[f"{name}, in XLA"] = lambda x=x, form=form: door(x, form, kernel="codes")
         contestants |= peers(len(os.sched_getaffinity(0)), x)
         spent = times(contestants, 15 if m == 1 else 7, m == 1)
-        kernels = {name: way(form, m) for name, form in forms.items()}
         facts = {"cold": m == 1, "kernels": kernels, "onnxruntime": onnxruntime.__version__}
         found.append(row("rows", (m, SIZE, SIZE), spent, **facts))
     return found

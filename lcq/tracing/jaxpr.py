@@ -72,8 +72,8 @@ def primitive(
     made.def_abstract_eval(lambda *arrays, **_: jax.core.ShapedArray(*shape(*arrays)))
 
     def lower(context: Any, *arrays: Any, **static: Any) -> Any:
-        portable = exported is not None and context.module_context.lowering_parameters.for_export
-        return mlir.lower_fun(exported if portable else compute, multiple_results=False)(context, *arrays, **static)
+        portable = exported if context.module_context.lowering_parameters.for_export else None
+        return mlir.lower_fun(portable or compute, multiple_results=False)(context, *arrays, **static)
 
     mlir.register_lowering(made, lower)
     ad.defjvp(made, *slopes)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
 from lcq.forms import Columns, Form
 from lcq.kernels import KERNELS, CompiledKernel
-
 from lcq_native.library import instruction_set
 
 LEVELS = 16
