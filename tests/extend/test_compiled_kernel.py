@@ -1,4 +1,4 @@
-"""A kernel of another package that JAX cannot look into: its rules are lcq's; and entry points, by which it is found."""
+"""A kernel of another package that JAX cannot look into: its rules are lcq's, and an entry point is how it is found."""
 
 import importlib.metadata
 
