@@ -1,8 +1,10 @@
 """Learned codebooks: one-dimensional k-means."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from lcq.schemes.kmeans.ecvq import (
 from lcq.schemes.kmeans.exact import best_levels
 from lcq.schemes.kmeans.init import EXACT, explore, summarise
 from lcq.schemes.kmeans.lloyd import Centres, assign, cell_counts, descend, lloyd_pass
+from lcq.schemes.kmeans.short import fit_short, is_short
 
 _COLD = 150
 """Passes over a histogram, or over data that are no longer than one; a fifth of them over many short blocks."""
@@ -50,7 +53,8 @@ class KMeans(Quantizer):
     By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a good local minimum, and x itself if x has at
     most K distinct values. Cold, it starts from the best partition of a histogram's bins (above 64 learned levels from
     density^(1/3) quantiles) and converges on a histogram before it sees the data; warm, from the previous codebook: a
-    few passes over the data, none of which raises the error. Sums of |x| must be finite in float32.
+    few passes over the data, none of which raises the error. On a CPU blocks of at most 64 numbers, without fixed levels,
+    get the best partition of these numbers, cold and warm. Sums of |x| must be finite in float32.
 
     With a `rate` the codes are made to be entropy-coded, at most K of them:
 
@@ -149,6 +153,23 @@ def _coded(forms: Earlier) -> tuple[Codes, ...]:
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
     """Codes of every leaf in blocks, and the levels they share."""
+    if scheme.fixed or scheme.k > EXACT or not is_short(whole):
+        return _fit_by_passes(scheme, whole, warm)
+
+    def at_once(whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
+        return fit_short(whole, scheme.k, warm)
+
+    leaves, importance = whole.leaves, whole.importance
+
+    def on(fit: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda leaves, importance, warm: fit(whole._replace(leaves=leaves, importance=importance), warm)
+
+    passes = functools.partial(_fit_by_passes, scheme)  # no axis of a leaf that lies on several devices is sorted
+    return jax.lax.platform_dependent(leaves, importance, warm, cpu=on(at_once), default=on(passes))
+
+
+def _fit_by_passes(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
+    """The same by Lloyd's algorithm."""
     passes, learned = _WARM, scheme.k - len(scheme.fixed)
     if warm is not None:
         centres = Centres(*_freeze(warm.reshape(*whole.blocks[0].stat, scheme.k), scheme.fixed))
