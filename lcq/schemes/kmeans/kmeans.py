@@ -16,6 +16,7 @@ from lcq.forms.base import Form
 from lcq.forms.blocks import Per, explicit_sharding
 from lcq.schemes.base import SCHEMES, Earlier, Importance, Quantizer, Scalar
 from lcq.schemes.grouped import Cut, cut
+from lcq.schemes.kmeans.columns import by_columns, column_pass, is_large
 from lcq.schemes.kmeans.ecvq import (
     Coded,
     Price,
@@ -43,6 +44,9 @@ _WIDEST = 512
 
 _WARM = 3
 """Passes over the data, at most, before the one that gives the codes; few, because a C step has a warm start."""
+
+_WARM_COLUMNS = 2
+"""The same over columns of many blocks."""
 
 
 @SCHEMES.register("KMeans")
@@ -153,23 +157,36 @@ def _coded(forms: Earlier) -> tuple[Codes, ...]:
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
     """Codes of every leaf in blocks, and the levels they share."""
-    if scheme.fixed or scheme.k > EXACT or not is_short(whole):
-        return _fit_by_passes(scheme, whole, warm)
-
-    def at_once(whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
-        return fit_short(whole, scheme.k, warm)
-
     leaves, importance = whole.leaves, whole.importance
 
     def on(fit: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda leaves, importance, warm: fit(whole._replace(leaves=leaves, importance=importance), warm)
+        return lambda leaves, importance, warm: fit(scheme, whole._replace(leaves=leaves, importance=importance), warm)
 
-    passes = functools.partial(_fit_by_passes, scheme)  # no axis of a leaf that lies on several devices is sorted
-    return jax.lax.platform_dependent(leaves, importance, warm, cpu=on(at_once), default=on(passes))
+    if not scheme.fixed and scheme.k <= EXACT and is_short(whole):
+        fast = on(_fit_short)
+    elif warm is not None and not scheme.fixed and is_large(whole, scheme.k):
+        fast = on(_fit_large)
+    else:
+        return _fit_by_passes(scheme, whole, warm)
+    # On a CPU alone: no axis of a leaf that lies on several devices may be cut into columns.
+    return jax.lax.platform_dependent(leaves, importance, warm, cpu=fast, default=on(_fit_by_passes))
+
+
+def _fit_short(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
+    return fit_short(whole, scheme.k, warm)
+
+
+def _fit_large(scheme: KMeans, whole: Cut, warm: Array) -> tuple[tuple[Array, ...], Array]:
+    """Passes over columns; where a level has lost all of its numbers, those that find it others."""
+    levels = warm.reshape(*whole.blocks[0].stat, scheme.k)
+    codes, levels, mass = by_columns(whole, levels, functools.partial(column_pass, passes=_WARM_COLUMNS))
+    return jax.lax.cond(
+        jnp.all(mass > 0), lambda levels: (codes, levels), lambda levels: _fit_by_passes(scheme, whole, levels), levels
+    )
 
 
 def _fit_by_passes(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
-    """The same by Lloyd's algorithm."""
+    """Lloyd's algorithm, wherever leaves lie."""
     passes, learned = _WARM, scheme.k - len(scheme.fixed)
     if warm is not None:
         centres = Centres(*_freeze(warm.reshape(*whole.blocks[0].stat, scheme.k), scheme.fixed))

@@ -15,7 +15,6 @@ Source: Wu 1991, as in `exact`; sorting by odd-even transposition: Habermann 197
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,29 +23,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt
 
-from lcq.forms.blocks import Blocks, explicit_sharding
-from lcq.forms.meshes import is_shared
 from lcq.schemes.grouped import Cut
-from lcq.schemes.kmeans.lloyd import midpoints
-from lcq.schemes.levels import code_dtype
+from lcq.schemes.kmeans.columns import Levels, Numbers, by_columns, column_pass, is_placed, middles, turns_of
 
 LONGEST = 64
 """Numbers of a block, at most: the steps of a block grow with the square of what it has beyond its levels."""
 
-_LANES = 264
-"""Blocks side by side, at most: what they need lies in a cache, rows not a power of two apart."""
-
-_ROWS = 16
-"""Rows in one turn of a loop."""
-
-Numbers = Float[Array, "n lanes"]
-Levels = Float[Array, "k lanes"]
-
 
 def is_short(cut: Cut) -> bool:
     """Whether blocks are short enough, and lie where they may be sorted: on a mesh a block may be cut."""
-    placed = is_shared() or any(explicit_sharding(x) is not None for x in cut.leaves)
-    return not placed and sum(b.size for b in cut.blocks) <= LONGEST
+    return not is_placed(cut) and sum(b.size for b in cut.blocks) <= LONGEST
 
 
 def fit_short(
@@ -59,53 +45,12 @@ def fit_short(
         k: how many levels.
         warm: an earlier solution; the result is no worse.
     """
-    x = _side_by_side(cut.leaves, cut.blocks)
-    arrays = [x]
-    if cut.importance is not None:
-        each = zip(cut.importance, cut.leaves, strict=True)
-        arrays.append(_side_by_side([jnp.broadcast_to(h, leaf.shape).astype(x.dtype) for h, leaf in each], cut.blocks))
-    if warm is not None:
-        arrays.append(warm.reshape(-1, k).T.astype(x.dtype))
-    blocks = x.shape[1]
-    wide = next((n for n in range(_LANES, _LANES // 2, -1) if blocks % n == 0), min(blocks, _LANES))
-    turns = -(-blocks // wide)
-    padded = [jnp.pad(a, ((0, 0), (0, turns * wide - blocks))) for a in arrays]
-
-    def turn(i: Array) -> tuple[Array, Array]:
-        here = [lax.dynamic_slice_in_dim(a, i * wide, wide, 1) for a in padded]
-        h = here[1] if cut.importance is not None else None
-        return _solve(here[0], h, here[-1] if warm is not None else None, k)
-
-    codes, levels = lax.map(turn, jnp.arange(turns, dtype=jnp.int32))
-    codes, levels = (jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, :blocks] for a in (codes, levels))
-    return _apart(codes, cut.blocks), levels.T.reshape(*cut.blocks[0].stat, k)
+    codes, levels, _ = by_columns(cut, warm, lambda x, h, levels: _solve(x, h, levels, k))
+    return codes, levels
 
 
-def _order(block: Blocks) -> list[int]:
-    """The axes within a block, then the others."""
-    return [*block.axes, *(i for i in range(len(block.split)) if i not in block.axes)]
-
-
-def _side_by_side(leaves: Sequence[Array], how: Sequence[Blocks]) -> Numbers:
-    """The numbers of all leaves, a column for every block."""
-    return jnp.concatenate(
-        [x.transpose(_order(b)).reshape(b.size, math.prod(b.stat)) for x, b in zip(leaves, how, strict=True)]
-    )
-
-
-def _apart(columns: Array, how: Sequence[Blocks]) -> tuple[Array, ...]:
-    """Leaves of these columns."""
-    leaves, begin = [], 0
-    for b in how:
-        order = _order(b)
-        split = columns[begin : begin + b.size].reshape([b.split[i] for i in order])
-        leaves.append(split.transpose(np.argsort(order)))
-        begin += b.size
-    return tuple(leaves)
-
-
-def _solve(x: Numbers, h: Numbers | None, warm: Levels | None, k: int) -> tuple[Array, Levels]:
-    """Codes and levels."""
+def _solve(x: Numbers, h: Numbers | None, warm: Levels | None, k: int) -> tuple[Array, Levels, Array]:
+    """Codes, levels, and what they weigh."""
     low = jnp.min(x if h is None else jnp.where(h > 0, x, jnp.inf), 0)
     numbers = [x] if h is None else [jnp.where(h > 0, x, low), h]  # what weighs nothing is nowhere of its own
     ordered, *weights = _sorted(numbers)
@@ -119,7 +64,7 @@ def _solve(x: Numbers, h: Numbers | None, warm: Levels | None, k: int) -> tuple[
     if warm is not None:
         errors = _errors(x, h, (levels, warm))
         levels = jnp.where(errors[1] < errors[0], warm, levels)
-    return _polished(x, h, levels)
+    return column_pass(x, h, levels)
 
 
 def _sorted(arrays: list[Numbers]) -> list[Numbers]:
@@ -147,16 +92,9 @@ def _sorted(arrays: list[Numbers]) -> list[Numbers]:
     return lax.fori_loop(0, (size + 1) // 2, transposed, arrays) if size > 1 else arrays
 
 
-def _turns(size: int) -> tuple[int, int]:
-    """How many turns a loop over so many rows takes, and rows in each: XLA makes vectors of a turn, and keeps what a
-    loop has made, where it would make it again for everything that it fuses it into."""
-    rows = next(n for n in range(min(_ROWS, max(size // 2, 1)), 0, -1) if size % n == 0)
-    return size // rows, rows
-
-
 def _distinct(ordered: Numbers, k: int) -> tuple[Levels, Array]:
     """The first k distinct numbers, the last of them again and again where there are fewer; how many there are."""
-    place, (turns, rows) = jnp.arange(k, dtype=jnp.int32)[:, None], _turns(len(ordered))
+    place, (turns, rows) = jnp.arange(k, dtype=jnp.int32)[:, None], turns_of(len(ordered))
 
     def turn(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         before, rank, levels = state
@@ -224,14 +162,10 @@ def _best_levels(ordered: Numbers, weights: Numbers | None = None, *, k: int) ->
     return jnp.concatenate([over(total, whole, above)[None], levels])
 
 
-def _middle(levels: Levels) -> Float[Array, "k-1 lanes"]:
-    return jnp.moveaxis(midpoints(jnp.moveaxis(levels, 0, -1)), -1, 0)
-
-
 def _errors(x: Numbers, h: Numbers | None, several: Sequence[Levels]) -> list[Array]:
     """sum h (x - c)^2 for several codebooks."""
-    turns, rows = _turns(len(x))
-    cuts = [_middle(levels) for levels in several]
+    turns, rows = turns_of(len(x))
+    cuts = [middles(levels) for levels in several]
 
     def turn(i: Array, errors: list[Array]) -> list[Array]:
         here = lax.dynamic_slice_in_dim(x, i * rows, rows)
@@ -246,31 +180,3 @@ def _errors(x: Numbers, h: Numbers | None, several: Sequence[Levels]) -> list[Ar
         return sums
 
     return lax.fori_loop(0, turns, turn, [jnp.zeros_like(x[0])] * len(several))
-
-
-def _polished(x: Numbers, h: Numbers | None, levels: Levels) -> tuple[Array, Levels]:
-    """Codes of the nearest levels, and the means of these cells."""
-    (turns, rows), middle, none = _turns(len(x)), _middle(levels), jnp.full_like(levels[:1], jnp.inf)
-    above, upto = jnp.concatenate([-none, middle]), jnp.concatenate([middle, none])
-
-    def turn(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        codes, rest, mass = state
-        here = lax.dynamic_slice_in_dim(x, i * rows, rows)
-        code = jnp.zeros(here.shape, jnp.int32)
-        for j in range(1, len(levels)):
-            code = code + (here > above[j])
-        for j in range(rows):
-            inside, weight = (here[j] > above) & (here[j] <= upto), 1
-            if h is not None:
-                weight = lax.dynamic_index_in_dim(h, i * rows + j, keepdims=False)
-                inside &= weight > 0
-            rest = rest + jnp.where(inside, (here[j] - levels) * weight, 0)
-            mass = mass + jnp.where(inside, weight, 0)
-        codes = lax.dynamic_update_slice_in_dim(codes, code.astype(codes.dtype), i * rows, 0)
-        return codes, rest, mass
-
-    start = (jnp.zeros(x.shape, code_dtype(len(levels))), jnp.zeros_like(levels), jnp.zeros_like(levels))
-    codes, rest, mass = lax.fori_loop(0, turns, turn, start)
-    mean = levels + rest / jnp.where(mass > 0, mass, 1)
-    mean = jnp.clip(mean, above, upto)  # rounding must not swap two levels
-    return codes, jnp.where(mass > 0, mean, levels)

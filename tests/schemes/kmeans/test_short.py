@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.schemes.kmeans import short
+from lcq.schemes.kmeans import columns
 
 N, FOUR = 24, lcq.KMeans(4)
 arrays = hnp.arrays(np.float32, N, elements=st.floats(-8, 8, width=32, allow_subnormal=False))
@@ -66,7 +66,7 @@ def test_with_an_importance_too(seed):
 
 
 def test_blocks_along_any_axis_of_one_leaf_or_several_are_taken_side_by_side(monkeypatch):
-    monkeypatch.setattr(short, "_LANES", 8)  # several turns, the last one not full
+    monkeypatch.setattr(columns, "_LANES", 8)  # several turns, the last one not full
     x = draw("normal", 0, (5, 32, 3))
     for per, axes in (((1, 32, 1), (1,)), ((5, 4, 1), (0, 1))):
         form = lcq.KMeans(3, per=per).project(jnp.asarray(x))
