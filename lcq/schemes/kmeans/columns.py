@@ -121,12 +121,12 @@ def _cells(x: Numbers, h: Numbers | None, levels: Levels) -> tuple[Levels, Array
     def turn(i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         rest, mass = state
         numbers = lax.dynamic_slice_in_dim(x, i * rows, rows)
-        weights = 1 if h is None else lax.dynamic_slice_in_dim(h, i * rows, rows)
+        weights = None if h is None else lax.dynamic_slice_in_dim(h, i * rows, rows)
         for j in range(rows):
-            inside, weight = (numbers[j] > above) & (numbers[j] <= upto), 1
-            if h is not None:
-                weight = weights[j]
-                inside &= weight > 0
+            inside = (numbers[j] > above) & (numbers[j] <= upto)
+            weight = 1 if weights is None else weights[j]
+            if weights is not None:
+                inside &= weights[j] > 0
             rest = rest + jnp.where(inside, (numbers[j] - levels) * weight, 0)
             mass = mass + jnp.where(inside, weight, 0)
         return rest, mass
