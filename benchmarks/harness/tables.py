@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.checks import scale_aot_table
+from benchmarks.checks import llama_7b_paper, scale_aot_table
 from benchmarks.experiments import (
     brute_force,
     exports_table,
@@ -71,6 +71,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "hemp": hemp_summary.table,
     "smallest": smallest.table,
     "llama_1b": llama_1b.table,
+    "llama_7b_paper": llama_7b_paper.table,
 }
 
 
