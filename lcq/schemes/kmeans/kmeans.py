@@ -180,9 +180,12 @@ def _fit_large(scheme: KMeans, whole: Cut, warm: Array) -> tuple[tuple[Array, ..
     """Passes over columns; where a level has lost all of its numbers, those that find it others."""
     levels = warm.reshape(*whole.blocks[0].stat, scheme.k)
     codes, levels, mass = by_columns(whole, levels, functools.partial(column_pass, passes=_WARM_COLUMNS))
-    return jax.lax.cond(
-        jnp.all(mass > 0), lambda levels: (codes, levels), lambda levels: _fit_by_passes(scheme, whole, levels), levels
-    )
+
+    def find_others(now: tuple[Any, ...]) -> tuple[Any, ...]:
+        return *_fit_by_passes(scheme, whole, now[1]), jnp.bool_(False)
+
+    # A loop of at most one turn: under vmap a cond would be computed whether it is needed or not.
+    return jax.lax.while_loop(lambda now: now[2], find_others, (codes, levels, jnp.any(mass <= 0)))[:2]
 
 
 def _fit_by_passes(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:

@@ -113,3 +113,14 @@ def test_a_mesh_is_not_crossed():
         there = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", "b")))
         codes = lcq.KMeans(4, per="channel").project(there).codes
     assert codes.sharding.is_equivalent_to(there.sharding, 2)
+
+
+def test_stacked_layers_are_a_loop_over_them_and_what_stops_gradients_is_none():
+    x = jnp.asarray(draw("cauchy", 5, (3, N)))
+    form = jax.vmap(FOUR.project)(x)
+    for i in range(3):
+        alone = FOUR.project(x[i])
+        np.testing.assert_array_equal(form.codes[i], alone.codes)
+        np.testing.assert_allclose(form.levels[i], alone.levels, rtol=1e-6)
+    slope = jax.grad(lambda x: jnp.sum(jax.lax.stop_gradient(FOUR.project(x).dense() - x) * x))(x[0])
+    np.testing.assert_allclose(slope, FOUR.project(x[0]).dense() - x[0], atol=1e-6)
