@@ -1,12 +1,13 @@
 """`Native`: which forms the compiled products serve, and how their arrays are handed over."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from lcq.forms import Columns, Form
-from lcq.kernels import KERNELS, CompiledKernel
+from lcq.kernels import KERNELS, CompiledKernel, Kernel
 from lcq_native.library import instruction_set
 
 LEVELS = 16
@@ -15,10 +16,7 @@ LEVELS = 16
 
 @KERNELS.register("native")
 class Native(CompiledKernel):
-    """Codes of every kind, compiled for CPUs; taken on those with AVX2 or AVX-512."""
-
-    def suits(self, form: Form) -> bool:
-        return isinstance(form, Columns) and _served(form) and instruction_set() != "plain"
+    """Codes, compiled for CPUs."""
 
     def check(self, form: Form) -> None:
         super().check(form)
@@ -44,6 +42,32 @@ class Native(CompiledKernel):
             zero = form.zero if form.zero.dtype == jnp.uint8 else form.zero.astype(jnp.float32)
         lowest = np.float32(0 if form.lowest is None else form.lowest)
         return jax.ffi.ffi_call("lcq_even", result)(x, form.words, step, first, zero, lowest=lowest, **static)
+
+
+FEW = 2
+"""Rows up to which XLA reads equal steps of more than a bit as fast."""
+
+
+@KERNELS.register("native_codes")
+class NativeCodes(Kernel):
+    """The faster of `native` and `codes`, on CPUs with AVX2 or AVX-512."""
+
+    def suits(self, form: Form) -> bool:
+        return isinstance(form, Columns) and _served(form) and instruction_set() != "plain"
+
+    def check(self, form: Form) -> None:
+        KERNELS["native"]().check(form)
+
+    def way(self, form: Form, rows: int) -> str:
+        return _faster(form, rows).way(form, rows)
+
+    def product(self, x: Float[Array, "m k"], form: Form) -> Float[Array, "m n"]:
+        return _faster(form, x.shape[0]).product(x, form)
+
+
+def _faster(form: Columns, rows: int) -> Kernel:
+    one_by_one = jax.export.is_symbolic_dim(rows) or (rows <= FEW and form.levels is None and form.width > 1)
+    return KERNELS["codes" if one_by_one else "native"]()
 
 
 def _served(form: Columns) -> bool:

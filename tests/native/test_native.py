@@ -87,6 +87,8 @@ def test_it_is_found_and_named_where_it_serves():
     assert [use.kernel for use in run.report(forms, x)] == [wanted, "tiles"]
     if HERE != "plain":
         assert "lcq_book" in jax.jit(run).lower(forms, x).as_text()
+        ways = {case: [way(form_of(case), rows) for rows in (1, 13)] for case in ("1 bit", "8 bits", "groups of 11")}
+        assert ways == {"1 bit": ["native"] * 2, "8 bits": ["words", "native"], "groups of 11": ["native"] * 2}
     with pytest.raises(ValueError, match="at most 16 of them, got a codebook of 20; leave kernel= out"):
         matmul(x, large, kernel="native")
 
