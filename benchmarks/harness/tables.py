@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.checks import llama_7b_paper, scale_aot_table
 from benchmarks.experiments import (
     brute_force,
+    coded_trellis,
     exports_table,
     gpfq_images,
     gpfq_rows,
@@ -50,6 +51,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tune": tune.table,
     "trellis": trellis.table,
     "trellis_speed": trellis.speed_table,
+    "coded_trellis": coded_trellis.table,
     "scale_aot": scale_aot_table.table,
     "cstep": cstep.table,
     "csteps": csteps.table,

