@@ -10,35 +10,24 @@ import importlib.metadata
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
-import lcq
-from lcq.cli.calibration import batches_of, function_of, products_of
-from lcq.cli.console import check_output, in_words_of_the_command, progress, refuse, show
+from lcq.cli.console import in_words_of_the_command
 from lcq.cli.demo import QUICK, RECIPE, demo
 from lcq.cli.export import export_file, parse_name
+from lcq.cli.files import compress, decompress, import_, quantize
 from lcq.cli.inspect import inspect_file, table_of_file
-from lcq.forms.base import is_form
 from lcq.interrupt import raise_interrupts
-from lcq.io.checkpoints import checkpoint
 from lcq.io.exports import EXPORT_FORMATS, Name
-from lcq.io.file import read_metadata
-from lcq.plans.dry_run import dry_run
 from lcq.plans.text import parse_rule
-from lcq.ptq.rounding import ROUNDING_METHODS, SPFQ
-from lcq.reporting.summary import table
+from lcq.ptq.rounding import ROUNDING_METHODS
 from lcq.schemes import SCHEMES
-from lcq.tree.aliases import Params
-from lcq.tree.compress import check_finite, replace, take
-from lcq.tree.paths import flatten
-from lcq.tree.rules import Rule, resolve
+from lcq.tree.rules import Rule
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=Path, metavar="IN", help="the checkpoint")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
-    sub.set_defaults(run=_compress, usage_error=sub.error)
+    sub.set_defaults(run=compress, usage_error=sub.error)
 
     sub = commands.add_parser(
         "quantize",
@@ -182,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-bias-correction", action="store_true", help="leave biases and batch-norm means as they are")
     sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
-    sub.set_defaults(run=_quantize, usage_error=sub.error)
+    sub.set_defaults(run=quantize, usage_error=sub.error)
 
     sub = commands.add_parser(
         "import",
@@ -193,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("checkpoint", type=Path, metavar="IN", help="the checkpoint")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq")
-    sub.set_defaults(run=_import)
+    sub.set_defaults(run=import_)
 
     sub = commands.add_parser("inspect", help="what an .lcq file is made of: format, tensors, metadata, plan")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
@@ -242,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("decompress", parents=[force, limit], help=".lcq -> checkpoint, dense again")
     sub.add_argument("file", type=Path, metavar="FILE.lcq")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help=".safetensors, .npz, or a folder")
-    sub.set_defaults(run=_decompress)
+    sub.set_defaults(run=decompress)
     return parser
 
 
@@ -258,10 +247,6 @@ def _name(words: str) -> Name:
         return parse_name(words)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _plan(arguments: argparse.Namespace) -> lcq.Plan:
-    return lcq.Plan(arguments.rules) if arguments.plan is None else lcq.read_plan(arguments.plan)
 
 
 def _reference(words: str) -> tuple[str, str]:
@@ -283,131 +268,3 @@ def _bytes(words: str) -> int:
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"expected a number of bytes, such as 40G, got {words!r}")
     return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
-
-
-# compress, decompress
-
-
-def _compress(arguments: argparse.Namespace) -> None:
-    if not arguments.dry_run:
-        if arguments.out is None:
-            arguments.usage_error("expected -o OUT.lcq, or --dry-run")
-        refuse(arguments.force, arguments.out)
-        check_output(arguments.out, arguments.checkpoint)
-    plan, (params, metadata, layout) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
-    _say_layout(arguments.checkpoint, layout, plan)
-    if arguments.dry_run:
-        return show(dry_run(params, plan))
-    tasks = resolve(plan, params)
-    leaves, structure = flatten(params)
-    forms = []
-    with progress(len(tasks)) as advance:
-        for task in tasks:
-            advance(", ".join(task.paths), 0)
-            for path in task.paths:
-                check_finite(path, leaves[path])
-            forms.append(tuple(form.pack() for form in task.project(take(leaves, task))))
-            advance("", 1)
-    _save(arguments, replace(structure, leaves, tasks, forms), params, plan, metadata)
-
-
-def _say_layout(path: Path, layout: str | None, plan: lcq.Plan) -> None:
-    """Says so where rules with scales of channels or groups take the weights of another layout for those of JAX."""
-    plain = [(rule.pattern, rule.scheme.cuts) for rule in plan.rules if rule.scheme and rule.layout is None]
-    named = [pattern for pattern, cuts in plain if any(isinstance(per, int | str) for per in cuts)]
-    if layout is not None and named:
-        print(
-            f"lcq compress: note: {path} has weights in the layout {layout}; rules without '; layout={layout}' take "
-            f"them for inputs by outputs: {', '.join(named)}",
-            file=sys.stderr,
-        )
-
-
-def _import(arguments: argparse.Namespace) -> None:
-    refuse(arguments.force, arguments.out)
-    check_output(arguments.out, arguments.checkpoint)
-    tree, metadata, _ = checkpoint.read_checkpoint(arguments.checkpoint, forms=True)
-    if not any(map(is_form, flatten(tree)[0].values())):
-        raise ValueError(
-            f"{arguments.checkpoint}: expected weights that are codes, got arrays alone; lcq compress makes codes"
-        )
-    with progress() as advance:
-        size = lcq.save(arguments.out, tree, metadata=metadata, progress=lambda i, n, name: advance(name, 1, n))
-    show(table(tree, on_disk=size))
-
-
-def _save(
-    arguments: argparse.Namespace,
-    tree: PyTree,
-    params: Params,
-    plan: lcq.Plan,
-    metadata: dict[str, str],
-    *before: Any,
-) -> None:
-    """Writes the file, and shows what it came to, after what comes before."""
-    with progress() as advance:
-        size = lcq.save(
-            arguments.out,
-            tree,
-            plan=plan,
-            metadata=metadata,
-            max_shard_bytes=arguments.max_shard_bytes,
-            progress=lambda i, n, name: advance(name, 1, n),
-        )
-    with progress() as advance:
-        report = table(tree, params, on_disk=size, progress=lambda i, n, name: advance(name, 1, n))
-    for renderable in (*before, report):
-        show(renderable)
-
-
-def _decompress(arguments: argparse.Namespace) -> None:
-    refuse(arguments.force, arguments.out)
-    kind = checkpoint.format_of(arguments.out)
-    check_output(arguments.out, arguments.file, folder=True)
-    params = lcq.decompress(lcq.load(arguments.file, limit=arguments.limit))
-    metadata = read_metadata(arguments.file)
-    if metadata and not kind.holds_metadata:
-        kept = ", ".join(metadata)
-        print(f"lcq decompress: note: {arguments.out} has no place for the metadata {kept}", file=sys.stderr)
-        metadata = {}
-    if not arguments.out.is_dir():
-        return checkpoint.write(arguments.out, params, metadata)
-    if not (arguments.out / "_METADATA").exists():
-        raise ValueError(f"{arguments.out}: a folder, but not of an orbax checkpoint; choose another name")
-    with tempfile.TemporaryDirectory(dir=arguments.out.parent) as beside:  # the old one goes when the new one is whole
-        checkpoint.write(Path(beside, "new"), params)
-        arguments.out.rename(Path(beside, "old"))
-        Path(beside, "new").rename(arguments.out)
-
-
-# quantize
-
-
-def _quantize(arguments: argparse.Namespace) -> None:
-    if not arguments.dry_run:
-        if arguments.out is None:
-            arguments.usage_error("expected -o OUT.lcq, or --dry-run")
-        refuse(arguments.force, arguments.out)
-        check_output(arguments.out, arguments.checkpoint, arguments.data)
-    plan, (params, metadata, _) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
-    batches = batches_of(arguments.data, arguments.batch, arguments.limit, arguments.mask)
-    make = ROUNDING_METHODS[arguments.method]
-    method = SPFQ(seed=arguments.seed) if make is SPFQ else make()
-    with function_of(*arguments.function) as function:
-        if arguments.dry_run:
-            return show(dry_run(params, plan, function, batches[0], rtn=arguments.rtn))
-        with progress() as advance:
-            advance("tracing", 0)
-            done = lcq.quantize(
-                function,
-                params,
-                batches,
-                plan,
-                method,
-                rtn=arguments.rtn,
-                mask=arguments.mask,
-                bias_correction=not arguments.no_bias_correction,
-                progress=lambda number, total, record: advance(record.path, 1, total),
-            )
-    products = [products_of(done)] if done.records else []
-    _save(arguments, done.forms, params, lcq.Plan([*arguments.rtn, *plan]), metadata, *products)

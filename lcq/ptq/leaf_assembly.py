@@ -15,7 +15,8 @@ from lcq.forms.meshes import divides
 from lcq.forms.paths import path_axes
 from lcq.ptq.block_numbers import BlockNumbers
 from lcq.ptq.rounding.coded import Coded, codes_of, tables, with_codes
-from lcq.tracing.contraction import Product, slice_of
+from lcq.tracing.contraction import Product
+from lcq.tracing.param_site import slice_of
 
 
 class _Put(NamedTuple):

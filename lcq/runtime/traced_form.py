@@ -19,10 +19,10 @@ from lcq.forms.dtypes import wider
 from lcq.forms.meshes import by_compiler
 from lcq.kernels.shards import sharding_of
 from lcq.runtime.form_views import relayout, take_rows, unstack
-from lcq.tracing.contraction import Step
 from lcq.tracing.equation import Content, Equation
 from lcq.tracing.jaxpr import DATA_MOVEMENT, IN_PLACE, bind
 from lcq.tracing.joined import JOINS, Joint, moved
+from lcq.tracing.param_site import Step
 
 _STILL = {"name", "copy", "copy_p", "sharding_constraint", "convert_element_type", "stop_gradient"}
 """Changes of layout that are nothing to a form, but for its dtype or its gradient."""

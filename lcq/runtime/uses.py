@@ -26,9 +26,10 @@ from lcq.kernels.ragged import ROWS, ragged_product
 from lcq.runtime.form_views import order_of, relayout
 from lcq.runtime.traced_form import Pieces, TracedForm
 from lcq.tracing import jaxpr, joined
-from lcq.tracing.contraction import ParamSite, Product
+from lcq.tracing.contraction import Product
 from lcq.tracing.equation import Content, Equation, Frame
 from lcq.tracing.jaxpr import PRODUCTS, RAGGED
+from lcq.tracing.param_site import ParamSite
 
 _PLACES = 2
 """At more places a convolution's kernel is decoded for it: patches of its images cost more than words save."""

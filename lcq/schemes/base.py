@@ -151,7 +151,11 @@ class Scheme(abc.ABC):
             given = (check_importance(xs, (importance,) if single else importance),)
             if self.host and any(isinstance(h, jax.core.Tracer) for h in given[0]):
                 raise ValueError(f"{self} is solved on the host: expected a concrete importance, got a traced one")
-        weight = mu if mu is None or isinstance(mu, float | int | Array) else jnp.asarray(mu)
+        if not self.host:  # one program for what is one array, whether its dtype was said or came of a Python number
+            xs = tuple(x if isinstance(x, jax.core.Tracer) else jnp.asarray(x, x.dtype) for x in xs)
+        weight: Any = None  # others ignore it
+        if self.costly:
+            weight = mu if isinstance(mu, float | int | Array) else jnp.asarray(mu)
         forms = (self.solve if self.host else self._compiled)(xs, previous, weight, *given)
         if not isinstance(forms, tuple) or len(forms) != len(xs) or not all(isinstance(form, Form) for form in forms):
             got = ", ".join(type(form).__name__ for form in forms) if isinstance(forms, tuple) else type(forms).__name__
@@ -215,14 +219,25 @@ def check_importance(xs: Sequence[Any], importance: Any) -> tuple[Any, ...]:
             )
         if not isinstance(h, jax.core.Tracer):
             with jax.ensure_compile_time_eval():
-                low, high = float(h.min()), float(h.max())
+                low, high = map(float, _extremes(h) if isinstance(h, Array) else (h.min(), h.max()))
             if not (low >= 0 and high <= 2.0**126):  # of more, XLA flushes the reciprocal to zero
                 raise ValueError(
                     f"importance: expected finite numbers >= 0, at most 8.5e37, got some from {low} to {high} "
                     f"in {h.dtype}{list(h.shape)}; clip them, or look where they come from"
                 )
+    return _weights(importance, tuple((compute_dtype(x.dtype), x.ndim) for x in xs))
+
+
+@jax.jit
+def _extremes(h: Array) -> tuple[Array, Array]:
+    return h.min(), h.max()
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _weights(importance: tuple[Array, ...], like: tuple[tuple[Any, int], ...]) -> tuple[Array, ...]:
+    """Ones where all are zero; in the dtypes, and with as many axes, as are given."""
     some = functools.reduce(jnp.logical_or, [jnp.any(h > 0) for h in importance])
     return tuple(
-        jnp.where(some, h, 1).astype(compute_dtype(x.dtype)).reshape((1,) * (x.ndim - h.ndim) + h.shape)
-        for h, x in zip(map(jnp.asarray, importance), xs, strict=True)
+        jnp.where(some, h, 1).astype(dtype).reshape((1,) * (ndim - h.ndim) + h.shape)
+        for h, (dtype, ndim) in zip(importance, like, strict=True)
     )

@@ -123,12 +123,12 @@ def _best(numbers: "_Plain | _Rows", tried: Sequence[Array], *best: Array) -> tu
     """The candidate of the least error, rounded to its format, and that; of two the first."""
     scales = rounded_scale(jnp.concatenate(tried), numbers.grid.dtype)
     errors = numbers.errors(scales)
-    each = list(zip(scales, errors, strict=True))
-    least = functools.reduce(jnp.minimum, [e for _, e in each], *best[1:])
-    a = best[0] if best else scales[0]
-    for scale, error in reversed(each):
-        a = jnp.where((error == least) & (error < best[1] if best else True), scale, a)
-    return a, least
+    if best:
+        scales, errors = (jnp.concatenate([a[None], b]) for a, b in zip(best, (scales, errors), strict=True))
+    least = jnp.min(errors, 0)
+    number = lax.broadcasted_iota(jnp.int32, errors.shape, 0)
+    first = jnp.min(jnp.where(errors == least, number, len(errors)), 0)
+    return jnp.sum(jnp.where(number == first, scales, 0), 0), least
 
 
 def _inverse(a: Array) -> Array:

@@ -20,7 +20,7 @@ from jax.extend import core  # noqa: TID251
 from jaxtyping import PyTree
 
 from lcq.tracing import joined, positions, shards
-from lcq.tracing.contraction import BiasSite, ParamSite, Product, Step, Unit, per_neuron, uses_of_each
+from lcq.tracing.contraction import BiasSite, Product, Unit, per_neuron, uses_of_each
 from lcq.tracing.equation import Body, Content, Equation
 from lcq.tracing.jaxpr import (
     CALLS,
@@ -38,6 +38,7 @@ from lcq.tracing.jaxpr import (
     where,
 )
 from lcq.tracing.obstacles import cannot_follow
+from lcq.tracing.param_site import ParamSite, Step
 from lcq.tracing.units import Units
 from lcq.tracing.values import Result, Value, carried, count, stack, unstack
 from lcq.tree.aliases import Batch, Function, Leaves, Params

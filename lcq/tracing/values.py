@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcq.tracing import joined, positions
-from lcq.tracing.contraction import ParamSite, Step
 from lcq.tracing.equation import Content, Equation
+from lcq.tracing.param_site import ParamSite, Step
 
 
 @dataclasses.dataclass(eq=False)

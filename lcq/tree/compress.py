@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lcq.forms.base import Form, is_form
+from lcq.forms.blocks import compute_dtype
 from lcq.forms.restored import check_restored
 from lcq.tree.aliases import Forms, Leaves, Params
 from lcq.tree.lazy import LazyLeaf, parts, whole
@@ -32,8 +33,9 @@ def compress(params: Params, rules: Rules, *, importance: Leaves | None = None) 
         The tree with forms in the working layout at the selected leaves, everything else as it was.
 
     Raises:
-        ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN or an infinity, an importance of a leaf
-            that no rule selects; names the leaf. Arrays on the devices of several processes that have different rules.
+        ValueError: a rule without a leaf, a leaf its scheme cannot take, a NaN, an infinity or a number above a quarter
+            of the largest, an importance of a leaf that no rule selects; names the leaf. Arrays on the devices of
+            several processes that have different rules.
 
     Example:
         >>> import lcq
@@ -96,25 +98,31 @@ def replace(
 
 
 def check_finite(path: str, leaf: Array | np.ndarray | np.number | jax.ShapeDtypeStruct | LazyLeaf) -> None:
-    """Refuses NaN and infinities in a concrete leaf; a traced one cannot be looked at."""
+    """Refuses NaN, infinities and numbers near the largest in a concrete leaf; a traced one cannot be looked at."""
     if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
         return
     with jax.ensure_compile_time_eval():  # a concrete leaf may be met inside a trace
-        finite = all(bool(_all_finite(part)) for part in parts(leaf))
+        finite = all(bool(_all_usable(part)) for part in parts(leaf))
     if not finite:
         with jax.ensure_compile_time_eval():
             bad = sum(int((~jnp.isfinite(part)).sum()) for part in parts(leaf))
-        size = math.prod(leaf.shape)
+        got = f"{bad} NaN or infinite" if bad else "some that are larger"
+        most = "" if bad else f" of at most {_largest(leaf.dtype):.1e}"
         raise ValueError(
-            f"{path}: expected finite weights, got {bad} NaN or infinite of {size}; train again with a smaller "
+            f"{path}: expected finite weights{most}, got {got} of {math.prod(leaf.shape)}; train again with a smaller "
             f"learning rate, or exclude it with {leave_out(path)} before its rule"
         )
 
 
 @jax.jit
-def _all_finite(x: Array) -> Array:
-    """Whether every number is; as one program, which keeps nothing of the length of x."""
-    return jnp.isfinite(x).all()
+def _all_usable(x: Array) -> Array:
+    """Whether every number is one that lcq can reckon with; as one program, which keeps nothing of the length of x."""
+    return (jnp.abs(x).astype(compute_dtype(x.dtype)) <= _largest(x.dtype)).all()
+
+
+def _largest(dtype: Any) -> float:
+    """Of twice as much the levels of a grid around it would overflow."""
+    return float(jnp.finfo(compute_dtype(dtype)).max) / 4
 
 
 class Size(NamedTuple):

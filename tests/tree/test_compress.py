@@ -53,6 +53,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad):
         lcq.compress(params, [lcq.Rule(KERNEL, lcq.KMeans(2))])
 
 
+@pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.Uniform(4), lcq.Binary()])
+def test_weights_near_the_largest_number_are_refused_and_smaller_ones_are_kept(scheme):
+    rules = [lcq.Rule(KERNEL, scheme)]
+    with pytest.raises(ValueError, match=r"a/kernel: expected finite weights of at most 8.5e\+37, got some .* larger"):
+        lcq.compress({"a": {"kernel": jnp.full((8, 8), 3e38)}}, rules)
+    large = {"a": {"kernel": jnp.full((8, 8), 3e37)}}
+    dense = lcq.decompress(lcq.compress(large, rules))
+    np.testing.assert_allclose(dense["a"]["kernel"], 3e37, rtol=0.05)
+
+
 @pytest.mark.parametrize("name", ["net.lcq", pathlib.Path("net.lcq")])
 def test_a_file_has_to_be_loaded_before_it_is_decompressed(name):
     with pytest.raises(ValueError, match=r"got the name 'net.lcq'; read it: lcq.load"):
