@@ -15,7 +15,6 @@ from lcq.forms.axes import shares
 from lcq.forms.base import Form, leafwise, own, register_form, static
 from lcq.forms.codes import Codes
 from lcq.forms.convolution import POLYNOMIALS, merged
-from lcq.forms.paths import as_paths, from_paths
 from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout
 from lcq.forms.validate import check_blocks, check_float, check_shape
@@ -29,17 +28,19 @@ class CodedTrellis(Form):
     each only c div 2 is stored, in two streams: of the even integers and of the odd ones. Each has a table of
     frequencies of its own in a coded file, which is what coding for a given state takes; a path starts in state 0.
 
-    A path is a piece of the leaf in row-major order. Where weights are moved, taken apart or multiplied, the form is
-    one of plain `Codes`: they are decoded once, and products are with integers.
+    Paths lie side by side: of P of them the first takes the weights 0, P, 2 P, .. of a layer, in row-major order, the
+    next one those behind them. So streams run through the weights as these lie, and neighbours that are alike stay
+    together. Where weights are moved, taken apart or multiplied, the form is one of plain `Codes`: they are decoded
+    once, and products are with integers.
 
     Attributes:
         codes: c, uint8 or uint16 of the leaf's shape. In the stored layout packed uint32 words: c div 2 of the even
-            integers; the first weights of all pieces in their order, then the second ones, and so on.
+            integers; the first weights of all paths, layer by layer, then the second ones, and so on.
         odd: of the odd integers the same; None in the working layout.
         scale: [*blocks], one for the leaf, or for each layer of a stack.
         width: bits of c, 3 to 16.
         memory: bits of a state, 2 to 8.
-        length: weights of a piece.
+        length: weights of a path.
         packed: the leaf's shape if the layout is stored, None if it is working.
         even: how many integers are even, in the stored layout.
     """
@@ -78,7 +79,7 @@ class CodedTrellis(Form):
         if self.packed is not None:
             return self
         host = jax.device_get(on_host(self))
-        codes = np.asarray(as_paths(host.codes, tuple(range(-host.codes.ndim, 0)), self.length))
+        codes = host.codes.reshape(host.scale.size, self.length, -1).swapaxes(0, 1)
         even, odd = (codes[codes % 2 == kind] >> 1 for kind in (0, 1))
         words = [bitpack.pack(part, self.width - 1) for part in (even, odd)]
         return dataclasses.replace(
@@ -95,7 +96,7 @@ class CodedTrellis(Form):
                 "numbered in 32 bits; compress the layers stacked in it as leaves of their own"
             )
         words = jnp.asarray(self.codes), jnp.asarray(self.odd)
-        how = {"width": self.width, "memory": self.memory, "length": self.length}
+        how = {"width": self.width, "memory": self.memory, "length": self.length, "layers": self.scale.size}
         codes = _unpacked(*words, even=self.even, shape=tuple(self.packed), **how)
         return dataclasses.replace(self, codes=codes, odd=None, packed=None, even=0)
 
@@ -146,10 +147,11 @@ class CodedTrellis(Form):
         if not 3 <= self.width <= 16 or self.memory not in POLYNOMIALS:
             raise ValueError(f"expected width 3 to 16 and memory 2 to 8, got {self.width} and {self.memory}")
         size = math.prod(self.packed)
-        if not (0 <= self.even <= size and self.length >= 1 and size % self.length == 0):
+        layers = self.scale.size
+        if not (0 <= self.even <= size and self.length >= 1 and size % (self.length * layers) == 0):
             raise ValueError(
-                f"expected at most {size} even integers and pieces that divide {size}, got {self.even} and pieces of "
-                f"{self.length}"
+                f"expected at most {size} even integers and paths that divide {layers} layers of {size} weights, got "
+                f"{self.even} and paths of {self.length}"
             )
         for name, words, count in (("codes", self.codes, self.even), ("odd", self.odd, size - self.even)):
             many = bitpack.word_count(count, self.width - 1)
@@ -165,11 +167,11 @@ def _values(width: int) -> tuple[float, ...]:
     return tuple(map(float, range(-half, half)))
 
 
-@functools.partial(jax.jit, static_argnames=("even", "shape", "width", "memory", "length"), inline=True)
+@functools.partial(jax.jit, static_argnames=("even", "shape", "width", "memory", "length", "layers"), inline=True)
 def _unpacked(
-    words: Array, odd: Array, *, even: int, shape: tuple[int, ...], width: int, memory: int, length: int
+    words: Array, odd: Array, *, even: int, shape: tuple[int, ...], width: int, memory: int, length: int, layers: int
 ) -> UInt[Array, "..."]:
     size = math.prod(shape)
     halves = bitpack.unpack(words, width - 1, (even,)), bitpack.unpack(odd, width - 1, (size - even,))
-    codes = merged(*halves, length, size // length, memory)
-    return from_paths(codes.astype(jnp.uint8 if width <= 8 else jnp.uint16), shape, tuple(range(-len(shape), 0)))
+    codes = merged(*halves, length, size // length, memory).reshape(length, layers, -1).swapaxes(0, 1)
+    return codes.astype(jnp.uint8 if width <= 8 else jnp.uint16).reshape(shape)

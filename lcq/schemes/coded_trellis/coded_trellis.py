@@ -43,7 +43,7 @@ class CodedTrellis(Scheme):
         width: Bits of an integer before it is coded, 3 to 16: the largest weight over the scale has to be below
             2^(width - 1), or the scale grows until it is.
         scale_dtype: Format of the scale: "float32", "bfloat16" or "float16"; None for float32.
-        block: Weights of a piece, at least; pieces are equal, and each begins in state 0.
+        block: Weights of a path, at least; paths are equally long, and each begins in state 0.
 
     Raises:
         ValueError: a setting out of range.
@@ -90,16 +90,16 @@ class CodedTrellis(Scheme):
     ) -> tuple[Form, ...]:
         del mu
         how: Any = {"width": self.width, "memory": self.memory}
-        pieces = [piece_length(math.prod(x.shape), self.block) for x in xs]
+        paths = [piece_length(math.prod(x.shape), self.block) for x in xs]
 
         def found(xs: Any, importance: Any, given: Any) -> list[dict[str, Array]]:
-            return search(xs, importance, self.rate, pieces, self.scale_dtype, given, **how)
+            return search(xs, importance, self.rate, paths, self.scale_dtype, given, **how)
 
         given = None if previous is None else [{"codes": f.codes, "scale": f.scale} for f in _working(previous)]
         parts = by_compiler(found, self._onto(xs), xs, importance, given)
         return tuple(
             forms.CodedTrellis(**part, **how, length=length, dtype=str(x.dtype))
-            for x, part, length in zip(xs, parts, pieces, strict=True)
+            for x, part, length in zip(xs, parts, paths, strict=True)
         )
 
     def charge(self, forms: tuple[Form, ...], mu: Scalar | None) -> Scalar:

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lcq.forms.blocks import compute_dtype
-from lcq.forms.paths import as_paths, from_paths
 from lcq.schemes.coded_trellis.viterbi import cheapest_paths
 from lcq.schemes.scales import as_scale, rounded_scale
 
@@ -29,7 +28,7 @@ _COLD, _LAST, _WARM = 10, 2, 2
 """Turns on a sample at a cold start, on all weights after them, and at a warm start."""
 
 _SAMPLE = 64
-"""Pieces of each leaf, at most, in that sample."""
+"""Paths of each leaf, at most, in that sample."""
 
 _STEP = 1.4
 """The best scale over the root of the rate: 1.37 to 1.41 on a Gaussian at .8 to 3 bits."""
@@ -45,7 +44,7 @@ _MOST = 1e30
 
 
 class Points(NamedTuple):
-    """A leaf's pieces side by side: its weights times the roots of their importance, and these roots."""
+    """A leaf's paths side by side, as they lie in it: its weights times the roots of their importance, and these."""
 
     v: Float[Array, "t p"]
     root: Float[Array, "t p"]
@@ -64,7 +63,7 @@ def search(
     xs: Sequence[Array],
     importance: Sequence[Array] | None,
     rate: float,
-    pieces: Sequence[int],
+    paths: Sequence[int],
     dtype: str | None,
     given: Sequence[dict[str, Array]] | None,
     *,
@@ -77,14 +76,14 @@ def search(
         xs: the leaves.
         importance: of their weights, as `check_importance` returns it.
         rate: squared distance that a bit is worth.
-        pieces: weights of a piece, of each leaf.
+        paths: weights of a path, of each leaf.
         dtype: the format of the scale, see `as_scale`.
         given: arrays of earlier forms, a warm start.
         width: bits of an integer.
         memory: bits of a state.
     """
     size, half = 1 << width, 1 << (width - 1)
-    points, unit, high, price = _points(xs, importance, rate, pieces)
+    points, unit, high, price = _points(xs, importance, rate, paths)
 
     def judged(points: Sequence[Points], codes: tuple[Array, ...], before: Array) -> Found:
         """The best scale for integers, or the one before if that is better, their counts and J."""
@@ -117,7 +116,7 @@ def search(
         )
 
     if given is not None:
-        codes = tuple(_paths(f["codes"], n).astype(jnp.int32) for f, n in zip(given, pieces, strict=True))
+        codes = tuple(f["codes"].reshape(n, -1).astype(jnp.int32) for f, n in zip(given, paths, strict=True))
         start, turns = judged(points, codes, given[0]["scale"].reshape(()).astype(unit.dtype) / unit), _WARM
     else:
         scale = rounded_scale(jnp.clip(_STEP * jnp.sqrt(price), high / unit / (half - 2), 1), dtype)
@@ -129,10 +128,7 @@ def search(
     best = jax.lax.fori_loop(0, turns, better, (start, start))[1]
     scale, kind = as_scale(best.scale * unit, dtype), jnp.uint8 if width <= 8 else jnp.uint16
     return [
-        {
-            "codes": from_paths(c.astype(kind), x.shape, tuple(range(-x.ndim, 0))),
-            "scale": scale.reshape((1,) * x.ndim),
-        }
+        {"codes": c.astype(kind).reshape(x.shape), "scale": scale.reshape((1,) * x.ndim)}
         for x, c in zip(xs, best.codes, strict=True)
     ]
 
@@ -149,19 +145,15 @@ def _lengths(counts: Float[Array, " k"]) -> Float[Array, " k"]:
     return jnp.log2(kinds.sum(0) / kinds).reshape(-1)
 
 
-def _paths(a: Array, length: int) -> Array:
-    return jnp.asarray(as_paths(a, tuple(range(-a.ndim, 0)), length))
-
-
 def _points(
-    xs: Sequence[Array], importance: Sequence[Array] | None, rate: float, pieces: Sequence[int]
+    xs: Sequence[Array], importance: Sequence[Array] | None, rate: float, paths: Sequence[int]
 ) -> tuple[list[Points], Array, Array, Array]:
-    """The pieces of all leaves, over a power of two near their largest weight, so that squares neither overflow nor
+    """The paths of all leaves, over a power of two near their largest weight, so that squares neither overflow nor
     vanish, and over the root of the largest importance; this unit, that weight; what a bit is worth in such squares."""
     kind = functools.reduce(jnp.promote_types, [compute_dtype(x.dtype) for x in xs])
     hs = [jnp.ones((), kind)] * len(xs) if importance is None else importance
-    flat = [_paths(x.astype(kind), n) for x, n in zip(xs, pieces, strict=True)]
-    spread = [_paths(jnp.broadcast_to(h.astype(kind), x.shape), n) for h, x, n in zip(hs, xs, pieces, strict=True)]
+    flat = [x.astype(kind).reshape(n, -1) for x, n in zip(xs, paths, strict=True)]
+    spread = [jnp.broadcast_to(h.astype(kind), x.shape).reshape(n, -1) for h, x, n in zip(hs, xs, paths, strict=True)]
     top = functools.reduce(jnp.maximum, [h.max() for h in spread])
     high = functools.reduce(
         jnp.maximum, [jnp.where(h > 0, jnp.abs(x), 0).max() for x, h in zip(flat, spread, strict=True)]
