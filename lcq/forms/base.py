@@ -205,9 +205,7 @@ def tree_form(cls: type[_F]) -> type[_F]:
     arithmetic is under `own_promotion`."""
     for name in _NUMERIC:
         if name in vars(cls):
-            method = own_promotion()(vars(cls)[name])
-            # eager, the steps of a decoder are one program
-            setattr(cls, name, jax.jit(method, inline=True) if name == "dense" else method)
+            setattr(cls, name, own_promotion()(vars(cls)[name]))
     cls = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
     return register_node(cls, tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("static")))
 

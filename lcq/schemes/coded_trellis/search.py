@@ -169,4 +169,4 @@ def _expected(point: Points, scale: Array, half: int) -> Float[Array, " k"]:
     number = jnp.maximum((point.root**2).sum(), 1e-9)
     width = _SPREAD * jnp.sqrt((point.v**2).sum() / number) + 1e-9
     density = jnp.exp(-scale * jnp.abs(jnp.arange(2 * half) - half) / width)
-    return density * (point.v.size / density.sum())
+    return density * (float(point.v.size) / density.sum())

@@ -39,10 +39,14 @@ def is_placed(cut: Cut) -> bool:
     return is_shared() or any(explicit_sharding(x) is not None for x in cut.leaves)
 
 
+def are_many(cut: Cut) -> bool:
+    """Whether blocks fill the columns that lie side by side."""
+    return math.prod(cut.blocks[0].stat) >= _LANES
+
+
 def is_large(cut: Cut, k: int) -> bool:
     """Whether there are many numbers in many blocks, and few levels."""
-    wide = math.prod(cut.blocks[0].stat) >= _LANES
-    return k <= FEW and wide and sum(x.size for x in cut.leaves) >= _LARGE and not is_placed(cut)
+    return k <= FEW and are_many(cut) and sum(x.size for x in cut.leaves) >= _LARGE and not is_placed(cut)
 
 
 def by_columns(

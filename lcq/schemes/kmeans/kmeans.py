@@ -57,8 +57,8 @@ class KMeans(Quantizer):
     By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a good local minimum, and x itself if x has at
     most K distinct values. Cold, it starts from the best partition of a histogram's bins (above 64 learned levels from
     density^(1/3) quantiles) and converges on a histogram before it sees the data; warm, from the previous codebook: a
-    few passes over the data, none of which raises the error. On a CPU blocks of at most 64 numbers without fixed levels
-    get the best partition of these numbers, cold and warm. Sums of |x| must be finite in float32.
+    few passes over the data, none of which raises the error. On one CPU many blocks of at most 64 numbers, without
+    fixed levels, get the best partition of these numbers, cold and warm. Sums of |x| must be finite in float32.
 
     With a `rate` the codes are made to be entropy-coded, at most K of them:
 

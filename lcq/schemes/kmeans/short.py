@@ -24,15 +24,15 @@ from jax import lax
 from jaxtyping import Array, Float, UInt
 
 from lcq.schemes.grouped import Cut
-from lcq.schemes.kmeans.columns import Levels, Numbers, by_columns, column_pass, is_placed, middles, turns_of
+from lcq.schemes.kmeans.columns import Levels, Numbers, are_many, by_columns, column_pass, is_placed, middles, turns_of
 
 LONGEST = 64
 """Numbers of a block, at most: the steps of a block grow with the square of what it has beyond its levels."""
 
 
 def is_short(cut: Cut) -> bool:
-    """Whether blocks are short enough, and lie where they may be sorted: on a mesh a block may be cut."""
-    return not is_placed(cut) and sum(b.size for b in cut.blocks) <= LONGEST
+    """Whether blocks are short enough, and many; on a mesh a block may be cut."""
+    return are_many(cut) and not is_placed(cut) and sum(b.size for b in cut.blocks) <= LONGEST
 
 
 def fit_short(
@@ -73,11 +73,11 @@ def _sorted(arrays: list[Numbers]) -> list[Numbers]:
 
     def exchanged(arrays: list[Array]) -> list[Array]:
         """Neighbours, from the first two on, in order."""
-        pairs = [a[: len(a) // 2 * 2].reshape(len(a) // 2, 2, -1) for a in arrays]
+        pairs = [a[: len(a) // 2 * 2].reshape(len(a) // 2, 2, a.shape[1]) for a in arrays]
         falls = pairs[0][:, 0] > pairs[0][:, 1]
         both = [
             jnp.stack([jnp.where(falls, p[:, 1], p[:, 0]), jnp.where(falls, p[:, 0], p[:, 1])], 1).reshape(
-                2 * len(p), -1
+                2 * len(p), p.shape[2]
             )
             for p in pairs
         ]

@@ -7,7 +7,7 @@ import scipy.special
 
 import lcq
 
-N = 72  # longer than a short block; most tests share this shape and four levels, and with them two compilations
+N = 24  # most tests share this shape and four levels, and with them two compilations
 FOUR = lcq.KMeans(4)
 PARTLY = lcq.KMeans(4, fixed=(0, 1.25))
 LLOYD_MAX = {3: 0.1902, 16: 0.00950}

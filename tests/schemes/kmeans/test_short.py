@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.schemes.kmeans import columns
+from lcq.schemes.kmeans import columns, short
 
-N, FOUR = 24, lcq.KMeans(4)
+N, FOUR = 26, lcq.KMeans(4)  # no other test has leaves of this length, of which programs are kept
 arrays = hnp.arrays(np.float32, N, elements=st.floats(-8, 8, width=32, allow_subnormal=False))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_are_many():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(short, "are_many", lambda cut: True)
+        yield
 
 
 def least(x, k, h=None):
@@ -98,11 +105,11 @@ def test_at_most_k_distinct_values_are_returned(values, other):
     np.testing.assert_array_equal(FOUR.project(x, FOUR.project(jnp.asarray(other))).dense(), x)
 
 
-def test_fewer_numbers_than_levels():
-    x = jnp.asarray([3.0, -1.0, 2.0])
-    form = lcq.KMeans(5).project(x)
+@pytest.mark.parametrize(("x", "levels"), [([3, -1, 2], [-1, 2, 3, 3, 3]), ([2, 1], [1, 2, 2, 2, 2]), ([7], [7] * 5)])
+def test_fewer_numbers_than_levels(x, levels):
+    form = lcq.KMeans(5).project(jnp.asarray(x, jnp.float32))
     np.testing.assert_array_equal(form.dense(), x)
-    assert form.levels.tolist() == [[-1, 2, 3, 3, 3]]
+    assert form.levels.tolist() == [levels]
 
 
 def test_a_mesh_is_not_crossed():
