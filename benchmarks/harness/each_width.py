@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks.harness.record import record
 
 
-def measure(name: str, about: str | None, rows: Callable[[], list[dict[str, Any]]]) -> None:
-    """Records `rows` of benchmarks.micro.NAME, made in a process for each pair of `cores` and `vector_bits`."""
+def measure(name: str, about: str | None, rows: Callable[[], list[dict[str, Any]]], result: str | None = None) -> None:
+    """Records `rows` of benchmarks.micro.NAME as `result`, made in a process for each of `cores` and `vector_bits`."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512])
@@ -30,4 +30,4 @@ def measure(name: str, about: str | None, rows: Callable[[], list[dict[str, Any]
             out = subprocess.run(child, env={**os.environ, **flags}, stdout=subprocess.PIPE, check=True)
             made += [{"cores": cores, "vector_bits": width, **found} for found in json.loads(out.stdout)]
     os.sched_setaffinity(0, here)
-    record(name, made)
+    record(result or name, made)

@@ -64,6 +64,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize_call": quantize_call.table,
     "kernels": kernels.table,
     "rows": rows.table,
+    "rows_avx2": lambda: rows.table("rows_avx2"),
     "generate": generate.table,
     "big_save": big_save.table,
     "coder": coder.table,

@@ -1,16 +1,18 @@
 """How fast few and many rows are multiplied with codes of every form, against float32 and onnxruntime.
 
-    python -m benchmarks.micro.rows         results/rows.json, three minutes; pip install onnx onnxruntime
+    python -m benchmarks.micro.rows         results/rows.json, rows_avx2.json, 3 minutes; pip install onnx onnxruntime
     ... --cores 1 2 --widths 256 512                    what is measured; each pair in a process of its own
 
 x [m, 4096] by W [4096, 4096] of random codes, prepacked once, measured as in `benchmarks.micro.kernels`: `times` is the
 time of float32's `jnp.dot` over that of another. Where the compiled kernels are installed (`pip install ./native`),
 every form that they multiply has a second line, "in XLA", for what is taken without them. Of onnxruntime it is
-MatMulNBits, 4 bits in groups of 32, with activations in float32 (accuracy level 0) and in 8 bits (level 4).
+MatMulNBits, 4 bits in groups of 32, with activations in float32 (accuracy level 0) and in 8 bits (level 4). Processors
+without AVX-512 have results of their own.
 """
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.each_width import measure
@@ -118,11 +120,11 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def table() -> str:
+def table(result: str = "rows") -> str:
     """How many times faster than float32, at 1 row and at 64."""
-    runs = list(dict.fromkeys((row["cores"], row["vector_bits"]) for row in stored("rows")))
+    runs = list(dict.fromkeys((row["cores"], row["vector_bits"]) for row in stored(result)))
     lines: dict[str, dict[Any, str]] = {}
-    for found in stored("rows"):
+    for found in stored(result):
         for name, gain in found["times"].items():
             cell = f"{gain:.{1 + (gain < 2)}f}"
             lines.setdefault(name, {}).setdefault((found["cores"], found["vector_bits"]), []).append(cell)
@@ -131,4 +133,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    measure("rows", __doc__, rows)
+    wide = "avx512f" in Path("/proc/cpuinfo").read_text()
+    measure("rows", __doc__, rows, "rows" if wide else "rows_avx2")
