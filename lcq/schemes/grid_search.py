@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from lcq.forms.blocks import Blocks, explicit_sharding
 from lcq.forms.meshes import is_shared
 from lcq.schemes.grouped import Cut
-from lcq.schemes.scales import rounded_scale
+from lcq.schemes.scales import power_of_two, rounded_scale
 
 SHORTEST = 32
 """Numbers of a block from which this search is good enough; below, errors are too rugged for few candidates."""
@@ -90,7 +90,7 @@ def search_grid(whole: Cut, grid: Grid, warm: Array | None = None) -> Array:
 def _search(numbers: "_Plain | _Rows", warm: Array | None) -> Array:
     grid = numbers.grid
     above, below = numbers.tops()
-    unit = _power_of_two(jnp.maximum(above, below))
+    unit = power_of_two(jnp.maximum(above, below))
     above, below, numbers = above / unit, below / unit, numbers.over(unit)
     longer, shorter = max(-grid.low, grid.high), min(-grid.low, grid.high)
     high = _BEYOND * jnp.maximum(above, below) / shorter
@@ -133,12 +133,6 @@ def _best(numbers: "_Plain | _Rows", tried: Sequence[Array], *best: Array) -> tu
 
 def _inverse(a: Array) -> Array:
     return 1 / jnp.where(a == 0, 1, a)
-
-
-def _power_of_two(a: Array) -> Array:
-    """A power of two that is at most a, and more than half of it; within the range of which the inverse is one too."""
-    exponent = jnp.clip(jnp.frexp(a)[1] - 1, -125, 125)
-    return jnp.ldexp(jnp.ones_like(a), exponent)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,3 +47,9 @@ def rounded_scale(a: Array, dtype: str | None) -> Array:
 def as_scale(a: Array, dtype: str | None) -> Array:
     """Scales as a form stores them: the nearest finite numbers of a format; None for the dtype that they have."""
     return a if dtype is None else nearest_number(rounded_scale(a, dtype), dtype)
+
+
+def power_of_two(a: Array) -> Array:
+    """A power of two that is at most a, and more than half of it; within the range of which the inverse is one too."""
+    exponent = jnp.clip(jnp.frexp(a)[1] - 1, -125, 125)
+    return jnp.ldexp(jnp.ones_like(a), exponent)

@@ -158,7 +158,7 @@ ROUNDING_METHODS: Registry[Callable[..., Rounding]] = Registry(
 def solved(
     method: Rounding, w: Array, statistics: Statistics, form: Coded, key: Array | None
 ) -> tuple[Coded, Array | None]:
-    """Coded, and the damping that they took."""
+    """The form with codes, and the damping that they took."""
     prepared = method.prepare(w, statistics)
     return method.solve(prepared, form, key), method.damped(prepared)
 

@@ -17,6 +17,7 @@ from lcq.forms.meshes import is_shared
 from lcq.schemes.grouped import Cut
 from lcq.schemes.kmeans.lloyd import midpoints
 from lcq.schemes.levels import code_dtype
+from lcq.schemes.scales import power_of_two
 
 _LANES = 264
 """Blocks side by side, at most: what they need lies in a cache, rows not a power of two apart."""
@@ -54,6 +55,8 @@ def by_columns(
 ) -> tuple[tuple[UInt[Array, "..."], ...], Float[Array, "*stat k"], Array]:
     """Codes of every leaf, levels, and what their cells weigh, from a function of columns.
 
+    Each column is in units of a power of two near its largest magnitude: squares neither overflow nor vanish.
+
     Args:
         cut: the blocks.
         levels: levels of every block.
@@ -74,7 +77,11 @@ def by_columns(
 
     def turn(i: Array) -> tuple[Array, Levels, Array]:
         here = [lax.dynamic_slice_in_dim(a, i * wide, wide, 1) for a in padded]
-        return solve(here[0], None if cut.importance is None else here[1], None if levels is None else here[-1])
+        h = None if cut.importance is None else here[1]
+        counted = here[0] if h is None else jnp.where(h > 0, here[0], 0)  # what weighs nothing is of any size
+        unit = power_of_two(jnp.max(jnp.abs(counted), 0))
+        codes, found, mass = solve(here[0] / unit, h, None if levels is None else here[-1] / unit)
+        return codes, found * unit, mass
 
     made = lax.map(turn, jnp.arange(turns, dtype=jnp.int32))
     codes, found, mass = (jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, :blocks] for a in made)

@@ -87,6 +87,24 @@ def test_blocks_along_any_axis_of_one_leaf_or_several_are_taken_side_by_side(mon
     assert sum(paid(f, a) for f, a in zip(forms, pair, strict=True)) == pytest.approx(least(both, 4), rel=1e-4)
 
 
+@pytest.mark.parametrize("power", [-100, 124])
+def test_sizes_do_not_matter(power):
+    """Sums of such numbers overflow in float32, or their squares vanish."""
+    x, other = (0.5 + np.abs(draw("normal", seed, N)) for seed in (1, 2))
+    h = np.where(np.arange(N) % 5, 1, 0).astype(np.float32)
+    unit = np.float32(2.0**power)
+    for weight in (None, h):
+        cold, far = (FOUR.project(jnp.asarray(a), importance=weight) for a in (x, other * unit))
+        warm = FOUR.project(jnp.asarray(x * unit), far, importance=weight)
+        for form in (FOUR.project(jnp.asarray(x * unit), importance=weight), warm):
+            np.testing.assert_array_equal(np.asarray(form.levels), np.asarray(cold.levels) * unit)
+            np.testing.assert_array_equal(form.codes, cold.codes)
+    lost = jnp.asarray(np.where(h > 0, x, 3e38))
+    np.testing.assert_array_equal(
+        FOUR.project(lost, importance=h).levels, FOUR.project(jnp.asarray(x), importance=h).levels
+    )
+
+
 @hypothesis.given(arrays, arrays)
 def test_a_warm_start_is_never_worse(x, other):
     x = jnp.asarray(x)
