@@ -1,5 +1,6 @@
 """Who chooses the weights without training: one walk over a net, and a rounding method at each product."""
 
+from lcq.ptq import transforms
 from lcq.ptq.importance import curvature
 from lcq.ptq.quantize import Quantized, Record, quantize
 from lcq.ptq.rounding import GPFQ, GPTQ, ROUNDING_METHODS, RTN, SPFQ, BlockLDL, Descent, Qronos, Rounding, SparseGPFQ
@@ -19,6 +20,7 @@ __all__ = [
     "SparseGPFQ",
     "curvature",
     "quantize",
+    "transforms",
 ]
 
 

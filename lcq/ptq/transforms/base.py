@@ -1,0 +1,133 @@
+"""What a transform is: it takes a function and its parameters, and gives others with which the function is the same."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from typing_extensions import TypeAliasType
+
+from lcq.forms.base import is_form
+from lcq.forms.dtypes import nearest_number
+from lcq.ptq.batches import checked_batches
+from lcq.ptq.leaf_assembly import placed
+from lcq.tracing.contraction import region
+from lcq.tracing.factors import Use
+from lcq.tracing.scaling import Group, Scaling, scaling
+from lcq.tree.aliases import Batch, Function, Leaves, Params
+from lcq.tree.lazy import shape_of, whole
+from lcq.tree.paths import check_numbers, flatten
+from lcq.tree.rules import Rules, resolve
+
+
+class TransformRecord(NamedTuple):
+    """What was done at one place of a function, or why nothing was.
+
+    Attributes:
+        transform: Name of the transform.
+        producers: Paths of the leaves that were multiplied, with indices where a leaf holds several, such as w[2:3].
+        consumers: Likewise of those that took up the inverse.
+        size: Number of channels that were scaled.
+        reason: Why nothing was done; "" if it was.
+        setting: What was chosen, such as alpha=0.5.
+        before: Error, or spread, that the transform lowers, before it; None if it has none.
+        after: Likewise after it.
+    """
+
+    transform: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    size: int
+    reason: str = ""
+    setting: str = ""
+    before: float | None = None
+    after: float | None = None
+
+
+class Transformed(NamedTuple):
+    """Other parameters of the same function.
+
+    Attributes:
+        params: A tree like the given one.
+        records: One for each place where something could be moved, in the order of the net.
+    """
+
+    params: Params
+    records: tuple[TransformRecord, ...]
+
+
+Transform = TypeAliasType("Transform", Callable[[Function, Params, Sequence[Batch], Rules], Transformed])
+"""A function of (fn, params, calibration, rules): other parameters with which fn is the same."""
+
+
+class Places:
+    """The places of a function where factors can be moved, and its parameters.
+
+    Attributes:
+        fn: The function.
+        batches: Of its inputs.
+        leaves: By path; forms as they are.
+        dense: Their arrays, on the host.
+        found: The factors that its parameters may have.
+        selected: Paths of the leaves that will be compressed; None for all.
+    """
+
+    def __init__(self, fn: Function, params: Params, calibration: Iterable[Batch], rules: Rules) -> None:
+        self.fn, self.batches = fn, checked_batches(calibration)
+        self.leaves, self.structure = flatten(params)
+        check_numbers(self.leaves)
+        for path, leaf in self.leaves.items():
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise ValueError(f"{path}: expected an array, which is scaled, got {leaf}; pass the parameters")
+        given = {path for path, leaf in self.leaves.items() if is_form(leaf)}
+        self.dense: Leaves = {p: leaf.dense() if p in given else whole(leaf) for p, leaf in self.leaves.items()}
+        shapes = jax.tree.unflatten(self.structure, map(shape_of, self.dense.values()))
+        self.found: Scaling = scaling(fn, shapes, self.batches[0], unchanged=given)
+        self.selected: Collection[str] | None = None
+        if rules:
+            self.selected = {path for task in resolve(rules, shapes) for path in task.paths}
+
+    def groups(self) -> list[Group]:
+        """Those with a product whose weights will be compressed."""
+        return [group for group in self.found.groups if any(map(self.weighs, (*group.producers, *group.consumers)))]
+
+    def weighs(self, use: Use) -> bool:
+        """Whether a use is a product with weights that will be compressed."""
+        return use.role == "product" and (self.selected is None or use.path in self.selected)
+
+    def names(self, group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Paths of the producers and of the consumers of a group, with indices where they are parts of leaves."""
+        made, used = ({self._name(use): None for use in uses} for uses in (group.producers, group.consumers))
+        return tuple(made), tuple(used)
+
+    def refused(self, name: str, group: Group, reason: str = "") -> TransformRecord:
+        """The record of a group that stays as it is."""
+        return TransformRecord(name, *self.names(group), 0, reason or group.reason)
+
+    def _name(self, use: Use) -> str:
+        shape = np.shape(self.dense[use.path])
+        return use.path if use.places.size == math.prod(shape) else use.path + region(use.places, shape)
+
+    def scaled(self, path: str, values: dict[int, float]) -> np.ndarray:
+        """A leaf with its factors, in float64."""
+        leaf = np.asarray(self.dense[path], np.float64)
+        return leaf * self.found.factors(path, leaf.size, values).reshape(leaf.shape)
+
+    def with_factors(self, values: dict[int, float]) -> Params:
+        """The tree of parameters, all factors applied."""
+        changed = {use.path for use in self.found.uses if values}
+        made = [self._like(path, values) if path in changed else leaf for path, leaf in self.leaves.items()]
+        return jax.tree.unflatten(self.structure, made)
+
+    def _like(self, path: str, values: dict[int, float]) -> Any:
+        leaf = self.dense[path]
+        factors = self.found.factors(path, math.prod(np.shape(leaf)), values)
+        if (factors == 1).all():
+            return self.leaves[path]
+        return placed(nearest_number(self.scaled(path, values), leaf.dtype), leaf)
+
+
+def paths_of(uses: Iterable[Use]) -> tuple[str, ...]:
+    """The leaves of some uses, each once."""
+    return tuple(dict.fromkeys(use.path for use in uses))
