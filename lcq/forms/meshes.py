@@ -4,6 +4,7 @@ A kernel moves, pads and cuts arrays in ways that JAX names no sharding for. So 
 compiler, and its results lie as those of the dense function do.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,25 @@ def explicit_mesh(*trees: PyTree) -> jax.sharding.AbstractMesh | None:
     return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
-def is_shared() -> bool:
-    """Whether several devices run this, and the compiler shares out the work: it cannot cut a Pallas kernel."""
+def shared_mesh(*trees: PyTree) -> jax.sharding.AbstractMesh | None:
+    """The mesh of several devices among which the compiler shares out what is done with arrays: that of the context, or
+    that they lie on; None where one device does it, or each its own part."""
     here = jax.sharding.get_abstract_mesh()
-    return here.size > 1 and not here.are_all_axes_manual
+    kinds = (jax.typeof(leaf) for leaf in jax.tree.leaves(trees) if here.empty and hasattr(leaf, "shape"))
+    meshes = (kind.sharding.mesh for kind in kinds if getattr(kind, "sharding", None) is not None)
+    return next((mesh for mesh in (here, *meshes) if mesh.size > 1 and not mesh.are_all_axes_manual), None)
+
+
+def is_shared(*trees: PyTree) -> bool:
+    """Whether several devices run this, and the compiler shares out the work: it cannot cut a Pallas kernel."""
+    return shared_mesh(*trees) is not None
+
+
+def most_parts(length: int, mesh: Any) -> int:
+    """Into how many parts an axis is cut so that each lies on one device, however the axis lies on a mesh."""
+    sizes = [mesh.shape[name] for name in (*mesh.auto_axes, *mesh.explicit_axes)]
+    products = {math.prod(some) for n in range(len(sizes) + 1) for some in itertools.combinations(sizes, n)}
+    return math.lcm(*(n for n in products if length % n == 0))
 
 
 def spec_of(array: Any) -> tuple[Any, ...]:

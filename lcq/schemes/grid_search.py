@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from lcq.forms.blocks import Blocks, explicit_sharding
-from lcq.forms.meshes import is_shared
+from lcq.forms.blocks import Blocks
+from lcq.forms.meshes import explicit_mesh, is_shared
 from lcq.schemes.grouped import Cut
 from lcq.schemes.scales import power_of_two, rounded_scale
 
@@ -82,7 +82,7 @@ def search_grid(whole: Cut, grid: Grid, warm: Array | None = None) -> Array:
     def by_rows(leaves: tuple[Array, ...], warm: Array | None) -> Array:
         return _search_rows(whole._replace(leaves=leaves), grid, warm)
 
-    if is_shared() or any(explicit_sharding(x) is not None for x in whole.leaves):
+    if is_shared(whole.leaves) or explicit_mesh(whole.leaves):
         return everywhere(whole.leaves, warm)  # loops over rows would move them
     return lax.platform_dependent(whole.leaves, warm, cpu=by_rows, default=everywhere)
 

@@ -6,14 +6,15 @@ number for each cell and block. That takes a tenth of the time of an index for e
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt
 
-from lcq.forms.blocks import Blocks, explicit_sharding
-from lcq.forms.meshes import is_shared
+from lcq.forms.blocks import Blocks
+from lcq.forms.meshes import most_parts, placed_like, shared_mesh
 from lcq.schemes.grouped import Cut
 from lcq.schemes.kmeans.lloyd import midpoints
 from lcq.schemes.levels import code_dtype
@@ -31,13 +32,8 @@ FEW = 32
 _LARGE = 1 << 20
 """Numbers from which another program is worth its compilation."""
 
-Numbers = Float[Array, "n lanes"]
-Levels = Float[Array, "k lanes"]
-
-
-def is_placed(cut: Cut) -> bool:
-    """Whether leaves lie on several devices, where columns are not to be moved."""
-    return is_shared() or any(explicit_sharding(x) is not None for x in cut.leaves)
+Numbers = Float[Array, "n *lanes"]
+Levels = Float[Array, "k *lanes"]
 
 
 def are_many(cut: Cut) -> bool:
@@ -47,7 +43,7 @@ def are_many(cut: Cut) -> bool:
 
 def is_large(cut: Cut, k: int) -> bool:
     """Whether there are many numbers in many blocks, and few levels."""
-    return k <= FEW and are_many(cut) and sum(x.size for x in cut.leaves) >= _LARGE and not is_placed(cut)
+    return k <= FEW and are_many(cut) and sum(x.size for x in cut.leaves) >= _LARGE
 
 
 def by_columns(
@@ -55,38 +51,101 @@ def by_columns(
 ) -> tuple[tuple[UInt[Array, "..."], ...], Float[Array, "*stat k"], Array]:
     """Codes of every leaf, levels, and what their cells weigh, from a function of columns.
 
-    Each column is in units of a power of two near its largest magnitude: squares neither overflow nor vanish.
+    Each column is in units of a power of two near its largest magnitude: squares neither overflow nor vanish. On a mesh
+    columns stay where their blocks lie; a block that is cut is brought together, a turn's at a time.
 
     Args:
         cut: the blocks.
         levels: levels of every block.
-        solve: codes [n, lanes], levels and weights [k, lanes] of numbers [n, lanes], their importance or None, and of
-            the columns of `levels` or None.
+        solve: codes [n, *lanes], levels and weights [k, *lanes] of numbers [n, *lanes], their importance or None, and
+            of the columns of `levels` or None.
     """
-    x = _side_by_side(cut.leaves, cut.blocks)
-    arrays = [x]
+    side = _lanes(cut)
+    arrays = [side.laid(cut.leaves, cut.blocks)]
     if cut.importance is not None:
         each = zip(cut.importance, cut.leaves, strict=True)
-        arrays.append(_side_by_side([jnp.broadcast_to(h, leaf.shape).astype(x.dtype) for h, leaf in each], cut.blocks))
+        arrays.append(side.laid([jnp.broadcast_to(h, x.shape).astype(arrays[0].dtype) for h, x in each], cut.blocks))
     if levels is not None:
-        arrays.append(levels.reshape(x.shape[1], -1).T.astype(x.dtype))
-    blocks = x.shape[1]
-    wide = next((n for n in range(_LANES, _LANES // 2, -1) if blocks % n == 0), min(blocks, _LANES))
-    turns = -(-blocks // wide)
-    padded = [jnp.pad(a, ((0, 0), (0, turns * wide - blocks))) for a in arrays]
+        arrays.append(side.beside(jnp.moveaxis(levels, -1, 0).astype(arrays[0].dtype)))
 
     def turn(i: Array) -> tuple[Array, Levels, Array]:
-        here = [lax.dynamic_slice_in_dim(a, i * wide, wide, 1) for a in padded]
+        here = [side.of_turn(a, i) for a in arrays]
         h = None if cut.importance is None else here[1]
         counted = here[0] if h is None else jnp.where(h > 0, here[0], 0)  # what weighs nothing is of any size
         unit = power_of_two(jnp.max(jnp.abs(counted), 0))
         codes, found, mass = solve(here[0] / unit, h, None if levels is None else here[-1] / unit)
         return codes, found * unit, mass
 
-    made = lax.map(turn, jnp.arange(turns, dtype=jnp.int32))
-    codes, found, mass = (jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, :blocks] for a in made)
-    shape = (*cut.blocks[0].stat, len(found))
-    return _apart(codes, cut.blocks), found.T.reshape(shape), mass.T.reshape(shape)
+    codes, found, mass = map(side.joined, lax.map(turn, jnp.arange(side.turns, dtype=jnp.int32)))
+    found, mass = (jnp.moveaxis(a, 0, -1).reshape(*cut.blocks[0].stat, len(a)) for a in (found, mass))
+    return tuple(map(placed_like, _apart(codes, cut.blocks), cut.leaves)), found, mass
+
+
+class _Lanes(NamedTuple):
+    """How blocks lie side by side, and which of them are taken in one turn.
+
+    Attributes:
+        lengths: blocks along the axes that tell them apart, or all of them as one axis.
+        along: the axis of these that turns run along.
+        parts: of this axis, in each of which a turn takes some; on a mesh each lies on one device.
+        wide: blocks of a part in one turn.
+    """
+
+    lengths: tuple[int, ...]
+    along: int
+    parts: int
+    wide: int
+
+    @property
+    def turns(self) -> int:
+        return -(-self.lengths[self.along] // (self.parts * self.wide))
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        return tuple(n for i, n in enumerate(self.lengths) if i != self.along)
+
+    def laid(self, leaves: Sequence[Array], how: Sequence[Blocks]) -> Float[Array, "n parts most *others"]:
+        """The numbers of all leaves, a column for every block."""
+        return self.beside(
+            jnp.concatenate(
+                [x.transpose(_order(b)).reshape(b.size, *self.lengths) for x, b in zip(leaves, how, strict=True)]
+            )
+        )
+
+    def beside(self, rows: Array) -> Float[Array, "n parts most *others"]:
+        """One number per block in each row, those of a part in turns of equal length."""
+        rows = jnp.moveaxis(rows.reshape(len(rows), *self.lengths), 1 + self.along, 1)
+        rows = rows.reshape(len(rows), self.parts, -1, *self.others)
+        more = self.turns * self.wide - rows.shape[2]
+        return jnp.pad(rows, ((0, 0), (0, 0), (0, more), *((0, 0),) * len(self.others)))
+
+    def of_turn(self, rows: Float[Array, "n parts most *others"], i: Array) -> Numbers:
+        some = lax.dynamic_slice_in_dim(rows, i * self.wide, self.wide, 2)
+        return some if self.parts > 1 else some.reshape(len(rows), self.wide, *self.others)
+
+    def joined(self, made: Float[Array, "turns n *lanes"] | UInt[Array, "turns n *lanes"]) -> Array:
+        """Rows of what turns made, of the shape [n, *lengths]."""
+        turns, size = made.shape[:2]
+        rows = jnp.moveaxis(made.reshape(turns, size, self.parts, self.wide, *self.others), 0, 2)
+        rows = rows.reshape(size, self.parts, turns * self.wide, *self.others)
+        rows = rows[:, :, : self.lengths[self.along] // self.parts]
+        return jnp.moveaxis(rows.reshape(size, -1, *self.others), 1, 1 + self.along)
+
+
+def _lanes(cut: Cut) -> _Lanes:
+    """A few hundred blocks in a turn, on every device."""
+    mesh, stat = shared_mesh(cut.leaves), cut.blocks[0].stat
+    if mesh is None:
+        blocks = math.prod(stat)
+        wide = next((n for n in range(_LANES, _LANES // 2, -1) if blocks % n == 0), min(blocks, _LANES))
+        return _Lanes((blocks,), 0, 1, wide)
+    lengths = tuple(n for n in stat if n > 1) or (1,)
+    along = max(range(len(lengths)), key=lambda i: (lengths[i] // most_parts(lengths[i], mesh), lengths[i]))
+    parts = most_parts(lengths[along], mesh)
+    each = lengths[along] // parts
+    others = math.prod(lengths) // lengths[along]
+    turns = -(-each // max(_LANES * mesh.size // (parts * others), 1))
+    return _Lanes(lengths, along, parts, -(-each // turns))
 
 
 def _order(block: Blocks) -> list[int]:
@@ -94,19 +153,12 @@ def _order(block: Blocks) -> list[int]:
     return [*block.axes, *(i for i in range(len(block.split)) if i not in block.axes)]
 
 
-def _side_by_side(leaves: Sequence[Array], how: Sequence[Blocks]) -> Numbers:
-    """The numbers of all leaves, a column for every block."""
-    return jnp.concatenate(
-        [x.transpose(_order(b)).reshape(b.size, math.prod(b.stat)) for x, b in zip(leaves, how, strict=True)]
-    )
-
-
-def _apart(columns: Array, how: Sequence[Blocks]) -> tuple[Array, ...]:
-    """Leaves of these columns."""
+def _apart(rows: UInt[Array, "n *lengths"], how: Sequence[Blocks]) -> tuple[Array, ...]:
+    """Leaves of these rows."""
     leaves, begin = [], 0
     for b in how:
         order = _order(b)
-        split = columns[begin : begin + b.size].reshape([b.split[i] for i in order])
+        split = rows[begin : begin + b.size].reshape([b.split[i] for i in order])
         leaves.append(split.transpose(np.argsort(order)))
         begin += b.size
     return tuple(leaves)
@@ -119,7 +171,7 @@ def turns_of(size: int) -> tuple[int, int]:
     return size // rows, rows
 
 
-def middles(levels: Levels) -> Float[Array, "k-1 lanes"]:
+def middles(levels: Levels) -> Float[Array, "k-1 *lanes"]:
     """Where cells are cut."""
     return jnp.moveaxis(midpoints(jnp.moveaxis(levels, 0, -1)), -1, 0)
 
@@ -148,7 +200,7 @@ def _cells(x: Numbers, h: Numbers | None, levels: Levels) -> tuple[Levels, Array
     return jnp.where(mass > 0, mean, levels), mass
 
 
-def _codes(x: Numbers, levels: Levels) -> UInt[Array, "n lanes"]:
+def _codes(x: Numbers, levels: Levels) -> UInt[Array, "n *lanes"]:
     """The nearest levels."""
     (turns, rows), middle = turns_of(len(x)), middles(levels)
 
@@ -164,7 +216,7 @@ def _codes(x: Numbers, levels: Levels) -> UInt[Array, "n lanes"]:
 
 def column_pass(
     x: Numbers, h: Numbers | None, levels: Levels, passes: int = 0
-) -> tuple[UInt[Array, "n lanes"], Levels, Array]:
+) -> tuple[UInt[Array, "n *lanes"], Levels, Array]:
     """Codes of the nearest levels after so many passes, the means of these cells, and what they weigh."""
     levels = lax.fori_loop(0, passes, lambda _, now: _cells(x, h, now)[0], levels) if passes else levels
     return _codes(x, levels), *_cells(x, h, levels)

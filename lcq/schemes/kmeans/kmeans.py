@@ -14,6 +14,7 @@ from jaxtyping import Array
 from lcq.forms import Codes
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per, explicit_sharding
+from lcq.forms.meshes import by_compiler, explicit_mesh, is_shared, placed_on, spec_of
 from lcq.schemes.base import SCHEMES, Earlier, Importance, Quantizer, Scalar
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.kmeans.columns import by_columns, column_pass, is_large
@@ -46,7 +47,7 @@ _WARM = 3
 """Passes over the data, at most, before the one that gives the codes; few, because a C step has a warm start."""
 
 _WARM_COLUMNS = 2
-"""The same over columns of many blocks."""
+"""The same where many numbers are in many blocks."""
 
 
 @SCHEMES.register("KMeans")
@@ -57,8 +58,8 @@ class KMeans(Quantizer):
     By default Lloyd's algorithm, sort-free, jit-able and vmap-able: a good local minimum, and x itself if x has at
     most K distinct values. Cold, it starts from the best partition of a histogram's bins (above 64 learned levels from
     density^(1/3) quantiles) and converges on a histogram before it sees the data; warm, from the previous codebook: a
-    few passes over the data, none of which raises the error. On one CPU many blocks of at most 64 numbers, without
-    fixed levels, get the best partition of these numbers, cold and warm. Sums of |x| must be finite in float32.
+    few passes over the data, none of which raises the error. On CPUs many blocks of at most 64 numbers, without fixed
+    levels, get the best partition of these numbers, cold and warm, on a mesh too. Sums of |x| must be finite in float32.
 
     With a `rate` the codes are made to be entropy-coded, at most K of them:
 
@@ -156,36 +157,59 @@ def _coded(forms: Earlier) -> tuple[Codes, ...]:
 
 
 def _fit(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
-    """Codes of every leaf in blocks, and the levels they share."""
-    leaves, importance = whole.leaves, whole.importance
+    """Codes of every leaf in blocks, and the levels they share; which algorithm, does not depend on where they lie."""
+    if not scheme.fixed and scheme.k <= EXACT and is_short(whole):
+        return _fit_short(scheme, whole, warm)
+    if warm is not None and not scheme.fixed and is_large(whole, scheme.k):
+        return _fit_large(scheme, whole, warm)
+    return _fit_by_passes(scheme, whole, warm)
+
+
+def _on_columns(fast: Callable[..., Any], other: Callable[..., Any], whole: Cut) -> Callable[..., Any]:
+    """A function of the leaves of a cut, their importance, and levels: on a CPU, where columns are fast, fast(cut,
+    levels), and other(cut, levels) elsewhere."""
 
     def on(fit: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda leaves, importance, warm: fit(scheme, whole._replace(leaves=leaves, importance=importance), warm)
+        return lambda leaves, importance, levels: fit(whole._replace(leaves=leaves, importance=importance), levels)
 
-    if not scheme.fixed and scheme.k <= EXACT and is_short(whole):
-        fast = on(_fit_short)
-    elif warm is not None and not scheme.fixed and is_large(whole, scheme.k):
-        fast = on(_fit_large)
-    else:
-        return _fit_by_passes(scheme, whole, warm)
-    # On a CPU alone: no axis of a leaf that lies on several devices may be cut into columns.
-    return jax.lax.platform_dependent(leaves, importance, warm, cpu=fast, default=on(_fit_by_passes))
+    return functools.partial(jax.lax.platform_dependent, cpu=on(fast), default=on(other))
 
 
 def _fit_short(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:
-    return fit_short(whole, scheme.k, warm)
+    """The best partition of every block."""
+    warm = None if warm is None else warm.reshape(*whole.blocks[0].stat, scheme.k)
+    best, mesh = functools.partial(fit_short, k=scheme.k), explicit_mesh(whole.leaves)
+    fit, onto = _on_columns(best, functools.partial(_fit_by_passes, scheme), whole), None
+    if mesh is not None:  # codes lie as the leaves do, levels as their blocks
+        first = zip(whole.blocks[0].stat, spec_of(whole.leaves[0]), strict=True)
+        of_blocks = [None if n == 1 else name for n, name in first]
+        onto = [placed_on(mesh, spec) for spec in (*map(spec_of, whole.leaves), (*of_blocks, None))]
+    return by_compiler(fit, onto, whole.leaves, whole.importance, warm)
 
 
 def _fit_large(scheme: KMeans, whole: Cut, warm: Array) -> tuple[tuple[Array, ...], Array]:
-    """Passes over columns; where a level has lost all of its numbers, those that find it others."""
+    """A few passes; where a level has lost all of its numbers, those that find it others."""
     levels = warm.reshape(*whole.blocks[0].stat, scheme.k)
-    codes, levels, mass = by_columns(whole, levels, functools.partial(column_pass, passes=_WARM_COLUMNS))
+    if is_shared(whole.leaves) or explicit_mesh(whole.leaves):  # which may cut a block: each device adds what it has
+        codes, levels, mass = _few_passes(whole, levels)
+    else:
+        over_columns = functools.partial(by_columns, solve=functools.partial(column_pass, passes=_WARM_COLUMNS))
+        codes, levels, mass = _on_columns(over_columns, _few_passes, whole)(whole.leaves, whole.importance, levels)
 
     def find_others(now: tuple[Any, ...]) -> tuple[Any, ...]:
         return *_fit_by_passes(scheme, whole, now[1]), jnp.bool_(False)
 
     # A loop of at most one turn: under vmap a cond would be computed whether it is needed or not.
     return jax.lax.while_loop(lambda now: now[2], find_others, (codes, levels, jnp.any(mass <= 0)))[:2]
+
+
+def _few_passes(whole: Cut, levels: Array) -> tuple[tuple[Array, ...], Array, Array]:
+    """What passes over columns give, by sums over whole axes."""
+    centres = Centres(levels, jnp.ones_like(levels, bool))
+    for _ in range(_WARM_COLUMNS):
+        centres = lloyd_pass(whole, centres)[1]
+    codes, centres, mass = lloyd_pass(whole, centres)
+    return codes, centres.levels, mass.astype(levels.dtype)
 
 
 def _fit_by_passes(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tuple[Array, ...], Array]:

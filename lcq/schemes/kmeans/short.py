@@ -24,26 +24,26 @@ from jax import lax
 from jaxtyping import Array, Float, UInt
 
 from lcq.schemes.grouped import Cut
-from lcq.schemes.kmeans.columns import Levels, Numbers, are_many, by_columns, column_pass, is_placed, middles, turns_of
+from lcq.schemes.kmeans.columns import Levels, Numbers, are_many, by_columns, column_pass, middles, turns_of
 
 LONGEST = 64
 """Numbers of a block, at most: the steps of a block grow with the square of what it has beyond its levels."""
 
 
 def is_short(cut: Cut) -> bool:
-    """Whether blocks are short enough, and many; on a mesh a block may be cut."""
-    return are_many(cut) and not is_placed(cut) and sum(b.size for b in cut.blocks) <= LONGEST
+    """Whether blocks are short enough, and many."""
+    return are_many(cut) and sum(b.size for b in cut.blocks) <= LONGEST
 
 
 def fit_short(
-    cut: Cut, k: int, warm: Float[Array, "*stat k"] | None
+    cut: Cut, warm: Float[Array, "*stat k"] | None, k: int
 ) -> tuple[tuple[UInt[Array, "..."], ...], Float[Array, "*stat k"]]:
     """The best codes of every leaf and ascending levels.
 
     Args:
         cut: short blocks, that `is_short` is true of.
-        k: how many levels.
         warm: an earlier solution; the result is no worse.
+        k: how many levels.
     """
     codes, levels, _ = by_columns(cut, warm, lambda x, h, levels: _solve(x, h, levels, k))
     return codes, levels
@@ -73,11 +73,11 @@ def _sorted(arrays: list[Numbers]) -> list[Numbers]:
 
     def exchanged(arrays: list[Array]) -> list[Array]:
         """Neighbours, from the first two on, in order."""
-        pairs = [a[: len(a) // 2 * 2].reshape(len(a) // 2, 2, a.shape[1]) for a in arrays]
+        pairs = [a[: len(a) // 2 * 2].reshape(len(a) // 2, 2, *a.shape[1:]) for a in arrays]
         falls = pairs[0][:, 0] > pairs[0][:, 1]
         both = [
             jnp.stack([jnp.where(falls, p[:, 1], p[:, 0]), jnp.where(falls, p[:, 0], p[:, 1])], 1).reshape(
-                2 * len(p), p.shape[2]
+                2 * len(p), *p.shape[2:]
             )
             for p in pairs
         ]
@@ -94,7 +94,8 @@ def _sorted(arrays: list[Numbers]) -> list[Numbers]:
 
 def _distinct(ordered: Numbers, k: int) -> tuple[Levels, Array]:
     """The first k distinct numbers, the last of them again and again where there are fewer; how many there are."""
-    place, (turns, rows) = jnp.arange(k, dtype=jnp.int32)[:, None], turns_of(len(ordered))
+    first, (turns, rows) = ordered[0], turns_of(len(ordered))
+    place = jnp.arange(k, dtype=jnp.int32).reshape(k, *(1,) * first.ndim)
 
     def turn(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         before, rank, levels = state
@@ -103,13 +104,12 @@ def _distinct(ordered: Numbers, k: int) -> tuple[Levels, Array]:
             before, levels = x, jnp.where(place >= rank, x, levels)
         return before, rank, levels
 
-    first = ordered[0]
-    start = (first, jnp.zeros(first.shape, jnp.int32), jnp.broadcast_to(first, (k, len(first))))
+    start = (first, jnp.zeros(first.shape, jnp.int32), jnp.broadcast_to(first, (k, *first.shape)))
     _, rank, levels = lax.fori_loop(0, turns, turn, start)
     return levels, rank + 1
 
 
-def _running(rows: Numbers) -> Float[Array, "n+1 lanes"]:
+def _running(rows: Numbers) -> Float[Array, "n+1 *lanes"]:
     """0, x_0, x_0 + x_1, .."""
     zero = jnp.zeros_like(rows[0])
     return jnp.concatenate([zero[None], lax.scan(lambda so_far, x: (so_far + x,) * 2, zero, rows)[1]])
@@ -119,11 +119,12 @@ def _best_levels(ordered: Numbers, weights: Numbers | None = None, *, k: int) ->
     """The means of the best k cells of more than k numbers; one that weighs nothing repeats the level above."""
     kind, slack = ordered.dtype, len(ordered) - k
     sums = _running(ordered if weights is None else ordered * weights)
-    counts = jnp.broadcast_to(jnp.arange(len(ordered) + 1, dtype=kind)[:, None], sums.shape)
+    over_lanes = (...,) + (None,) * (ordered.ndim - 1)
+    counts = jnp.broadcast_to(jnp.arange(len(ordered) + 1, dtype=kind)[over_lanes], sums.shape)
     mass = counts if weights is None else _running(weights)
     ahead = np.arange(slack + 1)[None] - np.arange(slack + 1)[:, None]
-    even = jnp.asarray(np.where(ahead >= 0, 1 / (np.maximum(ahead, 0) + 1), 0), kind)[..., None]
-    barred = jnp.asarray(np.where(ahead >= 0, 0, -np.inf), kind)[..., None]
+    even = jnp.asarray(np.where(ahead >= 0, 1 / (np.maximum(ahead, 0) + 1), 0), kind)[over_lanes]
+    barred = jnp.asarray(np.where(ahead >= 0, 0, -np.inf), kind)[over_lanes]
 
     def over(a: Array, weight: Array, none: Array | float = 0.0) -> Array:
         return jnp.where(weight > 0, a / jnp.where(weight > 0, weight, 1), none)

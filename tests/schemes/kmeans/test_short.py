@@ -130,16 +130,6 @@ def test_fewer_numbers_than_levels(x, levels):
     assert form.levels.tolist() == [levels]
 
 
-def test_a_mesh_is_not_crossed():
-    """There Lloyd's passes do it: what sorts a block would gather it."""
-    x = jnp.asarray(draw("normal", 3, (32, 8)))
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    with jax.set_mesh(mesh):
-        there = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", "b")))
-        codes = lcq.KMeans(4, per="channel").project(there).codes
-    assert codes.sharding.is_equivalent_to(there.sharding, 2)
-
-
 def test_stacked_layers_are_a_loop_over_them_and_what_stops_gradients_is_none():
     x = jnp.asarray(draw("cauchy", 5, (3, N)))
     form = jax.vmap(FOUR.project)(x)
