@@ -59,7 +59,8 @@ class KMeans(Quantizer):
     most K distinct values. Cold, it starts from the best partition of a histogram's bins (above 64 learned levels from
     density^(1/3) quantiles) and converges on a histogram before it sees the data; warm, from the previous codebook: a
     few passes over the data, none of which raises the error. On CPUs many blocks of at most 64 numbers, without fixed
-    levels, get the best partition of these numbers, cold and warm, on a mesh too. Sums of |x| must be finite in float32.
+    levels, get the best partition of these numbers, cold and warm, on meshes too. Sums of |x| must be finite in
+    float32.
 
     With a `rate` the codes are made to be entropy-coded, at most K of them:
 
