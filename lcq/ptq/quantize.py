@@ -22,7 +22,8 @@ from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
 from lcq.ptq.rounding.coded import level_count
 from lcq.ptq.tasks import check_paths, decide, method_at, warn_of_direct
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
-from lcq.tracing.contraction import BiasSite, Product
+from lcq.tracing.biases import BiasSite
+from lcq.tracing.contraction import Product
 from lcq.tracing.param_flow import Program
 from lcq.tree.aliases import Batch, Forms, Function, Params
 from lcq.tree.compress import check_finite, take
@@ -165,9 +166,8 @@ def quantize(
             statistics, of means and of errors. Where it cannot be followed a warning names leaf and equation, and
             `Record.lost` keeps it; then all rows count.
         bias_correction: whether biases and batch-norm means that are added to a product, and nothing else, absorb the
-            change of its mean; weights are then rounded on centred statistics. One that is
-            concatenated, or added to concatenated products, stays as it is, and `Record.bias_correction` is False:
-            instead of x @ concatenate([q, k], 1) + concatenate([b, c]) write concatenate([x @ q + b, x @ k + c], 1).
+            change of its mean; weights are then rounded on centred statistics. Kernels and biases may be concatenated,
+            as in flax's OptimizedLSTMCell. One that is used in several steps stays as it is.
         offload: whether activations between products are kept in the host's memory; those that are spread over a mesh
             stay on it.
         resume: a folder for what has been rounded so far, made if it is not there. A run that was killed and is called
@@ -243,7 +243,7 @@ def quantize(
             visit.finish()
             continue
         shift = _bias_site(visit.uses, programs) if bias_correction else None
-        if shift is not None and shift.path in given:
+        if shift is not None and any(part.path in given for part in shift.parts):
             shift = None
         number = len(records) + len(waiting)
         before = saved.get(number, unit.name) if saved else None
@@ -262,11 +262,12 @@ def quantize(
         assembly = assemblies[product.path]
         assembly.put(product, rounded.form)
         other[product.path] = assembly
-        if shift is not None:
-            if shift.path not in updates:
-                updates[shift.path] = np.array(whole(original[shift.path]), np.float32, order="C")
-            update = updates[shift.path]
-            update.reshape(-1)[shift.elements] += shift.sign * np.asarray(rounded.correction)
+        sign, parts = shift or (0, ())
+        for part in parts:
+            if part.path not in updates:
+                updates[part.path] = np.array(whole(original[part.path]), np.float32, order="C")
+            change = np.asarray(rounded.correction).reshape(-1)[part.neurons]
+            updates[part.path].reshape(-1)[part.elements] += sign * change
         record = _record(visit, methods[product.path], rounded)
         outcome = visit.finish(rounded.correction)
         if not unit.others and len(unit.uses) == 1:
@@ -314,13 +315,10 @@ def _like(values: np.ndarray, leaf: Any) -> Array:
 def _bias_site(uses: Sequence[Use], programs: Sequence[Program]) -> BiasSite | None:
     """What takes up the change of the mean: a bias of weights with one use, the same in all traces."""
     found = [programs[use.batches[0]].bias_sites.get(use.product.number) for use in uses]
-    if len(found) != len(set(programs)) or found[0] is None:
+    first = found[0]
+    if len(found) != len(set(programs)) or first is None:
         return None
-    alike = all(
-        other is not None and other.path == found[0].path and np.array_equal(other.elements, found[0].elements)
-        for other in found
-    )
-    return found[0] if alike else None
+    return first if all(first.is_same(other) for other in found) else None
 
 
 def _warn_of_lost(programs: Sequence[Program]) -> None:

@@ -1,9 +1,7 @@
 """What is known of a product with a parameter: its operands as matrices, and which places of a leaf it reads."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +12,7 @@ from jaxtyping import Array, Bool, Shaped
 from lcq.tracing import im2col
 from lcq.tracing.equation import Content, Primitive
 from lcq.tracing.jaxpr import IN_PLACE
-from lcq.tracing.param_site import ParamSite, Step, placed
+from lcq.tracing.param_site import ParamSite, placed
 
 
 class Operand(NamedTuple):
@@ -271,52 +269,11 @@ class Unit:
         return one.shape == two.shape and bool((np.sort(one, axis=2) == np.sort(two, axis=2)).all())
 
 
-class BiasSite(NamedTuple):
-    """A parameter that is added to the result of a product, one number for each neuron, and used nowhere else.
-
-    Attributes:
-        path: Path of the leaf in the tree.
-        sign: Sign with which the leaf is added: +1, or -1 where it is subtracted, like the mean of a batch norm.
-        elements: Flat places in the leaf, [G, n].
-    """
-
-    path: str
-    sign: int
-    elements: np.ndarray
-
-
 def _straight(product: Product) -> tuple[object, ...] | None:
     """The layout of a dot's weights that reach it as the leaf has them, and where they are; None of any other."""
     if product.kind != "dot" or any(step.primitive.name not in IN_PLACE for step in product.weight.steps):
         return None
     return product.weight.index, product.side, product.w.shape, product._axes(product.side)
-
-
-def per_neuron(
-    product: Product, steps: tuple[Step, ...], places: np.ndarray, onto: tuple[int, ...]
-) -> np.ndarray | None:
-    """The place in the bias of each neuron [G, n]; None unless neurons and places go one to one."""
-    g, _, _, n = product.shape
-    moves = [step for step in steps if step.primitive.name not in IN_PLACE]
-    number = product.spread(np.arange(g * n, dtype=np.int32).reshape(g, n))
-    neurons = functools.reduce(lambda a, step: step.on_host(a), moves, np.broadcast_to(number, product.y.shape))
-    if neurons.shape != onto:
-        return None
-    of, at = np.asarray(neurons).reshape(-1), np.broadcast_to(places, onto).reshape(-1)
-    result = np.empty(g * n, np.int64)
-    result[of] = at
-    one_to_one = (result[of] == at).all() and len(np.unique(result)) == g * n
-    return result.reshape(g, n) if one_to_one else None
-
-
-def uses_of_each(places: Sequence[np.ndarray], size: int) -> np.ndarray:
-    """How many of these arrays each of the numbers below size is in."""
-    often = np.zeros(size, np.int64)
-    for each in places:
-        inside = np.zeros(size, bool)
-        inside[each] = True
-        often += inside
-    return often
 
 
 def region(places: np.ndarray, shape: tuple[int, ...], lead: int = 0) -> str:

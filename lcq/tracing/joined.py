@@ -2,6 +2,7 @@
 
     X [W1 W2] = [X W1, X W2]        joined along the outputs
     [X1 X2] [W1; W2] = X1 W1 + X2 W2        joined along the inputs
+    [Y1 Y2] + [b1 b2] = [Y1 + b1, Y2 + b2]
 
 Each function here takes an equation and says how it acts on pieces; None if it does not act on them one by one.
 """
@@ -72,6 +73,8 @@ def moved(eqn: Equation, joint: Joint, shape: Sequence[int], rest: Sequence[Cont
     if name == "rev":
         axes = params["dimensions"]
         return all_by(lambda a: jax.lax.rev(a, axes), turned=joint.axis in axes)
+    if name == "broadcast_in_dim" and not rest and math.prod(params["shape"]) > math.prod(shape):
+        return _broadcast(joint, params["shape"], params["broadcast_dimensions"])
     if name in RESHAPES and (name != "reshape" or params["dimensions"] is None):
         return _reshaped(joint, shape, eqn.outvars[0].aval.shape)
     if name == "slice" and all(step == 1 for step in params["strides"] or ()):
@@ -117,6 +120,16 @@ def _reshaped(joint: Joint, shape: Sequence[int], new: Sequence[int]) -> list[Mo
     return None
 
 
+def _broadcast(joint: Joint, new: Sequence[int], places: Sequence[int]) -> list[Moved] | None:
+    """A broadcast that makes the pieces larger along other axes than that along which they are joined."""
+    axis = places[joint.axis]
+    if new[axis] != sum(joint.lengths):
+        return None
+    shapes = [(*new[:axis], n, *new[axis + 1 :]) for n in joint.lengths]
+    made = [functools.partial(jax.lax.broadcast_in_dim, shape=to, broadcast_dimensions=places) for to in shapes]
+    return [Moved(axis, tuple(enumerate(made)))]
+
+
 def _sliced(joint: Joint, starts: Sequence[int], limits: Sequence[int]) -> Moved:
     pieces = []
     for i, (first, end) in enumerate(_spans(joint.lengths)):
@@ -150,6 +163,18 @@ def product(eqn: Equation, side: int, joint: Joint) -> Callable[..., Content] | 
         cuts = [x if axis is None else jax.lax.slice_in_dim(x, a, b, axis=axis) for a, b in _spans(joint.lengths)]
         results = [one(a, w) for a, w in zip(cuts, pieces, strict=True)]
         return sum(results[1:], results[0]) if onto is None else jnp.concatenate(results, onto)
+
+    return whole
+
+
+def added(eqn: Equation, side: int, joint: Joint) -> Callable[..., Content]:
+    """A sum or difference whose operand `side` is joined, as a function of the other operand and of each piece."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+
+    def whole(other: Content, *pieces: Content) -> Content:
+        cuts = [jax.lax.slice_in_dim(other, a, b, axis=joint.axis) for a, b in _spans(joint.lengths)]
+        pairs = [(cut, piece) if side else (piece, cut) for cut, piece in zip(cuts, pieces, strict=True)]
+        return jnp.concatenate([eqn.primitive.bind(*pair, **params) for pair in pairs], joint.axis)
 
     return whole
 

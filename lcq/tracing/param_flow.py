@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ from jax.extend import core  # noqa: TID251
 from jaxtyping import PyTree
 
 from lcq.tracing import joined, positions, shards
-from lcq.tracing.contraction import BiasSite, Product, Unit, per_neuron, uses_of_each
+from lcq.tracing.biases import Added, BiasSite, Ending, bias_sites
+from lcq.tracing.contraction import Product, Unit
 from lcq.tracing.equation import Body, Content, Equation
 from lcq.tracing.jaxpr import (
     CALLS,
@@ -125,19 +125,11 @@ def trace(
         tuple(leaves),
         tuple(follower.products),
         tuple(follower.units.units),
-        follower.bias_sites(),
+        follower.biases(),
     )
 
 
-_Added = tuple[Value, int, tuple[int, ...]]
-"""A result that a parameter is added to, with the sign, and the shape of the sum."""
-
-
-class _Use(NamedTuple):
-    """Where a followed leaf ends that is not selected; `added` says to which result."""
-
-    site: ParamSite
-    added: _Added | None
+_ADDITIONS = {"add", "add_any", "sub"}
 
 
 class _Follower:
@@ -146,7 +138,7 @@ class _Follower:
     def __init__(self, leaves: Leaves, selected: frozenset[str], strict: bool) -> None:
         self.leaves, self.selected, self.strict = leaves, selected, strict
         self.products: list[Product] = []
-        self.uses: dict[str, list[_Use]] = {path: [] for path in leaves}
+        self.uses: dict[str, list[Ending]] = {path: [] for path in leaves}
         self.units = Units({path: leaf for path, leaf in leaves.items() if path in selected})
         self.source: str | None = None
 
@@ -177,8 +169,10 @@ class _Follower:
             return self._unroll(eqn, ins)
         if name == "shard_map" and any(self._followed(value) for value in ins) and (function := shards.whole(eqn)):
             return self._within(eqn, function, *ins)
-        if name in joined.JOINS and any(self._followed(value) for value in ins):
-            return [self._join(eqn, ins)]
+        if name in joined.JOINS and self._are_joined(ins):
+            return self._join(eqn, ins)
+        if name in _ADDITIONS and (sums := self._sums(eqn, ins)) is not None:
+            return sums
         if any(value.pieces for value in ins) and (apart := self._apart(eqn, ins)) is not None:
             return apart
         if (name in PRODUCTS or name == RAGGED) and (side := self._side(eqn, ins)) is not None:
@@ -193,27 +187,46 @@ class _Follower:
             return any(map(self._followed, value.pieces))
         return value.site is not None and value.site.path in self.selected
 
-    def _join(self, eqn: Equation, ins: list[Value]) -> Value:
-        """A concatenation of followed parameters, and perhaps of other things."""
+    def _are_joined(self, ins: list[Value]) -> bool:
+        """Whether a concatenation is to be followed: of what is rounded, of results of products, or of biases."""
+        return any(self._followed(v) or v.has_result for v in ins) or all(v.has_site for v in ins)
+
+    def _join(self, eqn: Equation, ins: list[Value]) -> list[Value]:
+        """A concatenation of parameters, or of results of products, and perhaps of other things."""
         axis = eqn.params[joined.JOINS[eqn.primitive.name]]
         (array,) = bind(eqn, [value.array for value in ins])
-        pieces = []
+        pieces: list[Value] = []
         for value in ins:
-            if not self._followed(value):
+            if not (value.has_site or value.has_result):
                 self._end(value, eqn)
-                value = Value(value.array, value.data, value.param)
+                value = Value(value.array, value.data, value.param, mask=value.mask, lost=value.lost)
             if eqn.primitive.name == "stack":
                 (value,) = self._within(eqn, lambda a: jnp.expand_dims(a, axis), value)
-            pieces.append(value)
-        return Value(array, any(value.data for value in ins), True, pieces=tuple(pieces), axis=axis)
+            pieces += value.pieces if value.pieces and value.axis == axis else [value]
+        data = any(value.data for value in ins)
+        return self._counted(eqn, ins, [Value(array, data, True, pieces=tuple(pieces), axis=axis)])
+
+    def _sums(self, eqn: Equation, ins: list[Value]) -> list[Value] | None:
+        """[Y1 Y2] + [b1 b2] = [Y1 + b1, Y2 + b2] for results of products and parameters that are none of their own."""
+        side = next((i for i, value in enumerate(ins) if value.pieces and value.has_result), None)
+        if side is None or self._followed(other := ins[1 - side]) or not other.has_site:
+            return None
+        shape, axis = np.shape(ins[side].array), ins[side].axis
+        if np.ndim(other.array) != len(shape) or np.shape(other.array)[axis] != shape[axis]:
+            return None
+        return self._within(eqn, joined.added(eqn, side, ins[side].joint), other, *ins[side].pieces)
 
     def _apart(self, eqn: Equation, ins: list[Value]) -> list[Value] | None:
         """An equation on a concatenation, as equations on its pieces; None if it is none on each of them."""
-        side = next(i for i, value in enumerate(ins) if value.pieces)
-        value = ins[side]
         if eqn.primitive.name in PRODUCTS:
+            side = next((i for i, value in enumerate(ins[:2]) if value.pieces and self._followed(value)), None)
+            if side is None:
+                return None
+            value = ins[side]
             product = joined.product(eqn, side, value.joint)
             return None if product is None else self._within(eqn, product, ins[1 - side], *value.pieces)
+        side = next(i for i, value in enumerate(ins) if value.pieces)
+        value = ins[side]
         arrays = [value.array for value in ins]
         if any(isinstance(array, jax.core.Tracer) for array in arrays[1:]):
             return None
@@ -221,7 +234,8 @@ class _Follower:
         if moved is None:
             return None
         arrays = bind(eqn, arrays)
-        return [self._part(eqn, value, out, array) for out, array in zip(moved, arrays, strict=True)]
+        parts = [self._part(eqn, value, out, array) for out, array in zip(moved, arrays, strict=True)]
+        return self._counted(eqn, ins, parts)
 
     def _part(self, eqn: Equation, value: Value, part: joined.Moved, array: Content) -> Value:
         """A moved concatenation, or the one piece that is left of it."""
@@ -256,26 +270,26 @@ class _Follower:
         data, param = any(v.data for v in ins), any(v.param for v in ins)
         return self._counted(eqn, ins, [Value(out, data, param) for out in outs])
 
-    def _end(self, value: Value, eqn: Equation | None, added: _Added | None = None, *, within: str = "") -> None:
+    def _end(self, value: Value, eqn: Equation | None, added: Added | None = None, *, within: str = "") -> None:
         """A value is used by an equation, or returned (None): if it is a parameter, its way ends."""
         value.reads += 1
-        for piece in value.pieces:
-            self._end(piece, eqn, within=" -> concatenate")
+        for piece, part in zip(value.pieces, added.pieces(value) if added else [None] * len(value.pieces), strict=True):
+            self._end(piece, eqn, part, within=" -> concatenate")
         if value.site is None:
             return
         opaque = eqn is not None and eqn.primitive.name in OPAQUE
         if self._followed(value) and (self.strict or opaque):
             raise ValueError(cannot_follow(value.site.path, value.site.chain() + within, eqn, self.source))
-        self.uses[value.site.path].append(_Use(value.site, added))
+        self.uses[value.site.path].append(Ending(value.site, added))
 
-    def _addition(self, eqn: Equation, ins: list[Value], i: int) -> _Added | None:
-        """(result, sign, shape) if operand i is a parameter added to the result of a product, in that order or not."""
-        if eqn.primitive.name not in ("add", "add_any", "sub") or ins[i].site is None:
+    def _addition(self, eqn: Equation, ins: list[Value], i: int) -> Added | None:
+        """Of operand i, if it is a parameter added to the result of a product, in that order or not."""
+        if eqn.primitive.name not in _ADDITIONS or not ins[i].has_site:
             return None
         other = ins[1 - i]
         if other.result is None or (eqn.primitive.name == "sub" and i == 0):
             return None
-        return other, -1 if eqn.primitive.name == "sub" else 1, tuple(eqn.outvars[0].aval.shape)
+        return Added(other, -1 if eqn.primitive.name == "sub" else 1, tuple(eqn.outvars[0].aval.shape))
 
     def _move(self, eqn: Equation, ins: list[Value]) -> list[Value] | None:
         """A change of layout of a parameter or of a product's result; None if it is neither, or copies elements."""
@@ -339,7 +353,7 @@ class _Follower:
         self.products.append(product)
         if self.strict:
             self.units.add(product)
-        x.reads += 1
+        self._end(x, eqn)
         y = _product_p.bind(x.array, w.array, *extras.values(), number=number, aval=aval, extras=tuple(extras))
         value.array = y
         if product.kind != "ragged":  # a bias would differ from row to row
@@ -350,6 +364,7 @@ class _Follower:
         """A scan, round by round."""
         body, fixed, carries = scan_of(eqn)
         length = eqn.params["length"]
+        ins = [self._settled(value, eqn) for value in ins]
         constants, carry = ins[:fixed], ins[fixed : fixed + carries]
         slices = [self._rounds(value, eqn) for value in ins[fixed + carries :]]
         order = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
@@ -368,6 +383,13 @@ class _Follower:
             carry = [carried(value, seen) for value in carry]
         return [*carry, *map(stack, ys)]
 
+    def _settled(self, value: Value, eqn: Equation) -> Value:
+        """What a scan takes of results of products: they are used there."""
+        if not value.has_result:
+            return value
+        self._end(value, eqn)
+        return Value(value.array, value.data, value.param, mask=value.mask, lost=value.lost)
+
     def _rounds(self, value: Value, eqn: Equation) -> list[Value]:
         """What each round of a scan gets of one of its inputs."""
         length = eqn.params["length"]
@@ -383,22 +405,7 @@ class _Follower:
             rounds.append(Value(array, param=True, site=value.site.at(i, jax.typeof(array).shape)))
         return rounds
 
-    def bias_sites(self) -> dict[int, BiasSite]:
-        """The parameters that can take a constant added to each neuron of a product, by the product's number."""
-        found = {}
-        for path, uses in self.uses.items():
-            if path in self.selected or all(use.added is None for use in uses):
-                continue
-            shape = np.shape(self.leaves[path])
-            places = [use.site.elements(shape) for use in uses]
-            often = uses_of_each(places, math.prod(shape))
-            for use, each in zip(uses, places, strict=True):
-                if use.added is None or (often[each] > 1).any():
-                    continue
-                value, sign, onto = use.added
-                assert value.result is not None
-                if all(v.reads == 1 for v in (value, *value.result.before)):
-                    elements = per_neuron(self.products[value.result.number], value.result.steps, each, onto)
-                    if elements is not None:
-                        found[value.result.number] = BiasSite(path, sign, elements)
-        return found
+    def biases(self) -> dict[int, BiasSite]:
+        """What can take a constant added to each neuron of a product, by the product's number."""
+        others = {path: uses for path, uses in self.uses.items() if path not in self.selected}
+        return bias_sites(others, {path: np.shape(leaf) for path, leaf in self.leaves.items()}, self.products)

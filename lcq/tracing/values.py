@@ -24,7 +24,8 @@ class Value:
         result: Which product's result it is, while it is nothing but that, moved.
         mask: Which of its positions count, see `lcq.tracing.positions`; None for all.
         lost: The equation behind which that is not known, so that all of them count; "" if it is known.
-        pieces: What was concatenated, while the value is nothing but that, moved, and some of it is followed.
+        pieces: What was concatenated, while the value is nothing but that, moved, and a parameter or a product's result
+            is among it.
         axis: The axis along which these are joined.
         reads: The equations that use it.
     """
@@ -46,6 +47,16 @@ class Value:
         if self.mask is None or not self.mask.ndim or positions.varies(self.mask, range(1, self.mask.ndim)):
             return None
         return self.mask.reshape(-1)
+
+    @property
+    def has_site(self) -> bool:
+        """Whether it is a parameter, or joined of some."""
+        return self.site is not None or any(piece.has_site for piece in self.pieces)
+
+    @property
+    def has_result(self) -> bool:
+        """Whether it is the result of a product, or joined of some."""
+        return self.result is not None or any(piece.has_result for piece in self.pieces)
 
     @property
     def joint(self) -> joined.Joint:

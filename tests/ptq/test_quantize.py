@@ -199,6 +199,27 @@ def test_concatenated_kernels():
     assert sum(isinstance(leaf, lcq.forms.Form) for leaf in flatten(done.forms)[0].values()) == 8
 
 
+def test_biases_of_concatenated_kernels():
+    """They take up what the mean of their own kernel's part has moved, b + mean(h) (W - Q); codes are those of kernels
+    that are not concatenated."""
+    x, h = draw(50, 5), draw(50, 8, seed=1) + 0.5
+    carry = (jnp.zeros((50, 8)), jnp.asarray(h))
+    cells = nn.OptimizedLSTMCell(8), nn.LSTMCell(8)
+    params = jax.tree.map(np.array, cells[0].init(jax.random.key(0), carry, jnp.asarray(x)))
+    rules = [lcq.Rule("(.*/)?kernel", lcq.Uniform(2, per="channel"))]
+    done, apart = (quantize(lambda p, b, cell=cell: cell.apply(p, *b), params, [(carry, x)], rules) for cell in cells)
+    for one, other in zip(jax.tree.leaves(done.forms), jax.tree.leaves(apart.forms), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    for gate in "ifgo":
+        old, new = (tree["params"][f"h{gate}"] for tree in (params, lcq.decompress(done.forms)))
+        change = h.mean(0, dtype=np.float64) @ (old["kernel"].astype(np.float64) - np.asarray(new["kernel"]))
+        np.testing.assert_allclose(new["bias"], old["bias"] + change, atol=1e-6)
+        assert np.abs(change).max() > 0.01
+    assert {record.path[7:9]: record.bias_correction for record in done.records} == {
+        f"{side}{gate}": side == "h" for side in "hi" for gate in "ifgo"
+    }
+
+
 def test_concatenated_kernels_are_rounded_as_one():
     """Columns are rounded one by one: [W1 W2] as W1 and W2 give the same codes as the leaf that holds both."""
     params, batches = problem()

@@ -127,8 +127,10 @@ def test_shifts(case):
     program = trace(lambda p, x: use(x @ p["w"], p["b"]), shapes(w=(4, 6), b=(size,)), X, ["w"])
     assert {number: shift.sign for number, shift in program.bias_sites.items()} == ({} if sign is None else {0: sign})
     for shift in program.bias_sites.values():
-        assert shift.path == "b"
-        np.testing.assert_array_equal(shift.elements, np.arange(6)[None])
+        (part,) = shift.parts
+        assert part.path == "b"
+        np.testing.assert_array_equal(part.neurons, np.arange(6))
+        np.testing.assert_array_equal(part.elements, np.arange(6))
 
 
 def test_no_shift_for_a_bias_of_two_layers():
@@ -138,20 +140,55 @@ def test_no_shift_for_a_bias_of_two_layers():
     assert trace(fn, shapes(w=(4, 4), v=(4, 4), b=(4,)), X, ["w", "v"]).bias_sites == {}
 
 
-JOINED = {
-    "both": (lambda p, x: x @ jnp.concatenate([p["q"], p["k"]], 1) + jnp.concatenate([p["b"], p["c"]]), []),
-    "bias": (lambda p, x: x @ p["w"] + jnp.concatenate([p["b"], p["c"]]), []),
-    "neither": (lambda p, x: jnp.concatenate([x @ p["q"] + p["b"], x @ p["k"] + p["c"]], 1), ["b", "c"]),
+def joined(p, *names):
+    return jnp.concatenate([p[name] for name in names], -1)
+
+
+JOINED = {  # fn of q, k [4, 3], w [4, 6], b, c [3] and d [6]; by kernel the biases, and the first place in each
+    "both": (lambda p, x: x @ joined(p, "q", "k") + joined(p, "b", "c"), {"q": {"b": 0}, "k": {"c": 0}}),
+    "kernels": (lambda p, x: x @ joined(p, "q", "k") + p["d"], {"q": {"d": 0}, "k": {"d": 3}}),
+    "biases": (lambda p, x: x @ p["w"] + joined(p, "b", "c"), {"w": {"b": 0, "c": 0}}),
+    "other lengths": (lambda p, x: x @ joined(p, "q", "k") - joined(p, "a", "b", "e"), {"k": {"b": 1, "e": 0}}),
+    "apart again": (
+        lambda p, x: [y + p[b] for y, b in zip(jnp.split(x @ joined(p, "q", "k"), 2, 1), "bc", strict=True)],
+        {"q": {"b": 0}, "k": {"c": 0}},
+    ),
+    "neither": (
+        lambda p, x: jnp.concatenate([x @ p["q"] + p["b"], x @ p["k"] + p["c"]], 1),
+        {"q": {"b": 0}, "k": {"c": 0}},
+    ),
+    "stacked": (
+        lambda p, x: jnp.einsum("bi,sio->bso", x, jnp.stack([p["q"], p["k"]])) + jnp.stack([p["b"], p["c"]]),
+        {"q": {"b": 0}, "k": {"c": 0}},
+    ),
+    "with numbers": (lambda p, x: x @ p["w"] + jnp.concatenate([p["b"], jnp.ones(3)]), {}),
+    "returned too": (lambda p, x: (x @ joined(p, "q", "k") + joined(p, "b", "c"), p["b"]), {"k": {"c": 0}}),
+    "result used twice": (lambda p, x: (y := x @ joined(p, "q", "k")) * (y + joined(p, "b", "c")), {}),
+    "one part used twice": (
+        lambda p, x: ((y := x @ joined(p, "q", "k")) + joined(p, "b", "c"), jnp.tanh(y[:, :3])),
+        {"k": {"c": 0}},
+    ),
+    "turned": (lambda p, x: (x @ joined(p, "q", "k")).T + joined(p, "c", "b")[:, None], {"q": {"c": 0}, "k": {"b": 0}}),
+    "twice the same": (lambda p, x: x @ joined(p, "q", "k") + joined(p, "b", "b"), {}),
+    "for rows": (lambda p, x: x @ joined(p, "q", "k") + joined(p, "b", "e")[:, None], {}),
 }
 
 
 @pytest.mark.parametrize("name", JOINED)
-def test_biases_that_are_concatenated_stay_as_they_are(name):
-    """As `quantize` says, with a remedy."""
-    fn, paths = JOINED[name]
-    params = shapes(q=(4, 3), k=(4, 3), w=(4, 6), b=(3,), c=(3,))
-    program = trace(fn, params, X, ["w"] if name == "bias" else ["q", "k"])
-    assert sorted(site.path for site in program.bias_sites.values()) == paths
+def test_biases_of_concatenated_kernels(name):
+    """Kernels or biases or both are joined; what is used elsewhere, or not for all neurons of a kernel, is no bias."""
+    fn, expected = JOINED[name]
+    params = shapes(q=(4, 3), k=(4, 3), w=(4, 6), a=(2,), b=(3,), c=(3,), d=(6,), e=(2 if name == "for rows" else 1,))
+    program = trace(fn, params, X, ["w"] if "w" in expected or name == "with numbers" else ["q", "k"])
+    found = {
+        program.products[number].path: {part.path: int(part.elements[0]) for part in site.parts}
+        for number, site in program.bias_sites.items()
+    }
+    if name == "other lengths":  # [a a b | b b e]
+        expected = {"q": {"a": 0, "b": 0}, "k": {"b": 1, "e": 0}}
+    assert found == expected
+    for site in program.bias_sites.values():
+        assert site.sign == (-1 if name == "other lengths" else 1)
 
 
 def test_first_of_two_biases_and_one_that_is_followed():
@@ -161,7 +198,7 @@ def test_first_of_two_biases_and_one_that_is_followed():
         return x @ p["w"] + p["b"] - p["mean"] + p["u"] @ jnp.ones((4, 6))
 
     params = shapes(w=(4, 6), b=(6,), mean=(6,), u=(4,))
-    assert [shift.path for shift in trace(fn, params, X, ["w", "u"]).bias_sites.values()] == ["b"]
+    assert [part.path for site in trace(fn, params, X, ["w", "u"]).bias_sites.values() for part in site.parts] == ["b"]
 
 
 def test_numbers_that_are_no_arrays():
