@@ -49,7 +49,8 @@ def coded_bits(leaf: PyTree) -> CodedBits:
         if levels == 1:
             total += coded_bits(value)
             continue
-        codes = bitpack.unpack_host(jax.device_get(value), bitpack.width(levels), count)
+        words = value if isinstance(value, np.ndarray) else jax.device_get(value)
+        codes = bitpack.unpack_host(words, bitpack.width(levels), count)
         total += CodedBits(count * rans.entropy(codes, levels), 8 * len(rans.encode(codes, levels)))
     return total
 
@@ -60,8 +61,8 @@ def _fields(form: Form) -> dict[str, PyTree]:
 
 
 def _holds_arrays(value: object) -> bool:
-    return (
-        is_form(value)
-        or isinstance(value, np.ndarray | jax.Array)
-        or (isinstance(value, tuple) and any(map(_holds_arrays, value)))
-    )
+    if value is None or isinstance(value, int | float | str):
+        return False
+    if isinstance(value, tuple):
+        return any(map(_holds_arrays, value))
+    return isinstance(value, np.ndarray | jax.Array) or is_form(value)

@@ -22,6 +22,8 @@ rest. A table is, all little-endian,
 A varint has 7 bits a byte, lowest first, and a high bit in all bytes but the last.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +40,8 @@ _NESTED = 0xF0
 _FEWEST = 80  # bits that nested classes cost at least, about
 _FINEST = 128  # slots a counted symbol, above which frequencies say no more about few of them
 _WORTH = 1e-4  # of all bits: what more precision must save, as small tables are faster
+_SMALL = 32  # up to so many symbols all precisions are tried in one go, with up to _SOME - 1 digits
+_SOME = 4
 
 
 class FrequencyTable(NamedTuple):
@@ -70,27 +74,34 @@ def fit(counts: Int[np.ndarray, " alphabet"], nested: bool = True) -> FrequencyT
     gaps, order, told = _gaps(present)
     entropy, extremes = entropy_bits(count), (int(count.min()), int(count.max()))
     found, best = None, np.inf
-    for precision in PRECISIONS:
-        if present.size > 1 << precision or (found and 1 << precision > _FINEST * total):
+    tried = [p for p in PRECISIONS if present.size <= 1 << p]
+    scales = [2.0**precision / total for precision in tried]
+    ends = [[_weight(extreme * scale) for extreme in extremes] for scale in scales]
+    several = _weights(count, scales, ends) if present.size <= _SMALL else None
+    rates = _rates(count, several[0], several[2], range(_SOME), tried) if several else None
+    for i, precision in enumerate(tried):
+        if found and 1 << precision > _FINEST * total:
             continue
-        scale = 2.0**precision / total
-        smallest, largest = (min(max(round(extreme * scale - 1), 0), _HEAVIEST) for extreme in extremes)
+        smallest, largest = ends[i]
         largest *= smallest < largest  # equal ones need not be told
         fixed = float(told + present.size * largest.bit_length().bit_length())
         if (min(fixed, _FEWEST) if nested else fixed) + entropy >= best * (1 - _WORTH):
             continue
-        weights = np.minimum(np.maximum(np.rint(count * scale - 1), 0), _HEAVIEST).astype(np.int64) * (largest > 0)
-        classes = _classes(weights)
-        behind = np.maximum(classes - 1, 0)
+        here = slice(i, i + 1)
+        made = tuple(a[here] for a in several) if several else _weights(count, scales[here], ends[here])
+        weights, classes, behind = (a[0] for a in made)
         if nested and fixed > _FEWEST:
             fixed = min(fixed, _letter_bits(classes, counts.size))
         for digits in range(16):
-            widths = np.minimum(behind, digits)
-            known = fixed + float(widths.sum())
+            known = fixed + (float(np.minimum(behind, digits).sum()) if digits else 0.0)
             if known + entropy >= best * (1 - _WORTH):
                 break  # more digits cost more, and no frequencies code below the entropy
-            frequencies = _frequencies(_coarse(weights, behind - widths), precision)
-            bits = _bits(count, frequencies, precision) + total * 4.0 ** (precision - 20)
+            if rates and digits < _SOME:
+                frequencies, bits = rates[0][i, digits], rates[1][i][digits]
+            else:
+                one = _rates(count, made[0], made[2], [digits], [precision])
+                frequencies, bits = one[0][0, 0], one[1][0][0]
+            bits += total * 4.0 ** (precision - 20)
             if known + bits < best * (1 - _WORTH):
                 found, best = (precision, digits, weights, frequencies, bits), known + bits
             if largest < 2 << digits:
@@ -112,11 +123,20 @@ def least_bits(present: Int[np.ndarray, " present"], alphabet: int) -> float:
         >>> least_bits(np.array([3, 200]), 256) < 8 * len(fit(np.bincount([3, 200], minlength=256)).data)
         True
     """
-    absent = alphabet - present.size
-    if not absent:
-        return float(present.size)
-    nested = entropy_bits(np.array([present.size, absent]))
-    return max(float(present.size), min(float(_gaps(present)[2]), nested))
+    low, high = about_bits(present.size, alphabet)
+    return low if low == high else max(low, min(float(_gaps(present)[2]), high))
+
+
+def about_bits(present: int, alphabet: int) -> tuple[float, float]:
+    """What `least_bits` is at least and at most, of so many symbols.
+
+    Example:
+        >>> about_bits(2, 4)
+        (2.0, 4.0)
+    """
+    absent = alphabet - present
+    nested = present * math.log2(alphabet / present) + absent * math.log2(alphabet / absent) if absent else 0.0
+    return float(present), max(float(present), nested)
 
 
 def entropy_bits(counts: Int[np.ndarray, " present"]) -> float:
@@ -161,7 +181,7 @@ def read(data: UInt8[np.ndarray, " bytes"], alphabet: int, nested: bool = True) 
     widths = np.minimum(np.maximum(classes - 1, 0), digits)
     weights = _from_digits(classes, bits.numbers(widths), widths)
     dense = np.zeros(alphabet, np.int64)
-    dense[present] = _frequencies(weights, precision)
+    dense[present] = _frequencies(weights, 1 << precision)
     return dense, bits.end()
 
 
@@ -193,18 +213,39 @@ def read_varint(data: UInt8[np.ndarray, " bytes"], at: int) -> tuple[int, int]:
     )
 
 
-def _frequencies(weights: np.ndarray, precision: int) -> np.ndarray:
-    ends = weights.cumsum()
-    if not ends[-1]:
-        ends = np.arange(1, weights.size + 1)
-    ends = ends * ((1 << precision) - weights.size) // ends[-1]
+def _weight(scaled: float) -> int:
+    return min(max(round(scaled - 1), 0), _HEAVIEST)
+
+
+def _weights(
+    count: np.ndarray, scales: Sequence[float], ends: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each scale the weights of all symbols, their classes, and how many digits are behind the first one."""
+    told = np.array([[first < last] for first, last in ends])  # equal ones are 0
+    scaled = np.rint(count * np.array(scales)[:, None] - 1)
+    weights = np.minimum(np.maximum(scaled, 0), _HEAVIEST).astype(np.int64) * told
+    classes = _classes(weights)
+    return weights, classes, np.maximum(classes - 1, 0)
+
+
+def _rates(
+    count: np.ndarray, weights: np.ndarray, behind: np.ndarray, digits: Sequence[int], precisions: Sequence[int]
+) -> tuple[np.ndarray, list[list[float]]]:
+    """Frequencies [precisions, digits, symbols] by weights with so many digits, and bits of all symbols by these."""
+    slots = 1 << np.array(precisions)[:, None, None]
+    lost = np.maximum(behind[:, None] - np.array(digits)[:, None], 0)
+    frequencies = _frequencies(_coarse(weights[:, None], lost), slots)
+    return frequencies, (count * -np.log2(frequencies / slots)).sum(-1).tolist()
+
+
+def _frequencies(weights: np.ndarray, slots: int | np.ndarray) -> np.ndarray:
+    """Of weights along the last axis, summing to so many slots."""
+    ends = weights.cumsum(-1)
+    ends = np.where(ends[..., -1:] > 0, ends, np.arange(1, weights.shape[-1] + 1))
+    ends = ends * (slots - weights.shape[-1]) // ends[..., -1:]
     frequencies = ends + 1
-    frequencies[1:] -= ends[:-1]
+    frequencies[..., 1:] -= ends[..., :-1]
     return frequencies
-
-
-def _bits(counts: np.ndarray, frequencies: np.ndarray, precision: int) -> float:
-    return float((counts * -np.log2(frequencies / (1 << precision))).sum())
 
 
 def _classes(weights: np.ndarray) -> np.ndarray:

@@ -253,26 +253,36 @@ def _promising(codes: np.ndarray, levels: int, blocks: Sequence[int]) -> Iterato
     if codes.size > _FEW:
         yield from (_counted(codes, levels, n) for n in fitting)
         return
-    found, futile = list[_Counted](), 0
+    raw, futile = _raw_bytes(codes.size, levels), 0
+    best, least = list[_Counted](), np.inf
     for n in fitting:
         if futile > 1 and (n & n - 1 or 2 * n in fitting):
             continue
-        counted = _counted(codes, levels, n)
-        futile = futile + 1 if counted.bound > _raw_bytes(codes.size, levels) else 0
-        found += [counted] * (not futile)
-    yield from sorted(found, key=lambda counted: counted.bound + _SYMBOL * counted.counts.size)[:1]
+        counted = _counted(codes, levels, n, raw, least)
+        futile = futile + 1 if counted.bound > raw else 0
+        if not futile and (size := counted.bound + _SYMBOL * counted.counts.size) < least:
+            best, least = [counted], size
+    yield from best
 
 
-def _counted(codes: np.ndarray, levels: int, n: int) -> _Counted:
+def _counted(codes: np.ndarray, levels: int, n: int, raw: float = np.inf, least: float = np.inf) -> _Counted:
+    """Its bound is looser where that tells already that it is above `raw`, or that it is not, but no less than the
+    `least` size of others."""
     if levels**n > _SPARSE * codes.size:
-        present, counts = np.unique(_symbols(codes, levels, n).astype(np.int64), return_counts=True)
+        symbols = np.sort(_symbols(codes, levels, n)).astype(np.int64)
+        ends = np.flatnonzero(np.append(symbols[1:] != symbols[:-1], True)) + 1
+        present, counts = symbols[ends - 1], ends.copy()
+        counts[1:] -= ends[:-1]
     else:
         counts = _histogram(codes, levels, n)
         present = np.flatnonzero(counts)
         counts = counts[present]
-    bits = frequency_tables.entropy_bits(counts) + frequency_tables.least_bits(present, levels**n)
     head = 9 if counts.size > 1 else 6  # n, the fixed bytes of a table, and of a lane
-    return _Counted(n, present, counts, bits / 8 + _rest_bytes(codes.size % n, levels) + head)
+    above = frequency_tables.entropy_bits(counts) / 8 + _rest_bytes(codes.size % n, levels) + head
+    low, high = (above + bits / 8 for bits in frequency_tables.about_bits(counts.size, levels**n))
+    if low > raw or (high <= raw and low + _SYMBOL * counts.size >= least):
+        return _Counted(n, present, counts, low)
+    return _Counted(n, present, counts, above + frequency_tables.least_bits(present, levels**n) / 8)
 
 
 def _lanes(payload: float, count: int) -> int:

@@ -34,6 +34,26 @@ def test_large_tables_are_nested_and_cost_little():
     assert len(frequency_tables.fit(counts, nested=False).data) > 1.05 * size
 
 
+@pytest.mark.parametrize("symbols", [1, 2, 8, 32])
+def test_small_tables_are_those_of_the_search_one_by_one(symbols, monkeypatch):
+    """All precisions in one go, or each on its own."""
+    for spread in (0.1, 1, 3):
+        counts = np.zeros(64, np.int64)
+        counts[RNG.choice(64, symbols, replace=False)] = 1 + RNG.exponential(30, symbols) ** spread
+        monkeypatch.undo()
+        together = frequency_tables.fit(counts)
+        monkeypatch.setattr(frequency_tables, "_SMALL", 0)
+        assert frequency_tables.fit(counts).data == together.data
+
+
+@pytest.mark.parametrize("alphabet", [1, 8, 300])
+def test_bounds_of_what_says_which_symbols_are_present(alphabet):
+    for symbols in {1, alphabet // 7 + 1, alphabet}:
+        low, high = frequency_tables.about_bits(symbols, alphabet)
+        present = np.sort(RNG.choice(alphabet, symbols, replace=False))
+        assert low <= frequency_tables.least_bits(present, alphabet) <= high
+
+
 @pytest.mark.parametrize(
     "data, why",
     [
