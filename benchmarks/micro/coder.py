@@ -12,7 +12,8 @@ thousand codes are coded by lcq alone. Seconds are the least of all rounds, whic
 and cpu. LZMA, zstandard and pcodec are given one code in each number, DeepCABAC signed numbers, the likeliest zero;
 constriction gets the table of frequencies and is not charged for it.
 
-Peers that are not installed have a row that says so. DeepCABAC is the coder of NNCodec.
+Peers that are not installed have a row that says so. DeepCABAC is the coder of NNCodec, which comes by
+    pip install --no-deps nncodec
 """
 
 import importlib.metadata
