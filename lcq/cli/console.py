@@ -128,6 +128,7 @@ _OPTIONS = (
     (r"\bbias_correction=False", "--no-bias-correction"),
     (r"\bquantize\(\.\.\., rtn=\[--rule ('[^']*')\]\)", r"with --rtn-rule \1"),
     (r"\brtn=", "--rtn-rule"),
+    (r"\btokenizer=", "--tokenizer"),
     (r"\bstacked=(?=[\s,;.)]|$)", "the N of '; stacked=N'"),
     (r"\bdry_run\(params, rules, fn, batch\)", "lcq quantize --dry-run"),
     (r"\blcq\.io\.Name\('([^']*)', '([^']*)', layout='?([\w.]+)'?\)", r"--name '\1=\2; layout=\3'"),

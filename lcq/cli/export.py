@@ -58,6 +58,7 @@ def export_file(arguments: argparse.Namespace) -> None:
             format=arguments.to,
             names=names,
             config=config,
+            tokenizer=arguments.tokenizer,
             nearest=arguments.nearest,
             limit=arguments.limit,
             progress=lambda i, n, path: advance(path, 1, n),

@@ -224,6 +224,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of the model, metadata of GGUF or a .gguf file that has them, or the dense model in ONNX",
     )
     sub.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="the model's tokenizer.json, or its folder: into GGUF's metadata, of byte pairs; or beside safetensors",
+    )
+    sub.add_argument(
         "--nearest", type=_positive, metavar="BITS", help="write a grid for tables that are none, and masks dense"
     )
     sub.set_defaults(run=export_file)

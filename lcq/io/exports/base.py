@@ -62,6 +62,17 @@ class ExportFormat(abc.ABC):
     def __init__(self, config: Mapping[str, Json]) -> None:
         self.config = config
 
+    def take_tokenizer(self, path: Path) -> None:
+        """Has a tokenizer go with the weights.
+
+        Args:
+            path: of a tokenizer.json, or its folder.
+
+        Raises:
+            ValueError: one that the format cannot hold; or, as here, a format without a place for one.
+        """
+        raise ValueError(f"{path}: expected a format that has a place for a tokenizer, got another; leave it out")
+
     @abc.abstractmethod
     def declare(self, item: Item) -> dict[str, Tensor]:
         """The arrays that an item will be, by name.

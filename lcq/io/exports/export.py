@@ -22,6 +22,7 @@ def export(
     format: str,
     names: Sequence[Name] = (),
     config: Mapping[str, Json] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     nearest: int | None = None,
     limit: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -38,6 +39,8 @@ def export(
         names: what leaves are called there, and which of their axes are outputs; the first that matches decides.
             By default keys joined by ".", and flax's names in PyTorch's words, `kernel` [in, out] as `weight`.
         config: what the format keeps beside the weights: the config.json of a Hugging Face model, or metadata of GGUF.
+        tokenizer: the path of a tokenizer.json, or its folder. GGUF has it in its metadata, if it is of byte pairs on
+            bytes; folders get a copy of its files; others refuse it.
         nearest: bits of the grid that takes the place of tables without one (`KMeans`); masks, factors and sums are
             then made dense. None refuses them, and says what they would cost.
         limit: bytes that one leaf of a file may take; by default as `lcq.load` for a whole file.
@@ -48,8 +51,8 @@ def export(
 
     Raises:
         ValueError: a format that is not known, nothing to write, names that do not fit, or a leaf that the format
-            cannot hold; names it and what to do.
-        OSError: the file cannot be written.
+            cannot hold; names it and what to do. A tokenizer that it cannot hold.
+        OSError: the file cannot be written, or the tokenizer not be read.
 
     Example:
         >>> import tempfile, lcq, numpy as np
@@ -65,6 +68,8 @@ def export(
         raise ValueError(
             f"{path}: expected a name that ends in {known.suffix}, got another; write {path.stem + known.suffix}"
         )
+    if tokenizer is not None:
+        known.take_tokenizer(Path(tokenizer))
     items = items_of(forms, names, known.names, nearest, limit)
     tensors: dict[str, Tensor] = {}
     for item in items.declared:

@@ -11,14 +11,25 @@ from jaxtyping import Shaped
 from lcq.io.atomic import replacing
 from lcq.io.container import DTYPES, NAMES, Json, flat, to_json
 from lcq.io.exports.base import Encoded, ExportFormat, Tensor
+from lcq.io.exports.gguf_tokenizer import tokenizer_of
 from lcq.io.exports.grids import as_matrix, matrix_shape, rotary_order
 from lcq.io.exports.leaves import Item
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
+)
+"""What a tokenizer of Hugging Face's libraries is made of, and how its model generates."""
 
 
 class SafetensorsFolder(ExportFormat):
     """model.safetensors, and what `files` says."""
 
     suffix = ""
+    _tokenizer: Path | None = None
+
+    def take_tokenizer(self, path: Path) -> None:
+        self._tokenizer = tokenizer_of(path).parent
 
     @abc.abstractmethod
     def files(self) -> dict[str, Json]:
@@ -32,7 +43,13 @@ class SafetensorsFolder(ExportFormat):
         for name, content in self.files().items():
             with replacing(path / name) as file:
                 file.write((json.dumps(content, indent=2) + "\n").encode())
-        return ()
+        if self._tokenizer is None:
+            return ()
+        copied = [name for name in TOKENIZER_FILES if (self._tokenizer / name).is_file()]
+        for name in copied:
+            with replacing(path / name) as file:
+                file.write((self._tokenizer / name).read_bytes())
+        return (f"note: copied {', '.join(copied)}",)
 
 
 def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:

@@ -21,6 +21,7 @@ from lcq.io.atomic import replacing
 from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_metadata import metadata_of
+from lcq.io.exports.gguf_tokenizer import padded_to, tokenizer_fields
 from lcq.io.exports.grids import Kind, as_matrix, grid_of, kind_of, matrix_shape, rotary_order
 from lcq.io.exports.leaves import Item
 from lcq.io.exports.steps import moved, rounded, turned
@@ -39,6 +40,11 @@ class Gguf(ExportFormat):
     def __init__(self, config: Mapping[str, Json]) -> None:
         super().__init__(config)
         self._metadata = metadata_of(config)
+        self._words: dict[str, Json] = {}
+
+    def take_tokenizer(self, path: Path) -> None:
+        pre = self._metadata.get("tokenizer.ggml.pre")
+        self._words = tokenizer_fields(path, pre if isinstance(pre, str) else None)
 
     def declare(self, item: Item) -> dict[str, Tensor]:
         if isinstance(item.value, Codes):
@@ -66,14 +72,18 @@ class Gguf(ExportFormat):
         self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
     ) -> tuple[str, ...]:
         numbers = TENSOR_TYPES | {name: block.number for name, block in BLOCK_TYPES.items()}
-        head = gguf_header(self._metadata, {n: (t.shape, numbers[t.kind], t.size) for n, t in tensors.items()})
+        if self._words and "token_embd.weight" in tensors:
+            self._words = padded_to(self._words, tensors["token_embd.weight"].shape[0])
+        metadata = self._metadata | self._words
+        head = gguf_header(metadata, {n: (t.shape, numbers[t.kind], t.size) for n, t in tensors.items()})
         with replacing(path) as file:
             file.write(head)
             for _, array in arrays:
                 file.write(flat(np.ascontiguousarray(array)).data)
                 file.write(bytes(-array.nbytes % 32))
-        lacks = [] if "tokenizer.ggml.tokens" in self._metadata else ["tokenizer.ggml.model and .tokens"]
-        return tuple(f"note: without {key} in its metadata llama.cpp does not load a file" for key in lacks)
+        if "tokenizer.ggml.tokens" in metadata:
+            return ()
+        return ("note: without a tokenizer llama.cpp does not load a file; give tokenizer= the model's tokenizer.json",)
 
 
 def _type_of(item: Item) -> str:
