@@ -66,6 +66,49 @@ def test_the_deploy_page_has_what_each_target_holds_today():
     )
 
 
+def test_the_page_of_formats_is_that_of_the_code(monkeypatch):
+    """Both tables; and a format that is registered has its row."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    formats = importlib.import_module("formats")
+    shown = (DOCS / "guides" / "formats.md").read_text()
+    for part in formats.page():
+        assert part in shown, "put what python docs/formats.py says into docs/guides/formats.md"
+    rows = [cells[:2] for cells in formats.formats()]
+    for way, registry in (("in", lcq.io.CHECKPOINT_FORMATS), ("out", lcq.io.EXPORT_FORMATS)):
+        assert all((way, f"`{name}`") in rows for name in registry)
+
+
+def test_a_format_of_ones_own_is_in_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    formats = importlib.import_module("formats")
+
+    class Text(lcq.io.CheckpointFormat):
+        """Numbers in a text file."""
+
+        suffix = ".txt"
+
+        def read(self, path):
+            raise NotImplementedError
+
+    class Lines(lcq.io.ExportFormat):
+        """Codes in a text file."""
+
+        suffix = ".txt"
+        declare = encode = write = None
+
+    added = ((lcq.io.CHECKPOINT_FORMATS, Text), (lcq.io.EXPORT_FORMATS, Lines))
+    for registry, format in added:
+        registry.register("mine")(format)
+    try:
+        assert {cells[:4] for cells in formats.formats()} >= {
+            ("in", "`mine`", "`.txt`", "Numbers in a text file."),
+            ("out", "`mine`", "`.txt`", "Codes in a text file."),
+        }
+    finally:
+        for registry, _ in added:
+            registry.unregister("mine")
+
+
 def test_docstrings_are_shown_as_they_are_written():
     """Equations stand as they are, stars and bars mean nothing, names in backticks are code."""
     spec = importlib.util.spec_from_file_location("plain_docstrings", DOCS / "_ext" / "plain_docstrings.py")

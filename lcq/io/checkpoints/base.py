@@ -1,13 +1,14 @@
 """`CheckpointFormat`: one way in which other tools write parameters; and the registry of all."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import PyTree
 
 from lcq.forms.registry import Registry
+from lcq.io.facts import Facts, facts_of
 from lcq.io.tree_paths import Leaf, nest
 
 
@@ -56,6 +57,11 @@ class CheckpointFormat(abc.ABC):
     holds_metadata: ClassVar[bool] = False
     holds_empty: ClassVar[bool] = False
     only_read: ClassVar[bool] = False
+
+    @classmethod
+    def facts(cls) -> Sequence[Facts]:
+        """What the documentation says of it, a row for each kind of file; see `lcq.io.facts`."""
+        return (facts_of(cls, cls.suffix),)
 
     def recognises(self, path: Path) -> bool:
         """Whether what is at `path`, which exists, is of this format."""

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lcq.forms import Codes
 from lcq.forms.dtypes import native
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.gguf_file import GgufTensor, as_text, open_gguf
+from lcq.io.facts import Facts
 from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType
 from lcq.io.layouts.gguf_superblocks import SUPERBLOCK_TYPES, SuperBlockType
 from lcq.io.mapped import MappedArray
@@ -32,6 +33,17 @@ class Gguf(CheckpointFormat):
 
     suffix = ".gguf"
     only_read = True
+
+    @classmethod
+    def facts(cls) -> Sequence[Facts]:
+        return (
+            Facts(
+                "`.gguf` of llama.cpp, versions 2 and 3",
+                "F32, F16, BF16, F64 and integers as they are, blocks made dense in float32",
+                ", ".join(block.name for block in BLOCKS.values()),
+                "other types, such as IQ2 and NVFP4; big-endian files",
+            ),
+        )
 
     def read(self, path: Path) -> Checkpoint:
         return _read(path, _dense)

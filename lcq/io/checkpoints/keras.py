@@ -10,6 +10,7 @@ of the net. The file does not say what they are.
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
 from lcq.io.container import DTYPES
+from lcq.io.facts import Facts
 
 
 @CHECKPOINT_FORMATS.register("keras")
@@ -25,6 +27,16 @@ class Keras(CheckpointFormat):
 
     suffix = ".weights.h5"
     only_read = True
+
+    @classmethod
+    def facts(cls) -> Sequence[Facts]:
+        facts = Facts(
+            "`.weights.h5` of Keras 3 (needs h5py)",
+            "by place, `layers/dense/vars/0`, with a warning",
+            "",
+            "links and external data; a `.keras` archive: unzip it",
+        )
+        return (facts,)
 
     def recognises(self, path: Path) -> bool:
         return path.name.endswith(self.suffix)

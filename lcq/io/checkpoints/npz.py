@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from lcq.forms.dtypes import native
 from lcq.io.atomic import replacing
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
 from lcq.io.container import DTYPES
+from lcq.io.facts import Facts
 from lcq.io.tree_paths import Leaf
 
 _DAMAGED = (
@@ -30,6 +32,11 @@ class Npz(CheckpointFormat):
     """A zip of named arrays, without the dtypes that numpy has no name for."""
 
     suffix = ".npz"
+
+    @classmethod
+    def facts(cls) -> Sequence[Facts]:
+        facts = Facts("`.npz`", "under their names", "", "objects; dtypes that numpy has no name for")
+        return (facts,)
 
     def read(self, path: Path) -> Checkpoint:
         arrays, name = dict[str, np.ndarray](), ""

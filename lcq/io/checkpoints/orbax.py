@@ -1,6 +1,7 @@
 """Checkpoints in folders that orbax wrote."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import numpy as np
 from lcq.forms.validate import named
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.qarrays import from_qwix
+from lcq.io.facts import Facts
 from lcq.io.tree_paths import Leaf, nest
 
 
@@ -19,6 +21,16 @@ class Orbax(CheckpointFormat):
 
     suffix = ""
     holds_empty = True
+
+    @classmethod
+    def facts(cls) -> Sequence[Facts]:
+        facts = Facts(
+            "a folder of orbax: a tree, or one in a folder as its v1 and managers write it",
+            "lists stay lists",
+            "`{qvalue, scale, zero_point}` of qwix",
+            "several trees: name one",
+        )
+        return (facts,)
 
     def recognises(self, path: Path) -> bool:
         return path.is_dir()

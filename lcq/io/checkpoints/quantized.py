@@ -25,6 +25,7 @@ from lcq.forms import Codes
 from lcq.forms.dtypes import FORMATS
 from lcq.forms.validate import named
 from lcq.io.container import Json, parse
+from lcq.io.facts import Facts
 from lcq.io.layouts import unpack_rows
 
 Arrays = dict[str, Any]
@@ -243,3 +244,16 @@ _METHODS: dict[str, tuple[tuple[str, ...], Callable[[Parts, Json], tuple[Codes, 
 
 _KINDS = ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized")
 """Formats of compressed-tensors."""
+
+FACTS = (
+    Facts(
+        f"… by compressed-tensors: {', '.join(f'`{kind}`' for kind in _KINDS)}",
+        "`X.weight` (out, in), in the dtype of its scales",
+        "1 to 8 bits, scales, zeros",
+        "columns in another order (`actorder`): dense only; other formats: raw tensors",
+    ),
+    Facts("… by GPTQ, v1 and v2", "likewise", "1 to 8 bits, scales, zeros", "`desc_act`: dense only"),
+    Facts("… by fp8, a scale for each block", "likewise", "float8 numbers as codes, scales"),
+    Facts("… by AWQ, bitsandbytes and others", "raw tensors", "", "codes"),
+)
+"""Of `lcq.io.checkpoints.safetensors`."""

@@ -1,13 +1,15 @@
 """Checkpoints in .safetensors files, whole or in shards."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.numpy
 
 from lcq.io.atomic import replacing
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
-from lcq.io.checkpoints.quantized import quantization_of, with_forms
+from lcq.io.checkpoints.quantized import FACTS, quantization_of, with_forms
 from lcq.io.checkpoints.shards import is_sharded, read_tensors
+from lcq.io.facts import Facts
 from lcq.io.tree_paths import Leaf
 
 
@@ -17,6 +19,16 @@ class Safetensors(CheckpointFormat):
 
     suffix = ".safetensors"
     holds_metadata = True
+
+    @classmethod
+    def facts(cls) -> Sequence[Facts]:
+        whole = Facts(
+            "`.safetensors`, its index of shards, or the folder",
+            "under their names, in their dtype, bfloat16 and float8 too",
+            "by the `config.json` beside them",
+            "shards that are not whole; float8_e8m0 and 4-bit floats",
+        )
+        return (whole, *FACTS)
 
     def recognises(self, path: Path) -> bool:
         return super().recognises(path) or (is_sharded(path) and not (path / "_METADATA").exists())

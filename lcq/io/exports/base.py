@@ -12,6 +12,7 @@ from lcq.forms.registry import Registry
 from lcq.io.container import Json
 from lcq.io.exports.leaves import Item
 from lcq.io.exports.names import TORCH, Name
+from lcq.io.facts import Facts, facts_of
 
 
 class Tensor(NamedTuple):
@@ -61,6 +62,11 @@ class ExportFormat(abc.ABC):
 
     def __init__(self, config: Mapping[str, Json]) -> None:
         self.config = config
+
+    @classmethod
+    def facts(cls) -> Facts:
+        """What the documentation says of it; see `lcq.io.facts`."""
+        return facts_of(cls, cls.suffix)
 
     def take_tokenizer(self, path: Path) -> None:
         """Has a tokenizer go with the weights.

@@ -22,9 +22,10 @@ from lcq.io.container import Json
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, Tensor
 from lcq.io.exports.folder import SafetensorsFolder, encode_plain, plain, tensor
 from lcq.io.exports.grids import kind_of
-from lcq.io.exports.leaves import Item
+from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.linear import bits_of, encoded, scale_dtype, stem_of
 from lcq.io.exports.steps import whole_zeros
+from lcq.io.facts import Facts
 from lcq.io.layouts import pack_rows
 
 _BITS = tuple(range(2, 9))
@@ -36,6 +37,15 @@ class CompressedTensors(SafetensorsFolder):
 
     `config` is the model's config.json. Matrices that are not compressed, and lm_head unless it is, are in `ignore`.
     """
+
+    @classmethod
+    def facts(cls) -> Facts:
+        return Facts(
+            "a folder by compressed-tensors, pack-quantized, for vLLM, llm-compressor, transformers",
+            "as they are; matrices stand in `ignore`",
+            f"{_BITS[0]} to {_BITS[-1]} bits, in groups or by channel, with zeros or without; binary as 2 bits",
+            f"more bits; zeros that are not whole; {NO_TARGET}",
+        )
 
     def __init__(self, config: Mapping[str, Json]) -> None:
         super().__init__(config)

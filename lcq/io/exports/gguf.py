@@ -23,8 +23,9 @@ from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_metadata import metadata_of
 from lcq.io.exports.gguf_tokenizer import padded_to, tokenizer_fields
 from lcq.io.exports.grids import Kind, as_matrix, grid_of, kind_of, matrix_shape, rotary_order
-from lcq.io.exports.leaves import Item
+from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.steps import moved, rounded, turned
+from lcq.io.facts import Facts
 from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType, gguf_header
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -36,6 +37,15 @@ class Gguf(ExportFormat):
     """A .gguf file. `config` is its metadata by key, or the config.json of a llama beside keys with dots."""
 
     suffix = ".gguf"
+
+    @classmethod
+    def facts(cls) -> Facts:
+        return Facts(
+            "`.gguf` for llama.cpp and its kin",
+            f"{', '.join(TENSOR_DTYPES)}; vectors become F32",
+            f"{', '.join((*_PLAIN, *_SHIFTED))}, and by name TQ1_0 and MXFP4; scales become float16",
+            f"groups that blocks of 32 or 256 inputs do not divide, other levels; uint8, bool; {NO_TARGET}",
+        )
 
     def __init__(self, config: Mapping[str, Json]) -> None:
         super().__init__(config)

@@ -24,9 +24,10 @@ from lcq.io.container import Json
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, Tensor
 from lcq.io.exports.folder import SafetensorsFolder, encode_plain, plain, tensor
 from lcq.io.exports.grids import kind_of
-from lcq.io.exports.leaves import Item
+from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.linear import bits_of, encoded, stem_of
 from lcq.io.exports.steps import offset_of, whole_zeros
+from lcq.io.facts import Facts
 from lcq.io.layouts import pack_rows
 
 _BITS = (2, 3, 4, 8)
@@ -38,6 +39,15 @@ class _Gptq(SafetensorsFolder):
     version: ClassVar[str]
     before: ClassVar[int]
     """What is taken from zeros before they are stored."""
+
+    @classmethod
+    def facts(cls) -> Facts:
+        return Facts(
+            f"a folder of GPTQ, `checkpoint_format` {cls.version}, for vLLM, ExLlama, transformers",
+            "as they are",
+            f"{', '.join(map(str, _BITS))} bits, in groups or by channel, with zeros or without; scales become float16",
+            f"several widths or groups in a file; inputs or outputs that do not fill words of 32 bits; {NO_TARGET}",
+        )
 
     def __init__(self, config: Mapping[str, Json]) -> None:
         super().__init__(config)

@@ -27,6 +27,9 @@ from lcq.io.host import host_array
 from lcq.io.tree_paths import Leaf, flatten, is_empty
 from lcq.schemes import Uniform
 
+NO_TARGET = "tables without a grid, masks, factors and sums, unless `nearest=`"
+"""What no format takes, in the documentation."""
+
 
 class Item(NamedTuple):
     """A leaf, or one layer of a stack.

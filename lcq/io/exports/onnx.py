@@ -25,7 +25,7 @@ from lcq.io.atomic import replacing
 from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.grids import kind_of
-from lcq.io.exports.leaves import Item
+from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.linear import bits_of, encoded
 from lcq.io.exports.names import Name
 from lcq.io.exports.onnx_graph import (
@@ -42,6 +42,7 @@ from lcq.io.exports.onnx_graph import (
     node_of,
 )
 from lcq.io.exports.steps import whole_zeros
+from lcq.io.facts import Facts
 from lcq.io.layouts.protobuf import Field, field, fields, opened
 
 _BITS = (2, 4, 8)
@@ -56,6 +57,15 @@ class Onnx(ExportFormat):
 
     suffix = ".onnx"
     names = (Name(".*", r"\g<0>", layout="io"),)
+
+    @classmethod
+    def facts(cls) -> Facts:
+        return Facts(
+            "`.onnx` for ONNX Runtime, of a dense model in ONNX: MatMulNBits",
+            f"{', '.join(_TYPES)}; shorter floats become float32",
+            f"{', '.join(map(str, _BITS))} bits, in groups of multiples of 16 or by channel, with zeros or without",
+            f"weights that are used in other ways than x W; 2 GiB; {NO_TARGET}",
+        )
 
     def __init__(self, config: Mapping[str, Json]) -> None:
         super().__init__(config)

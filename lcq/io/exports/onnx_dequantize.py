@@ -22,11 +22,12 @@ from lcq.forms import Codes
 from lcq.io.container import Json
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, Tensor
 from lcq.io.exports.grids import kind_of
-from lcq.io.exports.leaves import Item
+from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.linear import bits_of, encoded
 from lcq.io.exports.onnx import Onnx, declared, packed_bytes
 from lcq.io.exports.onnx_graph import node, opset_of
 from lcq.io.exports.steps import whole_zeros
+from lcq.io.facts import Facts
 
 _BITS = (4, 8)
 _OPSET = 21
@@ -39,6 +40,15 @@ _ROUNDED = (
 @EXPORT_FORMATS.register("onnx_dequantize")
 class OnnxDequantize(Onnx):
     """An .onnx file for any runtime. `config` is {"model": path} of the dense one, of opset 21 or later."""
+
+    @classmethod
+    def facts(cls) -> Facts:
+        return Facts(
+            "`.onnx` for any runtime, of a dense model from opset 21 on: DequantizeLinear",
+            "as `onnx`",
+            f"{', '.join(map(str, _BITS))} bits, in groups or by channel, with zeros or without",
+            f"a weight that is used both ways round; 2 GiB; {NO_TARGET}",
+        )
 
     def __init__(self, config: Mapping[str, Json]) -> None:
         super().__init__(config)
