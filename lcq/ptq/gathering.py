@@ -143,12 +143,22 @@ def _is_same(one: Operand, two: Operand) -> bool:
 @own_promotion()
 def squares(use: Use) -> tuple[Array, Array]:
     """Of the inputs in the original net: sums of X^2 [G, N] over the rows that count, and how many these are [G]."""
+    return _summed(use, jnp.square)
+
+
+@own_promotion()
+def sizes(use: Use) -> tuple[Array, Array]:
+    """Of the inputs in the original net: sums of |X| [G, N] over the rows that count, and how many these are [G]."""
+    return _summed(use, jnp.abs)
+
+
+def _summed(use: Use, function: Callable[[Array], Array]) -> tuple[Array, Array]:
     sums: Any = 0.0
     many: Any = 0
     for x, _ in use.inputs:
         rows, _, counts = _grouped(use.product, jax.tree.map(lambda a: jnp.asarray(everywhere(a)), x), None)
         rows = jax.vmap(counted)(rows.astype(compute_dtype(rows.dtype)), counts)
-        sums = sums + (rows**2).sum(1)
+        sums = sums + function(rows).sum(1)
         many = many + (jnp.full(len(rows), rows.shape[1]) if counts is None else counts.sum(1))
     return sums, many
 

@@ -82,7 +82,7 @@ def round_product(
         ValueError: NaN or infinite activations, or statistics that the method cannot factorise.
     """
     product = uses[0].product
-    form, tied = _codebook(product.path, w, rule)
+    form, tied = codebook_of(product.path, w, rule)
     search = method.search and has_scale(form) and not method.fits(form)
     columns = scale_search.sample(*w.shape[1:])
     few, judges = form, np.asarray(w)
@@ -188,7 +188,7 @@ def _of_neurons(form: Coded, columns: np.ndarray) -> Coded:
     return jax.tree.map(one, form)
 
 
-def _codebook(path: str, w: Any, rule: Rule) -> tuple[Coded, tuple[int, ...]]:
+def codebook_of(path: str, w: Any, rule: Rule) -> tuple[Coded, tuple[int, ...]]:
     """The scheme's projection of w [G, N, n] with a codebook for every group, and the axes of losses [G, n] over which
     one scale is shared. The form is on the host."""
     groups, many, neurons = w.shape

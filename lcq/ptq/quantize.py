@@ -1,5 +1,6 @@
 """Quantization of a trained net without labels or retraining: one walk, and a rounding method at each product."""
 
+import dataclasses
 import os
 import time
 import warnings
@@ -21,6 +22,7 @@ from lcq.ptq.resume import Saved, description
 from lcq.ptq.rounding import ROUNDING_METHODS, Rounding
 from lcq.ptq.rounding.coded import level_count
 from lcq.ptq.tasks import check_paths, decide, method_at, warn_of_direct
+from lcq.ptq.transforms.base import Transform, TransformRecord
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.tracing.biases import BiasSite
 from lcq.tracing.contraction import Product
@@ -29,7 +31,7 @@ from lcq.tree.aliases import Batch, Forms, Function, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.lazy import is_lazy, shape_of, whole
 from lcq.tree.paths import check_numbers, flatten
-from lcq.tree.rules import Rules
+from lcq.tree.rules import Rules, checked
 
 
 class Record(NamedTuple):
@@ -95,10 +97,12 @@ class Quantized(NamedTuple):
     Attributes:
         forms: The parameters' tree with forms at the quantized leaves, biases and batch-norm means updated.
         records: One record for each product that chose codes, in the order of the net.
+        transforms: Those of the transforms, one after another.
     """
 
     forms: Forms
     records: tuple[Record, ...]
+    transforms: tuple[TransformRecord, ...] = ()
 
 
 def quantize(
@@ -109,6 +113,7 @@ def quantize(
     method: str | Rounding = "descent",
     *,
     rtn: Rules = (),
+    transforms: Sequence[Transform] = (),
     mask: Mask = None,
     bias_correction: bool = True,
     offload: bool = True,
@@ -159,6 +164,9 @@ def quantize(
             `lcq.ptq.BlockLDL`, for which "descent", "qronos" and "gptq" stand, or to the nearest paths by "rtn"; others
             refuse it.
         rtn: rules for leaves that are rounded before the walk and may be used in any way, such as an embedding.
+        transforms: what changes the parameters before the walk and leaves fn as it is, one after another, such as
+            [lcq.ptq.transforms.equalize]: weights that lose less, see `lcq.ptq.transforms`. They get `rules` with what
+            `rtn` takes left out, and `mask`; leaves that are read when they are asked for are then read whole.
         mask: which positions of a batch count; None for all. Either a function of the batch that gives a boolean array
             (or 0 and 1) of the leading axes of its leaves, such as lambda tokens: tokens != 0, or a tree with such an
             array or None for every leaf; or the path of the leaf that is that array, such as "attention_mask". It is
@@ -196,6 +204,11 @@ def quantize(
     Source: Lybrand & Saab, arXiv 2010.15979; the walk, centring and the choice of scales are lcq's.
     """
     method, batches = _method(method), checked_batches(calibration)
+    transformed: list[TransformRecord] = []
+    for transform in transforms:
+        left_out = [dataclasses.replace(rule, scheme=None) for rule in checked(rtn)]
+        params, told = transform(fn, params, batches, [*left_out, *checked(rules)], mask)
+        transformed += told
     leaves, structure = flatten(params)
     check_numbers(leaves)
     for path, leaf in leaves.items():
@@ -285,7 +298,7 @@ def quantize(
     for task in direct:
         if any(path in updates for path in task.paths):
             result.update(zip(task.paths, task.project(take(result, task)), strict=True))
-    return Quantized(jax.tree.unflatten(structure, map(whole, result.values())), tuple(records))
+    return Quantized(jax.tree.unflatten(structure, map(whole, result.values())), tuple(records), tuple(transformed))
 
 
 def _weights(product: Product, leaf: Any) -> Any:

@@ -29,7 +29,7 @@ def decide(
     kept = [Rule(re.escape(path), None) for path in given]
     direct = resolve([*kept, *rtn], dense) if rtn else ()
     taken = {path for task in direct for path in task.paths}
-    whole = [dataclasses.replace(rule, scheme=_without_blocks(rule)) for rule in rules]
+    whole = [dataclasses.replace(rule, scheme=without_blocks(rule)) for rule in rules]
     tasks = resolve([*kept, *(Rule(re.escape(path), None) for path in taken), *whole], dense)
     chosen: dict[str, Rule] = {}
     before = list(direct)
@@ -67,7 +67,7 @@ def _check(rule: Rule) -> None:
         )
 
 
-def _without_blocks(rule: Rule) -> Any:
+def without_blocks(rule: Rule) -> Any:
     """The scheme on the whole leaf: the blocks of `per` are the product's, not the leaf's."""
     if not isinstance(rule.scheme, Quantizer | Trellis):
         return rule.scheme

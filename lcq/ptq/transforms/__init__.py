@@ -1,9 +1,10 @@
 """Changes of parameters that leave a function as it is, and make its weights easier to compress."""
 
+from lcq.ptq.transforms.activation_aware import activation_aware
 from lcq.ptq.transforms.base import Transform, Transformed, TransformRecord
 from lcq.ptq.transforms.equalize import equalize
 
-__all__ = ["Transform", "TransformRecord", "Transformed", "equalize"]
+__all__ = ["Transform", "TransformRecord", "Transformed", "activation_aware", "equalize"]
 
 
 def __dir__() -> list[str]:

@@ -1,5 +1,6 @@
 """What a transform is: it takes a function and its parameters, and gives others with which the function is the same."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,15 +11,16 @@ from typing_extensions import TypeAliasType
 
 from lcq.forms.base import is_form
 from lcq.forms.dtypes import nearest_number
-from lcq.ptq.batches import checked_batches
+from lcq.ptq.batches import Mask, checked_batches
 from lcq.ptq.leaf_assembly import placed
+from lcq.ptq.tasks import without_blocks
 from lcq.tracing.contraction import region
 from lcq.tracing.factors import Use
 from lcq.tracing.scaling import Group, Scaling, scaling
 from lcq.tree.aliases import Batch, Function, Leaves, Params
-from lcq.tree.lazy import shape_of, whole
+from lcq.tree.lazy import whole
 from lcq.tree.paths import check_numbers, flatten
-from lcq.tree.rules import Rules, resolve
+from lcq.tree.rules import Rules, checked, resolve
 
 
 class TransformRecord(NamedTuple):
@@ -57,8 +59,8 @@ class Transformed(NamedTuple):
     records: tuple[TransformRecord, ...]
 
 
-Transform = TypeAliasType("Transform", Callable[[Function, Params, Sequence[Batch], Rules], Transformed])
-"""A function of (fn, params, calibration, rules): other parameters with which fn is the same."""
+Transform = TypeAliasType("Transform", Callable[[Function, Params, Sequence[Batch], Rules, Mask], Transformed])
+"""A function of (fn, params, calibration, rules, mask): other parameters with which fn is the same."""
 
 
 class Places:
@@ -68,7 +70,9 @@ class Places:
         fn: The function.
         batches: Of its inputs.
         leaves: By path; forms as they are.
-        dense: Their arrays, on the host.
+        forms: Those that are forms, which stay.
+        dense: Their arrays.
+        tree: The tree of these.
         found: The factors that its parameters may have.
         selected: Paths of the leaves that will be compressed; None for all.
     """
@@ -80,13 +84,14 @@ class Places:
         for path, leaf in self.leaves.items():
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 raise ValueError(f"{path}: expected an array, which is scaled, got {leaf}; pass the parameters")
-        given = {path for path, leaf in self.leaves.items() if is_form(leaf)}
-        self.dense: Leaves = {p: leaf.dense() if p in given else whole(leaf) for p, leaf in self.leaves.items()}
-        shapes = jax.tree.unflatten(self.structure, map(shape_of, self.dense.values()))
-        self.found: Scaling = scaling(fn, shapes, self.batches[0], unchanged=given)
+        self.forms = {path: leaf for path, leaf in self.leaves.items() if is_form(leaf)}
+        self.dense: Leaves = {p: leaf.dense() if p in self.forms else whole(leaf) for p, leaf in self.leaves.items()}
+        self.tree: Params = jax.tree.unflatten(self.structure, self.dense.values())
+        self.found: Scaling = scaling(fn, self.tree, self.batches[0], unchanged=self.forms)
         self.selected: Collection[str] | None = None
         if rules:
-            self.selected = {path for task in resolve(rules, shapes) for path in task.paths}
+            bare = [dataclasses.replace(rule, scheme=without_blocks(rule)) for rule in checked(rules)]
+            self.selected = {path for task in resolve(bare, self.tree) for path in task.paths}
 
     def groups(self) -> list[Group]:
         """Those with a product whose weights will be compressed."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lcq.ptq.batches import Mask
 from lcq.ptq.transforms.base import Places, Transformed, TransformRecord, paths_of
 from lcq.tracing.factors import Use
 from lcq.tracing.scaling import Group
@@ -14,7 +15,13 @@ _SETTLED = 1e-3
 
 
 def equalize(
-    fn: Function, params: Params, calibration: Iterable[Batch], rules: Rules = (), *, sweeps: int = 20
+    fn: Function,
+    params: Params,
+    calibration: Iterable[Batch],
+    rules: Rules = (),
+    mask: Mask = None,
+    *,
+    sweeps: int = 20,
 ) -> Transformed:
     """Scales channels between products so that the largest weights of each are alike; the function stays as it is.
 
@@ -35,6 +42,7 @@ def equalize(
         params: a tree of arrays; leaves that are forms already stay as they are.
         calibration: batches; only shapes are looked at.
         rules: what will be compressed; channels that meet no such weight stay. Without any, all weights count.
+        mask: as `lcq.quantize` has it; makes no difference here.
         sweeps: over all channels, at most.
 
     Returns:
@@ -57,6 +65,7 @@ def equalize(
 
     Source: Nagel et al., arXiv 1906.04721, section 4.1, for convolutions with ReLU; the places are lcq's.
     """
+    del mask
     places = Places(fn, params, calibration, rules)
     groups = places.groups()
     free = [group for group in groups if not group.reason]
