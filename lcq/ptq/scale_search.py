@@ -25,7 +25,7 @@ from lcq.ptq.inputs import Inputs
 from lcq.ptq.rounding.base import Rounding
 from lcq.ptq.rounding.coded import Coded, codes_of
 from lcq.ptq.sums import Sums, unchanged
-from lcq.schemes.levels import mirrored
+from lcq.schemes.nearest import mirrored
 
 _COARSE = np.float32(1.15) ** np.arange(-4, 5, dtype=np.float32)
 """Factors that are tried first, .."""

@@ -12,7 +12,9 @@ from lcq.forms.base import Form
 from lcq.forms.blocks import Per
 from lcq.schemes.base import SCHEMES, Quantizer
 from lcq.schemes.grouped import Cut, cut
-from lcq.schemes.levels import Levels, code_dtype, keep_better, of_size_one
+from lcq.schemes.levels import Levels
+from lcq.schemes.nearest import code_dtype
+from lcq.schemes.scale_search import keep_better, of_size_one
 from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, scale_format
 
 _SHRINKS = 64

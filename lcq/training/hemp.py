@@ -22,7 +22,7 @@ from lcq.forms.base import is_form, join_leafwise, split_leafwise
 from lcq.forms.blocks import compute_dtype, cut_axes, join_axes
 from lcq.forms.dtypes import native_tree, nearest_number, wider
 from lcq.schemes.base import Quantizer
-from lcq.schemes.levels import code_dtype
+from lcq.schemes.nearest import code_dtype
 from lcq.training.augmented_lagrangian import first_forms
 from lcq.training.baselines import Tasks
 from lcq.training.block_entropy import (

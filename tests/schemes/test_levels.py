@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.schemes.levels import exact_scale, thresholds
+from lcq.schemes.exact_scale import exact_scale
+from lcq.schemes.nearest import thresholds
 
 CODEBOOKS = [(-1, 1), (-1, 0, 1), (0, 1), (-2, 1, 3), (1, 2), (-4, -1), (0.125, 0.25, 0.5, 1), (-1, 0.25)]
 weights = hnp.arrays(np.float32, 17, elements=st.floats(-8, 8, width=16))

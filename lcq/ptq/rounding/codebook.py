@@ -18,7 +18,7 @@ from lcq.forms import Codes, Trellis
 from lcq.forms.blocks import compute_dtype
 from lcq.ptq.rounding.coded import Coded, has_scale, tables
 from lcq.schemes.kmeans.lloyd import assign
-from lcq.schemes.levels import code_dtype, is_grid, nearest, thresholds
+from lcq.schemes.nearest import code_dtype, is_grid, nearest, thresholds
 from lcq.schemes.scales import as_scale
 
 _COMPARE = 32

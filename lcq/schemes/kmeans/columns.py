@@ -17,7 +17,7 @@ from lcq.forms.blocks import Blocks
 from lcq.forms.meshes import most_parts, placed_like, shared_mesh
 from lcq.schemes.grouped import Cut
 from lcq.schemes.kmeans.lloyd import midpoints
-from lcq.schemes.levels import code_dtype
+from lcq.schemes.nearest import code_dtype
 from lcq.schemes.scales import power_of_two
 
 _LANES = 264

@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, UInt
 from lcq.forms.blocks import Per, block_counts, blocks
 from lcq.schemes.grouped import Cut
 from lcq.schemes.kmeans.lloyd import assign, cell_counts, count_below, level_of, means, residuals
-from lcq.schemes.levels import code_dtype
+from lcq.schemes.nearest import code_dtype
 
 _MOST = 1e30
 """What a bit may be worth in units of the largest square: all of them, without an overflow."""

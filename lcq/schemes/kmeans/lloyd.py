@@ -24,7 +24,7 @@ from lcq.forms.blocks import Blocks, explicit_sharding
 from lcq.forms.meshes import is_shared
 from lcq.schemes import counts
 from lcq.schemes.grouped import Cut
-from lcq.schemes.levels import code_dtype
+from lcq.schemes.nearest import code_dtype
 
 _UNROLL = 4
 """Comparisons in one step of the loop that assigns; a longer chain is fused into code that XLA does not vectorise."""

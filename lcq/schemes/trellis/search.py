@@ -19,7 +19,7 @@ from lcq.forms.blocks import Per, cut_axes, join_axes
 from lcq.forms.paths import as_paths, from_paths, states_of
 from lcq.forms.state_values import table_of
 from lcq.schemes.grouped import cut
-from lcq.schemes.levels import keep_better, of_size_one
+from lcq.schemes.scale_search import keep_better, of_size_one
 from lcq.schemes.scales import as_scale, rounded_scale
 from lcq.schemes.trellis.viterbi import best_paths, better_paths, tail_biting
 
