@@ -21,7 +21,7 @@ import json
 import math
 import reprlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import BufferedReader
 from typing import Any, NamedTuple, NoReturn
 
@@ -196,6 +196,18 @@ def view(data: np.ndarray, struct: jax.ShapeDtypeStruct) -> np.ndarray:
     if struct.dtype == bool and data.max(initial=0) > 1:
         raise ValueError("expected truth values 0 and 1, got others")
     return data.view(struct.dtype).reshape(struct.shape)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuses the name under which a safetensors file keeps its text: with a tensor of that name no program opens it.
+
+    Raises:
+        ValueError: that name.
+    """
+    if "__metadata__" in names:
+        raise ValueError(
+            "__metadata__: expected another name, a safetensors file keeps its text there; rename the leaf"
+        )
 
 
 def flat(array: np.ndarray) -> np.ndarray:

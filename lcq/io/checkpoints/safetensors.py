@@ -9,6 +9,7 @@ from lcq.io.atomic import replacing
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
 from lcq.io.checkpoints.quantized import FACTS, quantization_of, with_forms
 from lcq.io.checkpoints.shards import is_sharded, read_tensors
+from lcq.io.container import check_names
 from lcq.io.facts import Facts
 from lcq.io.tree_paths import Leaf
 
@@ -47,6 +48,7 @@ class Safetensors(CheckpointFormat):
         return Checkpoint(nested(path, tensors.arrays), tensors.metadata, "oi" if of_torch else None)
 
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
+        check_names(leaf.path for leaf in leaves)
         data = safetensors.numpy.save({leaf.path: leaf.value for leaf in leaves}, metadata or None)
         with replacing(path) as file:
             file.write(data)

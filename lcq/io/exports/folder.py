@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lcq.io.atomic import replacing
-from lcq.io.container import DTYPES, NAMES, Json, flat, to_json
+from lcq.io.container import DTYPES, NAMES, Json, check_names, flat, to_json
 from lcq.io.exports.base import Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_tokenizer import tokenizer_of
 from lcq.io.exports.grids import as_matrix, matrix_shape, rotary_order
@@ -88,6 +88,7 @@ def write_safetensors(
     metadata: Mapping[str, str],
 ) -> None:
     """A safetensors file, its tensors in any order; those of wide dtypes lie first, so that all are aligned."""
+    check_names(tensors)
     order = sorted(tensors, key=lambda name: -DTYPES[tensors[name].kind].itemsize)
     begin, starts = 0, dict[str, int]()
     entries: dict[str, object] = {"__metadata__": dict(metadata)}

@@ -221,6 +221,14 @@ def test_leaves_that_cannot_be_written(tmp_path, leaf, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_name_that_safetensors_keeps_for_itself(tmp_path):
+    with pytest.raises(ValueError, match=r"^__metadata__: expected another name, .* rename the leaf"):
+        write(tmp_path / "net.safetensors", {"__metadata__": np.ones(2), "w": np.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "net.npz", {"__metadata__": np.ones(2)})
+    assert read(tmp_path / "net.npz")["__metadata__"].shape == (2,)
+
+
 def test_arrays_without_a_name_for_their_dtype(tmp_path):
     np.savez(tmp_path / "net.npz", w=np.ones(2, jnp.bfloat16))
     with pytest.raises(

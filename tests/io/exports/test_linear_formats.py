@@ -184,6 +184,7 @@ REFUSED = [
         r"kernel: expected outputs whose 4 bits",
     ),
     ({"a/kernel": LARGE}, {"format": "gptq"}, r"a/kernel: expected scales that float16 holds, got some"),
+    ({"__metadata__": W}, {}, r"__metadata__: expected another name, a safetensors file keeps its text there; rename"),
     ({"a/b": W, "a.b": W}, {}, r"expected a name of its own, got 'a.b', as"),
     ({"a/kernel": TABLE}, {}, r"a/kernel: expected levels that are multiples .* of 3 bits moves .* of 8 bits"),
     ({"a/kernel": MASK}, {}, r"a/kernel: expected codes on a grid .* nearest= writes it dense, 8,192"),
