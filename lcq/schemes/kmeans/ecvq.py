@@ -30,7 +30,7 @@ from lcq.schemes.grouped import Cut
 from lcq.schemes.kmeans.lloyd import assign, cell_counts, count_below, level_of, means, residuals
 from lcq.schemes.nearest import code_dtype
 
-_MOST = 1e30
+MOST = 1e30
 """What a bit may be worth in units of the largest square: all of them, without an overflow."""
 
 
@@ -210,7 +210,7 @@ def _cheapest(points: Cut, levels: Array, lengths: Array, price: Price) -> tuple
         return tuple(count_below(cuts.reshape(*b.stat, -1), x) for x, b in pairs)
     largest = points.max([jnp.abs(x) for x in points.leaves])
     unit = jnp.where(largest > 0, largest, 1)  # squares neither overflow nor vanish
-    worth = jnp.minimum(price.rate / unit[..., None] / unit[..., None], _MOST)
+    worth = jnp.minimum(price.rate / unit[..., None] / unit[..., None], MOST)
     costs = jnp.where(jnp.isfinite(lengths), worth * lengths, jnp.inf)
     leaves = zip(points.leaves, points.importance, points.spread(unit), points.blocks, strict=True)
     return tuple(_least(x, h, u, levels.reshape(*b.stat, -1), costs.reshape(*b.stat, -1)) for x, h, u, b in leaves)

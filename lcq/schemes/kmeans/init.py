@@ -54,7 +54,11 @@ _SPREAD = 4.0
 """s over the mean of |x - mean|."""
 
 
-def summarise(cut: Cut, k: int, fixed: tuple[float, ...] = ()) -> tuple[Cut, Float[Array, "*stat k"]]:
+Fixed = tuple[float | Array, ...]
+"""Levels that are given."""
+
+
+def summarise(cut: Cut, k: int, fixed: Fixed = ()) -> tuple[Cut, Float[Array, "*stat k"]]:
     """The data as weighted centres of bins, and k levels to start from.
 
     Args:

@@ -19,6 +19,7 @@ from lcq.schemes.base import SCHEMES, Earlier, Importance, Quantizer, Scalar
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.kmeans.columns import by_columns, column_pass, is_large
 from lcq.schemes.kmeans.ecvq import (
+    MOST,
     Coded,
     Price,
     code_bits,
@@ -30,9 +31,10 @@ from lcq.schemes.kmeans.ecvq import (
     objective,
 )
 from lcq.schemes.kmeans.exact import best_levels
-from lcq.schemes.kmeans.init import EXACT, explore, summarise
+from lcq.schemes.kmeans.init import EXACT, Fixed, explore, summarise
 from lcq.schemes.kmeans.lloyd import Centres, assign, cell_counts, descend, lloyd_pass
 from lcq.schemes.kmeans.short import fit_short, is_short
+from lcq.schemes.scales import power_of_two
 
 _COLD = 150
 """Passes over a histogram, or over data that are no longer than one; a fifth of them over many short blocks."""
@@ -219,7 +221,7 @@ def _fit_by_passes(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tupl
     if warm is not None:
         centres = Centres(*_freeze(warm.reshape(*whole.blocks[0].stat, scheme.k), scheme.fixed))
     else:
-        short, centres, many = _explore(scheme, whole, twice=True)
+        short, centres, many = _explore(whole, learned, scheme.fixed, twice=True)
         if short is whole:
             passes = many if learned > EXACT else 0  # these were taken
     if learned and passes:
@@ -228,22 +230,22 @@ def _fit_by_passes(scheme: KMeans, whole: Cut, warm: Array | None) -> tuple[tupl
     return codes, centres.levels
 
 
-def _explore(scheme: KMeans, whole: Cut, *, twice: bool = False) -> tuple[Cut, Centres, int]:
+def _explore(whole: Cut, learned: int, fixed: Fixed, *, twice: bool = False) -> tuple[Cut, Centres, int]:
     """What stands in for the data at a cold start, the best levels found there, and how many passes it may take.
 
     `twice` takes twice as many where nothing stands in for them: then no others need follow.
     """
-    stat, learned = whole.blocks[0].stat, scheme.k - len(scheme.fixed)
+    stat, k = whole.blocks[0].stat, learned + len(fixed)
     if learned == 0:
-        return whole, _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), scheme.fixed), _WARM
-    short, levels = summarise(whole, learned, scheme.fixed)
+        return whole, _merge(jnp.zeros((*stat, 0), whole.leaves[0].dtype), fixed), _WARM
+    short, levels = summarise(whole, learned, fixed)
     many = _COLD if sum(x.size for x in short.leaves) <= _SHORT else _COLD // 5
-    start = _merge(levels, scheme.fixed)
+    start = _merge(levels, fixed)
     if learned <= EXACT:
         centres = descend(short, start, 2 * many if twice and short is whole else many)
     else:
         centres = explore(short, start, many)
-    return short, Centres(*(a.reshape(*stat, scheme.k) for a in centres)), many
+    return short, Centres(*(a.reshape(*stat, k) for a in centres)), many
 
 
 def _solve_exactly(scheme: KMeans, whole: Cut) -> tuple[tuple[Array, ...], Array]:
@@ -256,14 +258,14 @@ def _solve_exactly(scheme: KMeans, whole: Cut) -> tuple[tuple[Array, ...], Array
     return tuple(assign(x, level) for x, level in zip(whole.leaves, shaped, strict=True)), shaped[0]
 
 
-def _merge(levels: Array, fixed: tuple[float, ...]) -> Centres:
+def _merge(levels: Array, fixed: Fixed) -> Centres:
     """Free levels together with the fixed ones, in order."""
     frozen = jnp.zeros_like(levels.sum(-1, keepdims=True)) + jnp.asarray(fixed, levels.dtype)  # sharded like levels
     free = jnp.concatenate([jnp.ones_like(levels, bool), jnp.zeros_like(frozen, bool)], -1)
     return Centres(*jax.lax.sort((jnp.concatenate([levels, frozen], -1), free), num_keys=2))
 
 
-def _freeze(levels: Array, fixed: tuple[float, ...], *others: Array) -> Sequence[Array]:
+def _freeze(levels: Array, fixed: Fixed, *others: Array) -> Sequence[Array]:
     """Levels of an earlier solution, the nearest one to each fixed level being frozen there; which are free; `others`
     in the same order."""
     free = jnp.ones_like(levels, bool)
@@ -291,29 +293,40 @@ def _rate(rate: float, whole: Cut, xs: tuple[Array, ...], importance: Importance
 def _fit_coded(
     scheme: KMeans, whole: Cut, price: Price, previous: tuple[Codes, ...]
 ) -> tuple[tuple[Array, ...], Array]:
-    """Codes of every leaf in blocks, and the levels they share, for a rate."""
+    """Codes of every leaf in blocks, and the levels they share, for a rate.
+
+    Weights are in units of a power of two near the largest: squares neither overflow nor vanish.
+    """
+    unit = power_of_two(jnp.max(whole.max([jnp.abs(x) for x in whole.leaves])))
+    leaves = [x / unit for x in whole.leaves]
+    if whole.importance is not None:
+        leaves = [jnp.clip(x, -2, 2) for x in leaves]  # what weighs nothing is of any size
+    whole, fixed = whole._replace(leaves=tuple(leaves)), tuple(value / unit for value in scheme.fixed)
+    price = price._replace(rate=jnp.minimum(price.rate / unit / unit, MOST))
     if not previous:
-        start, passes = _begin(scheme, whole, price)
+        start, passes = _begin(whole, scheme.k, fixed, price)
     else:
-        levels, passes = previous[0].levels.reshape(*whole.blocks[0].stat, scheme.k), _WARM
+        levels, passes = previous[0].levels.reshape(*whole.blocks[0].stat, scheme.k) / unit, _WARM
         codes = [form.unpack().codes.reshape(b.split) for form, b in zip(previous, whole.blocks, strict=True)]
         number = cell_counts(whole._replace(importance=None), codes, levels).astype(levels.dtype)
-        start = Coded(*_freeze(levels, scheme.fixed, number))
-    return conclude(whole, descend_coded(whole, start, price, passes), price)
+        start = Coded(*_freeze(levels, fixed, number))
+    found, levels = conclude(whole, descend_coded(whole, start, price, passes), price)
+    return found, levels * unit
 
 
-def _begin(scheme: KMeans, whole: Cut, price: Price) -> tuple[Coded, int]:
+def _begin(whole: Cut, k: int, fixed: Fixed, price: Price) -> tuple[Coded, int]:
     """The best of three cold starts in every block, and how many passes over the data it needs."""
-    short, centres, many = _explore(scheme, whole)
+    learned = k - len(fixed)
+    short, centres, many = _explore(whole, learned, fixed)
     stat = short.blocks[0].stat
     price = Price(price.rate.reshape(*stat, 1), price.each and short is whole)
-    starts = [Centres(*(a.reshape(*stat, scheme.k) for a in centres))]
-    if learned := scheme.k - len(scheme.fixed):
-        starts.append(_merge(even_levels(short, learned, price.rate), scheme.fixed))
+    starts = [Centres(*(a.reshape(*stat, k) for a in centres))]
+    if learned:
+        starts.append(_merge(even_levels(short, learned, price.rate), fixed))
     if 0 < 2 * learned <= _WIDEST:
-        _, wide, _ = _explore(dataclasses.replace(scheme, k=2 * learned, fixed=()), whole)
+        _, wide, _ = _explore(whole, 2 * learned, ())
         few = merged_levels(short, wide.levels.reshape(*stat, -1), learned, price)
-        starts.append(_merge(few, scheme.fixed))
+        starts.append(_merge(few, fixed))
 
     def settle(start: Centres) -> tuple[Coded, Array]:
         number = lloyd_pass(short, start)[2].astype(start.levels.dtype)
@@ -322,7 +335,7 @@ def _begin(scheme: KMeans, whole: Cut, price: Price) -> tuple[Coded, int]:
 
     ends, costs = jax.lax.map(settle, jax.tree.map(lambda *each: jnp.stack(each), *starts))
     least = jnp.argmin(costs, 0)[None, ..., None]
-    best = [jnp.take_along_axis(a, least, 0).reshape(*whole.blocks[0].stat, scheme.k) for a in ends]
+    best = [jnp.take_along_axis(a, least, 0).reshape(*whole.blocks[0].stat, k) for a in ends]
     if short is whole:
         return Coded(*best), 0
     return Coded(*best), many if whole.importance is not None else _WARM

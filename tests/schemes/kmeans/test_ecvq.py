@@ -224,6 +224,33 @@ def test_a_c_step_may_pay_distance_for_bits():
     assert after["distortion"] > 1.1 * float(jnp.sum((w["w"] - near.dense()) ** 2)) and after["kept_back"] == 0
 
 
+@pytest.mark.parametrize(("power", "rate"), [(60, 0.25), (-60, 0.25), (117, 2.0**-108)])
+def test_sizes_do_not_matter(power, rate):
+    """Squares of such numbers overflow in float32, or vanish."""
+    unit = 2.0**power
+    x, scheme = gaussian(N).astype(np.float32), lcq.KMeans(6, fixed=(0.5,), rate=rate)
+    large = lcq.KMeans(6, fixed=(unit / 2,), rate=rate * unit**2)
+    cold = jax.jit(scheme.project)(x)
+    before = dataclasses.replace(cold, levels=cold.levels + 0.125)
+    for got, expected in (
+        (jax.jit(large.project)(x * unit), cold),
+        (
+            jax.jit(large.project)(x * unit, dataclasses.replace(before, levels=before.levels * unit)),
+            jax.jit(scheme.project)(x, before),
+        ),
+    ):
+        np.testing.assert_array_equal(got.codes, expected.codes)
+        np.testing.assert_array_equal(got.levels, expected.levels * unit)
+
+
+def test_what_weighs_nothing_is_of_any_size():
+    x, h = gaussian(N).astype(np.float32), jnp.asarray(np.arange(N) % 5 > 0, jnp.float32)
+    far = jnp.where(h > 0, x * 2.0**-30, 3e38)
+    form, other = (jax.jit(CODED.project)(a, importance=h) for a in (jnp.where(h > 0, x * 2.0**-30, 0), far))
+    np.testing.assert_array_equal(form.levels, other.levels)
+    assert np.isfinite(other.levels).all()
+
+
 def test_a_rate_that_cannot_be_is_refused():
     for rate in (-1, np.nan, np.inf):
         with pytest.raises(ValueError, match="expected a rate >= 0, finite"):
