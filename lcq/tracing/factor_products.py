@@ -1,6 +1,6 @@
 """How products hand factors on: a parameter takes up any change between what goes in and what comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def dot(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list[Val
 
     out[b, m, n] = sum_k x[b, m, k] w[b, k, n]:   above[b, n] / below[b, k]   for a parameter w
     """
-    dims = _Dims(eqn, ins)
+    dims = Dims(eqn, ins)
     side = next((s for s in (1, 0) if ins[s].places is not None), None)
     if side is None:
         side, above = _of_values(factors, dims, ins, why)
@@ -41,10 +41,10 @@ def dot(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list[Val
     return [Value(tuple(eqn.outvars[0].aval.shape), spread(above, onto, len(eqn.outvars[0].aval.shape)))]
 
 
-class _Dims:
+class Dims:
     """The axes of both operands."""
 
-    def __init__(self, eqn: Equation, ins: list[Value]) -> None:
+    def __init__(self, eqn: Equation, ins: Sequence[Value]) -> None:
         numbers = eqn.params.get("dimension_numbers")
         self.experts: tuple[tuple[int, ...], tuple[int, ...]] = (), ()
         if numbers is None:
@@ -57,7 +57,7 @@ class _Dims:
         ]
 
 
-def _of_values(factors: Factors, dims: _Dims, ins: list[Value], why: Why) -> tuple[int, np.ndarray]:
+def _of_values(factors: Factors, dims: Dims, ins: list[Value], why: Why) -> tuple[int, np.ndarray]:
     """Of two that are no parameters one can be scaled, in axes that are not contracted: which, and its factors."""
     open_ = [factors.is_open(value) for value in ins[:2]]
     if all(open_):

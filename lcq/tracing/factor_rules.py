@@ -19,6 +19,8 @@ _COMPARED = {"eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "sig
 _EACH = {"neg", "abs", "real", "optimization_barrier", "pvary", "convert_element_type"}
 _REDUCED = {"reduce_sum", "reduce_max", "reduce_min", "argmax", "argmin"}
 _RUNNING = {"cumsum", "cummax", "cummin"}
+_SIGNED = {"max", "min", "clamp", "abs", "reduce_max", "reduce_min", "argmax", "argmin", "cummax", "cummin", *_COMPARED}
+_SIGNED |= {"reduce_window_max", "reduce_window_min"}
 _WINDOWS = {"reduce_window_sum", "reduce_window_max", "reduce_window_min"}
 
 
@@ -34,6 +36,9 @@ def results(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list
     name = eqn.primitive.name
     if not eqn.outvars or not any(factors.is_open(value) or (value.factors == ANY).any() for value in ins):
         return None
+    if name in _SIGNED:
+        for value in ins:
+            factors.symbols.keep_sign(value.factors)
     if name in _EACH:
         inexact = all(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
         pure = name == "convert_element_type"

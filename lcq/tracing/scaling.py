@@ -34,12 +34,14 @@ class Group(NamedTuple):
         producers: Uses whose elements are multiplied by them.
         consumers: Uses whose elements are divided by them.
         reason: Why all of them have to be 1; "" if they may be anything.
+        signed: Whether they may not be negative.
     """
 
     symbols: np.ndarray
     producers: tuple[Use, ...]
     consumers: tuple[Use, ...]
     reason: str
+    signed: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,6 +157,12 @@ def _groups(symbols: Symbols, uses: Sequence[Use]) -> list[Group]:
     for root, (above, below) in seen.items():
         kinds.setdefault((tuple(above), tuple(below), symbols.reason(root)), []).append(root)
     return [
-        Group(np.asarray(roots), tuple(uses[i] for i in above), tuple(uses[i] for i in below), reason)
+        Group(
+            np.asarray(roots),
+            tuple(uses[i] for i in above),
+            tuple(uses[i] for i in below),
+            reason,
+            any(map(symbols.signed, roots)),
+        )
         for (above, below, reason), roots in kinds.items()
     ]

@@ -9,7 +9,11 @@ ONE, ANY = 0, -1
 
 
 class Symbols:
-    """Positive unknowns, numbered from 1; `ONE` is known, and `ANY` stands for every number.
+    """Unknowns other than 0, numbered from 1; `ONE` is known, and `ANY` stands for every number.
+
+    Attributes:
+        count: One more than the largest number.
+        changes: How often something was said that was not known.
 
     Example:
         >>> symbols = Symbols()
@@ -23,17 +27,20 @@ class Symbols:
     def __init__(self) -> None:
         self._parent = np.zeros(1024, np.int64)
         self._pinned = np.zeros(1024, bool)
+        self._signed = np.zeros(1024, bool)
         self._pinned[ONE] = True
-        self._count = 1
+        self.count = 1
+        self.changes = 0
         self._reasons: dict[int, str] = {}
 
     def fresh(self, shape: tuple[int, ...]) -> np.ndarray:
         """New unknowns."""
         size = int(np.prod(shape, dtype=np.int64))
-        made = np.arange(self._count, self._count + size)
-        self._count += size
-        if (more := 2 * self._count) > 2 * len(self._parent):
-            self._parent, self._pinned = (np.pad(a, (0, more - len(a))) for a in (self._parent, self._pinned))
+        made = np.arange(self.count, self.count + size)
+        self.count += size
+        if (more := 2 * self.count) > 2 * len(self._parent):
+            grown = (np.pad(a, (0, more - len(a))) for a in (self._parent, self._pinned, self._signed))
+            self._parent, self._pinned, self._signed = grown
         self._parent[made] = made
         return made.reshape(shape)
 
@@ -65,6 +72,7 @@ class Symbols:
         new = new[new != ONE]
         if new.size:
             self._pinned[new] = True
+            self.changes += 1
             self._reasons.update(dict.fromkeys(new.tolist(), reason()))
 
     def equal(self, a: np.ndarray, b: np.ndarray, reason: Callable[[], str]) -> None:
@@ -78,8 +86,8 @@ class Symbols:
         differ = (one != two) & (one != ANY) & (two != ANY)
         if not differ.any():
             return
-        pairs = np.unique(one[differ].astype(np.int64) * self._count + two[differ])
-        for first, second in zip(*(each.tolist() for each in np.divmod(pairs, self._count)), strict=True):
+        pairs = np.unique(one[differ].astype(np.int64) * self.count + two[differ])
+        for first, second in zip(*(each.tolist() for each in np.divmod(pairs, self.count)), strict=True):
             low, high = sorted((self._root(first), self._root(second)))
             if low == high:
                 continue
@@ -89,7 +97,17 @@ class Symbols:
             if self._pinned[low] != self._pinned[high]:
                 self._reasons.setdefault(low, self._reasons.get(high) or reason())
                 self._pinned[low] = True
+            self._signed[low] |= self._signed[high]
             self._parent[high] = low
+            self.changes += 1
+
+    def keep_sign(self, a: np.ndarray) -> None:
+        """None of them may be negative."""
+        self._signed[self.find(np.where(a == ANY, ONE, a))] = True
+
+    def signed(self, number: int) -> bool:
+        """Whether this one may not be negative."""
+        return bool(self._signed[self._root(number)])
 
     def level(self, a: np.ndarray, axes: tuple[int, ...], reason: Callable[[], str]) -> np.ndarray:
         """All along these axes are equal; with one in place of all."""

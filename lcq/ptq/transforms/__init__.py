@@ -3,8 +3,9 @@
 from lcq.ptq.transforms.activation_aware import activation_aware
 from lcq.ptq.transforms.base import Transform, Transformed, TransformRecord
 from lcq.ptq.transforms.equalize import equalize
+from lcq.ptq.transforms.rotate import rotate
 
-__all__ = ["Transform", "TransformRecord", "Transformed", "activation_aware", "equalize"]
+__all__ = ["Transform", "TransformRecord", "Transformed", "activation_aware", "equalize", "rotate"]
 
 
 def __dir__() -> list[str]:

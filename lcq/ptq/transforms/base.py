@@ -103,14 +103,15 @@ class Places:
 
     def names(self, group: Group) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Paths of the producers and of the consumers of a group, with indices where they are parts of leaves."""
-        made, used = ({self._name(use): None for use in uses} for uses in (group.producers, group.consumers))
+        made, used = ({self.name(use): None for use in uses} for uses in (group.producers, group.consumers))
         return tuple(made), tuple(used)
 
     def refused(self, name: str, group: Group, reason: str = "") -> TransformRecord:
         """The record of a group that stays as it is."""
         return TransformRecord(name, *self.names(group), 0, reason or group.reason)
 
-    def _name(self, use: Use) -> str:
+    def name(self, use: Use) -> str:
+        """The path of a use, with an index where it is a part of the leaf."""
         shape = np.shape(self.dense[use.path])
         return use.path if use.places.size == math.prod(shape) else use.path + region(use.places, shape)
 
