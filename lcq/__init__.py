@@ -15,124 +15,17 @@ What a first hour needs is here; the rest is in namespaces, whose `__all__` is w
     lcq.plans      rules chosen, written down, previewed
     lcq.layers     binary layers of linen and nnx
     lcq.examples   data, nets, training loops
+
+A name is imported when it is first used: `import lcq` alone takes little more than JAX.
 """
 
-import importlib
-from typing import Any
+import lazy_loader
 
 from lcq import interrupt as interrupt  # first, as importing the rest takes a while
-from lcq.io import ArtifactError, compress_to, load, save
-from lcq.plans import Plan, dry_run, pareto, read_plan
-from lcq.ptq import GPFQ, GPTQ, Descent, Qronos, quantize
-from lcq.reporting import table
-from lcq.runtime import packed
-from lcq.schemes import (
-    Additive,
-    Binary,
-    Cast,
-    CodedTrellis,
-    KMeans,
-    L0Penalty,
-    L1Ball,
-    L1Penalty,
-    Levels,
-    LowRank,
-    NofM,
-    PowersOfTwo,
-    Prune,
-    PruneGroups,
-    Ternary,
-    Trellis,
-    Uniform,
-)
-from lcq.training import (
-    distill,
-    extract,
-    finetune,
-    geometric,
-    hemp,
-    lc,
-    metrics,
-    penalty_schedule,
-    recalibrate_batch_norm,
-    smooth_binary,
-)
-from lcq.tree import Rule, compress, decompress, ratio, sizes
+
+# isort: split
+from lcq import forms as forms  # at once: its types are known to jax.export and flax from here on
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "GPFQ",
-    "GPTQ",
-    "Additive",
-    "ArtifactError",
-    "Binary",
-    "Cast",
-    "CodedTrellis",
-    "Descent",
-    "KMeans",
-    "L0Penalty",
-    "L1Ball",
-    "L1Penalty",
-    "Levels",
-    "LowRank",
-    "NofM",
-    "Plan",
-    "PowersOfTwo",
-    "Prune",
-    "PruneGroups",
-    "Qronos",
-    "Rule",
-    "Ternary",
-    "Trellis",
-    "Uniform",
-    "__version__",
-    "cli",
-    "compress",
-    "compress_to",
-    "decompress",
-    "distill",
-    "dry_run",
-    "examples",
-    "extract",
-    "finetune",
-    "forms",
-    "geometric",
-    "hemp",
-    "io",
-    "kernels",
-    "layers",
-    "lc",
-    "load",
-    "metrics",
-    "packed",
-    "pareto",
-    "penalty_schedule",
-    "plans",
-    "ptq",
-    "quantize",
-    "ratio",
-    "read_plan",
-    "recalibrate_batch_norm",
-    "reporting",
-    "runtime",
-    "save",
-    "schemes",
-    "sizes",
-    "smooth_binary",
-    "table",
-    "tracing",
-    "training",
-    "tree",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Namespaces that nothing has imported yet: layers need flax, examples need data."""
-    if name in __all__:
-        return importlib.import_module(f"lcq.{name}")
-    raise AttributeError(f"module 'lcq' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -29,17 +29,21 @@ def no_optional_import(path, tree):
 
 
 def face_has_no_logic(path, tree):
-    """lcq/__init__.py is a docstring, imports, and names with dunders such as `__all__`."""
+    """lcq/__init__.py and its stub are a docstring, imports, and names with dunders such as `__all__`."""
 
     def allowed(node):
+        if isinstance(node, ast.AnnAssign):
+            return ast.unparse(node.target) == "__version__"
         if isinstance(node, ast.Assign):
-            return all(ast.unparse(target).startswith("__") for target in node.targets)
+            return all(ast.unparse(target).lstrip("(").startswith("__") for target in node.targets)
         return isinstance(node, ast.Import | ast.ImportFrom | ast.Expr) or (
             isinstance(node, ast.FunctionDef) and node.name in ("__getattr__", "__dir__")
         )
 
     return [
-        f"{n.lineno}: the face holds imports only" for n in tree.body if path == "lcq/__init__.py" and not allowed(n)
+        f"{n.lineno}: the face holds imports only"
+        for n in tree.body
+        if Path(path).with_suffix("") == Path("lcq/__init__") and not allowed(n)
     ]
 
 
@@ -47,7 +51,7 @@ def no_module_is_hidden(path, tree):
     """A package binds the name of one of its modules only to that module, or to what the module is named for."""
     folder, complaints = Path(path).parent, []
     package = ".".join(folder.parts)
-    for node in tree.body if Path(path).name == "__init__.py" else []:
+    for node in tree.body if Path(path).stem == "__init__" else []:
         names = node.names if isinstance(node, ast.ImportFrom) else []
         bound = {alias.asname or alias.name: f"{node.module or '.'}.{alias.name}" for alias in names}
         bound |= {node.name: "a definition"} if isinstance(node, ast.FunctionDef | ast.ClassDef) else {}
@@ -67,7 +71,8 @@ CHECKS = [name_says_something, no_optional_import, face_has_no_logic, no_module_
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_lcq_keeps_the_house(check):
-    paths = sorted(path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("lcq/**/*.py"))
+    files = [*REPOSITORY.glob("lcq/**/*.py"), *REPOSITORY.glob("lcq/**/*.pyi")]
+    paths = sorted(path.relative_to(REPOSITORY).as_posix() for path in files)
     trees = {path: ast.parse((REPOSITORY / path).read_text(encoding="utf-8")) for path in paths}
     assert trees and not [f"{path}: {text}" for path, tree in trees.items() for text in check(path, tree)]
 
@@ -93,9 +98,9 @@ BAD = [
     (name_says_something, "lcq/core/forms.py", ""),
     (no_optional_import, "lcq/runtime/packed.py", "try:\n    import torch\nexcept ImportError:\n    torch = None"),
     (face_has_no_logic, "lcq/__init__.py", "import lcq.forms\nx = 1"),
-    (face_has_no_logic, "lcq/__init__.py", "def table(): ..."),
+    (face_has_no_logic, "lcq/__init__.pyi", "def table(): ..."),
     (no_module_is_hidden, "lcq/__init__.py", "from lcq.reporting import table as forms"),
-    (no_module_is_hidden, "lcq/__init__.py", "from .reporting import show as plans"),
+    (no_module_is_hidden, "lcq/__init__.pyi", "from .reporting import show as plans"),
     (no_module_is_hidden, "lcq/__init__.py", "def plans(): ..."),
     (no_module_is_hidden, "lcq/training/__init__.py", "from lcq.training.hemp import lc"),
 ]

@@ -5,15 +5,17 @@ A node's arrays go as arrays, its static fields as JSON. Nothing is pickled.
 
 import collections
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
-import flax.serialization
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import wrapt
 
 _T = TypeVar("_T")
 
@@ -53,13 +55,13 @@ def register_node(
             name: make[name](value) if name in make and value is not None else value for name, value in found.items()
         }
 
-    def to_state(node: Any) -> dict[str, Any]:
+    def to_state(flax: ModuleType, node: Any) -> dict[str, Any]:
         fields = {MARK: cls.__name__, **{name: getattr(node, name) for name in static}}
         mark = np.frombuffer(_to_json(fields), np.uint8)
-        return {MARK: mark, **{name: flax.serialization.to_state_dict(getattr(node, name)) for name in arrays}}
+        return {MARK: mark, **{name: flax.to_state_dict(getattr(node, name)) for name in arrays}}
 
-    def from_state(target: Any, state: Any) -> Any:
-        at = flax.serialization.current_path()
+    def from_state(flax: ModuleType, target: Any, state: Any) -> Any:
+        at = flax.current_path()
         name = name_of(state)
         if name != cls.__name__ or set(state) != {MARK, *arrays}:
             got = name or (sorted(state) if isinstance(state, Mapping) else type(state).__name__)
@@ -70,7 +72,7 @@ def register_node(
         del fields[MARK]
         for key in arrays:
             old = getattr(target, key)
-            new = flax.serialization.from_state_dict(old, state[key], name=key)
+            new = flax.from_state_dict(old, state[key], name=key)
             fields[key] = jnp.asarray(new) if isinstance(old, jax.Array) and new is not None else new
         return cls(**fields)
 
@@ -80,7 +82,7 @@ def register_node(
 
     name = f"{cls.__module__}.{cls.__name__}"
     _registered[name] += 1
-    flax.serialization.register_serialization_state(cls, to_state, from_state)
+    _register_with_flax(cls, to_state, from_state)
     jax.export.register_pytree_node_serialization(
         cls,
         serialized_name=name if _registered[name] == 1 else f"{name}#{_registered[name]}",
@@ -98,8 +100,22 @@ def register_empty(cls: type[_T]) -> type[_T]:
     """Registers a node without arrays, in states of training, with `flax.serialization`: nothing is written, the
     target's is restored."""
     _empty.append(cls)
-    flax.serialization.register_serialization_state(cls, lambda node: {}, lambda target, state: target)
+    _register_with_flax(cls, lambda flax, node: {}, lambda flax, target, state: target)
     return cls
+
+
+def _register_with_flax(cls: type[Any], to_state: Callable[..., Any], from_state: Callable[..., Any]) -> None:
+    """Registers a type once something imports flax, which takes as long as half of JAX.
+
+    Args:
+        cls: the type.
+        to_state, from_state: as flax takes them, with the module `flax.serialization` in front.
+    """
+
+    def register(flax: ModuleType) -> None:
+        flax.register_serialization_state(cls, functools.partial(to_state, flax), functools.partial(from_state, flax))
+
+    wrapt.register_post_import_hook(register, "flax.serialization")
 
 
 def is_of_state(node: object) -> bool:
