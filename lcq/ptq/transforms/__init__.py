@@ -1,9 +1,9 @@
 """Changes of parameters that leave a function as it is, and make its weights easier to compress."""
 
-from lcq.ptq.transforms.activation_aware import activation_aware
+from lcq.ptq.transforms.activation_scales import activation_aware
 from lcq.ptq.transforms.base import Transform, Transformed, TransformRecord
-from lcq.ptq.transforms.equalize import equalize
-from lcq.ptq.transforms.rotate import rotate
+from lcq.ptq.transforms.cross_layer import equalize
+from lcq.ptq.transforms.rotation import rotate
 
 __all__ = ["Transform", "TransformRecord", "Transformed", "activation_aware", "equalize", "rotate"]
 
