@@ -14,7 +14,7 @@ BIAS = RNG.normal(size=32).astype(np.float32)
 SHAPES = {"a": (64, 48), "b": (48, 32), "c": (32, 20)}
 
 
-def dense(path):
+def dense(path, opset):
     """y = einsum(relu((x A) B + b), C); A is an argument, B lies [out, in]."""
     make, number = onnx.helper, onnx.TensorProto.FLOAT
     nodes = [
@@ -28,16 +28,16 @@ def dense(path):
     held = {"b": np.ones((32, 48)), "bias": BIAS, "c": np.ones((32, 20))}
     initializers = [make.make_tensor(name, number, array.shape, array.ravel()) for name, array in held.items()]
     graph = make.make_graph(nodes, "net", inputs, outputs, initializers)
-    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 21)], ir_version=10), path)
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", opset)], ir_version=12), path)
     return {"model": path}
 
 
-@pytest.mark.parametrize("format", ["onnx", "onnx_dequantize"])
+@pytest.mark.parametrize(("format", "opset"), [("onnx", 21), ("onnx_dequantize", 21), ("onnx_dequantize", 25)])
 @pytest.mark.parametrize(("values", "group", "zeros"), PRODUCTS)
-def test_products_are_exact(values, group, zeros, format, tmp_path):
+def test_products_are_exact(values, group, zeros, format, opset, tmp_path):
     made = {key: codes((k, n), (k // (group or k), n), values, zeros=zeros) for key, (k, n) in SHAPES.items()}
     forms, (a, b, c) = {key: form for key, (form, _) in made.items()}, [w for _, w in made.values()]
-    config = dense(tmp_path / "dense.onnx")
+    config = dense(tmp_path / "dense.onnx", opset)
     export(forms, tmp_path / "net.onnx", format=format, names=[Name("(.)", r"\1", "io")], config=config)
     onnx.checker.check_model(onnx.load(tmp_path / "net.onnx"))
     options = runtime.SessionOptions()

@@ -47,7 +47,7 @@ from lcq.io.layouts.protobuf import Field, field, fields, opened
 
 _BITS = (2, 4, 8)
 _TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int16": 5, "int32": 6, "int64": 7, "bool": 9, "float16": 10}
-_FOUR_BITS = {"uint4": 21, "int4": 22}
+_SMALL = {"uint4": 21, "int4": 22, "uint2": 25, "int2": 26}
 _MOST = 1 << 31
 
 
@@ -245,6 +245,6 @@ def packed_bytes(codes: UInt[np.ndarray, "rows n"], bits: int) -> UInt8[np.ndarr
 
 def _tensor_head(name: str, each: Tensor) -> bytes:
     """An initializer up to its bytes."""
-    said = b"".join(field(1, n) for n in each.shape) + field(2, (_TYPES | _FOUR_BITS)[each.kind]) + field(8, name)
+    said = b"".join(field(1, n) for n in each.shape) + field(2, (_TYPES | _SMALL)[each.kind]) + field(8, name)
     body = said + opened(9, each.size)
     return opened(INITIALIZER, len(body) + each.size) + body

@@ -3,6 +3,7 @@
     W = DequantizeLinear(codes, scales, zeros)     in blocks along the inputs, or a scale for each output
 
     codes   int4 or int8 [in, out] without zeros, uint4 or uint8 with; of Gemm's transposed weights [out, in]
+            from opset 25 on also int2 and uint2
     scales  float32 [in / g, out], or [out]
     zeros   as codes, of the shape of scales
 
@@ -31,6 +32,7 @@ from lcq.io.facts import Facts
 
 _BITS = (4, 8)
 _OPSET = 21
+_OPSET_OF_2_BITS = 25
 _ROUNDED = (
     "note: ONNX Runtime rounds activations to 8 bits before products with these weights, unless "
     "session.qdq_matmulnbits_accuracy_level is 1"
@@ -46,7 +48,7 @@ class OnnxDequantize(Onnx):
         return Facts(
             "`.onnx` for any runtime, of a dense model from opset 21 on: DequantizeLinear",
             "as `onnx`",
-            f"{', '.join(map(str, _BITS))} bits, in groups or by channel, with zeros or without",
+            f"{', '.join(map(str, _BITS))} bits, and 2 from opset {_OPSET_OF_2_BITS} on, in groups or by channel",
             f"a weight that is used both ways round; 2 GiB; {NO_TARGET}",
         )
 
@@ -57,6 +59,7 @@ class OnnxDequantize(Onnx):
                 f"{config['model']}: expected a model of opset {_OPSET} or later, got {opset}; write it so, or choose "
                 "format='onnx'"
             )
+        self._bits = (2, *_BITS) if opset >= _OPSET_OF_2_BITS else _BITS
         self._decoders: list[bytes] = []
 
     def declare(self, item: Item) -> dict[str, Tensor]:
@@ -65,7 +68,7 @@ class OnnxDequantize(Onnx):
         name = self._name(item)
         self._replaced.add(name)
         turned = self._turned(name)
-        kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
+        kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, self._bits)
         shape, dtype = (kind.inputs, kind.outputs), f"{'u' * kind.steps.shifted}int{bits}"
         blocks = kind.inputs // kind.group
         groups = (kind.outputs,) if blocks == 1 else (blocks, kind.outputs)
@@ -82,7 +85,7 @@ class OnnxDequantize(Onnx):
     def encode(self, item: Item) -> Encoded:
         if not isinstance(item.value, Codes):
             return super().encode(item)
-        name, bits = self._name(item), bits_of(item, _BITS)
+        name, bits = self._name(item), bits_of(item, self._bits)
         kind, turned = kind_of(item.value, item.rule.layout), self._turned(name)
         grid, error = encoded(item, bits, "float32")
         half = 0 if kind.steps.shifted else 1 << (bits - 1)
@@ -118,5 +121,5 @@ class OnnxDequantize(Onnx):
 
 
 def _of_bits(dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Numbers of 4 bits are two in a byte."""
+    """Numbers of 4 bits are two in a byte, of 2 bits four."""
     return Tensor(shape, dtype, -(-int(np.prod(shape)) * int(dtype.removeprefix("u").removeprefix("int")) // 8))

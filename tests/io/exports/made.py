@@ -17,6 +17,10 @@ PRODUCTS = [
     (grid(0, 7), 16, True),
     (grid(0, 3), 16, True),
     (grid(0, 15), None, True),
+    (grid(0, 31), 16, True),
+    (grid(0, 255), 16, True),
+    (grid(-2, 1), 16, False),
+    (grid(-16, 15), None, False),
     ((-1.0, 1.0), None, False),
 ]
 """Values, inputs of a group, and whether there are zeros: what a product of ONNX has to compute."""

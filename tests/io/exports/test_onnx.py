@@ -25,7 +25,7 @@ def op(kind, inputs, output, **attributes):
     return field(1, said)
 
 
-def dense(path, *more):
+def dense(path, *more, opset=21):
     """y = einsum(relu((x A) B + b), C); A is an argument, B lies [out, in]."""
     nodes = [
         op("MatMul", ["x", "a/w"], "h"),
@@ -37,7 +37,7 @@ def dense(path, *more):
     held = [tensor("b/w", B.T.copy()), tensor("b", BIAS), tensor("c/w", C)]
     inputs = [field(11, field(1, name)) for name in ("a/w", "x")]
     graph = b"".join([*nodes, field(2, "g"), *held, *inputs, field(12, field(1, "y"))])
-    path.write_bytes(field(1, 10) + field(8, field(1, "") + field(2, 21)) + field(7, graph))
+    path.write_bytes(field(1, 10) + field(8, field(1, "") + field(2, opset)) + field(7, graph))
     return {"model": path}
 
 

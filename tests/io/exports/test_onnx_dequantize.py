@@ -16,9 +16,10 @@ def decoded(path):
     for entry in (list(fields(f.value)) for f in graph if f.number == 5):
         shape, kind = [f.value for f in entry if f.number == 1], one(entry, 2)
         raw = np.frombuffer(one(entry, 9), {1: np.float32, 3: np.int8}.get(kind, np.uint8))
-        if kind in (21, 22):
-            raw = apart(raw, 4, int(np.prod(shape)))
-            raw = (raw ^ 8) - 8 if kind == 22 else raw
+        if kind in (21, 22, 25, 26):
+            half = 8 if kind < 25 else 2
+            raw = apart(raw, 4 if kind < 25 else 2, int(np.prod(shape)))
+            raw = (raw ^ half) - half if kind in (22, 26) else raw
         held[bytes(one(entry, 8)).decode()] = raw.reshape(shape).astype(np.float64)
     weights, used = {}, []
     for entry in (list(fields(f.value)) for f in graph if f.number == 1):
@@ -39,14 +40,18 @@ def decoded(path):
     return weights, [bytes(one(list(fields(f.value)), 1)).decode() for f in graph if f.number == 11]
 
 
+@pytest.mark.parametrize("opset", [21, 25])
 @pytest.mark.parametrize(("values", "group", "zeros"), PRODUCTS)
-def test_weights_are_those_of_the_forms(values, group, zeros, tmp_path):
+def test_weights_are_those_of_the_forms(values, group, zeros, opset, tmp_path):
+    """Of 2 bits there are numbers from opset 25 on."""
     forms, (a, b, c) = three(values, group, zeros=zeros)
-    config, out = dense(tmp_path / "dense.onnx"), tmp_path / "net.onnx"
+    config, out = dense(tmp_path / "dense.onnx", opset=opset), tmp_path / "net.onnx"
     report = export(forms, out, format="onnx_dequantize", names=NAMES[:1], config=config)
     weights, inputs = decoded(out)
     assert inputs == ["x"] and not report.changed and "rounds activations to 8 bits" in report.notes[0]
     assert sum(row.bytes for row in report.rows) < out.stat().st_size < report.bytes + 2048
+    small = "int2" if opset == 25 and len(values) <= 4 else "int"
+    assert all(row.what.startswith("u" * zeros + small) for row in report.rows)
     for name, expected in {"a/w": a, "b/w": b.T, "c/w": c}.items():  # Gemm has b as [out, in]
         np.testing.assert_allclose(weights[name], expected, rtol=1e-6)
 
