@@ -2,7 +2,9 @@
 
     LCQ_DATA=folder python -m benchmarks.experiments.exports stories
     ... smollm2 --gguf SmolLM2-135M-Instruct.Q4_1.gguf
-    ... --keep folder                                                      forms stay there, for other runs
+    ... --keep folder              forms stay there, and a run that was killed goes on from there
+    ... --grids "4 bits" --formats gguf onnx        some rows; those that are there already stay, unless --again
+    ... --without-data             codes of lcq.compress instead: each matrix on its own, as the libraries do
 
 Writes results/exports.json: for each net and format the perplexity with the library's own codes and with lcq's, in the
 same format and bytes, and the share of the gap to float32 that lcq closes.
@@ -12,11 +14,12 @@ those of `lcq.quantize` as it is by default, once for each grid: every format is
 matrix on its own, by the largest weight or the smallest and largest of a group.
 
 stories260K: calibration and evaluation of gpfq_transformers (all 100 stories). w2 has 172 inputs, of which 32 makes no
-whole groups: it stays float32.
-SmolLM2-135M, not run to its end yet: the protocol of smollm2, a quarter of its windows (1,020 predictions); the
-first 2,048 tokens of the other half of the text calibrate. Its weights are Q4_1's already, minimum and scale of each
-group of 32 being known, so that rows with zeros would compare nothing. TQ2_0 has blocks of 256 inputs: the
-down-projections alone.
+whole groups: it stays float32. Ternary codes have a scale for each output, 64 inputs; TQ2_0 and TQ1_0 have blocks of
+256, which zeros fill. Where a library has no ternary quantizer its own codes have 2 bits.
+SmolLM2-135M: the protocol of smollm2, a quarter of its windows (1,020 predictions); the first 2,048 tokens of the other
+half of the text calibrate. Its weights are Q4_1's already, minimum and scale of each group of 32 being known, so that
+rows with zeros would compare nothing: its own codes, in and out again, are results/smollm2_own.json. TQ2_0 has blocks
+of 256 inputs: ternary are the down-projections alone.
     pip install gguf compressed-tensors qwix onnx onnxruntime torch
 """
 
@@ -46,7 +49,7 @@ FORMATS = {
     "3 bits": ("compressed-tensors", "qwix"),
     "2 bits": ("compressed-tensors", "qwix", "onnx"),
     "5 bits": ("gguf",),
-    "ternary": ("gguf",),
+    "ternary": ("gguf", "gguf TQ1_0", "compressed-tensors", "qwix", "onnx"),
 }
 GRIDS: dict[str, tuple[int, lcq.schemes.Scheme]] = {
     "4 bits": (4, lcq.Uniform(4, per=GROUP)),
@@ -78,7 +81,7 @@ class Net(NamedTuple):
     grids: tuple[str, ...]
 
 
-def stories() -> Net:
+def stories(data: bool) -> Net:
     net = gpfq_transformers.load_stories()
     pattern = r"layer\d+/w[qkvo13]"
 
@@ -95,14 +98,16 @@ def stories() -> Net:
         return params
 
     def quantized(name: str, resume: Path | None) -> Any:
-        rules = [lcq.Rule("tok_embeddings", None), lcq.Rule(pattern, GRIDS[name][1])]
+        scheme = lcq.Ternary(per="channel") if name == "ternary" else GRIDS[name][1]
+        rules = [lcq.Rule("tok_embeddings", None), lcq.Rule(pattern, scheme)]
+        if not data:
+            return lcq.compress(net.params, rules)
         return lcq.quantize(net.fn, net.params, net.batches(), rules, resume=resume).forms
 
-    grids = tuple(name for name in GRIDS if name != "ternary")
-    return Net(quantized, matrices, put, lambda p: net.evaluate(p)["nll"], net.params, grids)
+    return Net(quantized, matrices, put, lambda p: net.evaluate(p)["nll"], net.params, tuple(GRIDS))
 
 
-def smollm(path: str) -> Net:
+def smollm(path: str, data: bool) -> Net:
     params, config, tokenizer = smollm2.load(path)
     text = (Path(os.environ["LCQ_DATA"]) / "stories" / "tinystories_sample.txt").read_text(encoding="utf-8")
     first = re.split(r"\n\n(?=Once upon a time)", text[: len(text) // 2])
@@ -124,6 +129,8 @@ def smollm(path: str) -> Net:
     def quantized(name: str, resume: Path | None) -> Any:
         which = "w2" if name == "ternary" else "w."
         rules = [lcq.Rule(f"layers/{which}", GRIDS[name][1], stacked=1)]
+        if not data:
+            return lcq.compress(params, rules)
         fn = functools.partial(llama.logits, config=config)
         return lcq.quantize(fn, params, np.split(calibration, 4), rules, resume=resume).forms
 
@@ -151,8 +158,8 @@ def kept(net: Net, grid: str, file: Path | None) -> Any:
     return lcq.load(file)
 
 
-def run(name: str, net: Net, grids: list[str], keep: str | None) -> None:
-    """All rows of a net; decoded weights that are the same are evaluated once."""
+def run(name: str, net: Net, arguments: argparse.Namespace) -> None:
+    """Rows of a net that are not there yet; decoded weights that are the same are evaluated once."""
     seen: dict[int, float] = {}
 
     def perplexity(weights: Weights) -> float:
@@ -160,18 +167,26 @@ def run(name: str, net: Net, grids: list[str], keep: str | None) -> None:
         seen[key] = seen.get(key) or float(np.exp(net.nats(net.put(weights))))
         return seen[key]
 
-    dense = {path: np.asarray(w) for path, w in net.matrices(net.params).items()}
-    reference = perplexity(dense)
-    for which in [each for each in net.grids if each in grids]:
-        file = Path(keep, f"{name}_{which.replace(' ', '_')}.lcq") if keep else None
+    suffix = ", no data" if arguments.without_data else ""
+    there = {(row["net"], row["format"], row["grid"]) for row in stored("exports") if not arguments.again}
+    dense: Weights = {}
+    for which in [each for each in net.grids if each in arguments.grids]:
+        label = which + suffix
+        left = [each for each in FORMATS[which] if (name, each, label) not in there and each in arguments.formats]
+        if not left:
+            continue
+        dense = dense or {path: np.asarray(w) for path, w in net.matrices(net.params).items()}
+        reference = perplexity(dense)
+        file = Path(arguments.keep, f"{name}_{label.replace(' ', '_')}.lcq") if arguments.keep else None
         bits, found = GRIDS[which][0], net.matrices(kept(net, which, file))
         forms = {path: form for path, form in found.items() if isinstance(form, lcq.forms.Codes)}
-        for format in FORMATS[which]:
+        groups = {path: form.shape[0] // form.scale.shape[0] for path, form in forms.items()}
+        for format in left:
             peer = PEERS[format]
-            own = {path: peer.own(dense[path], bits, "zeros" in which) for path in forms}
+            own = {path: peer.own(dense[path], bits, "zeros" in which, groups[path]) for path in forms}
             ours = peer.decoded(forms, bits)
             slip = max(np.abs(ours[p] - np.asarray(f.dense())).max() / np.abs(ours[p]).max() for p, f in forms.items())
-            row = {"net": name, "format": format, "grid": which, "float": reference}
+            row = {"net": name, "format": format, "grid": label, "float": reference}
             row |= {"own": perplexity(own), "lcq": perplexity(ours), "largest_slip": float(slip)}
             row["gap_closed"] = 1 - (row["lcq"] - reference) / (row["own"] - reference)
             print(row, flush=True)
@@ -184,12 +199,15 @@ def main() -> None:
     parser.add_argument("net", choices=["stories", "smollm2"])
     parser.add_argument("--gguf")
     parser.add_argument("--keep")
-    parser.add_argument("--grids", nargs="+", default=list(GRIDS))
+    parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--formats", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--without-data", action="store_true")
     arguments = parser.parse_args()
     if arguments.net == "stories":
-        run("stories260K", stories(), arguments.grids, arguments.keep)
+        run("stories260K", stories(not arguments.without_data), arguments)
     else:
-        run("SmolLM2-135M", smollm(arguments.gguf), arguments.grids, arguments.keep)
+        run("SmolLM2-135M", smollm(arguments.gguf, not arguments.without_data), arguments)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """What each library makes of a matrix by its own quantizer, and of the files that lcq exports.
 
-`PEERS` has for each format (own, decoded): `own(w, bits, zeros)` quantizes and decodes a matrix [in, out] by the
-library alone; `decoded(forms, bits)` exports forms by lcq and gives the weights that the library reads, by path.
+`PEERS` has for each format (own, decoded): `own(w, bits, zeros, group)` quantizes and decodes a matrix [in, out] by
+the library alone, `group` inputs to a scale; `decoded(forms, bits)` exports forms by lcq and gives the weights that the
+library reads, by path.
     pip install gguf compressed-tensors qwix onnx onnxruntime
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ import safetensors.numpy
 
 import lcq
 
-GROUP = 32
+GROUP, BLOCK = 32, 256
 Weights = dict[str, np.ndarray]
 NAMES = [lcq.io.Name(r"(.*)", r"\1.weight", "io")]
 
@@ -27,44 +30,57 @@ class Peer(NamedTuple):
     """A format and its library.
 
     Attributes:
-        own: of a matrix, bits and whether there are zeros.
+        own: of a matrix, bits, whether there are zeros, and inputs to a scale.
         decoded: of forms by path, and bits.
     """
 
-    own: Callable[[np.ndarray, int, bool], np.ndarray]
+    own: Callable[[np.ndarray, int, bool, int], np.ndarray]
     decoded: Callable[[dict[str, lcq.forms.Codes], int], Weights]
 
 
-def gguf_own(w: np.ndarray, bits: int, zeros: bool) -> np.ndarray:
-    """Q4_0: the largest weight decides. Q4_1: the smallest and largest do. TQ2_0: the largest, in blocks of 256."""
+def gguf_own(w: np.ndarray, bits: int, zeros: bool, group: int, ternary: str = "TQ2_0") -> np.ndarray:
+    """Q4_0: the largest weight decides. Q4_1: the smallest and largest do. TQ2_0 and TQ1_0: the largest, in blocks of
+    256 inputs, filled up by zeros, which change nothing there."""
     import gguf
 
-    name = {2: "TQ2_0", 4: "Q4_1" if zeros else "Q4_0", 5: "Q5_0"}[bits]
+    name = {2: ternary, 4: "Q4_1" if zeros else "Q4_0", 5: "Q5_0"}[bits]
     kind = gguf.GGMLQuantizationType[name]
-    return gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(w.T), kind), kind).T
+    rows = np.pad(w.T, ((0, 0), (0, -len(w) % (BLOCK if bits == 2 else GROUP))))
+    return gguf.quants.dequantize(gguf.quants.quantize(np.ascontiguousarray(rows), kind), kind).T[: len(w)]
 
 
-def gguf_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> Weights:
+def gguf_decoded(forms: dict[str, lcq.forms.Codes], bits: int, type: str | None = None) -> Weights:
     import gguf
 
+    names = [lcq.io.Name(r"(.*)", r"\1.weight", "io", type=type)]
+    wide = {path: _filled(form) if bits == 2 else form for path, form in forms.items()}
     with _folder() as folder:
-        lcq.io.export(forms, folder / "net.gguf", format="gguf", names=NAMES, config={"general.architecture": "llama"})
+        lcq.io.export(wide, folder / "net.gguf", format="gguf", names=names, config={"general.architecture": "llama"})
         read = gguf.GGUFReader(folder / "net.gguf")
-        return {
-            t.name.removesuffix(".weight"): gguf.quants.dequantize(t.data, t.tensor_type).T.copy() for t in read.tensors
-        }
+        dense = {t.name.removesuffix(".weight"): gguf.quants.dequantize(t.data, t.tensor_type).T for t in read.tensors}
+        return {path: w[: forms[path].shape[0]].copy() for path, w in dense.items()}
 
 
-def compressed_tensors_own(w: np.ndarray, bits: int, zeros: bool) -> np.ndarray:
+def _filled(form: lcq.forms.Codes) -> lcq.forms.Codes:
+    """A form with a scale for each output, its inputs filled up by zeros to a whole block; others as they are."""
+    form = form.unpack()
+    if form.scale.shape[0] > 1 or not (more := -form.shape[0] % BLOCK):
+        return form
+    zero = form.values.index(0.0)
+    codes = np.pad(np.asarray(form.codes), ((0, more), (0, 0)), constant_values=zero)
+    return dataclasses.replace(form, codes=codes)
+
+
+def compressed_tensors_own(w: np.ndarray, bits: int, zeros: bool, group: int) -> np.ndarray:
     """Minimum and maximum of each group, as llm-compressor's observer has them."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import calculate_qparams
 
-    args = QuantizationArgs(num_bits=bits, symmetric=not zeros, strategy="group", group_size=GROUP)
+    args = QuantizationArgs(num_bits=bits, symmetric=not zeros, strategy="group", group_size=group)
     rows = torch.from_numpy(np.ascontiguousarray(w.T))
-    apart = rows.reshape(len(rows), -1, GROUP)
+    apart = rows.reshape(len(rows), -1, group)
     scale, zero = calculate_qparams(apart.amin(-1), apart.amax(-1), args)
     return fake_quantize(rows, scale, zero, args).numpy().T
 
@@ -90,13 +106,13 @@ def compressed_tensors_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> 
     return made
 
 
-def qwix_own(w: np.ndarray, bits: int, zeros: bool) -> np.ndarray:
+def qwix_own(w: np.ndarray, bits: int, zeros: bool, group: int) -> np.ndarray:
     """The largest weight of each tile."""
     import qwix
 
     method = "minmax" if zeros else "absmax"
     array = qwix.quantize(
-        jnp.asarray(w), f"int{bits}", channelwise_axes=[1], tiled_axes={0: GROUP}, calibration_method=method
+        jnp.asarray(w), f"int{bits}", channelwise_axes=[1], tiled_axes={0: group}, calibration_method=method
     )
     return np.asarray(qwix.dequantize(array))
 
@@ -112,13 +128,13 @@ def qwix_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> Weights:
     return made
 
 
-def onnx_own(w: np.ndarray, bits: int, zeros: bool) -> np.ndarray:
+def onnx_own(w: np.ndarray, bits: int, zeros: bool, group: int) -> np.ndarray:
     """The quantizer of ONNX Runtime, decoded by its MatMulNBits."""
     from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
 
-    config = quantizer.DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=not zeros, bits=bits)
+    config = quantizer.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=not zeros, bits=bits)
     codes, scales, points = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(w))
-    return _onnx_weights({"w": w.shape}, {"w": (codes, scales, points if zeros else None)}, bits)["w"]
+    return _onnx_weights({"w": w.shape}, {"w": (codes, scales, points if zeros else None)}, bits, group)["w"]
 
 
 def onnx_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> Weights:
@@ -139,7 +155,7 @@ def onnx_decoded(forms: dict[str, lcq.forms.Codes], bits: int) -> Weights:
         return {path: _on_identity(folder / f"{path}.onnx", form.shape[0]) for path, form in forms.items()}
 
 
-def _onnx_weights(shapes: dict[str, tuple[int, ...]], parts: dict[str, tuple], bits: int) -> Weights:
+def _onnx_weights(shapes: dict[str, tuple[int, ...]], parts: dict[str, tuple], bits: int, group: int) -> Weights:
     import onnx
 
     made = {}
@@ -157,7 +173,7 @@ def _onnx_weights(shapes: dict[str, tuple[int, ...]], parts: dict[str, tuple], b
                 K=inputs,
                 N=outputs,
                 bits=bits,
-                block_size=GROUP,
+                block_size=group,
                 accuracy_level=1,
             )
             arrays = [onnx.numpy_helper.from_array(a.reshape(-1) if n == "points" else a, n) for n, a in held.items()]
@@ -193,6 +209,7 @@ def _folder() -> Iterator[Path]:
 
 PEERS = {
     "gguf": Peer(gguf_own, gguf_decoded),
+    "gguf TQ1_0": Peer(functools.partial(gguf_own, ternary="TQ1_0"), functools.partial(gguf_decoded, type="TQ1_0")),
     "compressed-tensors": Peer(compressed_tensors_own, compressed_tensors_decoded),
     "qwix": Peer(qwix_own, qwix_decoded),
     "onnx": Peer(onnx_own, onnx_decoded),

@@ -1,5 +1,7 @@
 """The table of results/exports.json."""
 
+import math
+
 from benchmarks.harness.markdown import grid
 from benchmarks.harness.record import stored
 
@@ -15,4 +17,8 @@ def table() -> str:
         ]
         for row in stored("exports")
     ]
+    before, own = stored("smollm2_own")
+    same = "the same file" if own["same_file"] else "another file"
+    kept = [f"{math.exp(row['nats']):.3f}" for row in (before, own)]
+    lines.append(["SmolLM2-135M, its own Q4_1 codes, in and out again, gguf", kept[0], kept[0], kept[1], same])
     return grid(head, lines)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from lcq.cli.console import check_output, progress, refuse, show
+from lcq.cli.words import in_words_of_the_command
 from lcq.io.checkpoints import open_gguf
 from lcq.io.container import Json, parse
 from lcq.io.exports import EXPORT_FORMATS, Name, export, llama_names
@@ -69,7 +70,7 @@ def export_file(arguments: argparse.Namespace) -> None:
     show(Columns(list(cells)))
     print(f"{out}: {arguments.to}, {report.bytes:,} bytes of {len(report.rows)} tensors")
     for note in report.notes:
-        print(note)
+        print(in_words_of_the_command(note))
 
 
 def _config(path: Path) -> dict[str, Json]:

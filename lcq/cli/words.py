@@ -38,6 +38,9 @@ _OPTIONS = (
     (r"\bdry_run\(params, rules, fn, batch\)", "lcq quantize --dry-run"),
     (r"\blcq\.io\.Name\('([^']*)', '([^']*)', layout='?([\w.]+)'?\)", r"--name '\1=\2; layout=\3'"),
     (r"\bnearest=BITS", "--nearest BITS"),
+    (r"\bconfig=\{'model': path\}", "--config MODEL.onnx"),
+    (r"\bconfig=\{'tokenizer.ggml.pre': NAME, \.\.\}", '"tokenizer.ggml.pre": "NAME" in the JSON of --config'),
+    (r"\bnames=lcq\.io\.llama_names\(\.\.\)", "--llama"),
     (r"\b(limit|mask|method|nearest|plan|seed)=(?=[\s,;.)]|$)", r"--\1"),
 )
 

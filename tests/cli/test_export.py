@@ -48,7 +48,27 @@ def test_what_is_rounded_is_shown(net, capsys):
     command = ["export", str(net / "net.lcq"), "--to", "gguf", "-o", str(net / "net.gguf")]
     assert main([*command, "--config", str(net / "gguf.json")]) == 0
     told = capsys.readouterr().out
-    assert "Q4_0 in groups of 32" in told and "scales to float16" in told and "llama.cpp does not load" in told
+    assert "Q4_0 in groups of 32" in told and "scales to float16" in told
+    assert "does not know these names of a llama; give --llama" in told and "tokenizer.json as --tokenizer" in told
+
+
+def test_a_tokenizer_goes_along(net, capsys):
+    (net / "gguf.json").write_text(json.dumps({"general.architecture": "gpt2"}))
+    pre = {"type": "ByteLevel", "use_regex": False}
+    said = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": pre}
+    (net / "tokenizer.json").write_text(json.dumps(said))
+    command = ["export", str(net / "net.lcq"), "--to", "gguf", "-o", str(net / "net.gguf"), "--tokenizer", str(net)]
+    assert main([*command, "--config", str(net / "gguf.json")]) == 1
+    assert 'it: "tokenizer.ggml.pre": "NAME" in the JSON of --config' in capsys.readouterr().err
+    (net / "gguf.json").write_text(json.dumps({"general.architecture": "gpt2", "tokenizer.ggml.pre": "mine"}))
+    assert main([*command, "--config", str(net / "gguf.json")]) == 0
+    fields = lcq.io.open_gguf(net / "net.gguf").fields
+    assert fields["tokenizer.ggml.tokens"].value == ["a"] and "note" not in capsys.readouterr().out
+
+
+def test_an_onnx_model_is_asked_for(net, capsys):
+    assert main(["export", str(net / "net.lcq"), "--to", "onnx", "-o", str(net / "net.onnx")]) == 1
+    assert "expected --config MODEL.onnx of the dense function" in capsys.readouterr().err
 
 
 def test_errors_in_words_of_the_command(net, capsys):

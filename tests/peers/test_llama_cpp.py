@@ -1,13 +1,18 @@
-"""llama.cpp runs a llama that lcq exports from Hugging Face's names and halves: the same probabilities."""
+"""llama.cpp runs a llama that lcq exports from Hugging Face's names and halves: the same probabilities, and tokens."""
+
+import json
+import urllib.request
 
 import jax
 import numpy as np
 import pytest
 
+import lcq
 from lcq.examples import llama, llama_names
 from lcq.io import export
 from lcq.io import llama_names as gguf_names
 from tests.io.exports.made import codes, grid
+from tests.io.exports.test_gguf_tokenizer import LLAMA3
 
 runner = pytest.importorskip("xllamacpp", reason="pip install '.[peers]', or run .ci/peers")
 
@@ -84,3 +89,41 @@ def test_the_same_probabilities(quantized, within, tmp_path):
     other = llama_names.Config(HEADS, 1e-5, 1e4, halves=False)
     wrong = np.asarray(jax.nn.log_softmax(llama.logits(numbers, tokens[None], other)[0, -1]))
     assert max(abs(wrong[token] - value) for token, value in found.items()) > within  # the convention is seen
+
+
+JSON = {"Content-Type": "application/json"}
+TEXTS = [
+    "Once upon a time, there were 12 cats.",
+    "  Lily's  dog\n\n ran!\t2024 h\u00e9llo <|end|> I'LL x_y \u4e2d\u6587",
+]
+
+
+@pytest.mark.parametrize("cut", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_the_same_tokens(cut, tmp_path):
+    """A tokenizer that the library tokenizers has trained, by its tokenizer.json."""
+    library = pytest.importorskip("tokenizers", reason="pip install '.[peers]', or run .ci/peers")
+    cuts, whole = library.pre_tokenizers, library.pre_tokenizers.ByteLevel
+    split = cuts.Split(library.Regex(LLAMA3.replace("{1,3}", "" if cut == "qwen2" else "{1,3}")), "isolated")
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = {
+        "gpt-2": lambda: whole(add_prefix_space=False),
+        "smollm": lambda: cuts.Sequence([cuts.Digits(individual_digits=True), whole(add_prefix_space=False)]),
+    }.get(cut, lambda: cuts.Sequence([split, whole(add_prefix_space=False, use_regex=False)]))()
+    alphabet = whole.alphabet()
+    trainer = library.trainers.BpeTrainer(vocab_size=WORDS, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([*TEXTS, *TEXTS, "there were 1222 cats and 2024 dogs'll'"], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>", "add_bos_token": false}')
+    tree, _ = net(quantized=True)
+    config = {key: value for key, value in CONFIG.items() if "tokenizer" not in key}
+    path = tmp_path / "net.gguf"
+    report = export(tree, path, format="gguf", names=gguf_names(HEADS, KV), config=config, tokenizer=tmp_path)
+    assert not report.notes and lcq.io.open_gguf(path).fields["tokenizer.ggml.pre"].value == cut
+    params = runner.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 64, 1, False
+    params.cpuparams.n_threads = 1
+    server = runner.Server(params)
+    for text in TEXTS:
+        asked = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+        answer = urllib.request.urlopen(urllib.request.Request(f"{server.listening_address}/tokenize", asked, JSON))
+        assert json.load(answer)["tokens"] == tokenizer.encode(text).ids

@@ -91,9 +91,14 @@ class Gguf(ExportFormat):
             for _, array in arrays:
                 file.write(flat(np.ascontiguousarray(array)).data)
                 file.write(bytes(-array.nbytes % 32))
-        if "tokenizer.ggml.tokens" in metadata:
-            return ()
-        return ("note: without a tokenizer llama.cpp does not load a file; give tokenizer= the model's tokenizer.json",)
+        notes = []
+        if metadata["general.architecture"] == "llama" and "token_embd.weight" not in tensors:
+            notes.append("note: llama.cpp does not know these names of a llama; give names=lcq.io.llama_names(..)")
+        if "tokenizer.ggml.tokens" not in metadata:
+            notes.append(
+                "note: without a tokenizer llama.cpp does not load a file; give the tokenizer.json as tokenizer="
+            )
+        return tuple(notes)
 
 
 def _type_of(item: Item) -> str:

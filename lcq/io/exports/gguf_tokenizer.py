@@ -145,7 +145,7 @@ def _pre(path: Path, said: Json) -> str:
             return _SPLITS[pattern]
     raise ValueError(
         f"{path}: expected a pre-tokenizer as GPT-2, SmolLM2, Llama 3 or Qwen 2 have it, got another; say what "
-        "llama.cpp calls it: config={'tokenizer.ggml.pre': NAME, ..}, or in the JSON of --config"
+        "llama.cpp calls it: config={'tokenizer.ggml.pre': NAME, ..}"
     )
 
 
