@@ -20,7 +20,7 @@ SmolLM2-135M: the protocol of smollm2, a quarter of its windows (1,020 predictio
 half of the text calibrate. Its weights are Q4_1's already, minimum and scale of each group of 32 being known, so that
 rows with zeros would compare nothing: its own codes, in and out again, are results/smollm2_own.json. TQ2_0 has blocks
 of 256 inputs: ternary are the down-projections alone.
-    pip install gguf compressed-tensors qwix onnx onnxruntime torch
+    pip install gguf compressed-tensors qwix onnx onnx_ir onnxruntime torch
 """
 
 import argparse

@@ -3,7 +3,7 @@
 `PEERS` has for each format (own, decoded): `own(w, bits, zeros, group)` quantizes and decodes a matrix [in, out] by
 the library alone, `group` inputs to a scale; `decoded(forms, bits)` exports forms by lcq and gives the weights that the
 library reads, by path.
-    pip install gguf compressed-tensors qwix onnx onnxruntime
+    pip install gguf compressed-tensors qwix onnx onnx_ir onnxruntime
 """
 
 import contextlib
