@@ -32,7 +32,6 @@ from gguf import GGMLQuantizationType, dequantize, quants
 from jaxtyping import Array, Int
 
 import lcq
-from benchmarks.harness.markdown import grid
 from benchmarks.harness.record import record, stored
 from lcq.examples import llama, llama_names
 from lcq.examples.bpe import Tokenizer, byte_pairs
@@ -162,16 +161,6 @@ def row(what: str, params: Any, text: np.ndarray, *others: Any) -> dict[str, Any
     )
     rounded = params | {"layers": params["layers"] | lcq.decompress(codes)}
     return {"what": what, "bits": float(bits), "nats": nats(rounded, text, others[0]), "error": error(params, rounded)}
-
-
-def table() -> str:
-    """A row for each way to round."""
-    head = ["", "bits a weight", "nats a token", "squared error"]
-    lines = [
-        [r["what"], f"{r['bits']:.3g}", f"{r['nats']:.3f}", f"{r['error']:.4f}" if "error" in r else ""]
-        for r in sorted(stored("smollm2"), key=lambda r: (-r["bits"], r["nats"]))
-    ]
-    return grid(head, lines)
 
 
 def main() -> None:
