@@ -43,8 +43,10 @@ def results(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list
         inexact = all(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
         pure = name == "convert_element_type"
         return [dataclasses.replace(v, pure=v.pure and pure, known=None) for v in ins] if inexact else None
-    rule = _RULES.get(name, _moved)
-    return rule(factors, eqn, ins, why)
+    outs = _RULES.get(name, _moved)(factors, eqn, ins, why)
+    for value in outs or () if name in _SIGNED else ():
+        factors.symbols.keep_sign(value.factors)
+    return outs
 
 
 def _shape(eqn: Equation) -> tuple[int, ...]:

@@ -203,6 +203,14 @@ def test_a_use_may_multiply_the_weights():
     assert all(use.pure for use in scaling(relu_net, draw(**CASES[relu_net][0]), X).uses)
 
 
+def test_signs():
+    """What a relu has seen may not become negative; a gated product may."""
+    for fn, signed in ((relu_net, True), (gated, False), (normed, False), (masked, True)):
+        shapes, x, _ = CASES[fn]
+        found = scaling(fn, draw(**shapes), x)
+        assert {group.signed for group in found.groups if not group.reason} == {signed}, fn.__name__
+
+
 # Where nothing may be scaled, and why
 
 W = dict(w1=(4, 6), w2=(6, 3))
