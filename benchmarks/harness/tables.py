@@ -23,6 +23,7 @@ from benchmarks.experiments import (
     smallest,
     smollm2_table,
     smooth_binary_table,
+    transforms,
     trellis,
     tune,
 )
@@ -77,6 +78,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smooth_binary": smooth_binary_table.table,
     "hemp": hemp_summary.table,
     "smallest": smallest.table,
+    "transforms": transforms.table,
     "llama_1b": llama_1b.table,
     "llama_7b_paper": llama_7b_paper.table,
 }
