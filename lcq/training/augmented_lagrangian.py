@@ -12,7 +12,7 @@ Source: Carreira-Perpinan, arXiv 1707.01209, figure 3.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -31,7 +31,7 @@ from lcq.training.given import named, slope_of, weights_of
 from lcq.training.objective import Term
 from lcq.training.penalty import gradient, penalty, proximal
 from lcq.training.schedules import Geometric, Scheduled
-from lcq.training.stochastic_rounding import stochastic_bfloat16
+from lcq.training.task_step import Kept, Sums, as_sums, distance, solve_task, square
 from lcq.tree.aliases import Leaves, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
@@ -39,8 +39,6 @@ from lcq.tree.rules import Task
 
 _T = TypeVar("_T")
 
-_ROUNDING = 1e-4
-"""Relative rise of an objective that float32 sums explain."""
 _INFINITE = 1e30
 """A mu so large that a cost does not count: Theta = w."""
 
@@ -112,16 +110,14 @@ def start(
         for task, ws in zip(problem.tasks, all_ws, strict=True)
         for path, w in zip(task.paths, ws, strict=True)
     }
-    away, zero = functools.reduce(jnp.add, map(_distance, all_ws, forms)), jnp.zeros([], jnp.int32)
+    away, zero = functools.reduce(jnp.add, map(distance, all_ws, forms)), jnp.zeros([], jnp.int32)
     state = Lagrangian(
         problem=problem,
         c_steps=zero,
         multipliers=_like(params, lagrange if multipliers else {}),
         codes=tuple(_like(params, chosen) for chosen in codes),
         codebooks=codebooks,
-        info=_info(
-            _Sums(away, away, jnp.float32(0), zero), functools.reduce(jnp.add, map(_square, all_ws)), zero, zero
-        ),
+        info=_info(Sums(away, away, jnp.float32(0), zero), functools.reduce(jnp.add, map(square, all_ws)), zero, zero),
     )
     return jax.tree.map(lambda a: jnp.array(a, copy=True), state)
 
@@ -143,71 +139,34 @@ def solve(state: Lagrangian, params: Params) -> tuple[list[tuple[Form, ...]], La
     If weights are not finite nothing changes but `skipped`, one higher.
     """
     mu, leaves, lagrange = state.problem.mu.at(state.c_steps), flatten(params)[0], flatten(state.multipliers)[0]
-    all_ws = [_wide(leaves, task) for task in state.problem.tasks]
-    size = functools.reduce(jnp.add, map(_square, all_ws))
+    size = functools.reduce(jnp.add, (square(_wide(leaves, task)) for task in state.problem.tasks))
     finite = jnp.isfinite(size)
-    nothing = _Sums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
-    all_forms, all_sums = [], []
-    for task, ws, previous in zip(state.problem.tasks, all_ws, theta(state), strict=True):
-        of_task = {path: lagrange[path] for path in task.paths if path in lagrange}
-        before = (previous, of_task, nothing)
-        forms, of_task, sums = _when(
-            finite, functools.partial(_solve_task, task, ws, mu, jnp.asarray(state.c_steps)), before
+    nothing = Sums(jnp.float32(0), jnp.float32(0), jnp.float32(0), jnp.int32(0))
+    codes, codebooks, all_sums = [flatten(tree)[0] for tree in state.codes], [], []
+    for task, books in zip(state.problem.tasks, state.codebooks, strict=True):
+        ws = tuple(jnp.asarray(weights_of(leaves, path, "lc")) for path in task.paths)
+        arrays = tuple(tuple(jnp.asarray(tree[path]) for tree in codes if path in tree) for path in task.paths)
+        before = Kept(arrays, books, {path: lagrange[path] for path in task.paths if path in lagrange})
+        after, sums = _when(
+            finite, functools.partial(solve_task, task, ws, mu, jnp.asarray(state.c_steps)), (before, nothing)
         )
-        lagrange.update(of_task)
-        all_forms.append(forms)
+        lagrange.update(after.multipliers)
+        for path, some in zip(task.paths, after.arrays, strict=True):
+            for tree, array in zip((tree for tree in codes if path in tree), some, strict=True):
+                tree[path] = array
+        codebooks.append(after.codebooks)
         all_sums.append(sums)
-    codes, codebooks = _split(state.problem, all_forms)
     sums = jax.tree.map(lambda *parts: sum(parts), *all_sums)
     info = _info(sums, size, state.info.kept_back + sums.kept_back, state.info.skipped)
     skipped = state.info._replace(skipped=state.info.skipped + 1)
-    return all_forms, state._replace(
+    state = state._replace(
         c_steps=state.c_steps + finite.astype(state.c_steps.dtype),
         multipliers=_like(state.multipliers, lagrange),
-        codes=tuple(map(_as_kept, state.codes, codes)),
-        codebooks=codebooks,
+        codes=tuple(map(_like, state.codes, codes)),
+        codebooks=tuple(codebooks),
         info=jax.tree.map(lambda a, b: jnp.where(finite, a, b), info, skipped),
     )
-
-
-class _Sums(NamedTuple):
-    """||w - Delta||^2, ||x - Delta||^2, ||lambda||^2 and projections dropped, over the leaves of tasks."""
-
-    away: Float[Array, ""]
-    distortion: Float[Array, ""]
-    multipliers: Float[Array, ""]
-    kept_back: Int[Array, ""]
-
-
-_Solved = tuple[tuple[Form, ...], Leaves, _Sums]
-"""Forms and multipliers of a task, and their sums."""
-
-
-def _solve_task(task: Task, ws: tuple[Array, ...], mu: Array, turn: Array, before: _Solved) -> _Solved:
-    """The C step of one task; a projection with a higher objective than the Theta before is dropped."""
-    previous, lagrange, _ = before
-    xs = tuple(w - _as_sums(lagrange[p]) / mu if p in lagrange else w for p, w in zip(task.paths, ws, strict=True))
-    forms = task.project(xs, previous, mu=mu)
-    new, old = (_distance(xs, f) + task.scheme.charge(f, mu) for f in (forms, previous))
-    forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
-    moved = (mu * (form.dense() - x) for x, form in zip(xs, forms, strict=True))
-    lagrange = {
-        path: _kept(value, lagrange[path].dtype, turn)
-        for path, value in zip(task.paths, moved, strict=True)
-        if path in lagrange
-    }
-    sums = _Sums(
-        away=_distance(ws, forms).astype(jnp.float32),
-        distortion=_distance(xs, forms).astype(jnp.float32),
-        multipliers=_square(lagrange.values()).astype(jnp.float32),
-        kept_back=(new > old * (1 + _ROUNDING)).astype(jnp.int32),
-    )
-    return forms, lagrange, sums
-
-
-def _kept(multiplier: Array, dtype: DTypeLike, turn: Array) -> Array:
-    """A multiplier as the state keeps it."""
-    return stochastic_bfloat16(multiplier, turn) if dtype == jnp.bfloat16 else multiplier.astype(dtype)
+    return theta(state), state
 
 
 def _when(true: Bool[Array, ""], f: Callable[[_T], _T], before: _T) -> _T:
@@ -299,7 +258,7 @@ def pull(updates: optax.Updates, state: Lagrangian, params: Params, mu: Array, s
 
 def _targets(state: Lagrangian) -> dict[str, tuple[Array, Array | None]]:
     """(Delta(Theta), lambda or None) of every selected leaf, by path."""
-    lagrange = {path: _as_sums(multiplier) for path, multiplier in flatten(state.multipliers)[0].items()}
+    lagrange = {path: as_sums(multiplier) for path, multiplier in flatten(state.multipliers)[0].items()}
     return {
         path: (form.dense(), lagrange.get(path))
         for task, forms in zip(state.problem.tasks, theta(state), strict=True)
@@ -340,27 +299,7 @@ def _like(tree: PyTree, chosen: Leaves) -> PyTree:
     return jax.tree.unflatten(structure, [chosen.get(path, optax.MaskedNode()) for path in leaves])
 
 
-def _as_kept(tree: PyTree, chosen: Leaves) -> PyTree:
-    """`_like`, in the dtypes that the arrays of `tree` have."""
-    kept = flatten(tree)[0]
-    return _like(tree, {path: array.astype(kept[path].dtype) for path, array in chosen.items()})
-
-
-def _distance(xs: tuple[Array, ...], forms: tuple[Form, ...]) -> Float[Array, ""]:
-    """||x - Delta(Theta)||^2 over the leaves of a task."""
-    return functools.reduce(jnp.add, (jnp.sum((x - form.dense()) ** 2) for x, form in zip(xs, forms, strict=True)))
-
-
-def _square(arrays: Iterable[Array]) -> Float[Array, ""]:
-    """The sum of all squares."""
-    return functools.reduce(jnp.add, (jnp.sum(_as_sums(a) ** 2) for a in arrays), jnp.float32(0))
-
-
-def _as_sums(a: Array) -> Array:
-    return a.astype(compute_dtype(a.dtype))
-
-
-def _info(sums: _Sums, size: Array, kept_back: Array, skipped: Array | np.ndarray) -> Info:
+def _info(sums: Sums, size: Array, kept_back: Array, skipped: Array | np.ndarray) -> Info:
     return Info(
         gap=(sums.away / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)).astype(jnp.float32),
         distortion=sums.distortion.astype(jnp.float32),

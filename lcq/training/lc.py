@@ -182,6 +182,7 @@ def lc(
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
             lagrangian = jax.lax.cond(due, lambda: solve(lagrangian, params)[1], lambda: lagrangian)
+            lagrangian = jax.lax.optimization_barrier(lagrangian)  # or wide copies of it would be made in both branches
         weight, eta = schedule.at(lagrangian.c_steps), learning_rate_at(steps)
         if coupling == "gradient":
             term = coupling_term(lagrangian, weight)
