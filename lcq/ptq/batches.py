@@ -10,7 +10,8 @@ import numpy as np
 from typing_extensions import TypeAliasType
 
 from lcq.forms.dtypes import native
-from lcq.tracing.param_flow import Program, trace
+from lcq.tracing.param_flow import trace
+from lcq.tracing.program import Program
 from lcq.tree.aliases import Batch, Params
 from lcq.tree.paths import flatten
 

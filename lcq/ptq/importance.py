@@ -10,7 +10,7 @@ from jaxtyping import Array
 from lcq.ptq.batches import Mask, checked_batches, traced
 from lcq.ptq.gathering import squares
 from lcq.ptq.two_stream import walk
-from lcq.tracing.param_flow import Program
+from lcq.tracing.program import Program
 from lcq.tree.aliases import Batch, Function, Params
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rules, resolve

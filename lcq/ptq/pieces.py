@@ -10,7 +10,7 @@ import numpy as np
 
 from lcq.ptq.schedule import Group
 from lcq.tracing.equation import Content, Equation, Variable
-from lcq.tracing.param_flow import Program
+from lcq.tracing.program import Program
 
 
 class Piece(NamedTuple):

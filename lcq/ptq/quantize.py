@@ -26,7 +26,7 @@ from lcq.ptq.transforms.base import Transform, TransformRecord
 from lcq.ptq.two_stream import Outcome, Use, Visit, walk
 from lcq.tracing.biases import BiasSite
 from lcq.tracing.contraction import Product
-from lcq.tracing.param_flow import Program
+from lcq.tracing.program import Program
 from lcq.tree.aliases import Batch, Forms, Function, Params
 from lcq.tree.compress import check_finite, take
 from lcq.tree.lazy import is_lazy, shape_of, whole

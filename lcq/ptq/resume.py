@@ -25,7 +25,7 @@ from lcq.io.checkpoints.checkpoint import read_checkpoint, write
 from lcq.io.file import replacing
 from lcq.ptq.layer import Rounded
 from lcq.ptq.rounding.coded import codes_of, tables
-from lcq.tracing.param_flow import Program
+from lcq.tracing.program import Program
 from lcq.tree.aliases import Leaves
 from lcq.tree.lazy import parts
 

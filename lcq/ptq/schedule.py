@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lcq.tracing.param_flow import Program
+from lcq.tracing.program import Program
 
 
 @dataclasses.dataclass(frozen=True)

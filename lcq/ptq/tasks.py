@@ -13,7 +13,7 @@ from lcq.ptq.leaf_assembly import paths_along
 from lcq.ptq.rounding import Rounding
 from lcq.schemes import Cast, Trellis
 from lcq.schemes.base import Quantizer
-from lcq.tracing.param_flow import Program
+from lcq.tracing.program import Program
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Rules, Task, checked, resolve

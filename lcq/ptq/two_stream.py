@@ -28,7 +28,7 @@ from lcq.ptq.pieces import Structure, cut
 from lcq.ptq.schedule import Group, schedule
 from lcq.tracing.contraction import Operand, Product, Unit
 from lcq.tracing.equation import Content
-from lcq.tracing.param_flow import Program
+from lcq.tracing.program import Program
 from lcq.tree.lazy import is_lazy, whole
 
 

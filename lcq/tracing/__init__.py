@@ -2,7 +2,8 @@
 
 from lcq.tracing.contraction import Product
 from lcq.tracing.flops import Flops, flops
-from lcq.tracing.param_flow import Program, trace
+from lcq.tracing.param_flow import trace
+from lcq.tracing.program import Program
 
 __all__ = ["Flops", "Product", "Program", "flops", "trace"]
 

@@ -3,8 +3,6 @@
 `trace` inlines every call, unrolls the scans that a followed parameter enters, and follows each parameter through
 changes of layout to the dots and convolutions that use it. In the flat list of equations that results each such product
 is one equation, whose meaning (gather statistics, use other weights) is the caller's.
-
-With `jaxprs` the only file that uses jax's internal names.
 """
 
 import dataclasses
@@ -15,12 +13,11 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core  # noqa: TID251
 from jaxtyping import PyTree
 
 from lcq.tracing import joined, positions, shards
 from lcq.tracing.biases import Added, BiasSite, Ending, bias_sites
-from lcq.tracing.contraction import Product, Unit
+from lcq.tracing.contraction import Product
 from lcq.tracing.equation import Body, Content, Equation
 from lcq.tracing.jaxpr import (
     CALLS,
@@ -39,46 +36,12 @@ from lcq.tracing.jaxpr import (
 )
 from lcq.tracing.obstacles import cannot_follow
 from lcq.tracing.param_site import ParamSite, Step
+from lcq.tracing.program import Program, product_p
 from lcq.tracing.units import Units
 from lcq.tracing.values import Result, Value, carried, count, stack, unstack
 from lcq.tree.aliases import Batch, Function, Leaves, Params
 from lcq.tree.lazy import shape_of
 from lcq.tree.paths import check_numbers, flatten
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """A traced function: flat equations over numbered variables.
-
-    Attributes:
-        jaxpr: The function as one list of equations; inputs are the parameters' leaves, then the leaves of the batch.
-        consts: Values of its constants.
-        paths: Paths of the parameters, in order.
-        products: Products with a followed parameter, in order of their equations.
-        units: Weights that are rounded together, in the order of their first products.
-        bias_sites: By product, the bias or mean that can take a constant added to its result.
-    """
-
-    jaxpr: Body
-    consts: Sequence[Content]
-    paths: tuple[str, ...]
-    products: tuple[Product, ...]
-    units: tuple[Unit, ...]
-    bias_sites: dict[int, BiasSite]
-
-    @property
-    def first(self) -> frozenset[int]:
-        """Numbers of the products that are the first to use their weights."""
-        return frozenset(unit.uses[0] for unit in self.units)
-
-    @staticmethod
-    def product_of(eqn: Equation) -> int | None:
-        """The number of the product that an equation stands for."""
-        return eqn.params["number"] if eqn.primitive is _product_p else None
-
-
-_product_p = core.Primitive("lcq_product")
-_product_p.def_abstract_eval(lambda x, w, *rest, number, aval, extras: aval)
 
 
 def trace(
@@ -354,7 +317,7 @@ class _Follower:
         if self.strict:
             self.units.add(product)
         self._end(x, eqn)
-        y = _product_p.bind(x.array, w.array, *extras.values(), number=number, aval=aval, extras=tuple(extras))
+        y = product_p.bind(x.array, w.array, *extras.values(), number=number, aval=aval, extras=tuple(extras))
         value.array = y
         if product.kind != "ragged":  # a bias would differ from row to row
             value.result = Result(number, (), ())
