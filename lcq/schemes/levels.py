@@ -55,6 +55,7 @@ class Levels(Quantizer):
         ValueError: no values, too many, or values that are not finite; `per` or `exact` without `scale`.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> form = Levels((-1, 0, 1), scale=True).project(jnp.array([0.1, -2.0, 4.0, 0.0, 3.0]))
         >>> form.dense()
         Array([ 0., -3.,  3.,  0.,  3.], dtype=float32)
@@ -115,6 +116,7 @@ class Binary(Levels):
     Source: Rastegari et al., arXiv 1603.05279; arXiv 1707.04319, section 4.2.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> Binary().project(jnp.array([-1.0, 2.0, 3.0])).dense()
         Array([-2.,  2.,  2.], dtype=float32)
     """
@@ -137,6 +139,7 @@ class Ternary(Levels):
     Source: arXiv 1707.04319, section 4.2 and theorem A.3.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> Ternary().project(jnp.array([0.1, -2.0, 4.0])).dense()
         Array([ 0., -3.,  3.], dtype=float32)
     """
@@ -163,6 +166,7 @@ class PowersOfTwo(Levels):
     Source: arXiv 1707.04319, section 4.2 and theorem A.1.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> PowersOfTwo(1).project(jnp.array([0.1, -0.6, 4.0])).dense()
         Array([ 0. , -0.5,  1. ], dtype=float32)
     """

