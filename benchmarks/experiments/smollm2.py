@@ -115,6 +115,7 @@ WITHOUT_DATA = {
     "3 bits, trellis": trellis(3, GROUP),
 }
 ON_DATA = {
+    "4 bits, GPTQ": ("gptq", lcq.Uniform(4, per=GROUP)),
     "3 bits, GPTQ": ("gptq", lcq.Uniform(3, per=GROUP)),
     "4 bits, descent": ("descent", lcq.Uniform(4, per=GROUP)),
     "3 bits, descent": ("descent", lcq.Uniform(3, per=GROUP)),
