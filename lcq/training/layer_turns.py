@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from lcq.forms.meshes import explicit_mesh, most_parts, placed_on, shared_mesh, spec_of
+from lcq.tree.mapped import mapped
 
 _T = TypeVar("_T")
 
@@ -46,7 +47,7 @@ def each_layer(
     along = None if mesh is None else placed_on(mesh, spec_of(first)[:1])
     whole = (lax.broadcasted_iota(jnp.int32, (layers,), 0, out_sharding=along), given)
     if parts * wide == layers:
-        kept, said = jax.vmap(step)(*whole, kept)
+        kept, said = mapped(step, *whole, kept)
         return kept, jax.tree.map(lambda a: jnp.sum(a, 0), said)
 
     def laid(a: Array) -> Array:
@@ -56,7 +57,7 @@ def each_layer(
         return lax.dynamic_slice_in_dim(a, i * wide, wide, 1).reshape(parts * wide, *a.shape[2:])
 
     def turn(i: Array, kept: PyTree[Array]) -> tuple[PyTree[Array], Any]:
-        here, said = jax.vmap(step)(*jax.tree.map(lambda a: some(a, i), (*whole_laid, kept)))
+        here, said = mapped(step, *jax.tree.map(lambda a: some(a, i), (*whole_laid, kept)))
         kept = jax.tree.map(
             lambda a, b: lax.dynamic_update_slice_in_dim(a, b.reshape(parts, wide, *b.shape[1:]), i * wide, 1),
             kept,

@@ -21,6 +21,7 @@ from lcq.forms.blocks import block_counts
 from lcq.forms.processes import check_agreement, shared_by_processes
 from lcq.forms.validate import named
 from lcq.schemes.base import Scheme, check_importance
+from lcq.tree.mapped import mapped
 from lcq.tree.paths import flatten, leave_out, places_of_none
 
 
@@ -138,7 +139,7 @@ def _project_mapped(
     """Absent warm starts and importances are trees without leaves to map over."""
     if not stacked:
         return scheme.project(xs, previous, mu=mu, importance=importance)
-    return jax.vmap(lambda x, p, h: _project_mapped(scheme, x, p, mu, h, stacked - 1))(xs, previous, importance)
+    return mapped(lambda x, p, h: _project_mapped(scheme, x, p, mu, h, stacked - 1), xs, previous, importance)
 
 
 def _project_each(
