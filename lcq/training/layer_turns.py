@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
@@ -23,7 +24,7 @@ _NUMBERS = 1 << 20
 
 def each_layer(
     step: Callable[[Int[Array, ""], PyTree, _T], tuple[_T, Any]],
-    given: PyTree[Array],
+    given: PyTree[Array | np.ndarray],
     kept: _T,
     *,
     one_by_one: bool = False,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -16,7 +17,7 @@ _LARGE = 1 << 16
 they are written, and often slow, up to seventy times, with an axis of layers in them."""
 
 
-def mapped(step: Callable[..., Any], *given: PyTree[Array]) -> Any:
+def mapped(step: Callable[..., Any], *given: PyTree[Array | np.ndarray]) -> Any:
     """`jax.vmap(step)(*given)`, one layer after another where layers are large and lie on one device.
 
     Example:
@@ -24,6 +25,7 @@ def mapped(step: Callable[..., Any], *given: PyTree[Array]) -> Any:
         >>> mapped(jnp.sum, jnp.ones((3, 4))).tolist()
         [4.0, 4.0, 4.0]
     """
+    given = jax.tree.map(jnp.asarray, given)
     arrays = jax.tree.leaves(given)
     if is_shared(arrays) or explicit_mesh(*arrays) is not None:
         return jax.vmap(step)(*given)

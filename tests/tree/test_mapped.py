@@ -16,11 +16,12 @@ def step(x, extra):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("width", [4, 1 << 16])
 def test_it_is_vmap(layers, width):
-    """Eager, under jit and under another vmap; absent trees stay absent."""
+    """Eager, under jit, of numpy's arrays and under another vmap; absent trees stay absent."""
     x = jnp.arange(layers * width, dtype=jnp.float32).reshape(layers, width) % 7
     given = x, {"by": x + 1, "none": None}
     wanted = jax.vmap(step)(*given)
-    for found in (mapped(step, *given), jax.jit(lambda *a: mapped(step, *a))(*given)):
+    inside = jax.jit(lambda *a: mapped(step, *a))
+    for found in (mapped(step, *given), inside(*given), mapped(step, *jax.tree.map(np.asarray, given))):
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     twice = jax.tree.map(lambda a: jnp.stack([a, a]), given)
     jax.tree.map(
