@@ -71,6 +71,42 @@ def padded(eqn: Equation, a: np.ndarray, shape: _Shape, value: int) -> np.ndarra
     return a
 
 
+def reshaped(lengths: Sequence[int], before: _Shape, after: _Shape) -> tuple[list[int], list[int]]:
+    """Along which axes a compact array is made full before a reshape, and its lengths after it.
+
+    Axes are merged and split in blocks of equal size; those of an empty array are all one block.
+
+    Args:
+        lengths: of the compact array.
+        before: the shape of the array.
+        after: its new shape.
+
+    Example:
+        >>> reshaped((1, 1, 6), (2, 4, 6), (8, 2, 3))
+        ([2], [1, 2, 3])
+    """
+    if 0 in before:
+        return list(range(len(before))), list(after)
+    axes: list[int] = []
+    found: list[int] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        first, begin, one, two = i, j, 1, 1
+        if i < len(before):
+            one, i = before[i], i + 1
+        if j < len(after):
+            two, j = after[j], j + 1
+        while one != two:
+            if one < two:
+                one, i = one * before[i], i + 1
+            else:
+                two, j = two * after[j], j + 1
+        depends = any(lengths[axis] > 1 for axis in range(first, i))
+        axes.extend(range(first, i) if depends else ())
+        found.extend(after[begin:j] if depends else [1] * (j - begin))
+    return axes, found
+
+
 def taken(a: np.ndarray, i: int) -> np.ndarray:
     """Slice i along the first axis."""
     return a[i if a.shape[0] > 1 else 0]
@@ -105,26 +141,9 @@ def _expanded(eqn: Equation, a: np.ndarray, shape: _Shape, rest: Sequence[Conten
 
 def _reshaped(eqn: Equation, a: np.ndarray, shape: _Shape, rest: Sequence[Content]) -> list[np.ndarray] | None:
     """Axes are merged and split in blocks of equal size; only blocks on which the array depends get their length."""
-    after = tuple(eqn.params["new_sizes"])
     if eqn.params.get("dimensions") is not None:
         return None
-    axes: list[int] = []
-    lengths: list[int] = []
-    i = j = 0
-    while i < len(shape) or j < len(after):
-        first, begin, one, two = i, j, 1, 1
-        if i < len(shape):
-            one, i = shape[i], i + 1
-        if j < len(after):
-            two, j = after[j], j + 1
-        while one != two:
-            if one < two:
-                one, i = one * shape[i], i + 1
-            else:
-                two, j = two * after[j], j + 1
-        depends = any(a.shape[axis] > 1 for axis in range(first, i))
-        axes.extend(range(first, i) if depends else ())
-        lengths.extend(after[begin:j] if depends else [1] * (j - begin))
+    axes, lengths = reshaped(a.shape, shape, tuple(eqn.params["new_sizes"]))
     return [full(a, shape, axes).reshape(lengths)]
 
 

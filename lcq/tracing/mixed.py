@@ -96,9 +96,9 @@ class Mixing:
             before = self.symbols.changes
             for path, uses in several.items():
                 named = ", ".join(dict.fromkeys(use.source for use in uses))
-                self._join(uses, sizes[path], lambda: f"{path} is used at {named}")  # noqa: B023
+                self._join(uses, sizes[path], f"{path} is used at {named}")
 
-    def _join(self, uses: Sequence[Use], size: int, why: Why) -> None:
+    def _join(self, uses: Sequence[Use], size: int, why: str) -> None:
         known: dict[tuple[int, ...], np.ndarray] = {}
         covered: list[tuple[np.ndarray, set[tuple[int, ...]]]] = []
         for use in uses:
@@ -110,13 +110,13 @@ class Mixing:
                     key = tuple(np.diff(lines.reshape(ids.size, -1)[:2, 0]).tolist())  # how far neighbours are apart
                     mine.add(key)
                     plane = known.setdefault(key, np.full(size, ANY, np.int64))
-                    self.symbols.equal(compact.shrunk(plane[use.places]), ids, why)
+                    self.symbols.equal(compact.shrunk(plane[use.places]), ids, lambda: why)
                     plane[use.places] = ids
             covered.append((use.places, mine))
         for places, mine in covered:
             for key, plane in known.items():
                 if key not in mine:
-                    self.symbols.pin(plane[places], why)
+                    self.symbols.pin(plane[places], lambda: why)
 
     def signatures(self) -> tuple[np.ndarray, np.ndarray]:
         """A number for each coordinate, equal for those that are in the same notes with the same marks, and those that

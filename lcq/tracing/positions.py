@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcq.tracing.compact import reshaped
 from lcq.tracing.equation import Content, Equation
 from lcq.tree.aliases import Batch
 
@@ -118,28 +119,10 @@ def _squeezed(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequ
 
 def _reshaped(eqn: Equation, arrays: Sequence[Content], masks: Masks, data: Sequence[bool]) -> list[Content] | None:
     """Axes are merged and split in blocks of equal size; only blocks on which the mask depends get their length."""
-    before, after = np.shape(arrays[0]), tuple(eqn.params["new_sizes"])
     if eqn.params.get("dimensions") is not None:
         return None
-    axes: list[int] = []
-    shape: list[int] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        first, begin = i, j
-        a = b = 1
-        if i < len(before):
-            a, i = before[i], i + 1
-        if j < len(after):
-            b, j = after[j], j + 1
-        while a != b:
-            if a < b:
-                a, i = a * before[i], i + 1
-            else:
-                b, j = b * after[j], j + 1
-        block = range(first, i)
-        depends = varies(masks[0], block)
-        axes.extend(block if depends else ())
-        shape.extend(after[begin:j] if depends else [1] * (j - begin))
+    before = np.shape(arrays[0])
+    axes, shape = reshaped(masks[0].shape, before, tuple(eqn.params["new_sizes"]))
     return [_whole(masks[0], before, axes).reshape(shape)]
 
 

@@ -61,3 +61,11 @@ def test_joined_and_shrunk():
     assert compact.stacked([np.array([[1]]), np.array([[2]])], (4, 3), 0).shape == (2, 1, 1)
     assert compact.shrunk(np.array([[1, 2], [1, 2]])).tolist() == [[1, 2]]
     assert compact.shrunk(np.full((2, 2), 3)).shape == (1, 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [((0, 3), (3, 0)), ((2, 0), (0,)), ((0,), (5, 0)), ((4, 0, 6), (0, 8, 3))])
+def test_reshapes_of_nothing(before, after):
+    eqn = jax.make_jaxpr(lambda a: lax.reshape(a, after))(jnp.zeros(before)).jaxpr.eqns[0]
+    for shape in (before, tuple(min(n, 1) for n in before)):
+        (made,) = compact.moved(eqn, np.zeros(shape), before, [])
+        assert np.broadcast_to(made, after).shape == after
