@@ -25,12 +25,13 @@ Source: the target and the intensity as in Ledoit & Wolf, J. Multivariate Analys
 Stat. Appl. Genet. Mol. Biol. 4 (2005); from folds, for products with a mean and with a drift, and the choice: lcq's.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from lcq.ptq.rounding.base import correction, residual
 from lcq.ptq.rounding.coded import Coded
@@ -52,6 +53,8 @@ _NOTHING = 0.01
 _LARGEST = 0.999
 _ALIKE = 8.0
 """How much more noise a mean may have than folds and independent rows say, as so many rows may be of one example."""
+_ENOUGH = 512
+"""Rows that judge what codes of others are worth; more say the same."""
 _SAME = 8.0
 """A variation of that many rounding errors of the mean is none."""
 
@@ -69,10 +72,10 @@ class Folds(NamedTuple):
 
 
 def together(moments: Moments, use: Bool[Array, "K"] | None = None) -> Moments:
-    """The sums over all folds, or over those in use."""
+    """The sums over all folds, or over those in use, added one by one: a reduction by XLA takes thirty times longer."""
 
     def summed(a: Array) -> Array:
-        return (a if use is None else jnp.where(use.reshape(-1, *[1] * (a.ndim - 1)), a, 0)).sum(0)
+        return functools.reduce(jnp.add, a if use is None else [jnp.where(use[k], a[k], 0) for k in range(len(a))])
 
     return jax.tree.map(summed, moments)._replace(shift=moments.shift[0])
 
@@ -228,15 +231,32 @@ def parts(noise: Shaped[np.ndarray, "G 2"]) -> tuple[float, ...]:
     return PARTS[2:] if least >= _LOUD else PARTS[1:4] if least >= _NOISY else PARTS[:4]
 
 
+def order(noise: float, c: tuple[float, ...]) -> list[int]:
+    """Places of c as they are preferred: in noise from the largest down, without 0, else from 0 up."""
+    if noise >= _NOISY and len(c) > 1:
+        return [i for i in reversed(range(len(c))) if c[i] > 0]
+    return list(range(len(c)))
+
+
+def judges(counts: Int[np.ndarray, "G K"]) -> range:
+    """The folds that are held back in turn: all of them, or fewer that have enough rows in every group.
+
+    Example:
+        >>> judges(np.array([[500, 500, 500, 500]])), judges(np.array([[16, 16, 16, 16]]))
+        (range(0, 2), range(0, 4))
+    """
+    enough = np.flatnonzero(counts.min(0).cumsum() >= _ENOUGH)
+    return range(max(2, int(enough[0]) + 1) if len(enough) else counts.shape[1])
+
+
 def pick(noise: Shaped[np.ndarray, "G 2"], c: tuple[float, ...], errors: Shaped[np.ndarray, "S G"]) -> np.ndarray:
-    """Place of the chosen c for each group: the first whose error is near the least, from the largest down in noise,
-    else from 0 up."""
+    """Place of the chosen c for each group: the first, as they are preferred, whose error is near the least."""
     chosen = []
     for much, here in zip(noise[:, 0], np.asarray(errors, np.float64).T, strict=True):
-        loud = much >= _NOISY and len(c) > 1
-        order = [i for i in reversed(range(len(c))) if c[i] > 0] if loud else list(range(len(c)))
-        enough = (1 + (_BETTER if loud else _OVERSTATED * much)) * min(here[i] for i in order)
-        chosen.append(next((i for i in order if here[i] <= enough), order[0]))
+        places = order(float(much), c)
+        allowed = _BETTER if much >= _NOISY and len(c) > 1 else _OVERSTATED * much
+        enough = (1 + allowed) * min(here[i] for i in places)
+        chosen.append(next((i for i in places if here[i] <= enough), places[0]))
     return np.asarray(chosen)
 
 

@@ -1,4 +1,4 @@
-"""A product's rounding on statistics: sums over folds of the rows, then what is made of them, vmapped over groups."""
+"""A product's rounding on statistics: sums over folds of the rows, then what is made of them, for each group."""
 
 import functools
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from lcq.ptq.rounding.sequential import alive, dot
 from lcq.ptq.shrinkage import Folds
 from lcq.ptq.statistics import Moments, Statistics, column_sums, finish
 from lcq.ptq.two_stream import Use
+from lcq.tree.mapped import mapped
 
 
 class Sums(NamedTuple):
@@ -79,9 +80,12 @@ class Sums(NamedTuple):
         return self._replace(w=jax.device_put(w), prepared=None)
 
     def held(self, form: Coded, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
-        """Of codes from all folds but one the errors on that one, summed over folds, [S, G] for each c, and the sizes
-        ||X w||^2 [G]."""
-        many = self.folds.moments.count.shape[1]
+        """Of codes from all folds but one the errors on that one, [S, G] for each c, and the sizes ||X w||^2 [G], both
+        summed over the folds that judge.
+
+        Errors fall with c and then rise: once they have risen for all groups, those of further c are left infinite.
+        """
+        many, judges = self.folds.moments.count.shape[1], shrinkage.judges(np.asarray(self.folds.moments.count))
 
         def one(c: float, fold: int) -> np.ndarray:
             shares = shrinkage.shares(self.noise, np.float32(c), np.float32(many / (many - 1)))
@@ -90,8 +94,14 @@ class Sums(NamedTuple):
             chosen, _ = _tried(self.method, self.w, statistics, prepared, form, unchanged(form), key)
             return np.asarray(_judged(self.w, self.folds, chosen, fold, self.centred), np.float64)
 
-        found = np.stack([sum(one(c, fold) for fold in range(many)) for c in tried])
-        return found[:, 0], found[0, 1]
+        errors = np.full((len(tried), len(self.w)), np.inf)
+        sizes, before = np.zeros(len(self.w)), np.full(len(self.w), np.inf)
+        for place in shrinkage.order(float(self.noise[:, 0].min()), tried):
+            errors[place], sizes = np.sum([one(tried[place], fold) for fold in judges], 0)
+            if (errors[place] > before).all():
+                break
+            before = errors[place]
+        return errors, sizes
 
     def settled(self, shares: Any, careful: bool) -> "Sums":
         """With these shares; the sums of folds are no longer held."""
@@ -142,15 +152,15 @@ def unchanged(form: Coded) -> np.ndarray | None:
     return np.ones((len(codes_of(form)), own.shape[2]), np.float32)
 
 
-_steady = jax.jit(jax.vmap(shrinkage.steady))
-_correction = jax.jit(jax.vmap(correction))
+_steady = jax.jit(functools.partial(mapped, shrinkage.steady))
+_correction = jax.jit(functools.partial(mapped, correction))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _looked(moments: Moments, centred: bool) -> tuple[Array, Array]:
-    statistics = jax.vmap(lambda m: finish(shrinkage.together(m), centred))(moments)
+    statistics = mapped(lambda m: finish(shrinkage.together(m), centred), moments)
     squares = jnp.diagonal(statistics.gram, axis1=1, axis2=2)
-    return jax.vmap(shrinkage.noise)(moments), jnp.isfinite(squares + 0 * statistics.mean_x).all()
+    return mapped(shrinkage.noise, moments), jnp.isfinite(squares + 0 * statistics.mean_x).all()
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -158,13 +168,13 @@ def _statistics(
     moments: Moments, shares: Float[Array, "G 2"], use: Bool[Array, "K"], centred: bool
 ) -> tuple[Statistics, Array]:
     """Those of the folds in use, shrunk, and the diagonal of H."""
-    made = jax.vmap(lambda m, s: shrinkage.shrunk(shrinkage.together(m, use), s, centred))(moments, shares)
+    made = mapped(lambda m, s: shrinkage.shrunk(shrinkage.together(m, use), s, centred), moments, shares)
     return made, jnp.diagonal(made.gram, axis1=1, axis2=2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _prepared(method: Rounding, w: Array, statistics: Statistics) -> Any:
-    return jax.vmap(method.prepare)(w, statistics)
+    return mapped(method.prepare, w, statistics)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -177,7 +187,7 @@ def _tried(
         chosen = method.solve(prepared, form, key)
         return chosen, residual(w, statistics, chosen)
 
-    return jax.vmap(one)(w, statistics, prepared, form, factor)
+    return mapped(one, w, statistics, prepared, form, factor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -194,10 +204,10 @@ def _sketched(
 
         return jax.lax.map(loss, factors)
 
-    return jax.vmap(one, out_axes=1)(w, statistics, directions, rest, form)
+    return jnp.swapaxes(mapped(one, w, statistics, directions, rest, form), 0, 1)
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _judged(w: Array, folds: Folds, form: Coded, fold: Array, centred: bool) -> Array:
     one = functools.partial(shrinkage.judged, fold=fold, centred=centred)
-    return jnp.stack(jax.vmap(one)(w, folds, form))
+    return jnp.stack(mapped(one, w, folds, form))

@@ -30,7 +30,7 @@ def mapped(step: Callable[..., Any], *given: PyTree[Array | np.ndarray]) -> Any:
     if is_shared(arrays) or explicit_mesh(*arrays) is not None:
         return jax.vmap(step)(*given)
     if len(arrays[0]) == 1:
-        return jax.tree.map(lambda a: a[None], step(*layer_of(given, 0)))
+        return jax.tree.map(lambda a: jnp.asarray(a)[None], step(*layer_of(given, 0)))
     if max(math.prod(a.shape[1:]) for a in arrays) < _LARGE:
         return jax.vmap(step)(*given)
     if not any(isinstance(a, jax.core.Tracer) for a in arrays):  # programs of one layer, which others share

@@ -73,3 +73,22 @@ def test_held_is_a_loop(centred):
                 codes = Qronos().codes(w[g], statistics, form)
                 total += float(shrinkage.judged(w[g], here, codes, k, centred)[0])
             np.testing.assert_allclose(error, total, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seen", [((5, 5), (4, 6), (5, 7)), ((5, 5), (6, 6))], ids=["one falls", "both rise"])
+def test_held_ends_where_errors_have_risen_for_all(monkeypatch, seen):
+    _, _, _, forms = groups()
+    tried, quiet = (0.0, 0.1, 0.3, 1.0), np.full((GROUPS, 2), 0.1, np.float32)
+    told = (np.array([each, [9, 9]]) / K for each in seen for _ in range(K))
+    monkeypatch.setattr("lcq.ptq.sums._judged", lambda *_: next(told))
+    errors, sizes = sums(Qronos())._replace(noise=quiet).held(forms, tried, None)
+    np.testing.assert_allclose(errors, [*seen, *[(np.inf, np.inf)] * (4 - len(seen))])
+    np.testing.assert_allclose(sizes, [9, 9])
+
+
+def test_as_many_folds_judge_as_have_enough_rows(monkeypatch):
+    w, x, _, forms = groups()
+    monkeypatch.setattr(shrinkage, "_ENOUGH", 1)
+    _, sizes = sums(Qronos()).held(forms, (0.0,), None)
+    outputs = np.einsum("gmi,gij->gmj", *(np.asarray(a, np.float64) for a in (x[:, : 2 * ROWS // K], w)))
+    np.testing.assert_allclose(sizes, (outputs**2).sum((1, 2)), rtol=1e-4)

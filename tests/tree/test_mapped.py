@@ -10,7 +10,7 @@ from lcq.tree.mapped import mapped
 
 
 def step(x, extra):
-    return {"sum": jnp.sum(x * extra["by"]), "twice": 2 * x}
+    return {"sum": jnp.sum(x * extra["by"]), "twice": 2 * x, "number": 0.5}
 
 
 @pytest.mark.parametrize("layers", [1, 3])
