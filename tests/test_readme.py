@@ -40,6 +40,7 @@ def test_results_say_how_they_were_made_and_every_file_is_in_one():
         result = json.loads(path.read_text())
         facts = {"command", "commit", "seeds", "versions", "machine", "wall_seconds", "cpu_seconds"}
         assert facts <= result["made"].keys(), path
+        assert not re.search(r"(^|[\s='])/\w", result["made"]["command"]), path
         files = {run["artifact"]: (run["bytes"], run["sha256"]) for run in artifacts.named(result["rows"])}
         assert not (files and result["made"]["uncommitted_changes"]), path
         runs |= files

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ def record(name: str, rows: Any, *, seeds: Any = (), **facts: Any) -> Path:
     RESULTS.mkdir(exist_ok=True)
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     made = {
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(), *map(_argument, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", ":/lcq", ":/benchmarks/*.py")),
         "seeds": list(seeds),
@@ -51,6 +52,11 @@ def stored(name: str) -> list[Any]:
 def _module() -> str:
     """benchmarks.experiments.lenet300, of the script that runs."""
     return ".".join(Path(sys.argv[0]).resolve().relative_to(FOLDER.parent).with_suffix("").parts)
+
+
+def _argument(given: str) -> str:
+    """An argument as it was given, but for the folders of this machine."""
+    return Path(given).name if Path(given).is_absolute() else given
 
 
 def _git(*args: str) -> str:

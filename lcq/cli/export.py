@@ -6,7 +6,7 @@ from pathlib import Path
 from lcq.cli.console import check_output, progress, refuse, show
 from lcq.cli.words import in_words_of_the_command
 from lcq.io.checkpoints import open_gguf
-from lcq.io.container import Json, parse
+from lcq.io.container import Json, read_object
 from lcq.io.exports import EXPORT_FORMATS, Name, export, llama_names
 from lcq.reporting.columns import Column, Columns
 
@@ -79,11 +79,4 @@ def _config(path: Path) -> dict[str, Json]:
         return {"model": path}
     if path.suffix == ".gguf":
         return {name: field.value for name, field in open_gguf(path).fields.items()}
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        found = parse(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object of JSON, got {type(found).__name__}")
-    return found
+    return read_object(path / "config.json" if path.is_dir() else path)

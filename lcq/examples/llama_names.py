@@ -11,7 +11,6 @@ neighbours: nothing is permuted, `Config.halves` says which.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import jax
 import numpy as np
 
 import lcq
+from lcq.io.container import read_object
 from lcq.tree.aliases import Forms, Params
 
 _TOP = {
@@ -230,7 +230,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
         FileNotFoundError: no config.json there.
     """
     path = Path(folder) / "config.json"
-    said = json.loads(path.read_text("utf-8"))
+    said: dict[str, Any] = dict(read_object(path))
     rotary = said.get("rope_parameters") or {}
     expected = {
         "model_type": _KNOWN,

@@ -23,6 +23,7 @@ import reprlib
 import struct
 from collections.abc import Iterable, Mapping
 from io import BufferedReader
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -223,6 +224,21 @@ def digest(data: Any, size: int = 16) -> str:
 def to_json(value: object) -> str:
     """JSON without spaces; no NaN."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def read_object(path: Path) -> dict[str, Json]:
+    """The object of JSON that a file holds.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        found = parse(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object of JSON, got {type(found).__name__}")
+    return found
 
 
 def parse(text: str) -> Json:

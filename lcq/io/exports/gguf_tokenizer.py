@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lcq.io.container import Json, parse
+from lcq.io.container import Json, read_object
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -109,15 +109,7 @@ def padded_to(fields: dict[str, Json], rows: int) -> dict[str, Json]:
 
 
 def _read(path: Path, missing: Json = None) -> Json:
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        found = parse(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected an object of JSON, got {type(found).__name__}")
-    return found
+    return missing if missing is not None and not path.is_file() else read_object(path)
 
 
 def _steps(said: Json) -> list[Json]:
