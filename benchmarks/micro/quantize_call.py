@@ -1,10 +1,11 @@
 """What a call of `quantize` costs: one layer with nothing left to compile, and the first call on whole nets.
 
-    python -m benchmarks.micro.quantize_call [layer resnet20 minilm] [--as before]       results/quantize_call.json
+    python -m benchmarks.micro.quantize_call [layer resnet20 minilm ten] [--as before]       results/quantize_call.json
 
 Layer: N = n = 1024, m = 4096 rows after a ReLU, 4 bits a neuron, medians over rounds after a call that compiles. Nets:
 random weights of ResNet-20's shapes, and of six blocks of MiniLM's, on random inputs, in a process that has compiled
-nothing else and reads no cache of programs. Rows of `--as before` are kept beside those of today.
+nothing else and reads no cache of programs. "ten" is ResNet-20 ten times in one process, and what the last call takes.
+Rows of `--as before` are kept beside those of today.
 """
 
 import argparse
@@ -107,23 +108,42 @@ def first(name: str) -> list[dict[str, Any]]:
     return [{"case": f"{name}, descent, first call", **took, **facts, "largest_resident_gb": peak}]
 
 
+def ten() -> list[dict[str, Any]]:
+    """Ten calls in one process: what the last takes, and the most memory of all."""
+    fn, params, batches, rules = resnet20()
+    for _ in range(10):
+        COMPILED.clear()
+        start = time.perf_counter(), time.process_time()
+        lcq.quantize(fn, params, batches, rules)
+        took = {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return [
+        {"case": "resnet20, descent, tenth call", **took, "compilations": len(COMPILED), "largest_resident_gb": peak}
+    ]
+
+
 def table() -> str:
     rows = []
     found = stored("quantize_call")
     for case in dict.fromkeys(row["case"] for row in found):
         by = {row["which"]: row for row in found if row["case"] == case}
-        cells = [by.get(which, {}).get(key) for key in ("seconds", "cpu_seconds", "compilations") for which in WHICH]
+        cells = [by.get(which, {}).get(key) for key in HEAD for which in WHICH]
         rows.append([case, *("" if cell is None else f"{cell:.3g}" for cell in cells)])
-    head = ["seconds", "of a core", "compilations"]
-    return grid(["`quantize`", *(f"{name}, {which}" for name in head for which in WHICH)], rows)
+    return grid(["`quantize`", *(f"{name}, {which}" for name in HEAD.values() for which in WHICH)], rows)
 
 
+HEAD = {
+    "seconds": "seconds",
+    "cpu_seconds": "of a core",
+    "compilations": "compilations",
+    "largest_resident_gb": "GB at most",
+}
 WHICH = ("before", "now")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=["layer", "resnet20", "minilm"])
+    parser.add_argument("cases", nargs="*", default=["layer", "resnet20", "minilm", "ten"])
     parser.add_argument("--as", dest="which", choices=WHICH, default="now")
     parser.add_argument("--alone", action="store_true", help="in this process")
     given = parser.parse_args()
@@ -135,7 +155,8 @@ def main() -> None:
         return
     jax.monitoring.register_event_duration_secs_listener(listen)
     (case,) = given.cases
-    rows = [{"which": given.which, **row} for row in (layer() if case == "layer" else first(case))]
+    found = {"layer": layer, "ten": ten}.get(case, lambda: first(case))()
+    rows = [{"which": given.which, **row} for row in found]
     for row in rows:
         print(row, flush=True)
     keys = [(row["which"], row["case"]) for row in rows]
