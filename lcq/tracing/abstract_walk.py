@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 
 from lcq.tracing.equation import Body, Content, Equation
 from lcq.tracing.jaxpr import CALLS, bind, evaluate, inner, scan_of, where
+from lcq.tree.aliases import Batch, Function, Leaves
+from lcq.tree.lazy import shape_of
 
 _FOLDED = 4096
 """Whole numbers that are computed on the way, at most so many in an array."""
@@ -65,7 +67,7 @@ class AbstractWalk(abc.ABC, Generic[V]):
             results = self.run(closed, ins)
             self._calls.pop()
             return results
-        if name == "scan" and any(map(self.follows, ins)):
+        if name == "scan" and eqn.params["length"] and any(map(self.follows, ins)):
             return self._unroll(eqn, ins)
         return self._folded(eqn, ins) or self.rule(eqn, ins)
 
@@ -93,6 +95,24 @@ class AbstractWalk(abc.ABC, Generic[V]):
             return None
         with jax.ensure_compile_time_eval():
             return [self.constant(np.asarray(out)) for out in bind(eqn, arrays)]
+
+
+def distinct(batches: Sequence[Batch]) -> list[Batch]:
+    """The first batch of every shape."""
+    found: dict[Hashable, Batch] = {}
+    for batch in batches:
+        kind = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(batch))
+        found.setdefault(kind, batch)
+    return list(found.values())
+
+
+def jaxpr_of(fn: Function, leaves: Leaves, structure: Any, batch: Batch) -> Body:
+    """A function of (params, batch) traced, with the leaves of both as inputs."""
+
+    def flat(values: Sequence[Any], batch: Batch) -> Any:
+        return fn(jax.tree.unflatten(structure, values), batch)
+
+    return jax.make_jaxpr(flat)(list(map(shape_of, leaves.values())), batch)
 
 
 def whole_numbers(content: Content) -> np.ndarray | None:

@@ -9,7 +9,7 @@ import numpy as np
 from lcq.tracing import compact
 from lcq.tracing.equation import Equation
 from lcq.tracing.factor_products import convolution, dot
-from lcq.tracing.factors import Factors, Value, fixed
+from lcq.tracing.factors import Factors, Value, fills, fixed
 from lcq.tracing.symbols import ANY
 
 Why = Callable[[], str]
@@ -34,18 +34,20 @@ def results(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list
         why: names the equation.
     """
     name = eqn.primitive.name
-    if not eqn.outvars or not any(factors.is_open(value) or (value.factors == ANY).any() for value in ins):
+    if not eqn.outvars or not any(factors.is_open(v) or (v.factors == ANY).any() or not v.factors.size for v in ins):
         return None
-    if name in _SIGNED:
-        for value in ins:
-            factors.symbols.keep_sign(value.factors)
+    signed = name in _SIGNED or any(value.infinite for value in ins)
+    ins = [factors.opened(value, why) for value in ins] if name in _SIGNED else ins
+    for value in ins if signed else ():
+        factors.symbols.keep_sign(value.factors)
     if name in _EACH:
         inexact = all(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
         pure = name == "convert_element_type"
         return [dataclasses.replace(v, pure=v.pure and pure, known=None) for v in ins] if inexact else None
     outs = _RULES.get(name, _moved)(factors, eqn, ins, why)
-    for value in outs or () if name in _SIGNED else ():
+    for value in outs or () if signed else ():
         factors.symbols.keep_sign(value.factors)
+        value.infinite = any(other.infinite for other in ins)
     return outs
 
 
@@ -87,6 +89,8 @@ def _multiplied(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> 
     shape = _shape(eqn)
     rank = len(shape)
     x, y = (value.raised(rank) for value in ins)
+    if eqn.primitive.name == "div" and (y.factors == ANY).any():
+        return None
     if eqn.primitive.name == "div" and factors.is_open(y):
         factors.pin(y, why)
         y = Value(y.shape, fixed(rank), data=y.data)
@@ -128,12 +132,15 @@ def _running(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> lis
 
 def _windows(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list[Value]:
     value, shape, window = factors.opened(ins[0], why), _shape(eqn), eqn.params["window_dimensions"]
-    axes = [i for i, n in enumerate(shape) if window[i] > 1 or n != value.shape[i]]
+    padding = eqn.params["padding"]
+    axes = [i for i, n in enumerate(shape) if window[i] > 1 or n != value.shape[i] or any(padding[i])]
     return [Value(shape, factors.level(value, axes, why))]
 
 
-def _gathered(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list[Value]:
+def _gathered(factors: Factors, eqn: Equation, ins: list[Value], why: Why) -> list[Value] | None:
     """Rows of a table, all of which have the same factors."""
+    if fills(eqn):
+        return None
     value, numbers, sizes, shape = ins[0], eqn.params["dimension_numbers"], eqn.params["slice_sizes"], _shape(eqn)
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     axes = [i for i, (size, n) in enumerate(zip(sizes, value.shape, strict=True)) if size < n or i in gone]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from lcq.tracing import compact
 from lcq.tracing.abstract_walk import whole_numbers
-from lcq.tracing.equation import Content
+from lcq.tracing.equation import Content, Equation
 from lcq.tracing.symbols import ANY, ONE, Symbols
 
 
@@ -49,6 +49,7 @@ class Value:
         pure: Whether nothing was multiplied.
         data: Whether it follows from the batch.
         known: Its value, if it is a constant of whole numbers.
+        infinite: Whether some of it may be infinite for all factors, which positive ones alone leave as it is.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +59,7 @@ class Value:
     pure: bool = True
     data: bool = False
     known: np.ndarray | None = None
+    infinite: bool = False
 
     @property
     def rank(self) -> int:
@@ -116,8 +118,14 @@ class Factors:
         """The factors of a value, which have to be equal along these axes."""
         return self.symbols.level(value.factors, tuple(map(int, axes)), why)
 
-    def reconcile(self, sizes: dict[str, int]) -> None:
-        """Elements that are used several times have the same factors in all uses."""
+    def reconcile(self, sizes: dict[str, int], stay: Mapping[str, str]) -> None:
+        """Elements that are used several times have the same factors in all uses.
+
+        Args:
+            sizes: of the leaves.
+            stay: why leaves have to stay as they are. So do those of which a part is used: what it would have to be
+                scaled by is not known.
+        """
         by_path: dict[str, list[int]] = {}
         for number, use in enumerate(self.uses):
             by_path.setdefault(use.path, []).append(number)
@@ -130,12 +138,27 @@ class Factors:
             for i in numbers:
                 above, below = (compact.shrunk(known[self.uses[i].places]) for known in every)
                 self.uses[i] = self.uses[i]._replace(above=above, below=below)
+            if reason := stay.get(path) or left_out(path, [self.uses[i] for i in numbers], sizes[path]):
+                self.symbols.pin(every, lambda: reason)
 
     def _join(self, known: np.ndarray, places: np.ndarray, new: np.ndarray, why: str) -> None:
         before = known[places]
         self.symbols.equal(compact.shrunk(before), new, lambda: why)
         after = known[places] = np.where(new == ANY, before, new)
         self.symbols.equal(known[places], after, lambda: why)  # an element that the use has twice
+
+
+def left_out(path: str, uses: Iterable[Use], size: int) -> str:
+    """What is to be said of a leaf of which a part is used; "" of others."""
+    reached = np.zeros(size, bool)
+    for use in uses:
+        reached[use.places] = True
+    if reached.all():
+        return ""
+    used = int(reached.sum())
+    return (
+        f"{path} is used in part, {used} of {size} elements; pass a batch that uses all, or leave the others out of it"
+    )
 
 
 def fixed(rank: int, number: int = ONE) -> np.ndarray:
@@ -157,7 +180,7 @@ def parameter(path: str, shape: tuple[int, ...], dtype: DTypeLike) -> Value:
 
 
 def constant(content: Content) -> Value:
-    """A constant: zeros and infinities can be scaled by anything."""
+    """A constant: zeros can be scaled by anything, infinities by what is positive."""
     shape, dtype = np.shape(content), jnp.result_type(content)
     value = Value(shape, fixed(len(shape)), known=whole_numbers(content))
     if jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_):
@@ -165,6 +188,7 @@ def constant(content: Content) -> Value:
         array = array.astype(np.float32) if jnp.issubdtype(dtype, jnp.floating) else array
         if ((array == 0) | ~np.isfinite(array)).all():
             value.factors = fixed(len(shape), ANY)
+            value.infinite = bool((array != 0).any())
     return value
 
 
@@ -174,3 +198,9 @@ def spread(a: np.ndarray, onto: Sequence[int], rank: int) -> np.ndarray:
     for axis, length in zip(onto, a.shape, strict=True):
         lengths[axis] = length
     return a.transpose(np.argsort(onto)).reshape(lengths)
+
+
+def fills(eqn: Equation) -> bool:
+    """Whether a lookup has something else than zeros or NaN in place of rows that there are not."""
+    value = eqn.params["fill_value"]
+    return value is not None and bool(value != 0) and bool(value == value)  # NaN is not equal to itself

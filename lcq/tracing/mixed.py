@@ -1,12 +1,12 @@
 """What is known of variables whose coordinates may be mixed, and the notes of which coordinates are told apart."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from lcq.tracing import compact
-from lcq.tracing.factors import Use, Value, fixed
+from lcq.tracing.factors import Use, Value, fixed, left_out
 from lcq.tracing.symbols import ANY, ONE, Symbols
 
 Why = Callable[[], str]
@@ -79,13 +79,21 @@ class Mixing:
         sides = [compact.shrunk(ids) if (ids == ONE).all() else ids for ids in (above, below)]
         self.uses.append(Use(value.path, role, value.places, sides[0], sides[1], value.pure, why()))
 
-    def reconcile(self, sizes: dict[str, int]) -> None:
-        """A leaf that is used several times is mixed in the same way, or not."""
+    def reconcile(self, sizes: dict[str, int], stay: Mapping[str, str]) -> None:
+        """A leaf that is used several times is mixed in the same way, or not.
+
+        Args:
+            sizes: of the leaves.
+            stay: why leaves have to stay as they are. So do those of which a part is used.
+        """
         by_path: dict[str, list[Use]] = {}
         for use in self.uses:
             by_path.setdefault(use.path, []).append(use)
         several = {}
         for path, uses in by_path.items():
+            if reason := stay.get(path) or left_out(path, uses, sizes[path]):
+                for ids in (ids for use in uses for ids in (use.above, use.below)):
+                    self.symbols.pin(ids, lambda: reason)
             count = np.zeros(sizes[path], np.int32)
             for use in uses:
                 np.add.at(count, use.places.reshape(-1), 1)

@@ -10,7 +10,7 @@ squares over all coordinates that may be mixed does not notice, which is why str
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcq.tracing import compact, mixing_rules
-from lcq.tracing.abstract_walk import AbstractWalk
+from lcq.tracing.abstract_walk import AbstractWalk, distinct, jaxpr_of
 from lcq.tracing.equation import Content, Equation
-from lcq.tracing.factors import Use, constant, parameter
+from lcq.tracing.factors import Use, constant, fixed, parameter
 from lcq.tracing.mixed import Mixed, Mixing
 from lcq.tracing.symbols import ONE
 from lcq.tree.aliases import Batch, Function, Params
-from lcq.tree.lazy import shape_of
 from lcq.tree.paths import check_numbers, flatten
 
 
@@ -57,13 +56,30 @@ class Mixtures:
     mixing: Mixing
 
     def blocks(self, cell: Cell) -> list[tuple[Use, np.ndarray]]:
-        """What a matrix mixes: for the parameters of a cell flat places [rest, coordinates], each once."""
-        found: dict[tuple[str, int, int, int], tuple[Use, np.ndarray]] = {}
+        """What a matrix mixes: for the parameters of a cell flat places [rest, coordinates], each once.
+
+        Raises:
+            ValueError: two uses of a leaf have its elements in other blocks; names the leaf.
+        """
+        done: dict[tuple[str, int], np.ndarray] = {}
+        found = []
         for use in cell.uses:
             for places in self._places(use, cell):
-                apart = int(places[0, 1] - places[0, 0])
-                found.setdefault((use.path, int(places.min()), places.size, apart), (use, places))
-        return list(found.values())
+                for apart in np.unique(places[:, 1] - places[:, 0]).tolist():  # rows and columns of one leaf
+                    lines = places[places[:, 1] - places[:, 0] == apart]
+                    lines = lines[np.unique(lines[:, 0], return_index=True)[1]]
+                    before = done.get((use.path, apart), np.zeros(0, places.dtype))
+                    known = np.isin(lines, before)
+                    if (known.any(1) != known.all(1)).any():
+                        raise ValueError(
+                            f"{use.path}: expected uses that have the same channels side by side, got others at "
+                            f"{use.source}; give that use a leaf of its own"
+                        )
+                    if not known.all():
+                        lines = lines[~known.any(1)]
+                        done[use.path, apart] = np.concatenate([before, lines.reshape(-1)])
+                        found.append((use, lines))
+        return found
 
     def _places(self, use: Use, cell: Cell) -> list[np.ndarray]:
         found = []
@@ -81,15 +97,21 @@ class Mixtures:
 
 
 def mixtures(
-    fn: Function, params: Params, batch: Batch, *, unchanged: Collection[str] = (), uniform: Collection[str] = ()
+    fn: Function,
+    params: Params,
+    *batches: Batch,
+    unchanged: Collection[str] = (),
+    stay: Mapping[str, str] | None = None,
+    uniform: Collection[str] = (),
 ) -> Mixtures:
     """Follows the coordinates of all results through a function.
 
     Args:
         fn: (params, batch) -> anything; traced, never run.
         params: a tree of arrays or shape structs.
-        batch: a tree of arrays or shape structs.
+        batches: trees of arrays or shape structs; every shape is traced, and what is found holds for all.
         unchanged: paths of leaves that have to stay as they are.
+        stay: likewise, with the reason that is told.
         uniform: paths of leaves whose elements are all equal, and stay so.
 
     Example:
@@ -100,9 +122,6 @@ def mixtures(
     """
     leaves, structure = flatten(params)
     check_numbers(leaves)
-    closed = jax.make_jaxpr(lambda values, batch: fn(jax.tree.unflatten(structure, values), batch))(
-        list(map(shape_of, leaves.values())), batch
-    )
     walk = _Walk()
     args = []
     for path, leaf in leaves.items():
@@ -110,13 +129,14 @@ def mixtures(
         places = None if path in unchanged or path in uniform else value.places
         depends = tuple(path not in uniform and n > 1 for n in value.shape)
         args.append(Mixed(value.shape, value.factors, path, places, depends=depends))
-    args += [
-        Mixed(np.shape(leaf), np.full((1,) * np.ndim(leaf), ONE), data=True, depends=(True,) * np.ndim(leaf))
-        for leaf in jax.tree.leaves(batch)
-    ]
-    for result in walk.run(closed, args):
-        walk.mixing.pin(result, lambda: "the output of the function")
-    walk.mixing.reconcile({path: math.prod(np.shape(leaf)) for path, leaf in leaves.items()})
+    for batch in distinct(batches):
+        given = [
+            Mixed(np.shape(leaf), np.full((1,) * np.ndim(leaf), ONE), data=True, depends=(True,) * np.ndim(leaf))
+            for leaf in jax.tree.leaves(batch)
+        ]
+        for result in walk.run(jaxpr_of(fn, leaves, structure, batch), [*args, *given]):
+            walk.mixing.pin(result, lambda: "the output of the function")
+    walk.mixing.reconcile({path: math.prod(np.shape(leaf)) for path, leaf in leaves.items()}, stay or {})
     uses = tuple(walk.mixing.uses)
     return Mixtures(tuple(_cells(walk.mixing, uses)), uses, walk.mixing)
 
@@ -129,7 +149,8 @@ class _Walk(AbstractWalk[Mixed]):
     def constant(self, content: Content) -> Mixed:
         value = constant(content)
         depends = tuple(n > 1 for n in value.shape)
-        return Mixed(value.shape, value.factors, known=value.known, depends=depends)
+        factors = fixed(value.rank) if value.infinite else value.factors  # turned infinities are others
+        return Mixed(value.shape, factors, known=value.known, depends=depends)
 
     def known(self, value: Mixed) -> np.ndarray | None:
         return value.known

@@ -9,7 +9,7 @@ import numpy as np
 from lcq.tracing import compact
 from lcq.tracing.equation import Equation
 from lcq.tracing.factor_products import Dims
-from lcq.tracing.factors import fixed, spread
+from lcq.tracing.factors import fills, fixed, spread
 from lcq.tracing.mixed import Mixed, Mixing, Why
 from lcq.tracing.positions import ELEMENTWISE
 from lcq.tracing.symbols import ANY, ONE
@@ -86,8 +86,8 @@ def _added(mixing: Mixing, eqn: Equation, ins: list[Mixed], why: Why) -> list[Mi
             found = np.where(found == ANY, value.factors, found)
     for value in ins:
         if value.places is not None:
-            if (found == ANY).all():
-                found = mixing.fresh(value.places.shape)
+            if (found == ANY).any():  # with zeros: coordinates of its own
+                found = np.where(found == ANY, mixing.fresh(value.places.shape), found)
             mixing.use(value, "bias", found, fixed(rank), why)
     return [Mixed(shape, found, depends=_either(ins, rank))]
 
@@ -98,7 +98,7 @@ def _multiplied(mixing: Mixing, eqn: Equation, ins: list[Mixed], why: Why) -> li
     rank = len(shape)
     x, y = (_raised(value, rank) for value in ins)
     depends = _either([x, y], rank)
-    if eqn.primitive.name == "div" and mixing.is_open(y):
+    if eqn.primitive.name == "div" and (mixing.is_open(y) or (y.factors == ANY).any()):
         return None
     free = [mixing.symbols.free(value.factors) for value in (x, y)]
     if all(free):
@@ -165,6 +165,8 @@ def _selected(mixing: Mixing, eqn: Equation, ins: list[Mixed], why: Why) -> list
 
 
 def _gathered(mixing: Mixing, eqn: Equation, ins: list[Mixed], why: Why) -> list[Mixed] | None:
+    if fills(eqn):
+        return None
     value, numbers, sizes, shape = ins[0], eqn.params["dimension_numbers"], eqn.params["slice_sizes"], _shape(eqn)
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     axes = {i for i, (size, n) in enumerate(zip(sizes, value.shape, strict=True)) if size < n or i in gone}

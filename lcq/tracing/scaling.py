@@ -9,7 +9,7 @@ out; sums, max(x, 0), moves and poolings hand factors on, and want equal ones; e
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcq.tracing import compact, factor_rules
-from lcq.tracing.abstract_walk import AbstractWalk
+from lcq.tracing.abstract_walk import AbstractWalk, distinct, jaxpr_of
 from lcq.tracing.equation import Content, Equation
 from lcq.tracing.factors import Factors, Use, Value, constant, data, fixed, parameter
 from lcq.tracing.symbols import ONE, Symbols
 from lcq.tree.aliases import Batch, Function, Params
-from lcq.tree.lazy import shape_of
 from lcq.tree.paths import check_numbers, flatten
 
 
@@ -77,14 +76,21 @@ class Scaling:
         return np.array([values.get(each, 1.0) for each in unknown.tolist()])[inverse.reshape(numbers.shape)]
 
 
-def scaling(fn: Function, params: Params, batch: Batch, *, unchanged: Collection[str] = ()) -> Scaling:
+def scaling(
+    fn: Function,
+    params: Params,
+    *batches: Batch,
+    unchanged: Collection[str] = (),
+    stay: Mapping[str, str] | None = None,
+) -> Scaling:
     """Follows the factors of all parameters through a function.
 
     Args:
         fn: (params, batch) -> anything; traced, never run.
         params: a tree of arrays or shape structs.
-        batch: a tree of arrays or shape structs.
+        batches: trees of arrays or shape structs; every shape is traced, and what is found holds for all.
         unchanged: paths of leaves that have to stay as they are.
+        stay: likewise, with the reason that is told.
 
     Example:
         >>> params = {"w1": jnp.zeros((4, 8)), "w2": jnp.zeros((8, 2))}
@@ -94,17 +100,15 @@ def scaling(fn: Function, params: Params, batch: Batch, *, unchanged: Collection
     """
     leaves, structure = flatten(params)
     check_numbers(leaves)
-    closed = jax.make_jaxpr(lambda values, batch: fn(jax.tree.unflatten(structure, values), batch))(
-        list(map(shape_of, leaves.values())), batch
-    )
     walk = _Walk()
     args = [parameter(path, np.shape(leaf), jnp.result_type(leaf)) for path, leaf in leaves.items()]
     for arg, path in zip(args, leaves, strict=True):
         arg.places = None if path in unchanged else arg.places
-    args += [data(np.shape(leaf)) for leaf in jax.tree.leaves(batch)]
-    for result in walk.run(closed, args):
-        walk.factors.pin(result, lambda: "the output of the function")
-    walk.factors.reconcile({path: math.prod(np.shape(leaf)) for path, leaf in leaves.items()})
+    for batch in distinct(batches):
+        closed = jaxpr_of(fn, leaves, structure, batch)
+        for result in walk.run(closed, [*args, *(data(np.shape(leaf)) for leaf in jax.tree.leaves(batch))]):
+            walk.factors.pin(result, lambda: "the output of the function")
+    walk.factors.reconcile({path: math.prod(np.shape(leaf)) for path, leaf in leaves.items()}, stay or {})
     symbols, uses = walk.factors.symbols, walk.factors.uses
     return Scaling(symbols, tuple(uses), tuple(_groups(symbols, uses)))
 
@@ -129,7 +133,8 @@ class _Walk(AbstractWalk[Value]):
     def stacked(self, values: list[Value], eqn: Equation) -> Value:
         values = [self.factors.opened(value, lambda: self.told(eqn)) for value in values]
         made = compact.stacked([value.factors for value in values], values[0].shape, 0)
-        return Value((len(values), *values[0].shape), made, data=any(value.data for value in values))
+        data, infinite = (any(each) for each in zip(*((value.data, value.infinite) for value in values), strict=True))
+        return Value((len(values), *values[0].shape), made, data=data, infinite=infinite)
 
     def rule(self, eqn: Equation, ins: list[Value]) -> list[Value]:
         def why() -> str:

@@ -111,9 +111,11 @@ class Symbols:
 
     def level(self, a: np.ndarray, axes: tuple[int, ...], reason: Callable[[], str]) -> np.ndarray:
         """All along these axes are equal; with one in place of all."""
-        axes = tuple(axis for axis in axes if a.shape[axis] > 1)
+        axes = tuple(axis for axis in axes if a.shape[axis] != 1)
         if not axes:
             return a
+        if 0 in a.shape:  # of no elements
+            return np.full([1 if axis in axes else n for axis, n in enumerate(a.shape)], ANY)
         one = a.max(axes, keepdims=True)  # `ANY` only where there is nothing else
         self._pair(a, one, reason)
         return one

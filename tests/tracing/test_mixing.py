@@ -128,7 +128,21 @@ def from_the_stream_to_itself(p, x):
     return norm(x + norm(x) @ p["a"]) @ p["out"]
 
 
+def used_in_parts(p, x):
+    """Some columns of a matrix are used twice, and others in another order."""
+    y = x @ p["a"]
+    return jnp.concatenate([y @ p["c"], y @ p["c"][:, :2], y @ p["c"][:, ::2]], 1)
+
+
+def bias_of_zeros(p, x):
+    """Channels that are nothing but a bias have to be mixed like what is added to them."""
+    y = jnp.concatenate([x @ p["a"], jnp.zeros((5, 3))], 1) + p["b"]
+    return jnp.tanh((y + x @ p["d"]) @ p["c"])
+
+
 CASES = {
+    used_in_parts: (dict(a=(4, 6), c=(6, 4)), [(6, "a c")]),
+    bias_of_zeros: (dict(a=(4, 3), b=(6,), d=(4, 6), c=(6, 3)), [(3, "a b d c"), (3, "b d c")]),
     from_the_stream_to_itself: (dict(a=(6, 6), out=(6, 3)) | {"in": (4, 6)}, [(6, "in a out")]),
     plain: (dict(a=(4, 6), b=(6,), c=(3, 6)), [(6, "a b c")]),
     stream: (
@@ -189,6 +203,15 @@ REFUSED = {
         lambda p, x: (y := x @ p["w1"]) @ p["w2"] + y[:, ::-1] @ p["w2"] + (y + y[:, ::-1]).max(),
         "reduce_max",
     ),
+    "rows that there are not": (
+        lambda p, x: jnp.take(x @ p["w1"], jnp.array([0, 9]), axis=0, mode="fill", fill_value=1.0) @ p["w2"],
+        "gather at",
+    ),
+    "infinite rows": (
+        lambda p, x: jnp.nan_to_num(jnp.where(x[:, :1] > 0, x @ p["w1"], -jnp.inf) @ p["w2"], posinf=0, neginf=0),
+        "select_n at",
+    ),
+    "over zero": (lambda p, x: jnp.tanh(x @ p["w1"] / 0.0) @ p["w2"], "div at"),
     "scaled": (lambda p, x: (x @ p["w1"]) @ (p["w2"] * jnp.arange(6)[:, None]), "mul at|dot_general at"),
 }
 
@@ -214,3 +237,16 @@ def test_a_reversed_sum_keeps_the_pairs():
 def test_leaves_that_stay():
     found = mixtures(plain, draw(**CASES[plain][0]), X, unchanged=["b"])
     assert all(cell.reason for cell in found.cells)
+    found = mixtures(plain, draw(**CASES[plain][0]), X, stay={"b": "b stays"})
+    assert any(cell.reason == "b stays" for cell in found.cells) and all(cell.reason for cell in found.cells)
+
+
+def test_every_shape_is_looked_at():
+    def fn(p, x):
+        return norm(x @ p["in"] + p["place"][: len(x)]) @ p["out"]
+
+    params, longer = draw(**{"in": (4, 6), "place": (7, 6), "out": (6, 3)}), np.ones((7, 4), np.float32)
+    (reason,) = {cell.reason for cell in mixtures(fn, params, X).cells if len(cell.uses) > 1}
+    assert reason.startswith("place is used in part, 30 of 42 elements")
+    (cell,) = (cell for cell in mixtures(fn, params, X, longer).cells if not cell.reason)
+    assert len(cell.coordinates) == 6

@@ -238,6 +238,12 @@ REFUSED = {
         W,
         "convert_element_type",
     ),
+    "rows that there are not": (
+        lambda p, x: jnp.take(x @ p["w1"], jnp.array([0, 9]), axis=0, mode="fill", fill_value=1.0) @ p["w2"],
+        W,
+        "gather at",
+    ),
+    "over zero": (lambda p, x: jnp.exp((x @ p["w1"] / 0.0) @ p["w2"]), W, "div at"),
     "sorted": (lambda p, x: jnp.sort(x @ p["w1"], 1) @ p["w2"], W, "sort at"),
 }
 
@@ -266,3 +272,57 @@ def test_tied_weights_have_one_factor():
 def test_leaves_that_stay():
     found = scaling(relu_net, draw(**CASES[relu_net][0]), X, unchanged=["b1"])
     assert told(found) == [] and any("add at" in group.reason for group in found.groups)
+    found = scaling(relu_net, draw(**CASES[relu_net][0]), X, stay={"b1": "b1 stays"})
+    assert told(found) == [] and any(group.reason == "b1 stays" for group in found.groups)
+
+
+def by_position(p, x):
+    return jax.nn.relu(x @ p["w1"] + p["position"][: len(x)]) @ p["w2"]
+
+
+def test_every_shape_is_looked_at():
+    params, longer = draw(w1=(4, 6), position=(7, 6), w2=(6, 3)), np.ones((7, 4), np.float32)
+    found = scaling(by_position, params, X)
+    assert told(found) == [] and any("position is used in part, 30 of 42" in group.reason for group in found.groups)
+    assert (6, "w1 position", "w2") in told(scaling(by_position, params, X, longer, X))
+
+    def otherwise(p, x):
+        return jnp.tanh(x @ p["w1"]) @ p["w2"] if len(x) > 5 else jax.nn.relu(x @ p["w1"]) @ p["w2"]
+
+    assert told(scaling(otherwise, draw(**W), X)) and not told(scaling(otherwise, draw(**W), X, longer))
+
+
+def test_windows_that_shift_channels_make_them_equal():
+    def fn(p, x):
+        y = lax.reduce_window(jax.nn.relu(x @ p["w1"]), 0.0, lax.add, (1, 1), (1, 1), ((0, 0), (1, -1)))
+        return y @ p["w2"]
+
+    assert told(check(fn, draw(**W), X)) == [(1, "w1", "w2")]
+
+
+def test_nothing():
+    """Arrays without elements, and loops without rounds."""
+
+    def fn(p, x):
+        y = lax.scan(lambda c, _: (c * 2, c), x @ p["w1"], None, length=0)[0]
+        y = jax.nn.relu(jnp.concatenate([y, x @ p["none"]], 1))
+        return y @ p["w2"] + p["bias"].sum(0) + (p["bias"].reshape(3, 0) * 2).sum()
+
+    params = draw(w1=(4, 6), none=(4, 0), w2=(6, 3), bias=(0, 3))
+    check(fn, params, X)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, x: (norm(x) * jnp.abs(p["gain"])) @ p["w"],
+        lambda p, x: (norm(x) * p["gain"]) @ p["w"] * (jnp.argmax(p["gain"]) + 1),
+        lambda p, x: (norm(x) * p["gain"]) @ p["w"] * jnp.sign(p["gain"]).sum(),
+        lambda p, x: jnp.where(x[:, :1] > 0, norm(x) * p["gain"], jnp.inf) @ p["w"],
+    ],
+    ids=["abs", "argmax", "sign", "infinite"],
+)
+def test_gains_whose_sign_counts(fn):
+    found = scaling(fn, draw(gain=(4,), w=(4, 3)), X)
+    groups = [group for group in found.groups if not group.reason and group.producers]
+    assert all(group.signed for group in groups) and (groups or fn.__name__)

@@ -109,6 +109,8 @@ def activation_aware(
         told[id(group)] = TransformRecord(
             "activation_aware", *places.names(group), len(group.symbols), "", f"alpha={alpha:g}", before, after
         )
+    values, beyond = places.in_range(free, values)
+    told |= {id(free[i]): places.refused("activation_aware", free[i], reason) for i, reason in beyond.items()}
     records = [
         told.get(id(group)) or places.refused("activation_aware", group, why)
         for group, why in zip(groups, reasons, strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from typing_extensions import TypeAliasType
 
@@ -70,7 +71,9 @@ class Places:
         fn: The function.
         batches: Of its inputs.
         leaves: By path; forms as they are.
-        forms: Those that are forms, which stay.
+        forms: Those that are forms.
+        unchanged: Paths of forms and of Python's numbers, which stay.
+        stay: Paths of others that stay, and why.
         dense: Their arrays.
         tree: The tree of these.
         found: The factors that its parameters may have.
@@ -87,7 +90,14 @@ class Places:
         self.forms = {path: leaf for path, leaf in self.leaves.items() if is_form(leaf)}
         self.dense: Leaves = {p: leaf.dense() if p in self.forms else whole(leaf) for p, leaf in self.leaves.items()}
         self.tree: Params = jax.tree.unflatten(self.structure, self.dense.values())
-        self.found: Scaling = scaling(fn, self.tree, self.batches[0], unchanged=self.forms)
+        self.unchanged = [path for path in self.leaves if path in self.forms or not hasattr(self.dense[path], "dtype")]
+        self.stay = {
+            path: f"{path} has NaN or infinite elements"
+            for path, leaf in self.dense.items()
+            if path not in self.unchanged and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if not np.isfinite(np.asarray(leaf, np.float64)).all()
+        }
+        self.found: Scaling = scaling(fn, self.tree, *self.batches, unchanged=self.unchanged, stay=self.stay)
         self.selected: Collection[str] | None = None
         if rules:
             bare = [dataclasses.replace(rule, scheme=without_blocks(rule)) for rule in checked(rules)]
@@ -125,6 +135,44 @@ class Places:
         changed = {use.path for use in self.found.uses if values}
         made = [self._like(path, values) if path in changed else leaf for path, leaf in self.leaves.items()]
         return jax.tree.unflatten(self.structure, made)
+
+    def in_range(self, groups: Sequence[Group], values: dict[int, float]) -> tuple[dict[int, float], dict[int, str]]:
+        """The factors without those of groups which they take out of the range of numbers of a leaf, and why, by the
+        group's number."""
+        reasons: dict[int, str] = {}
+        values = dict(values)
+        while found := {
+            i: why for i, group in enumerate(groups) if i not in reasons and (why := self._beyond(group, values))
+        }:
+            reasons |= found
+            for symbol in (symbol for i in found for symbol in groups[i].symbols.tolist()):
+                values.pop(symbol, None)
+        return values, reasons
+
+    def _beyond(self, group: Group, values: dict[int, float]) -> str:
+        """Which leaf has channels that overflow, or all of whose weights lose digits; "" if none has."""
+        for uses, above in ((group.producers, True), (group.consumers, False)):
+            for use in uses if any(symbol in values for symbol in group.symbols.tolist()) else ():
+                leaf = np.asarray(self.dense[use.path])
+                kind = jnp.finfo(leaf.dtype)
+                before = self.largest(group, use, leaf.astype(np.float64), above)
+                after = self.largest(group, use, self.scaled(use.path, values), above)
+                if (after > float(kind.max)).any() or ((before >= float(kind.tiny)) & (after < float(kind.tiny))).any():
+                    return f"{use.path} would leave the range of {leaf.dtype}"
+        return ""
+
+    def largest(self, group: Group, use: Use, leaf: np.ndarray, above: bool) -> np.ndarray:
+        """max |W| of the weights of a use in each channel of a group; 0 for channels that it does not have."""
+        symbols = self.found.symbols.find(use.above if above else use.below)
+        sizes = np.abs(leaf.reshape(-1)[use.places])
+        axes = tuple(axis for axis, length in enumerate(symbols.shape) if length == 1)
+        sizes = sizes.max(axes, keepdims=True, initial=0.0)
+        order = np.argsort(group.symbols)
+        at = np.searchsorted(group.symbols[order], symbols.reshape(-1)).clip(0, len(order) - 1)
+        here = group.symbols[order][at] == symbols.reshape(-1)
+        found = np.zeros(len(order))
+        np.maximum.at(found, order[at[here]], sizes.reshape(-1)[here])
+        return found
 
     def _like(self, path: str, values: dict[int, float]) -> Any:
         leaf = self.dense[path]

@@ -38,7 +38,7 @@ def equalize(
     are the same but for scales, which only schemes per leaf notice.
 
     Args:
-        fn: (params, batch) -> anything; traced on the shapes of the first batch, never run.
+        fn: (params, batch) -> anything; traced on the shapes of all batches, never run.
         params: a tree of arrays; leaves that are forms already stay as they are.
         calibration: batches; only shapes are looked at.
         rules: what will be compressed; channels that meet no such weight stay. Without any, all weights count.
@@ -87,11 +87,15 @@ def equalize(
                 weights[path] = places.scaled(path, values)
         if largest <= _SETTLED:
             break
+    values, reasons = places.in_range(free, values)
+    weights = {path: places.scaled(path, values) for path in weights}
     after = [_spread(places, group, weights) for group in free]
     told = {
         id(group): TransformRecord("equalize", *places.names(group), len(group.symbols), before=one, after=two)
-        for group, one, two in zip(free, before, after, strict=True)
+        for i, (group, one, two) in enumerate(zip(free, before, after, strict=True))
+        if i not in reasons
     }
+    told |= {id(free[i]): places.refused("equalize", free[i], reason) for i, reason in reasons.items()}
     records = tuple(told.get(id(group)) or places.refused("equalize", group) for group in groups)
     return Transformed(places.with_factors(values), records)
 
@@ -133,18 +137,5 @@ def _largest(
     places: Places, group: Group, uses: Iterable[Use], weights: dict[str, np.ndarray], above: bool
 ) -> np.ndarray | None:
     """The largest weight of each channel; None without products."""
-    found = [largest_of_channels(places, group, use, weights[use.path], above) for use in uses if places.weighs(use)]
+    found = [places.largest(group, use, weights[use.path], above) for use in uses if places.weighs(use)]
     return np.max(found, axis=0) if found else None
-
-
-def largest_of_channels(places: Places, group: Group, use: Use, leaf: np.ndarray, above: bool) -> np.ndarray:
-    """max |W| of the weights of a use in each channel of a group; 0 for channels that it does not have."""
-    symbols = places.found.symbols.find(use.above if above else use.below)
-    sizes = np.abs(leaf.reshape(-1)[use.places])
-    sizes = sizes.max(tuple(axis for axis, length in enumerate(symbols.shape) if length == 1), keepdims=True)
-    order = np.argsort(group.symbols)
-    at = np.searchsorted(group.symbols[order], symbols.reshape(-1)).clip(0, len(order) - 1)
-    here = group.symbols[order][at] == symbols.reshape(-1)
-    found = np.zeros(len(order))
-    np.maximum.at(found, order[at[here]], sizes.reshape(-1)[here])
-    return found

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lcq.forms.dtypes import nearest_number
@@ -40,7 +41,7 @@ def rotate(
     Matrices are Hadamard's with random signs where the size allows, else orthogonal ones of Gaussians.
 
     Args:
-        fn: (params, batch) -> anything; traced on the shapes of the first batch, never run.
+        fn: (params, batch) -> anything; traced on the shapes of all batches, never run.
         params: a tree of arrays; leaves that are forms already stay as they are.
         calibration: batches; only shapes are looked at.
         rules: what will be compressed; channels that meet no such weight stay. Without any, all weights count.
@@ -84,7 +85,7 @@ def rotate(
     made = []
     for path, leaf in places.leaves.items():
         dense = places.dense[path]
-        changed = path in arrays and not np.array_equal(arrays[path], np.asarray(dense, np.float64))
+        changed = path in arrays and not np.array_equal(arrays[path], np.asarray(dense, np.float64), equal_nan=True)
         made.append(placed(nearest_number(arrays[path], dense.dtype), dense) if changed else leaf)
     return Transformed(jax.tree.unflatten(places.structure, made), tuple(records))
 
@@ -107,7 +108,8 @@ def _folds(places: Places) -> tuple[dict[int, float], list[Group]]:
         found = dict(zip(symbols.reshape(-1).tolist(), (1 / sizes.reshape(-1)).tolist(), strict=True))
         values.update({symbol: found[symbol] for symbol in group.symbols.tolist() if symbol in found})
         folded.append(group)
-    return values, folded
+    values, beyond = places.in_range(folded, values)
+    return values, [group for i, group in enumerate(folded) if i not in beyond]
 
 
 def _found(places: Places, values: dict[int, float]) -> Mixtures:
@@ -118,9 +120,11 @@ def _found(places: Places, values: dict[int, float]) -> Mixtures:
     uniform = []
     for path, kinds in roles.items():
         if kinds <= {"gain", "other"}:
-            leaf = nearest_number(places.scaled(path, values), places.dense[path].dtype)
-            uniform += [path] if (np.asarray(leaf) == np.asarray(leaf).flat[0]).all() else []
-    return mixtures(places.fn, places.tree, places.batches[0], unchanged=places.forms, uniform=uniform)
+            leaf = np.asarray(nearest_number(places.scaled(path, values), places.dense[path].dtype)).reshape(-1)
+            uniform += [path] if (leaf == leaf[:1]).all() else []
+    return mixtures(
+        places.fn, places.tree, *places.batches, unchanged=places.unchanged, stay=places.stay, uniform=uniform
+    )
 
 
 def _room(found: Mixtures) -> int:
@@ -139,7 +143,13 @@ def _turn(
         return TransformRecord("rotate", producers, consumers, 0, reason)
     matrix, kind = orthogonal(len(cell.coordinates), key)
     before, after = [], []
-    for use, block in found.blocks(cell):
+    blocks = found.blocks(cell)
+    for use, block in blocks:
+        dtype = places.dense[use.path].dtype
+        if np.abs(arrays[use.path].reshape(-1)[block] @ matrix).max() > float(jnp.finfo(dtype).max):
+            reason = f"{use.path} would leave the range of {dtype}"
+            return TransformRecord("rotate", producers, consumers, 0, reason)
+    for use, block in blocks:
         flat = arrays[use.path].reshape(-1)
         before += [_peak(flat[block])] if use.role == "product" else []
         flat[block] = flat[block] @ matrix
