@@ -1,9 +1,9 @@
-"""A budget of bytes, spent on the schemes that together distort the weights least."""
+"""A budget of bytes, spent on the schemes that together distort the weights, or a function's outputs, least."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +14,13 @@ from rich.text import Text
 from lcq.io.entropy_coding.coded_bits import coded_bits
 from lcq.plans.convex_hull import Point, along, sweep
 from lcq.plans.knapsack import best_choice
+from lcq.plans.output_error import OutputError
 from lcq.plans.plan import Plan
 from lcq.plans.text import right_side
 from lcq.reporting.columns import Column, fit, grid
 from lcq.reporting.summary import dense_of, text
 from lcq.schemes.base import Scheme
-from lcq.tree.aliases import Leaves, Params
+from lcq.tree.aliases import Batch, Function, Leaves, Params
 from lcq.tree.compress import check_finite, sizes
 from lcq.tree.paths import flatten
 from lcq.tree.rules import Rule, Task, resolve
@@ -36,7 +37,7 @@ class Choice(NamedTuple):
         shape: Shape of the leaf.
         scheme: The chosen candidate; None leaves the leaf as it is.
         bits: Bits of its form, in a coded file or packed.
-        distortion: Distortion sum h (w - Delta(Theta))^2.
+        distortion: Distortion sum h (w - Delta(Theta))^2, or the error of the outputs, as it was chosen by.
     """
 
     path: str
@@ -130,6 +131,8 @@ def pareto(
     *,
     bytes: int | None = None,
     bits_per_weight: float | None = None,
+    fn: Function | None = None,
+    calibration: Iterable[Batch] | None = None,
     importance: Leaves | None = None,
     coded: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
@@ -137,6 +140,12 @@ def pareto(
     """Chooses a scheme for every leaf so that the tree fits a budget and the sum of all distortions is least.
 
         min sum_i D_i  subject to  sum_i B_i <= B,    D_i = sum h (w - Delta(Theta))^2,  B_i the bits of leaf i
+
+    With `fn` D_i is what matters more, how far the outputs of fn move when leaf i alone is replaced,
+
+        D_i = ||fn(w_i <- Delta(Theta)) - fn(w)||^2 / ||fn(w)||^2    over all batches, the sum over the outputs of fn
+
+    which takes a pass of fn over the batches for each leaf and candidate. These add up nearly where they are small.
 
     Exact, among all combinations of the candidates, for tens of leaves and often for thousands; else near it. How near
     is known: no choice goes below `result.bound`. The result is direct compression at its best;
@@ -149,15 +158,19 @@ def pareto(
             Theta of its own, neither joint nor stacked.
         bytes: the budget for the whole tree, forms and arrays; a file has some more for names and digests.
         bits_per_weight: the same, in bits for each number of the tree, those that are not compressed among them.
-        importance: h by path, such as `lcq.ptq.curvature` gives, for the projections and for D; of all leaves with
-            candidates, since their distortions are added. By default 1.
+        fn: (params, batch) -> a tree of outputs, any function of jax arrays, as for `lcq.quantize`: logits or vectors;
+            what is no floating-point number does not count, nor what fn multiplies by a mask of zeros.
+        calibration: with fn, batches of unlabelled inputs; a few hundred examples are enough.
+        importance: h by path, such as `lcq.ptq.curvature` gives, for the projections and, without fn, for D; of all
+            leaves with candidates, since their distortions are added. By default 1.
         coded: whether forms cost what they take in an entropy-coded file, as `lcq.save` writes it, or packed at a fixed
             width, as `lcq.sizes` counts.
         progress: called after each leaf with its number from 1, how many there are, and its path.
 
     Raises:
         ValueError: not one budget, or less than the smallest size possible; a pattern without a leaf or candidates,
-            a scheme with a cost; a leaf a scheme cannot take; importances of other leaves, or not of all of them.
+            a scheme with a cost; a leaf a scheme cannot take; importances of other leaves, or not of all of them; fn
+            without calibration, or with outputs that are no numbers, all zero, or not finite.
 
     Example:
         >>> import jax.numpy as jnp, lcq
@@ -176,6 +189,12 @@ def pareto(
         raise ValueError(
             f"{', '.join(odd[:4])}: expected importances of the leaves with candidates, of all and no others"
         )
+    if (fn is None) != (calibration is None):
+        raise ValueError(
+            "expected fn= and calibration=, whose outputs say what a choice costs, or neither, got only "
+            + ("calibration" if fn is None else "fn")
+        )
+    output_error = None if fn is None or calibration is None else OutputError(fn, params, calibration)
     other = sum(size.bits for path, size in sizes(params).items() if path not in tasks)
     numbers = sum(math.prod(np.shape(leaf)) for leaf in leaves.values())
     budget = _budget(bytes, bits_per_weight, numbers)
@@ -183,7 +202,7 @@ def pareto(
     for number, (path, given) in enumerate(tasks.items(), 1):
         check_finite(path, leaves[path])
         h = None if importance is None else importance[path]
-        points.append([_point(leaves[path], task, h, coded) for task in given])
+        points.append([_point(leaves[path], task, h, coded, output_error) for task in given])
         if progress is not None:
             progress(number, len(tasks), path)
     place, steps = sweep(points)
@@ -245,13 +264,17 @@ def _budget(size: int | None, bits_per_weight: float | None, numbers: int) -> in
     return math.floor(bits)
 
 
-def _point(leaf: Any, task: Task | None, h: ArrayLike | None, coded: bool) -> Point:
-    """What a candidate costs, and sum h (w - Delta(Theta))^2 in float64."""
+def _point(leaf: Any, task: Task | None, h: ArrayLike | None, coded: bool, output_error: OutputError | None) -> Point:
+    """What a candidate costs, and the error of the outputs or sum h (w - Delta(Theta))^2 in float64."""
     if task is None:
         return Point(leaf.size * leaf.dtype.itemsize * 8, 0.0)
     (form,) = task.project((leaf,), importance=None if h is None else (h,))
-    error = (np.asarray(leaf, np.float64) - np.asarray(dense_of(form), np.float64)) ** 2
-    distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
+    dense = dense_of(form)
+    if output_error is None:
+        error = (np.asarray(leaf, np.float64) - np.asarray(dense, np.float64)) ** 2
+        distortion = float(np.sum(error if h is None else error * np.asarray(h, np.float64)))
+    else:
+        distortion = output_error(task.name, dense)
     if not math.isfinite(distortion):
         raise ValueError(f"{task.name}: expected finite numbers; {task.scheme} gave others; drop this candidate")
     return Point(coded_bits(form).coded if coded else form.pack().bits, distortion)

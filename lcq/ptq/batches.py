@@ -151,7 +151,7 @@ def traced(
         if kind in kinds:
             programs.append(programs[kinds.index(kind)])
         else:
-            with _told_how_called(batch):
+            with told_how_called(batch):
                 programs.append(trace(fn, params, batch, selected, counts=counts))
         kinds.append(kind)
         inputs.append((batch, counts))
@@ -159,7 +159,7 @@ def traced(
 
 
 @contextlib.contextmanager
-def _told_how_called(batch: Batch) -> Iterator[None]:
+def told_how_called(batch: Batch) -> Iterator[None]:
     """Adds to errors of a function on a batch of several parts that it gets them as one argument."""
     try:
         yield
