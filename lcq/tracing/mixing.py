@@ -9,6 +9,7 @@ squares over all coordinates that may be mixed does not notice, which is why str
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
@@ -174,9 +175,7 @@ class _Walk(AbstractWalk[Mixed]):
         return Mixed((len(values), *values[0].shape), made, data=data, depends=(True,) * (1 + values[0].rank))
 
     def rule(self, eqn: Equation, ins: list[Mixed]) -> list[Mixed]:
-        def why() -> str:
-            return self.told(eqn)
-
+        why = functools.partial(self.told, eqn)
         outs = mixing_rules.results(self.mixing, eqn, ins, why)
         if outs is None:
             for value in ins:
@@ -198,8 +197,8 @@ def _cells(mixing: Mixing, uses: tuple[Use, ...]) -> list[Cell]:
                 if root > ONE and number not in users.setdefault(root, []):
                     users[root].append(number)
     cells: dict[tuple[int, str, tuple[int, ...]], list[int]] = {}
-    for root in sorted(users):
-        reason = mixing.symbols.reason(root)
+    roots = sorted(users)
+    for root, reason in zip(roots, mixing.symbols.reasons(roots), strict=True):
         key = (0 if reason else int(signatures[root]), reason, tuple(users[root]))
         cells.setdefault(key, []).append(root)
     made = []

@@ -8,6 +8,7 @@ out; sums, max(x, 0), moves and poolings hand factors on, and want equal ones; e
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -137,9 +138,7 @@ class _Walk(AbstractWalk[Value]):
         return Value((len(values), *values[0].shape), made, data=data, infinite=infinite)
 
     def rule(self, eqn: Equation, ins: list[Value]) -> list[Value]:
-        def why() -> str:
-            return self.told(eqn)
-
+        why = functools.partial(self.told, eqn)
         outs = factor_rules.results(self.factors, eqn, ins, why)
         if outs is None:
             for value in ins:
@@ -159,15 +158,15 @@ def _groups(symbols: Symbols, uses: Sequence[Use]) -> list[Group]:
                 if root > ONE:
                     seen.setdefault(root, ([], []))[side].append(number)
     kinds: dict[tuple[tuple[int, ...], tuple[int, ...], str], list[int]] = {}
-    for root, (above, below) in seen.items():
-        kinds.setdefault((tuple(above), tuple(below), symbols.reason(root)), []).append(root)
+    for (root, (above, below)), reason in zip(seen.items(), symbols.reasons(list(seen)), strict=True):
+        kinds.setdefault((tuple(above), tuple(below), reason), []).append(root)
     return [
         Group(
             np.asarray(roots),
             tuple(uses[i] for i in above),
             tuple(uses[i] for i in below),
             reason,
-            any(map(symbols.signed, roots)),
+            symbols.signed(np.asarray(roots)),
         )
         for (above, below, reason), roots in kinds.items()
     ]

@@ -1,6 +1,6 @@
 """Unknown factors by number: which of them are equal, and which are 1, and why."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -64,7 +64,11 @@ class Symbols:
 
     def reason(self, number: int) -> str:
         """Why this one has to be 1; "" if it does not."""
-        return self._reasons.get(self._root(number), "")
+        return self.reasons([number])[0]
+
+    def reasons(self, numbers: Sequence[int]) -> list[str]:
+        """Why each of these has to be 1; "" if it does not."""
+        return [self._reasons.get(root, "") for root in self.find(np.asarray(numbers, np.int64)).tolist()]
 
     def pin(self, a: np.ndarray, reason: Callable[[], str]) -> None:
         """All of them are 1."""
@@ -86,9 +90,14 @@ class Symbols:
         differ = (one != two) & (one != ANY) & (two != ANY)
         if not differ.any():
             return
+        parent = self._parent
         pairs = np.unique(one[differ].astype(np.int64) * self.count + two[differ])
         for first, second in zip(*(each.tolist() for each in np.divmod(pairs, self.count)), strict=True):
-            low, high = sorted((self._root(first), self._root(second)))
+            while (above := parent[first]) != first:
+                first = int(above)
+            while (above := parent[second]) != second:
+                second = int(above)
+            low, high = sorted((first, second))
             if low == high:
                 continue
             if low == ONE:
@@ -105,9 +114,9 @@ class Symbols:
         """None of them may be negative."""
         self._signed[self.find(np.where(a == ANY, ONE, a))] = True
 
-    def signed(self, number: int) -> bool:
-        """Whether this one may not be negative."""
-        return bool(self._signed[self._root(number)])
+    def signed(self, a: np.ndarray) -> bool:
+        """Whether any of them may not be negative."""
+        return bool(self._signed[self.find(a)].any())
 
     def level(self, a: np.ndarray, axes: tuple[int, ...], reason: Callable[[], str]) -> np.ndarray:
         """All along these axes are equal; with one in place of all."""
@@ -119,11 +128,6 @@ class Symbols:
         one = a.max(axes, keepdims=True)  # `ANY` only where there is nothing else
         self._pair(a, one, reason)
         return one
-
-    def _root(self, number: int) -> int:
-        while (above := int(self._parent[number])) != number:
-            number = above
-        return number
 
 
 def _alone(a: np.ndarray) -> tuple[int, ...]:

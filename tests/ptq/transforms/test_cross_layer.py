@@ -22,6 +22,11 @@ def uneven(tree):
     return jax.tree.map(lambda a: jnp.asarray(a + 0.05, jnp.float32) * np.exp(RNG.normal(size=a.shape) / 2), tree)
 
 
+def of_shapes(tree):
+    """Likewise of trees of shapes; gains and what else is a vector are about 1."""
+    return uneven(jax.tree.map(lambda a: RNG.normal(size=a.shape) / 9 if len(a.shape) > 1 else np.ones(a.shape), tree))
+
+
 def unchanged(fn, params, batch, done, within=1e-5):
     run = jax.jit(fn)
     one, two = run(params, batch), run(done.params, batch)
@@ -94,7 +99,7 @@ def test_rules_say_what_counts():
 
 def test_forms_and_numbers_of_any_kind_stay():
     params = uneven({"w1": RNG.normal(size=(4, 6)), "b1": RNG.normal(size=6), "w2": RNG.normal(size=(3, 6))})
-    mixed = {**params, "w2": lcq.Uniform(8).project(params["w2"])}
+    mixed = {**params, "w2": lcq.Cast("bfloat16").project(params["w2"])}
     done = equalize(two_layers, mixed, [np.ones((2, 4), np.float32)])
     assert done.params["w2"] is mixed["w2"] and "add at" not in done.records[0].reason
     assert done.records[0].size == 0 and done.records[0].reason
@@ -114,8 +119,8 @@ def test_half_precision():
 
 def test_linen_residual_net():
     net = models.ResNet(8, width=4)
-    image = RNG.normal(size=(2, 16, 16, 3)).astype(np.float32)
-    params = uneven(jax.jit(net.init)(jax.random.key(0), image))
+    image = RNG.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    params = of_shapes(jax.eval_shape(net.init, jax.random.key(0), image))
     done = equalize(net.apply, params, [image])
     unchanged(net.apply, params, image, done)
     stream = next(r for r in applied(done) if "params/stage1_block0/conv1/kernel" in r.consumers)
@@ -126,8 +131,8 @@ def test_linen_residual_net():
 @pytest.mark.parametrize(("activation", "pairs"), [(jax.nn.relu, 2), (jnp.tanh, 0)])
 def test_linen_lenet(activation, pairs):
     net = models.lenet300(activation)
-    image = RNG.normal(size=(2, 28, 28)).astype(np.float32)
-    params = uneven(net.init(jax.random.key(0), image))
+    image = RNG.normal(size=(2, 4, 4)).astype(np.float32)
+    params = of_shapes(jax.eval_shape(net.init, jax.random.key(0), image))
     done = equalize(net.apply, params, [image])
     unchanged(net.apply, params, image, done)
     assert len(applied(done)) == pairs and (pairs or "tanh at" in done.records[0].reason)
@@ -144,8 +149,8 @@ def test_nnx():
         def __call__(self, x):
             return self.last(nnx.relu(self.attention(self.norm(nnx.relu(self.first(x))))))
 
-    graph, state = nnx.split(Net(nnx.Rngs(0)))
-    state = uneven(state)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+    state = of_shapes(state)
     x = RNG.normal(size=(2, 5, 4)).astype(np.float32)
 
     def fn(p, x):
@@ -191,8 +196,9 @@ def test_stacked_llama():
 def test_stories():
     arrays = np.load(Path(os.environ["LCQ_DATA"]) / "stories" / "stories260k_llama.npz")
     params = transformers.llama_from_llama2c(arrays)
+    params = {name: leaf for name, leaf in params.items() if name[:5] != "layer" or name == "layer0"}
     fn = functools.partial(transformers.llama, heads=int(arrays["config"][3]))
     tokens = RNG.integers(0, 512, (2, 16)).astype(np.int32)
     done = equalize(fn, params, [tokens])
     unchanged(fn, params, tokens, done)
-    assert len(applied(done)) == 20 and all(record.after < record.before for record in applied(done))
+    assert len(applied(done)) == 4 and all(record.after < record.before for record in applied(done))

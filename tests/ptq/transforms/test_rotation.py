@@ -52,12 +52,17 @@ def test_other_sizes(size):
     assert kind == "gaussian"
 
 
-def small_llama(head=True):
+def of_shapes(tree):
+    """Parameters of these shapes: gains and biases about 1, kernels that keep the size of what goes in."""
+    return jax.tree.map(lambda a: draw(*a.shape) / (1 + len(a.shape)) + (len(a.shape) == 1), tree)
+
+
+def small_llama(head=True, layers=2):
     width, hidden = 16, 24
     shapes = {"wq": (width, 16), "wk": (width, 8), "wv": (width, 8), "wo": (16, width), "w1": (width, hidden)}
-    layers = {name: draw(2, *shape) / 4 for name, shape in (shapes | {"w3": (16, 24), "w2": (24, 16)}).items()}
-    layers |= {"attention_norm": draw(2, width), "ffn_norm": np.exp(draw(2, width))}
-    params = {"tok_embeddings": draw(20, width), "norm": np.exp(draw(width)), "layers": layers}
+    stacked = {name: draw(layers, *shape) / 4 for name, shape in (shapes | {"w3": (16, 24), "w2": (24, 16)}).items()}
+    stacked |= {"attention_norm": draw(layers, width), "ffn_norm": np.exp(draw(layers, width))}
+    params = {"tok_embeddings": draw(20, width), "norm": np.exp(draw(width)), "layers": stacked}
     params |= {"output": draw(width, 20)} if head else {}
     return params, functools.partial(llama.logits, config=llama.Config(heads=4)), RNG.integers(0, 20, (2, 6))
 
@@ -79,7 +84,7 @@ def test_stacked_llama():
 
 
 def test_a_tied_head_leaves_the_stream():
-    params, fn, tokens = small_llama(head=False)
+    params, fn, tokens = small_llama(head=False, layers=1)
     done = rotate(fn, params, [tokens])
     unchanged(fn, params, tokens, done)
     assert {size for size, *_ in turned(done)} == {4}
@@ -101,7 +106,7 @@ def test_key_rules_and_forms():
     assert (one == two).all() and (one != other).any()
     done = rotate(mixed_up, params, [x], [lcq.Rule("w", lcq.Uniform(4))])
     assert done.params["v"] is params["v"] and "tanh at" in done.records[0].reason
-    form = lcq.Uniform(8).project(jnp.asarray(params["o"]))
+    form = lcq.Cast("bfloat16").project(jnp.asarray(params["o"]))
     done = rotate(mixed_up, {**params, "o": form}, [x])
     assert done.params["o"] is form and not turned(done)
     half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), params)
@@ -119,7 +124,7 @@ def test_linen():
             return nn.Dense(3, name="last")(nn.RMSNorm(use_scale=False)(x))
 
     net, x = Net(), draw(2, 5, 4)
-    params = jax.tree.map(lambda a: a + 0.1 * draw(*a.shape), net.init(jax.random.key(0), x))
+    params = of_shapes(jax.eval_shape(net.init, jax.random.key(0), x))
     done = rotate(net.apply, params, [x])
     unchanged(net.apply, params, x, done)
     sizes = sorted(size for size, *_ in turned(done))
@@ -137,8 +142,8 @@ def test_nnx_with_layer_norm():
         def __call__(self, x):
             return x + self.attention(self.norm(x))
 
-    graph, state = nnx.split(Net(nnx.Rngs(0)))
-    state = jax.tree.map(lambda a: a + 0.1 * draw(*a.shape), state)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))))
+    state = of_shapes(state)
     x = draw(2, 5, 8)
 
     def fn(p, x):
@@ -171,8 +176,9 @@ def test_stories():
     arrays = np.load(Path(os.environ["LCQ_DATA"]) / "stories" / "stories260k_llama.npz")
     params = transformers.llama_from_llama2c(arrays)
     params["output"] = params["tok_embeddings"].T.copy()
+    params = {name: leaf for name, leaf in params.items() if name[:5] != "layer" or name == "layer0"}
     fn = functools.partial(transformers.llama, heads=int(arrays["config"][3]))
     tokens = RNG.integers(0, 512, (2, 16)).astype(np.int32)
     done = rotate(fn, params, [tokens])
     unchanged(fn, params, tokens, done)
-    assert sorted(size for size, *_ in turned(done)) == [8] * 20 + [64]
+    assert sorted(size for size, *_ in turned(done)) == [8] * 4 + [64]
