@@ -78,7 +78,7 @@ def activation_aware(
         `after` are the mean over products of the relative squared error at alpha = 0 and at the chosen one.
 
     Raises:
-        ValueError: no rules, or as `lcq.quantize` does; names the leaf.
+        ValueError: no rules, no alpha, or as `lcq.quantize` does; names the leaf.
 
     Example:
         >>> import lcq
@@ -94,6 +94,8 @@ def activation_aware(
 
     Source: Lin et al., arXiv 2306.00978, section 3.2.
     """
+    if grid < 1:
+        raise ValueError(f"grid: expected at least one alpha to choose from, got {grid}; leave it out for 20")
     if not rules:
         raise ValueError("expected rules, for whose schemes scales are chosen, got none; pass those of lcq.quantize")
     places = Places(fn, params, calibration, rules)

@@ -50,7 +50,7 @@ def equalize(
         the channels' sizes: the standard deviation of log2 a_j, and that of log2 b_j, of the two their mean.
 
     Raises:
-        ValueError: no batch, or leaves that are no arrays; names the leaf.
+        ValueError: no batch, no sweep, or leaves that are no arrays; names the leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -66,6 +66,8 @@ def equalize(
     Source: Nagel et al., arXiv 1906.04721, section 4.1, for convolutions with ReLU; the places are lcq's.
     """
     del mask
+    if sweeps < 1:
+        raise ValueError(f"sweeps: expected at least one, got {sweeps}; leave it out for 20")
     places = Places(fn, params, calibration, rules)
     groups = places.groups()
     free = [group for group in groups if not group.reason]

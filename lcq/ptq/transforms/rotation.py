@@ -25,7 +25,7 @@ def rotate(
     rules: Rules = (),
     mask: Mask = None,
     *,
-    key: jax.Array | int = 0,
+    key: jax.Array | np.integer | int = 0,
 ) -> Transformed:
     """Turns channels by random orthogonal matrices that the weights on both sides take up; the function stays as it is.
 
@@ -69,7 +69,7 @@ def rotate(
     """
     del mask
     places = Places(fn, params, calibration, rules)
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = jax.random.key(key) if isinstance(key, int | np.integer) else key
     values, folded = _folds(places)
     plain, turned = _found(places, {}), _found(places, values) if values else None
     if turned is None or _room(turned) <= _room(plain):

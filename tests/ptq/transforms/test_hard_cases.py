@@ -95,6 +95,20 @@ def test_numbers_and_nothing(transform):
         assert np.abs(done.params["w1"] - params["w1"]).max() > 0.01
 
 
+def test_settings():
+    params = draw(w1=(4, 6), b1=(6,), w2=(6, 3))
+    with pytest.raises(ValueError, match="grid: expected at least one alpha to choose from, got 0"):
+        activation_aware(two_layers, params, [X], [lcq.Rule("w2", lcq.Uniform(3))], grid=0)
+    with pytest.raises(ValueError, match="sweeps: expected at least one, got 0"):
+        equalize(two_layers, params, [X], sweeps=0)
+
+    def fn(p, x):
+        return (x @ p["w1"] + p["b1"]) @ p["w2"]
+
+    one, two = (rotate(fn, params, [X], key=key).params["w1"] for key in (np.int64(3), 3))
+    np.testing.assert_array_equal(one, two)
+
+
 def test_gains_of_either_sign():
     """Where |gain| is what counts a negative gain is not folded; elsewhere it is."""
     params = draw(**{"in": (4, 6), "gain": (6,), "w2": (6, 3)})
