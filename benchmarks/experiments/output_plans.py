@@ -5,8 +5,8 @@
     ... --methods rtn gptq
 
 NET is resnet20 or minilm. Every plan may take as many bytes as `Uniform(3, per="channel")` on every kernel, packed at a
-fixed width. Both others choose for each kernel from grids of 2 to 6 bits, on MiniLM also with scales for groups of 32
-and 128 inputs. Plans by outputs see 256 training images or 64 training sentences without labels. "rtn" is
+fixed width. Both others choose for each kernel from grids of 2 to 6 bits, on MiniLM also with scales for groups of 128
+inputs. Plans by outputs see 256 training images or 64 training sentences without labels. "rtn" is
 `lcq.compress`, whose codes are those that were compared; "gptq" is `lcq.quantize` on the same inputs.
 
 Judged by the outputs that are not far from the float net's, on data that chose nothing: of ResNet-20
@@ -83,7 +83,7 @@ def minilm(trial: bool) -> Net:
         found = (net.held_back if trial else net.evaluate)(params)
         return {"error": found["turn"], "spearman": found["spearman"]}
 
-    schemes = [lcq.Uniform(bits, per=per) for bits in BITS for per in ("channel", 128, 32)]
+    schemes = [lcq.Uniform(bits, per=per) for bits in BITS for per in ("channel", 128)]
     return Net(net.fn, net.params, net.batches(64), pattern, schemes, judge)
 
 
