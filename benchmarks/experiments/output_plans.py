@@ -9,7 +9,7 @@ fixed width. Both others choose for each kernel from grids of 2 to 6 bits, on Mi
 inputs. Plans by outputs see 256 training images or 64 training sentences without labels. "rtn" is
 `lcq.compress`, whose codes are those that were compared; "gptq" is `lcq.quantize` on the same inputs.
 
-Judged by the outputs that are not far from the float net's, on data that chose nothing: of ResNet-20
+Judged by how far outputs are from the float net's, on data that chose nothing: of ResNet-20
 ||f - f'||^2 / ||f||^2 of the logits of the test images, and accuracy; of MiniLM the mean of 1 - cosine, half the
 squared error of the unit vectors, over the sentences of the dev pairs, and Spearman's correlation.
 """
@@ -147,10 +147,10 @@ def table() -> str:
         uniform, *others = (rows[name, method, plan] for plan in PLANS)
         quality = "accuracy" if name == "resnet20" else "spearman"
         changes = [f"{row['error']:.4f} ({100 * (row['error'] / uniform['error'] - 1):+.0f} %)" for row in others]
-        last = f"{uniform[quality]:.4g} / {others[-1][quality]:.4g}"
+        last = " / ".join(f"{row[quality]:.4g}" for row in (uniform, *others))
         cells.append([f"{TITLES[name]}, {method}", f"{uniform['error']:.4f}", *changes, last, f"-{GOAL} (-{HOPE}) %"])
     head = ["error of outputs", "3 bits everywhere", "by weights", "**by outputs**"]
-    return grid([*head, "accuracy % or Spearman: everywhere / by outputs", "goal (hoped for)"], cells)
+    return grid([*head, "accuracy % or Spearman of the three", "goal (hoped for)"], cells)
 
 
 if __name__ == "__main__":
