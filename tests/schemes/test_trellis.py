@@ -72,7 +72,7 @@ def test_chunks_do_not_matter(monkeypatch):
 
 
 def test_a_later_beginning_is_as_a_shorter_path_and_stays_out_of_the_loop_over_states():
-    """As a `where` it would be in that loop, which XLA then does not vectorize: seven times the time."""
+    """As a `where` it would be in that loop, which XLA then does not vectorize."""
     rng, table = np.random.default_rng(0), jnp.asarray(np.random.default_rng(1).normal(size=64), jnp.float32)
     v, ends = jnp.asarray(rng.normal(size=(9, 5)), jnp.float32), jnp.asarray(rng.integers(0, 16, (2, 5)))
     skipping = jax.jit(lambda v, skip: best_paths(v, jnp.ones_like(v), table, ends, 2, skip))
