@@ -66,6 +66,24 @@ check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 checks = {}
 
 
+def jaxtyped(function=None, *, typechecker):
+    """jaxtyping's, which binds the arguments of every call and looks at them twice, where there are shapes to compare;
+    and for a function in a function, of which it checks an empty twin that is made once."""
+    if function is None:
+        return functools.partial(jaxtyped, typechecker=typechecker)
+    hints = getattr(function, "__annotations__", {}).values()
+    if isinstance(function, type) or "<locals>" in function.__qualname__ or any("jaxtyping" in repr(h) for h in hints):
+        return jaxtyping_jaxtyped(function, typechecker=typechecker)
+    whole = typechecker(function)
+
+    @functools.wraps(function)
+    def switched(*args, **kwargs):
+        return (function if jaxtyping.config.jaxtyping_disable else whole)(*args, **kwargs)
+
+    return switched
+
+
+jaxtyping_jaxtyped, jaxtyping.jaxtyped = jaxtyping.jaxtyped, jaxtyped
 # Every annotated function of lcq checks its shapes and types while the tests run.
 jaxtyping.install_import_hook("lcq", f"{__name__}.checked")
 
