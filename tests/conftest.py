@@ -68,11 +68,12 @@ checks = {}
 
 def jaxtyped(function=None, *, typechecker):
     """jaxtyping's, which binds the arguments of every call and looks at them twice, where there are shapes to compare;
-    and for a function in a function, of which it checks an empty twin that is made once."""
+    for a function in a function, of which it checks an empty twin that is made once; and for names of other modules."""
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
-    hints = getattr(function, "__annotations__", {}).values()
-    if isinstance(function, type) or "<locals>" in function.__qualname__ or any("jaxtyping" in repr(h) for h in hints):
+    hints = repr(list(getattr(function, "__annotations__", {}).values()))
+    apart = isinstance(function, type) or "<locals>" in function.__qualname__
+    if apart or "jaxtyping" in hints or "ForwardRef" in hints:
         return jaxtyping_jaxtyped(function, typechecker=typechecker)
     whole = typechecker(function)
 
