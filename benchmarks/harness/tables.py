@@ -42,6 +42,7 @@ from benchmarks.micro import (
     lc_overhead,
     quantize_call,
     rows,
+    stacks,
 )
 
 ROOT = FOLDER.parent
@@ -59,6 +60,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale_aot": scale_aot_table.table,
     "cstep": cstep.table,
     "csteps": csteps.table,
+    "stacks": stacks.table,
     "lc_overhead": lc_overhead.table,
     "brute_force": brute_force.table,
     "gpfq_images": gpfq_images.table,

@@ -14,7 +14,7 @@ from lcq.forms.meshes import explicit_mesh, is_shared
 
 _LARGE = 1 << 16
 """Numbers of a layer from which one after another takes no longer: XLA's loops over the numbers of a layer are fast as
-they are written, and often slow, up to seventy times, with an axis of layers in them."""
+they are written, and often slow with an axis of layers in them."""
 
 
 def mapped(step: Callable[..., Any], *given: PyTree[Array | np.ndarray]) -> Any:
