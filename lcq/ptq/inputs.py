@@ -89,13 +89,14 @@ class Inputs(NamedTuple):
         """The same rows for other neurons."""
         return self._replace(w=jax.device_put(w))
 
-    def held(self, form: Codes, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
-        """As of `lcq.ptq.sums`, which have the same methods."""
+    def held(
+        self, form: Codes, c: Float[np.ndarray, "G"], key: Array | None
+    ) -> tuple[Float[np.ndarray, "G"], Float[np.ndarray, "G"]]:
+        """As of `lcq.ptq.sums`, which have the same methods; all folds judge."""
         del key
-        given = (self.w, self.x, self.y, self.rows, form, self.noise)
-        c = np.asarray(tried, self.y.dtype)
-        errors, sizes = _held(*given, self.fold, c, self.folds, self.method.act_order, self.centred)
-        return np.asarray(errors, np.float64), np.asarray(sizes, np.float64)
+        given = (self.w, self.x, self.y, self.rows, form, self.noise, np.asarray(c[:, None], self.y.dtype))
+        errors, sizes = _held(*given, self.fold, self.folds, self.method.act_order, self.centred)
+        return np.asarray(errors[:, 0], np.float64), np.asarray(sizes, np.float64)
 
     def settled(self, shares: Any, careful: bool) -> "Inputs":
         """With these shares, means taken off."""
@@ -170,16 +171,16 @@ def _held(
     rows: Array,
     form: Codes,
     noise: Array,
-    fold: Array,
     c: Array,
+    fold: Array,
     folds: int,
     act_order: bool,
     centred: bool,
 ) -> tuple[Array, Array]:
-    def one(w: Array, x: Array, y: Array, rows: Array, form: Codes, noise: Array) -> tuple[Array, Array]:
+    def one(w: Array, x: Array, y: Array, rows: Array, form: Codes, noise: Array, c: Array) -> tuple[Array, Array]:
         return held(w, x, y, rows, form, fold, folds, noise, c, act_order, centred)
 
-    return jax.vmap(one, out_axes=(1, 0))(w, x, y, rows, form, noise)
+    return jax.vmap(one)(w, x, y, rows, form, noise, c)
 
 
 def taken(

@@ -171,12 +171,16 @@ def _shares(problem: Any, form: Coded, shrink: float | None, key: Any) -> tuple[
     """By how much statistics are shrunk, and the error on rows held back."""
     if shrink is not None:
         return np.full((len(problem.w), 2), shrink), None
-    tried = shrinkage.parts(problem.noise)
-    errors, sizes = problem.held(form, tried, key)
-    chosen = shrinkage.pick(problem.noise, tried, errors)
-    shares = shrinkage.shares(problem.noise, np.asarray(tried)[chosen][:, None])
-    error, size = errors[chosen, np.arange(len(problem.w))].sum(), sizes.sum()
-    return shares, (float(error / size) if size > 0 else None)
+    sizes = np.zeros(0)
+
+    def held(c: np.ndarray) -> np.ndarray:
+        nonlocal sizes
+        errors, sizes = problem.held(form, c, key)
+        return errors
+
+    c, errors = shrinkage.chosen(problem.noise, held)
+    held_out = float(errors.sum() / sizes.sum()) if sizes.sum() > 0 else None
+    return shrinkage.shares(problem.noise, c[:, None]), held_out
 
 
 def _of_neurons(form: Coded, columns: np.ndarray) -> Coded:

@@ -14,7 +14,8 @@ are cut into K folds with sums C_k about the common mean, m_k rows each; in unit
 or, if that is more, what independent rows would leave, N (N - 1)/m over the same: with few rows the first is uncertain.
 For c = 1 this is the shrinkage of least expected square error (Ledoit & Wolf), where rows may depend on each other.
 Which c is best depends on the method: it is tried on the rows held back. Codes chosen on all folds but one, with
-u K/(K - 1) for their fewer rows, are judged on that one; c = 0 is the method as its paper has it.
+u K/(K - 1) for their fewer rows, are judged on that one; c = 0 is the method as its paper has it. On statistics as many
+folds judge as have 512 rows, two at least, and c is tried from the one that is preferred until the error rises.
 
 Of one thing folds cannot tell. If all rows are of one example, they agree on a mean that other rows do not have. So a
 mean is taken to have eight times the noise that is found, as if eight rows were one: in v', and where a bias follows
@@ -26,6 +27,7 @@ Stat. Appl. Genet. Mol. Biol. 4 (2005); from folds, for products with a mean and
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +41,7 @@ from lcq.ptq.rounding.sequential import dot
 from lcq.ptq.statistics import Moments, Statistics, finish
 
 PARTS = (0.0, 0.1, 0.3, 1.0, 3.0)
-"""c that are tried: three or four of them, the larger ones where there is more noise."""
+"""c that are tried: at most three or four of them, the larger ones where there is more noise."""
 
 _NOISY, _LOUD = 0.5, 0.75
 """From this part of noise on c = 0 is not tried, and the largest c is kept unless another is better; below, c = 0 is.
@@ -72,7 +74,7 @@ class Folds(NamedTuple):
 
 
 def together(moments: Moments, use: Bool[Array, "K"] | None = None) -> Moments:
-    """The sums over all folds, or over those in use, added one by one: a reduction by XLA takes thirty times longer."""
+    """The sums over all folds, or over those in use, added one by one: a reduction by XLA takes many times longer."""
 
     def summed(a: Array) -> Array:
         return functools.reduce(jnp.add, a if use is None else [jnp.where(use[k], a[k], 0) for k in range(len(a))])
@@ -223,41 +225,54 @@ def judged(
     return jnp.where(sees, error, 0).sum(), jnp.where(sees, whole, 0).sum()
 
 
-def parts(noise: Shaped[np.ndarray, "G 2"]) -> tuple[float, ...]:
-    """Which c are worth a trial, by the group with the least noise; 0 alone where no group has noise."""
-    if (noise[:, 0] <= _NOTHING).all():
+def chosen(
+    noise: Shaped[np.ndarray, "G 2"], held: Callable[[Float[np.ndarray, "G"]], Float[np.ndarray, "G"]]
+) -> tuple[Float[np.ndarray, "G"], Float[np.ndarray, "G"]]:
+    """c of each group and its error, whatever the other groups are.
+
+    Args:
+        noise: which parts of off(C) and of off(M) are noise.
+        held: of a c for each group, the errors on rows held back.
+    """
+    tried = [parts(float(much)) for much in noise[:, 0]]
+    errors: list[list[float]] = [[] for _ in tried]
+
+    def goes_on(c: tuple[float, ...], found: list[float]) -> bool:
+        return len(found) < len(c) and not (len(found) > 1 and found[-1] > found[-2])
+
+    while going := [g for g, each in enumerate(zip(tried, errors, strict=True)) if goes_on(*each)]:
+        next_ones = [c[min(len(found), len(c) - 1)] for c, found in zip(tried, errors, strict=True)]
+        here = held(np.asarray(next_ones, np.float64))
+        for g in going:
+            errors[g].append(float(here[g]))
+    places = [pick(float(much), found) for much, found in zip(noise[:, 0], errors, strict=True)]
+    best = zip(tried, errors, places, strict=True)
+    c, least = zip(*((each[i], found[i]) for each, found, i in best), strict=True)
+    return np.asarray(c), np.asarray(least)
+
+
+def parts(noise: float) -> tuple[float, ...]:
+    """Which c are worth a trial, as they are preferred: in noise from the largest down, without 0, else from 0 up."""
+    if noise <= _NOTHING:
         return PARTS[:1]
-    least = noise[:, 0].min()
-    return PARTS[2:] if least >= _LOUD else PARTS[1:4] if least >= _NOISY else PARTS[:4]
+    return PARTS[:1:-1] if noise >= _LOUD else PARTS[3:0:-1] if noise >= _NOISY else PARTS[:4]
 
 
-def order(noise: float, c: tuple[float, ...]) -> list[int]:
-    """Places of c as they are preferred: in noise from the largest down, without 0, else from 0 up."""
-    if noise >= _NOISY and len(c) > 1:
-        return [i for i in reversed(range(len(c))) if c[i] > 0]
-    return list(range(len(c)))
+def pick(noise: float, errors: Sequence[float]) -> int:
+    """Place of the first error that is near the least."""
+    enough = (1 + (_BETTER if noise >= _NOISY else _OVERSTATED * noise)) * min(errors)
+    return next((i for i, error in enumerate(errors) if error <= enough), 0)
 
 
-def judges(counts: Int[np.ndarray, "G K"]) -> range:
-    """The folds that are held back in turn: all of them, or fewer that have enough rows in every group.
+def judges(counts: Int[np.ndarray, "G K"]) -> Int[np.ndarray, "G"]:
+    """How many folds of each group are held back in turn: all of them, or the first that have enough rows.
 
     Example:
-        >>> judges(np.array([[500, 500, 500, 500]])), judges(np.array([[16, 16, 16, 16]]))
-        (range(0, 2), range(0, 4))
+        >>> judges(np.array([[500, 500, 500, 500], [16, 16, 16, 16]]))
+        array([2, 4])
     """
-    enough = np.flatnonzero(counts.min(0).cumsum() >= _ENOUGH)
-    return range(max(2, int(enough[0]) + 1) if len(enough) else counts.shape[1])
-
-
-def pick(noise: Shaped[np.ndarray, "G 2"], c: tuple[float, ...], errors: Shaped[np.ndarray, "S G"]) -> np.ndarray:
-    """Place of the chosen c for each group: the first, as they are preferred, whose error is near the least."""
-    chosen = []
-    for much, here in zip(noise[:, 0], np.asarray(errors, np.float64).T, strict=True):
-        places = order(float(much), c)
-        allowed = _BETTER if much >= _NOISY and len(c) > 1 else _OVERSTATED * much
-        enough = (1 + allowed) * min(here[i] for i in places)
-        chosen.append(next((i for i in places if here[i] <= enough), places[0]))
-    return np.asarray(chosen)
+    enough = counts.cumsum(1) >= _ENOUGH
+    return np.where(enough.any(1), np.maximum(2, enough.argmax(1) + 1), counts.shape[1])
 
 
 def varies(squares: Float[Array, "N"], mean: Float[Array, "N"], count: Array | int) -> Array:

@@ -79,29 +79,21 @@ class Sums(NamedTuple):
         """The same rows for other neurons."""
         return self._replace(w=jax.device_put(w), prepared=None)
 
-    def held(self, form: Coded, tried: tuple[float, ...], key: Array | None) -> tuple[np.ndarray, np.ndarray]:
-        """Of codes from all folds but one the errors on that one, [S, G] for each c, and the sizes ||X w||^2 [G], both
-        summed over the folds that judge.
-
-        Errors fall with c and then rise: once they have risen for all groups, those of further c are left infinite.
-        """
-        many, judges = self.folds.moments.count.shape[1], shrinkage.judges(np.asarray(self.folds.moments.count))
-
-        def one(c: float, fold: int) -> np.ndarray:
-            shares = shrinkage.shares(self.noise, np.float32(c), np.float32(many / (many - 1)))
+    def held(
+        self, form: Coded, c: Float[np.ndarray, "G"], key: Array | None
+    ) -> tuple[Float[np.ndarray, "G"], Float[np.ndarray, "G"]]:
+        """Of codes from all folds but one, with c for each group, the errors on that one, and ||X w||^2 there; both
+        summed over the folds that judge."""
+        counts = np.asarray(self.folds.moments.count)
+        many, judges = counts.shape[1], shrinkage.judges(counts)
+        shares = shrinkage.shares(self.noise, c.astype(np.float32)[:, None], np.float32(many / (many - 1)))
+        found = np.zeros((2, len(self.w)))
+        for fold in range(judges.max()):
             statistics, _ = _statistics(self.folds.moments, shares, np.arange(many) != fold, self.centred)
             prepared = _prepared(self.method, self.w, statistics)
-            chosen, _ = _tried(self.method, self.w, statistics, prepared, form, unchanged(form), key)
-            return np.asarray(_judged(self.w, self.folds, chosen, fold, self.centred), np.float64)
-
-        errors = np.full((len(tried), len(self.w)), np.inf)
-        sizes, before = np.zeros(len(self.w)), np.full(len(self.w), np.inf)
-        for place in shrinkage.order(float(self.noise[:, 0].min()), tried):
-            errors[place], sizes = np.sum([one(tried[place], fold) for fold in judges], 0)
-            if (errors[place] > before).all():
-                break
-            before = errors[place]
-        return errors, sizes
+            codes, _ = _tried(self.method, self.w, statistics, prepared, form, unchanged(form), key)
+            found += np.where(fold < judges, _judged(self.w, self.folds, codes, fold, self.centred), 0)
+        return found[0], found[1]
 
     def settled(self, shares: Any, careful: bool) -> "Sums":
         """With these shares; the sums of folds are no longer held."""

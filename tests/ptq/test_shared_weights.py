@@ -193,6 +193,18 @@ def test_experts_by_ragged_dot():
     assert done.records[0].shape == (5, 64, 8, 6) and done.records[0].rows == 30
 
 
+def test_experts_choose_how_far_they_believe_their_rows_alone():
+    """The share of each is that without the others, and so are its codes."""
+    r = np.random.default_rng(0)
+    w, x, sizes = r.normal(size=(4, 8, 6)).astype("f4"), r.normal(size=(64, 8)).astype("f4"), [10, 30, 4, 20]
+    rule = [lcq.Rule("w", lcq.Uniform(4, per="channel"))]
+    batch = x, jnp.array(sizes)
+    done = lcq.quantize(lambda p, b: lax.ragged_dot(b[0], p["w"], b[1]), {"w": jnp.asarray(w)}, [batch], rule)
+    for e, (a, n) in enumerate(zip(np.cumsum(sizes) - sizes, sizes, strict=True)):
+        alone = lcq.quantize(lambda p, x: x @ p["w"], {"w": jnp.asarray(w[e])}, [x[a : a + n]], rule).forms["w"]
+        np.testing.assert_allclose(done.forms["w"].dense()[e], alone.dense(), atol=1e-5)
+
+
 @pytest.mark.parametrize("recursion", ["blocked", "follow"])
 def test_ragged_layers_one_after_another(recursion):
     """Codes are those of the same experts by a product with batch axes, each with rows of its own."""

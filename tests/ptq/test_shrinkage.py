@@ -157,16 +157,36 @@ def test_errors_on_rows_held_back(centred):
 def test_the_choice():
     """Near the least error: from 0 up where there is little noise, from the largest down, and never 0, where there is
     much. Where there is some, it must be clearly better not to be 0."""
-    quiet, some, noisy, loud = (np.array([[part, 0.1]]) for part in (0.1, 0.4, 0.6, 0.9))
-    four, three, large = (0.0, 0.1, 0.3, 1.0), (0.1, 0.3, 1.0), (0.3, 1.0, 3.0)
-    errors = np.array([[1.0], [0.99], [1.0], [1.2]])
-    assert shrinkage.pick(quiet, four, errors) == 0
-    assert shrinkage.pick(noisy, four, errors) == 2 and shrinkage.pick(noisy, three, errors[1:]) == 1
-    assert shrinkage.pick(quiet, four, errors * [[2], [1], [1], [1]]) == 1
-    overstated = np.array([[1.0], [0.95], [0.96], [1.1]])
-    assert shrinkage.pick(some, four, overstated) == 0 and shrinkage.pick(quiet, four, overstated) == 1
-    tried = [shrinkage.parts(noise) for noise in (quiet, some, noisy, loud, np.concatenate([loud, some]))]
-    assert tried == [four, four, three, large, four] and shrinkage.parts(np.array([[0.001, 1.0]])) == (0.0,)
+    quiet, some, noisy, loud = 0.1, 0.4, 0.6, 0.9
+    assert shrinkage.pick(quiet, [1.0, 0.99, 1.0, 1.2]) == 0
+    assert shrinkage.pick(noisy, [1.2, 1.0, 0.99]) == 1
+    assert shrinkage.pick(quiet, [2.0, 0.99, 1.0, 1.2]) == 1
+    overstated = [1.0, 0.95, 0.96, 1.1]
+    assert shrinkage.pick(some, overstated) == 0 and shrinkage.pick(quiet, overstated) == 1
+    tried = [shrinkage.parts(noise) for noise in (0.001, quiet, some, noisy, loud)]
+    assert tried == [(0.0,), (0.0, 0.1, 0.3, 1.0), (0.0, 0.1, 0.3, 1.0), (1.0, 0.3, 0.1), (3.0, 1.0, 0.3)]
+
+
+def test_groups_choose_alone_until_their_errors_rise():
+    noise = np.array([[0.1, 0.1], [0.1, 0.1], [0.6, 0.1], [0.9, 0.1], [0.001, 0.1]])
+    errors = [
+        {0.0: 5, 0.1: 6, 0.3: 1, 1.0: 1},
+        {0.0: 5, 0.1: 4, 0.3: 3, 1.0: 4},
+        {1.0: 9, 0.3: 7, 0.1: 8},
+        {3.0: 2, 1.0: 3, 0.3: 1},
+        {0.0: 8},
+    ]
+    seen = []
+
+    def held(c):
+        seen.append(c)
+        return np.array([each[one] for each, one in zip(errors, c, strict=True)], np.float64)
+
+    c, least = shrinkage.chosen(noise, held)
+    assert c.tolist() == [0.0, 0.3, 0.3, 3.0, 0.0] and least.tolist() == [5, 3, 7, 2, 8] and len(seen) == 4
+    for g in range(len(noise)):
+        alone = shrinkage.chosen(noise[g : g + 1], lambda one, g=g: np.array([float(errors[g][one[0]])]))
+        assert [each.tolist() for each in alone] == [[c[g]], [least[g]]]
 
 
 def new_rows(many, seed=11):
