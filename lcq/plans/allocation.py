@@ -194,13 +194,14 @@ def pareto(
             "expected fn= and calibration=, whose outputs say what a choice costs, or neither, got only "
             + ("calibration" if fn is None else "fn")
         )
-    output_error = None if fn is None or calibration is None else OutputError(fn, params, calibration)
+    for path in tasks:
+        check_finite(path, leaves[path])
     other = sum(size.bits for path, size in sizes(params).items() if path not in tasks)
     numbers = sum(math.prod(np.shape(leaf)) for leaf in leaves.values())
     budget = _budget(bytes, bits_per_weight, numbers)
+    output_error = None if fn is None or calibration is None else OutputError(fn, params, calibration)
     points = []
     for number, (path, given) in enumerate(tasks.items(), 1):
-        check_finite(path, leaves[path])
         h = None if importance is None else importance[path]
         points.append([_point(leaves[path], task, h, coded, output_error) for task in given])
         if progress is not None:

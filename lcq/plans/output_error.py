@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from lcq.forms.base import is_form
 from lcq.forms.dtypes import wider
 from lcq.ptq.batches import checked_batches, told_how_called
 from lcq.tree.aliases import Batch, Function, Params
@@ -23,7 +24,7 @@ class OutputError:
 
     Args:
         fn: (params, batch) -> a tree.
-        params: w.
+        params: w; of leaves that are forms already what they stand for.
         calibration: batches of inputs.
 
     Raises:
@@ -31,7 +32,8 @@ class OutputError:
     """
 
     def __init__(self, fn: Function, params: Params, calibration: Iterable[Batch]) -> None:
-        self._leaves, structure = flatten(params)
+        leaves, structure = flatten(params)
+        self._leaves = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
         self._batches = checked_batches(calibration)
 
         @jax.jit
@@ -54,7 +56,9 @@ class OutputError:
         every = [[float(jnp.abs(a).max(initial=0)) for a in made] for made in given]
         for number, made in enumerate(every):
             if not np.isfinite(made).all():
-                raise ValueError(f"batch {number}: expected finite outputs of fn, got NaN or an infinity; drop it")
+                raise ValueError(
+                    f"batch {number}: expected finite outputs of fn, got NaN or an infinity; drop it, or mend params"
+                )
         most = np.max(every, 0)
         if not most.any():
             raise ValueError("fn: expected an output that is not always zero, got zeros alone; pass other batches")

@@ -85,7 +85,10 @@ def test_leaves_that_matter_to_the_outputs_get_the_bits():
     schemes = {"a|b": [lcq.Uniform(2, per="channel"), lcq.Uniform(6, per="channel")]}
     for one, other in ((0, 1), (1, 0)):
         params = dict(zip(("a", "b"), (w, w[::-1]), strict=True))
-        swapped = lambda p, x, i=one: fn({"a": p["ab"[i]], "b": p["ab"[1 - i]]}, x)  # noqa: E731
+
+        def swapped(p, x, i=one):
+            return fn({"a": p["ab"[i]], "b": p["ab"[1 - i]]}, x)
+
         plan = lcq.pareto(params, schemes, bytes=56, fn=swapped, calibration=[normal(9, 6)], coded=False)
         assert [choice.scheme.bits for choice in plan.choices] == ([6, 2] if other else [2, 6])
         assert plan.plan.rules == tuple(choice.rule for choice in plan.choices)
@@ -117,6 +120,21 @@ def test_numbers_near_the_largest_are_counted_and_zeros_are_not():
 def test_bad_input_is_named(given, said):
     with pytest.raises(ValueError, match=said):
         lcq.pareto(PARAMS, CHOICES, bytes=99, **given)
+
+
+def test_a_leaf_that_is_not_finite_is_named_before_the_batch():
+    with pytest.raises(ValueError, match=r"^in: expected finite"):
+        lcq.pareto(PARAMS | {"in": PARAMS["in"] * jnp.nan}, CHOICES, bytes=99, fn=net, calibration=BATCHES)
+
+
+def test_leaves_that_are_forms_already_count_as_what_they_stand_for():
+    forms = lcq.compress(PARAMS, [lcq.Rule("in", lcq.Binary())])
+    plans = [
+        lcq.pareto(params, {"out": SCHEMES[:1]}, bytes=180, fn=net, calibration=BATCHES, coded=False)
+        for params in (forms, lcq.decompress(forms))
+    ]
+    errors = [[choice.distortion for choice in plan.choices if choice.path == "out"] for plan in plans]
+    np.testing.assert_allclose(*errors)
 
 
 def test_a_batch_of_several_parts_is_told_how_it_is_passed():
