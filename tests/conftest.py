@@ -47,19 +47,22 @@ import jaxtyping  # noqa: E402
 
 
 def checked(function):
-    """beartype, an int being a float, except for `Self`, which it refuses where it does not decorate the class.
-
-    It is given a body of one line for a signature, and for a function in a function at every call of the outer one:
-    equal signatures of one name are looked at once.
-    """
+    """`whole`, for the bodies of one line that jaxtyping makes of a signature, of a function in a function at each call
+    of the outer one: equal signatures of one name are looked at once."""
     hints = getattr(function, "__annotations__", {})
-    hints.update({name: typing.Any for name, hint in hints.items() if hint is typing.Self})
     defaults = function.__defaults__, *(function.__kwdefaults__ or {}).items()
     signature = function.__module__, function.__qualname__, function.__code__, *hints.items(), *defaults
     try:
-        return checks.get(signature) or checks.setdefault(signature, check(function))
+        return checks.get(signature) or checks.setdefault(signature, whole(function))
     except TypeError:  # a default that has no hash
-        return check(function)
+        return whole(function)
+
+
+def whole(function):
+    """beartype, an int being a float, except for `Self`, which it refuses where it does not decorate the class."""
+    hints = getattr(function, "__annotations__", {})
+    hints.update({name: typing.Any for name, hint in hints.items() if hint is typing.Self})
+    return check(function)
 
 
 check = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
@@ -67,19 +70,20 @@ checks = {}
 
 
 def jaxtyped(function=None, *, typechecker):
-    """jaxtyping's, which binds the arguments of every call and looks at them twice, where there are shapes to compare;
-    for a function in a function, of which it checks an empty twin that is made once; and for names of other modules."""
+    """jaxtyping's where there are shapes to compare, elsewhere `whole`: jaxtyping's binds the arguments of every call
+    and looks at them twice. It has functions in functions too, for which `checked` is made, and names of other modules
+    that beartype cannot resolve."""
     if function is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
     hints = repr(list(getattr(function, "__annotations__", {}).values()))
     apart = isinstance(function, type) or "<locals>" in function.__qualname__
     if apart or "jaxtyping" in hints or "ForwardRef" in hints:
         return jaxtyping_jaxtyped(function, typechecker=typechecker)
-    whole = typechecker(function)
+    looked_at = whole(function)
 
     @functools.wraps(function)
     def switched(*args, **kwargs):
-        return (function if jaxtyping.config.jaxtyping_disable else whole)(*args, **kwargs)
+        return (function if jaxtyping.config.jaxtyping_disable else looked_at)(*args, **kwargs)
 
     return switched
 
