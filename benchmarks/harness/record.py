@@ -56,7 +56,8 @@ def _module() -> str:
 
 def _argument(given: str) -> str:
     """An argument as it was given, but for the folders of this machine."""
-    return Path(given).name if Path(given).is_absolute() else given
+    option, equals, value = given.rpartition("=")
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def _git(*args: str) -> str:

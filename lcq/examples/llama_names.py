@@ -226,7 +226,7 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
     """`Config` of the config.json in a folder of Hugging Face.
 
     Raises:
-        ValueError: a net that is no llama, or one that this decoder does not compute.
+        ValueError: a net that is no llama, or one that this decoder does not compute; a config.json that is no object.
         FileNotFoundError: no config.json there.
     """
     path = Path(folder) / "config.json"

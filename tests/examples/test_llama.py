@@ -240,6 +240,13 @@ def test_configs_of_hugging_face(tmp_path, change, complaint):
             read_config(tmp_path)
 
 
+@pytest.mark.parametrize(("text", "complaint"), [("[1]", "an object of JSON, got list"), ('{"a": ', "expected JSON")])
+def test_a_config_that_is_no_object(tmp_path, text, complaint):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json: .*{complaint}"):
+        read_config(tmp_path)
+
+
 @pytest.mark.parametrize(("halves", "tied"), [(False, True), (True, False)])
 def test_a_folder_of_hugging_face(halves, tied, tmp_path):
     params, config = make(tied=tied), Config(HEADS, 1e-5, 100.0, halves)
