@@ -227,13 +227,13 @@ def to_json(value: object) -> str:
 
 
 def read_object(path: Path) -> dict[str, Json]:
-    """The object of JSON that a file holds.
+    """The object of JSON that a file of another program holds, which may have an infinity, or a key twice.
 
     Raises:
         ValueError: it holds something else.
     """
     try:
-        found = parse(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from error
     if not isinstance(found, dict):

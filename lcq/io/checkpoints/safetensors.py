@@ -5,9 +5,10 @@ from pathlib import Path
 
 import safetensors.numpy
 
+from lcq.forms.base import is_form
 from lcq.io.atomic import replacing
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
-from lcq.io.checkpoints.quantized import FACTS, quantization_of, with_forms
+from lcq.io.checkpoints.quantized import FACTS, quantization_of, warn_of_scales, with_forms
 from lcq.io.checkpoints.shards import is_sharded, read_tensors
 from lcq.io.container import check_names
 from lcq.io.facts import Facts
@@ -41,11 +42,7 @@ class Safetensors(CheckpointFormat):
         return _read(path, dense=False)
 
     def read_lazily(self, path: Path) -> Checkpoint:
-        tensors = read_tensors(path, lazy=True)
-        if quantization_of(path, tensors.arrays) is not None:
-            raise ValueError(f"{path}: expected arrays for lazy=True, got codes; leave it out, codes are read whole")
-        of_torch = tensors.metadata.get("format") == "pt"
-        return Checkpoint(nested(path, tensors.arrays), tensors.metadata, "oi" if of_torch else None)
+        return _read(path, dense=True, lazy=True)
 
     def write(self, path: Path, leaves: list[Leaf], metadata: dict[str, str]) -> None:
         check_names(leaf.path for leaf in leaves)
@@ -54,9 +51,12 @@ class Safetensors(CheckpointFormat):
             file.write(data)
 
 
-def _read(path: Path, *, dense: bool) -> Checkpoint:
-    tensors = read_tensors(path)
+def _read(path: Path, *, dense: bool, lazy: bool = False) -> Checkpoint:
+    tensors = read_tensors(path, lazy)
     config = quantization_of(path, tensors.arrays)
+    if lazy and config is not None:
+        raise ValueError(f"{path}: expected arrays for lazy=True, got codes; leave it out, codes are read whole")
     arrays = tensors.arrays if config is None else with_forms(path, tensors.arrays, config, dense=dense)
+    warn_of_scales(path, {name: array for name, array in arrays.items() if not is_form(array)})
     of_torch = config is not None or tensors.metadata.get("format") == "pt"
     return Checkpoint(nested(path, arrays), tensors.metadata, "oi" if of_torch else None)

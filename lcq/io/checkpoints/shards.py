@@ -10,6 +10,7 @@ from a set of shards that is not whole: every tensor is in the index once, and i
 else. Strings that the files' headers hold as metadata are kept; those on which shards differ are not.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from lcq.io.mapped import MappedArray
 INDEX = ".safetensors.index.json"
 """How the name of an index ends."""
 
+_PART = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 _SEVERAL = 4  # names that an error lists
 
 
@@ -61,6 +63,11 @@ def _in_folder(folder: Path) -> Path:
     """The one index, or the one file, of a folder."""
     indices, files = (sorted(folder.glob(pattern)) for pattern in (f"*{INDEX}", "*.safetensors"))
     found = indices or files
+    if not indices and any(int(part[1]) > 1 for file in files if (part := _PART.search(file.name))):
+        raise ValueError(
+            f"{folder}: expected an index *{INDEX} beside shards, got {len(files)} files as {files[0].name} and none; "
+            "get the whole checkpoint, or name the one file you mean"
+        )
     if len(found) != 1:
         names = ", ".join(each.name for each in found[:_SEVERAL])
         why = "" if indices else f" and no *{INDEX}"

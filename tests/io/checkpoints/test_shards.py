@@ -42,6 +42,19 @@ def test_a_folder_with_one_file(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("there", [FILES[:1], FILES])
+def test_shards_without_an_index_are_not_whole(tmp_path, there):
+    """One of two would be read as a small checkpoint."""
+    for name in there:
+        save_file({name: A}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"expected an index .* beside shards, got {len(there)} files as {FILES[0]}"):
+        read(tmp_path)
+    assert list(read(tmp_path / FILES[0])) == [FILES[0]]
+    (tmp_path / "one").mkdir()
+    save_file({"w": A}, tmp_path / "one" / "model-00001-of-00001.safetensors")
+    assert list(read(tmp_path / "one")) == ["w"]
+
+
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
