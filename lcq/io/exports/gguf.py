@@ -24,10 +24,11 @@ from lcq.io.exports.gguf_metadata import metadata_of
 from lcq.io.exports.gguf_tokenizer import padded_to, tokenizer_fields
 from lcq.io.exports.grids import Kind, as_matrix, grid_of, kind_of, matrix_shape, rotary_order
 from lcq.io.exports.leaves import NO_TARGET, Item
-from lcq.io.exports.steps import moved, rounded, turned
+from lcq.io.exports.steps import cast, moved, rounded, turned
 from lcq.io.facts import Facts
 from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType, gguf_header
 
+_AXES, _LONGEST_NAME = 4, 63
 _FLOATS = ("F32", "F16", "BF16")
 _PLAIN, _SHIFTED = ("TQ2_0", "Q4_0", "Q5_0", "Q8_0"), ("Q4_1", "Q5_1")
 
@@ -57,6 +58,11 @@ class Gguf(ExportFormat):
         self._words = tokenizer_fields(path, pre if isinstance(pre, str) else None)
 
     def declare(self, item: Item) -> dict[str, Tensor]:
+        if len(item.name.encode()) > _LONGEST_NAME:
+            raise ValueError(
+                f"expected a name of at most {_LONGEST_NAME} bytes, as llama.cpp reads them, got {item.name!r}; say "
+                f"lcq.io.Name({item.path!r}, 'NAME')"
+            )
         if isinstance(item.value, Codes):
             kind, block = block_of(item)
             blocks = kind.outputs * (kind.inputs // block.length)
@@ -64,6 +70,8 @@ class Gguf(ExportFormat):
         shape, name = item.value.shape, _type_of(item)
         if item.rule.layout is not None and len(shape) > 1:
             shape = matrix_shape(shape, item.rule.layout)
+        if len(shape) > _AXES:
+            raise ValueError(f"expected at most {_AXES} axes, got {list(shape)}; leave this leaf out: name=None")
         return {item.name: Tensor(shape, name, int(np.prod(shape, dtype=np.int64)) * TENSOR_DTYPES[name].itemsize)}
 
     def encode(self, item: Item) -> Encoded:
@@ -74,8 +82,7 @@ class Gguf(ExportFormat):
         if rule.layout is not None and array.ndim > 1:
             outputs, _ = matrix_shape(array.shape, rule.layout)
             array = as_matrix(array, rule.layout)[rotary_order(outputs, rule.heads)]
-        made = _cast(array, TENSOR_DTYPES[name])
-        error = _distance(made, array)
+        made, error = cast(array, TENSOR_DTYPES[name])
         return Encoded({item.name: made}, name, error, f"{array.dtype} to {name}" if error else "")
 
     def write(
@@ -173,31 +180,9 @@ def _encode_blocks(item: Item) -> Encoded:
     least = None
     if grid.zero is not None:
         least = -np.repeat(grid.zero.astype(np.float64), kind.group // block.length, axis=1) * scale
-    made = Blocks(codes, rounded(scale, "float16"), None if least is None else _cast(least, np.dtype(np.float16)))
+    made = Blocks(codes, rounded(scale, "float16"), None if least is None else cast(least, np.dtype(np.float16))[0])
     error = moved(codes, np.asarray(block.levels), (made.scale, made.minimum), (scale, least))
     words = "scales" if least is None else "scales and minima"
     return Encoded(
         {item.name: block.pack(made)}, f"{block.name} {kind.words}", error, f"{words} to float16" if error else ""
     )
-
-
-def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Numbers in another format.
-
-    Raises:
-        ValueError: some that overflow.
-    """
-    with np.errstate(over="ignore"):
-        made = array.astype(dtype)
-    if not np.isfinite(made).all() and np.isfinite(array).all():
-        most = np.abs(array).max()
-        raise ValueError(f"expected numbers that {dtype} holds, got some up to {most:.1e}; say type='BF16'")
-    return made
-
-
-def _distance(made: np.ndarray, array: np.ndarray) -> float:
-    if made.dtype == array.dtype:
-        return 0.0
-    before = array.astype(np.float64)
-    norm = float(np.linalg.norm(before))
-    return float(np.linalg.norm(made.astype(np.float64) - before)) / norm if norm else 0.0

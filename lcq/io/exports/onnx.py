@@ -3,7 +3,7 @@
     MatMul(x, W), Gemm(x, W, c), Einsum("..k,kn->..n", x, W)  ->  MatMulNBits(x, codes, scales, zeros) (+ c)
 
     codes   uint8 [out, ceil(in / g), g b / 8]   b of 2, 4 or 8 bits, the first in the lowest; g a power of 2 from 16
-    scales  float32 [out, ceil(in / g)]
+    scales  [out, ceil(in / g)], as the weight was
     zeros   uint8 [out, ceil(ceil(in / g) b / 8)], packed likewise; without, 2^(b-1)
 
 `accuracy_level=1`: ONNX Runtime then computes with the activations as they are, where its default for DequantizeLinear
@@ -17,6 +17,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped, UInt, UInt8
 
@@ -35,18 +36,25 @@ from lcq.io.exports.onnx_graph import (
     MICROSOFT,
     NODE,
     OPSETS,
+    Holder,
     Node,
+    holder_of,
     is_product,
+    is_turned,
     name_of,
     node,
     node_of,
 )
-from lcq.io.exports.steps import whole_zeros
+from lcq.io.exports.steps import cast, whole_zeros
 from lcq.io.facts import Facts
 from lcq.io.layouts.protobuf import Field, field, fields, opened
 
 _BITS = (2, 4, 8)
-_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int16": 5, "int32": 6, "int64": 7, "bool": 9, "float16": 10}
+_TYPES = {
+    **{"float32": 1, "uint8": 2, "int8": 3, "int16": 5, "int32": 6, "int64": 7, "bool": 9, "float16": 10},
+    **{"float64": 11, "bfloat16": 16},
+}
+_SCALES = ("float32", "float16", "bfloat16")
 _SMALL = {"uint4": 21, "int4": 22, "uint2": 25, "int2": 26}
 _MOST = 1 << 31
 
@@ -62,9 +70,9 @@ class Onnx(ExportFormat):
     def facts(cls) -> Facts:
         return Facts(
             "`.onnx` for ONNX Runtime, of a dense model in ONNX: MatMulNBits",
-            f"{', '.join(_TYPES)}; shorter floats become float32",
+            f"{', '.join(_TYPES)}; floats become those of the model",
             f"{', '.join(map(str, _BITS))} bits, in groups of multiples of 16 or by channel, with zeros or without",
-            f"weights that are used in other ways than x W; 2 GiB; {NO_TARGET}",
+            f"weights that are used in other ways than x W, or float64; 2 GiB; {NO_TARGET}",
         )
 
     def __init__(self, config: Mapping[str, Json]) -> None:
@@ -74,7 +82,7 @@ class Onnx(ExportFormat):
                 "expected config={'model': path} of the dense function in ONNX, got none; write it with "
                 "jax2onnx.to_onnx, its weights being arguments or constants"
             )
-        path = Path(config["model"])
+        path = self._path = Path(config["model"])
         with open(path, "rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
@@ -84,10 +92,13 @@ class Onnx(ExportFormat):
                 raise ValueError("no graph in it")
             self._graph = list(fields(graphs[0]))
             self._nodes = [node_of(f.value) for f in self._graph if f.number == NODE and not isinstance(f.value, int)]
-            holders = [(name_of(f), f) for f in self._graph if f.number in (INITIALIZER, INPUT)]
+            entries = [f for number in (INITIALIZER, INPUT) for f in self._graph if f.number == number]
+            self._holders: dict[str, Holder] = {}
+            for each in entries:
+                self._holders.setdefault(name_of(each), holder_of(each))
         except (ValueError, StopIteration) as error:
             raise ValueError(f"{path}: expected an ONNX model, got another file: {error}") from error
-        self._known = {name.replace("/", "."): name for name, _ in holders}
+        self._known = {name.replace("/", "."): name for name in self._holders}
         self._layers: dict[str, tuple[tuple[str, ...], dict[str, int]]] = {}
         self._replaced: set[str] = set()
 
@@ -95,14 +106,14 @@ class Onnx(ExportFormat):
         name = self._name(item)
         self._replaced.add(name)
         if not isinstance(item.value, Codes):
-            return {name: declared(_dtype(item), *item.value.shape)}
-        self._products(name)
+            return {name: declared(self._dtype(item), *self._fitting(name, *item.value.shape))}
+        scales = self._check_products(item, name)
         kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
         group = block_length(kind.group, kind.inputs)
         blocks = -(-kind.inputs // group)
         made = {
             f"{name}_codes": declared("uint8", kind.outputs, blocks, group * bits // 8),
-            f"{name}_scales": declared("float32", kind.outputs, blocks),
+            f"{name}_scales": declared(scales, kind.outputs, blocks),
         }
         if kind.steps.shifted:
             made[f"{name}_zeros"] = declared("uint8", kind.outputs, -(-blocks * bits // 8))
@@ -113,9 +124,12 @@ class Onnx(ExportFormat):
     def encode(self, item: Item) -> Encoded:
         name = self._name(item)
         if not isinstance(item.value, Codes):
-            return Encoded({name: np.asarray(item.value).astype(_dtype(item))}, _dtype(item))
+            dtype = self._dtype(item)
+            array, error = cast(np.asarray(item.value), np.dtype(dtype))
+            return Encoded({name: array}, dtype, error, f"{item.value.dtype} to {dtype}" if error else "")
         kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
-        grid, error = encoded(item, bits, "float32")
+        dtype = self._scales(name)
+        grid, error = encoded(item, bits, dtype)
         group = block_length(kind.group, kind.inputs)
         blocks = -(-kind.inputs // group)
         padded = np.pad(grid.codes, ((0, 0), (0, blocks * group - kind.inputs)))
@@ -127,7 +141,8 @@ class Onnx(ExportFormat):
             made[f"{name}_zeros"] = packed_bytes(
                 _each_block(whole_zeros(grid.zero, bits), kind.group, group, blocks), bits
             )
-        return Encoded(made, f"MatMulNBits of {bits} bits, blocks of {group}", error)
+        what = f"MatMulNBits of {bits} bits, blocks of {group}"
+        return Encoded(made, what, error, f"scales to {dtype}" if error else "")
 
     def write(
         self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
@@ -138,6 +153,12 @@ class Onnx(ExportFormat):
         around: list[bytes | memoryview] = [each.raw for each in self._model if each.number != GRAPH]
         if self._layers and not any(f.number == OPSETS and MICROSOFT.encode() in bytes(f.raw) for f in self._model):
             around.append(field(OPSETS, field(1, MICROSOFT) + field(2, 1)))
+        kept = [name for name, each in self._holders.items() if each.outside and name not in self._replaced]
+        if kept and path.resolve().parent != self._path.resolve().parent:
+            raise ValueError(
+                f"{path}: expected to stand beside {self._path}, as {len(kept)} of its weights are in another file "
+                f"there, {kept[0]} among them; write to {self._path.parent / path.name}, or save the model as one file"
+            )
         if inner + sum(map(len, around)) >= _MOST:
             raise ValueError(f"expected a model below 2 GiB, as protobuf holds, got {inner:,} bytes; use fewer bits")
         with replacing(path) as file:
@@ -164,6 +185,65 @@ class Onnx(ExportFormat):
         if not used:
             raise ValueError(f"expected {name!r} to be used in a product, got no use; leave it out: Name(.., None)")
         return used
+
+    def _check_products(self, item: Item, name: str) -> str:
+        """The dtype of the scales of codes, which products take in the place of a weight.
+
+        Raises:
+            ValueError: other uses, or other axes or numbers in the model.
+        """
+        assert isinstance(item.value, Codes)
+        kind = kind_of(item.value, item.rule.layout)
+        for each in self._products(name):
+            self._fitting(name, *((kind.outputs, kind.inputs) if is_turned(each) else (kind.inputs, kind.outputs)))
+        return self._scales(name)
+
+    def _fitting(self, name: str, *shape: int) -> tuple[int, ...]:
+        """A shape, as the model has it.
+
+        Raises:
+            ValueError: it has another.
+        """
+        wanted = self._holders[name].shape
+        if wanted is not None and tuple(w or n for w, n in zip(wanted, shape, strict=False)) != shape:
+            raise ValueError(
+                f"expected the shape {list(wanted)}, as {name!r} has in the model, got {list(shape)}; correct the "
+                "name, or its layout="
+            )
+        return shape
+
+    def _type(self, name: str, other: str) -> str:
+        """The dtype in the model; another if it says none.
+
+        Raises:
+            ValueError: one that numpy does not have.
+        """
+        number = self._holders[name].type
+        known = {0: other} | {number: dtype for dtype, number in _TYPES.items()}
+        if number not in known:
+            raise ValueError(
+                f"expected one of {', '.join(_TYPES)} in the model, got type {number}; leave this leaf out"
+            )
+        return known[number]
+
+    def _scales(self, name: str) -> str:
+        dtype = self._type(name, "float32")
+        if dtype not in _SCALES:
+            raise ValueError(f"expected a weight of {', '.join(_SCALES)} in the model, got {dtype}; write it so")
+        return dtype
+
+    def _dtype(self, item: Item) -> str:
+        """That of an array in the model: floating-point ones become what is there.
+
+        Raises:
+            ValueError: numbers of another kind, or such as the format does not have.
+        """
+        dtype = str(item.value.dtype)
+        made = self._type(self._name(item), "float32" if dtype == "bfloat16" else dtype)
+        floats = all(jnp.issubdtype(each, jnp.floating) for each in (dtype, made))
+        if made not in _TYPES or (dtype != made and not floats):
+            raise ValueError(f"expected {made if dtype in _TYPES else ', '.join(_TYPES)}, got {dtype}; make it another")
+        return made
 
     def _first_nodes(self) -> list[bytes | memoryview]:
         """Nodes that go before those of the model."""
@@ -195,16 +275,6 @@ class Onnx(ExportFormat):
 
 def declared(dtype: str, *shape: int) -> Tensor:
     return Tensor(shape, dtype, math.prod(shape) * np.dtype(dtype).itemsize)
-
-
-def _dtype(item: Item) -> str:
-    """That of an array in the model; shorter floating-point ones are float32 there."""
-    dtype = str(item.value.dtype)
-    if dtype == "bfloat16":
-        return "float32"
-    if dtype not in _TYPES:
-        raise ValueError(f"expected one of {', '.join(_TYPES)}, got {dtype}; make it another first")
-    return dtype
 
 
 def block_length(group: int, inputs: int) -> int:

@@ -4,7 +4,7 @@
 
     codes   int4 or int8 [in, out] without zeros, uint4 or uint8 with; of Gemm's transposed weights [out, in]
             from opset 25 on also int2 and uint2
-    scales  float32 [in / g, out], or [out]
+    scales  [in / g, out], or [out], as the weight was
     zeros   as codes, of the shape of scales
 
 Every runtime of ONNX has it, and it decodes exactly. But by default ONNX Runtime makes one kernel of it and the
@@ -26,7 +26,7 @@ from lcq.io.exports.grids import kind_of
 from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.linear import bits_of, encoded
 from lcq.io.exports.onnx import Onnx, declared, packed_bytes
-from lcq.io.exports.onnx_graph import node, opset_of
+from lcq.io.exports.onnx_graph import is_turned, node, opset_of
 from lcq.io.exports.steps import whole_zeros
 from lcq.io.facts import Facts
 
@@ -67,14 +67,14 @@ class OnnxDequantize(Onnx):
             return super().declare(item)
         name = self._name(item)
         self._replaced.add(name)
-        turned = self._turned(name)
+        turned, scales = self._turned(name), self._check_products(item, name)
         kind, bits = kind_of(item.value, item.rule.layout), bits_of(item, self._bits)
         shape, dtype = (kind.inputs, kind.outputs), f"{'u' * kind.steps.shifted}int{bits}"
         blocks = kind.inputs // kind.group
         groups = (kind.outputs,) if blocks == 1 else (blocks, kind.outputs)
         if turned:
             shape, groups = shape[::-1], groups[::-1]
-        made = {f"{name}_codes": _of_bits(dtype, shape), f"{name}_scales": declared("float32", *groups)}
+        made = {f"{name}_codes": _of_bits(dtype, shape), f"{name}_scales": declared(scales, *groups)}
         if kind.steps.shifted:
             made[f"{name}_zeros"] = _of_bits(dtype, groups)
         axis = int(turned) if blocks > 1 else int(not turned)
@@ -87,7 +87,8 @@ class OnnxDequantize(Onnx):
             return super().encode(item)
         name, bits = self._name(item), bits_of(item, self._bits)
         kind, turned = kind_of(item.value, item.rule.layout), self._turned(name)
-        grid, error = encoded(item, bits, "float32")
+        scales = self._scales(name)
+        grid, error = encoded(item, bits, scales)
         half = 0 if kind.steps.shifted else 1 << (bits - 1)
 
         def laid(numbers: np.ndarray) -> np.ndarray:
@@ -97,7 +98,8 @@ class OnnxDequantize(Onnx):
         made = {f"{name}_codes": packed_bytes(laid(signed), bits), f"{name}_scales": laid(grid.scale)}
         if grid.zero is not None:
             made[f"{name}_zeros"] = packed_bytes(laid(whole_zeros(grid.zero, bits)), bits)
-        return Encoded(made, f"{'u' * kind.steps.shifted}int{bits} {kind.words}", error)
+        what = f"{'u' * kind.steps.shifted}int{bits} {kind.words}"
+        return Encoded(made, what, error, f"scales to {scales}" if error else "")
 
     def write(
         self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
@@ -114,7 +116,7 @@ class OnnxDequantize(Onnx):
         Raises:
             ValueError: it has it both ways.
         """
-        ways = {each.op == "Gemm" and bool(each.attributes.get("transB", 0)) for each in self._products(name)}
+        ways = {is_turned(each) for each in self._products(name)}
         if len(ways) > 1:
             raise ValueError(f"expected {name!r} to be used one way, got Gemm with transB and another; make it dense")
         return ways.pop()

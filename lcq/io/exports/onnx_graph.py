@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lcq.io.layouts.protobuf import Field, field, fields
+from lcq.io.layouts.protobuf import Field, field, fields, read_varint
 
 GRAPH, OPSETS = 7, 8
 NODE, INITIALIZER, INPUT = 1, 5, 11
@@ -64,6 +64,49 @@ def nodes_of(graph: memoryview) -> Iterator[Node]:
     return (node_of(_bytes(f)) for f in fields(graph) if f.number == NODE)
 
 
+class Holder(NamedTuple):
+    """What a model says of an array that an initializer holds, or an input is.
+
+    Attributes:
+        type: number of its elements' type; 0 if it says none.
+        shape: None if it says none; of an axis whose length is not said, None.
+        outside: whether its numbers are in another file.
+    """
+
+    type: int
+    shape: tuple[int | None, ...] | None
+    outside: bool = False
+
+
+def holder_of(entry: Field) -> Holder:
+    """What an initializer or an input is."""
+    found = list(fields(_bytes(entry)))
+    if entry.number == INITIALIZER:
+        shape = tuple(n for f in found if f.number == 1 for n in _numbers(f))
+        return Holder(_number(found, 2), shape, _number(found, 14) == 1)
+    inner = next((list(fields(_bytes(f))) for f in found if f.number == 2), [])
+    tensor = next((list(fields(_bytes(f))) for f in inner if f.number == 1), [])
+    axes = next(
+        ([list(fields(_bytes(a))) for a in fields(_bytes(f)) if a.number == 1] for f in tensor if f.number == 2), None
+    )
+    return Holder(_number(tensor, 1), None if axes is None else tuple(_number(axis, 1) or None for axis in axes))
+
+
+def _number(message: Sequence[Field], number: int) -> int:
+    return next((f.value for f in message if f.number == number and isinstance(f.value, int)), 0)
+
+
+def _numbers(entry: Field) -> Iterator[int]:
+    """Of a repeated field, whose numbers are fields or lie packed in one."""
+    if isinstance(entry.value, int):
+        yield entry.value
+        return
+    at = 0
+    while at < len(entry.value):
+        number, at = read_varint(entry.value, at)
+        yield number
+
+
 def name_of(entry: Field) -> str:
     """The name of an initializer or an input."""
     number = 8 if entry.number == INITIALIZER else 1
@@ -93,6 +136,11 @@ def is_product(node: Node, name: str) -> bool:
         found = re.fullmatch(r"(\w*)(\w),\2(\w)->\1\3", str(node.attributes.get("equation", "")).replace(" ", ""))
         return found is not None and len(set("".join(found.groups()))) == len(found[1]) + 2
     return node.op == "MatMul"
+
+
+def is_turned(node: Node) -> bool:
+    """Whether a product has its weight as [out, in]."""
+    return node.op == "Gemm" and bool(node.attributes.get("transB", 0))
 
 
 def node(op: str, inputs: Sequence[str], outputs: Sequence[str], domain: str = "", **attributes: int) -> bytes:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num, UInt
+from jaxtyping import Float, Num, Shaped, UInt
 
 from lcq.forms import Codes
 from lcq.forms.bitpack import width
@@ -144,6 +144,25 @@ def rounded(numbers: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, 
             "weights by a number, or choose a format with other scales"
         )
     return made
+
+
+def cast(numbers: Shaped[np.ndarray, "..."], dtype: np.dtype) -> tuple[np.ndarray, float]:
+    """Numbers in another format, and how far that moved them, ||x' - x|| / ||x||.
+
+    Raises:
+        ValueError: some that overflow.
+    """
+    if numbers.dtype == dtype:
+        return numbers, 0.0
+    with np.errstate(over="ignore"):
+        made = numbers.astype(dtype)
+    before = numbers.astype(np.float64)
+    if not np.isfinite(made).all() and np.isfinite(before).all():
+        raise ValueError(
+            f"expected numbers that {dtype} holds, got some up to {np.abs(before).max():.1e}; choose another type"
+        )
+    norm = float(np.linalg.norm(before))
+    return made, float(np.linalg.norm(made.astype(np.float64) - before)) / norm if norm else 0.0
 
 
 def moved(codes: UInt[np.ndarray, "rows groups g"], levels: Float[np.ndarray, " k"], new: Lines, old: Lines) -> float:

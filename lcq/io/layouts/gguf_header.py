@@ -11,6 +11,7 @@ Source: ggml/docs/gguf.md, version 3.
 
 import struct
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,8 @@ TENSOR_DTYPES = {
 
 Scalar = str | bool | int | float | np.generic
 Value = TypeAliasType("Value", "Scalar | Sequence[Scalar] | np.ndarray")
-"""What metadata hold. Numbers of numpy keep their type; an int of Python is uint32 if it fits, a float is float32."""
+"""What metadata hold. Numbers of numpy keep their type; an int of Python is uint32 if it fits, in a list
+int32, a float is float32, each wider if it has to be."""
 
 _NUMBERS = ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "?", None, None, "u8", "i8", "f8")
 _CODES = {np.dtype(name): code for code, name in enumerate(_NUMBERS) if name is not None}
@@ -57,7 +59,7 @@ def gguf_header(metadata: Mapping[str, Value], tensors: Mapping[str, tuple[Seque
     for key, value in metadata.items():
         try:
             parts += [_string(key), _value(value)]
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError, StopIteration) as error:
             raise ValueError(f"{key}: expected a string, a number, or a list of either, got {value!r:.80}") from error
     offset = 0
     for name, (shape, kind, size) in tensors.items():
@@ -91,18 +93,34 @@ def _little(array: np.ndarray) -> bytes:
 
 
 def _array(values: Sequence[object]) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "bif":
+    """Numbers of one kind in the first type that holds all."""
+    if all(isinstance(value, bool | np.bool_) for value in values):
+        return np.asarray(values, bool)
+    if all(isinstance(value, int | np.integer) for value in values):
+        return np.asarray(
+            values, next(kind for kind in ("i4", "u4", "i8", "u8") if all(_fits(v, kind) for v in values))
+        )
+    if not all(isinstance(value, int | float | np.integer | np.floating) for value in values):
         raise ValueError
-    return array.astype({"b": "?", "i": "i4", "f": "f4"}[array.dtype.kind], casting="same_kind")
+    return np.asarray(values, np.result_type(*map(_float, np.asarray(values, np.float64))))
 
 
 def _scalar(value: object) -> np.generic:
     if isinstance(value, bool):
         return np.bool_(value)
     if isinstance(value, int):
-        kinds = (np.uint32, np.int32, np.uint64, np.int64)
-        return next(kind(value) for kind in kinds if np.iinfo(kind).min <= value <= np.iinfo(kind).max)
+        return np.dtype(next(kind for kind in ("u4", "i4", "u8", "i8") if _fits(value, kind))).type(value)
     if isinstance(value, float):
-        return np.float32(value)
+        return _float(value)
     raise ValueError
+
+
+def _fits(value: Any, kind: str) -> bool:
+    return np.iinfo(kind).min <= value <= np.iinfo(kind).max
+
+
+def _float(value: float) -> np.floating:
+    """In float32, or in float64 what would overflow there, or vanish."""
+    with np.errstate(over="ignore", under="ignore"):
+        short = np.float32(value)
+    return np.float64(value) if np.isinf(short) != np.isinf(value) or (value and not short) else short

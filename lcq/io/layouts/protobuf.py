@@ -71,22 +71,27 @@ def fields(message: bytes | memoryview) -> Iterator[Field]:
     view, at = memoryview(message), 0
     while at < len(view):
         begin = at
-        key, at = _number(view, at)
+        key, at = read_varint(view, at)
         kind = key & 7
         if kind == 0:
-            value, at = _number(view, at)
+            value, at = read_varint(view, at)
             yield Field(key >> 3, value, view[begin:at])
             continue
         if kind not in (1, 2, 5):
             raise ValueError(f"expected a field of kind 0, 1, 2 or 5, got {kind}: not a message, or damaged")
-        size, at = _number(view, at) if kind == 2 else (8 if kind == 1 else 4, at)
+        size, at = read_varint(view, at) if kind == 2 else (8 if kind == 1 else 4, at)
         if at + size > len(view):
             raise ValueError(f"expected {size} bytes of field {key >> 3}, got {len(view) - at}: damaged")
         yield Field(key >> 3, view[at : at + size], view[begin : at + size])
         at += size
 
 
-def _number(view: memoryview, at: int) -> tuple[int, int]:
+def read_varint(view: memoryview, at: int) -> tuple[int, int]:
+    """A whole number of `varint`, and where it ends.
+
+    Raises:
+        ValueError: it does not.
+    """
     number = shift = 0
     while True:
         if at >= len(view) or shift > 63:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lcq
-from lcq.io import Name, export, llama_names
+from lcq.io import Name, export, llama_names, open_gguf
 from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES
 from tests.io.exports.made import codes, grid, weights
 
@@ -155,6 +155,36 @@ def test_arrays_and_their_types(tmp_path):
     assert file.kinds == kinds and [row.leaf for row in rows if row.error] == ["forced/kernel"]
     np.testing.assert_array_equal(file.tensors["forced.weight"], W.T.astype(np.float16))
     np.testing.assert_array_equal(file.tensors["whole"], np.arange(3))
+
+
+def test_numbers_of_metadata_are_as_wide_as_they_have_to_be(tmp_path):
+    """A list of int32 would wrap round, a float of 1e300 be infinite."""
+    said = {
+        "small": [1, -2],
+        "ids": [5, 2**32 - 1],
+        "wide": [2**40],
+        "most": [2**64 - 1],
+        "big": 1e300,
+        "bigs": [1, 1e-300],
+    }
+    config = LLAMA | {f"x.{key}": value for key, value in said.items()}
+    export({"w": np.ones((2, 2), np.float32)}, tmp_path / "net.gguf", format="gguf", config=config)
+    found = {key: field.value for key, field in open_gguf(tmp_path / "net.gguf").fields.items()}
+    for key, value in said.items():
+        np.testing.assert_array_equal(found[f"x.{key}"], value)
+    assert found["x.small"].dtype == np.int32
+    for bad in (2**64, [2**64, 1], [1, "a"], None):
+        with pytest.raises(ValueError, match=r"x.bad: expected a string, a number"):
+            export({"w": np.ones(2)}, tmp_path / "no.gguf", format="gguf", config=LLAMA | {"x.bad": bad})
+
+
+def test_what_llama_cpp_does_not_read(tmp_path):
+    for tree, message in (
+        ({"w": np.ones((1, 1, 1, 1, 2), np.float32)}, r"w: expected at most 4 axes, got \[1, 1, 1, 1, 2\]"),
+        ({"w" * 64: np.ones(2, np.float32)}, "expected a name of at most 63 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(tree, tmp_path / "net.gguf", format="gguf", config=LLAMA)
 
 
 def test_metadata_keep_their_types(tmp_path):

@@ -12,9 +12,12 @@ B, C = (RNG.normal(size=shape).astype(np.float32) for shape in ((48, 32), (32, 2
 BIAS = RNG.normal(size=32).astype(np.float32)
 
 
-def tensor(name, array):
-    said = b"".join(field(1, n) for n in array.shape) + field(2, 1) + field(8, name) + field(9, array.tobytes())
-    return field(5, said)
+TYPES = {"float32": 1, "float16": 10, "float64": 11}
+
+
+def tensor(name, array, *more):
+    said = b"".join(field(1, n) for n in array.shape) + field(2, TYPES[array.dtype.name]) + field(8, name)
+    return field(5, b"".join([said, field(9, array.tobytes()), *more]))
 
 
 def op(kind, inputs, output, **attributes):
@@ -25,7 +28,13 @@ def op(kind, inputs, output, **attributes):
     return field(1, said)
 
 
-def dense(path, *more, opset=21):
+def argument(name, number, *lengths):
+    """An input of a graph with its type; of an axis a number or a name."""
+    axes = b"".join(field(1, field(1 if isinstance(n, int) else 2, n)) for n in lengths)
+    return field(11, field(1, name) + field(2, field(1, field(1, number) + field(2, axes))))
+
+
+def dense(path, *more, opset=21, dtype=np.float32, outside=False):
     """y = einsum(relu((x A) B + b), C); A is an argument, B lies [out, in]."""
     nodes = [
         op("MatMul", ["x", "a/w"], "h"),
@@ -34,8 +43,9 @@ def dense(path, *more, opset=21):
         op("Einsum", ["r", "c/w"], "y", equation="bk,kn->bn"),
         *more,
     ]
-    held = [tensor("b/w", B.T.copy()), tensor("b", BIAS), tensor("c/w", C)]
-    inputs = [field(11, field(1, name)) for name in ("a/w", "x")]
+    held = [tensor(name, array.astype(dtype)) for name, array in {"b/w": B.T, "c/w": C}.items()]
+    held.append(tensor("b", BIAS.astype(dtype), *[field(14, 1)] * outside))
+    inputs = [argument("a/w", TYPES[np.dtype(dtype).name], 64, 48), field(11, field(1, "x"))]
     graph = b"".join([*nodes, field(2, "g"), *held, *inputs, field(12, field(1, "y"))])
     path.write_bytes(field(1, 10) + field(8, field(1, "") + field(2, opset)) + field(7, graph))
     return {"model": path}
@@ -51,7 +61,7 @@ def run(path, x):
     values, ops = {"x": x}, []
     for entry in (list(fields(f.value)) for f in graph if f.number == 5):
         shape = [f.value for f in entry if f.number == 1]
-        dtype = {1: np.float32, 2: np.uint8}[one(entry, 2)]
+        dtype = {1: np.float32, 2: np.uint8, 10: np.float16}[one(entry, 2)]
         values[bytes(one(entry, 8)).decode()] = np.frombuffer(one(entry, 9), dtype).reshape(shape)
     for entry in (list(fields(f.value)) for f in graph if f.number == 1):
         names = [bytes(f.value).decode() for f in entry if f.number == 1]
@@ -134,3 +144,35 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             export(tree, tmp_path / "net.onnx", format="onnx", names=names, config=config)
         assert not (tmp_path / "net.onnx").exists()
+
+
+def test_scales_have_the_dtype_of_the_model(tmp_path):
+    """MatMulNBits takes scales of the activations' type alone, and so do sums with a bias."""
+    (forms, (a, b, c)), config = (
+        three(grid(-8, 7), 16, scale="float32"),
+        dense(tmp_path / "half.onnx", dtype=np.float16),
+    )
+    report = export({**forms, "bias": BIAS}, tmp_path / "net.onnx", format="onnx", names=NAMES, config=config)
+    assert {row.why for row in report.changed} == {"scales to float16", "float32 to float16"}
+    graph = list(fields(one(list(fields((tmp_path / "net.onnx").read_bytes())), 7)))
+    assert {one(list(fields(f.value)), 2) for f in graph if f.number == 5} == {2, 10}
+    x = RNG.normal(size=(5, 64)).astype(np.float32)
+    expected = np.maximum(x @ a @ b + BIAS, 0) @ c
+    np.testing.assert_allclose(run(tmp_path / "net.onnx", x)[0], expected, rtol=0, atol=2e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("format", ["onnx", "onnx_dequantize"])
+def test_what_does_not_fit_the_model(tmp_path, format):
+    forms = {"a": three(grid(-8, 7), 16)[0]["a"]}
+    plain, apart = dense(tmp_path / "dense.onnx"), dense(tmp_path / "apart.onnx", outside=True)
+    (tmp_path / "other").mkdir()
+    for tree, names, config, message in [
+        (forms, [Name("a", "a.w", "oi")], plain, r"a: expected the shape \[64, 48\], as 'a/w' has .* got \[48, 64\]"),
+        ({"a": BIAS}, NAMES[:1], plain, r"a: expected the shape \[64, 48\], as 'a/w' has in the model, got \[32\]"),
+        ({"bias": np.arange(32)}, NAMES[1:], plain, r"bias: expected float32, got int64; make it another"),
+        (forms, NAMES[:1], dense(tmp_path / "f64.onnx", dtype=np.float64), r"a: expected a weight of float32, float16"),
+        (forms, NAMES[:1], apart, r"net.onnx: expected to stand beside .*apart.onnx, as 1 of its weights .* b among"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            export(tree, tmp_path / "other" / "net.onnx", format=format, names=names, config=config)
+    export(forms, tmp_path / "net.onnx", format=format, names=NAMES[:1], config=apart)
