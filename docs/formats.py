@@ -22,7 +22,7 @@ FUNCTIONS = (
         "a tree of qwix in memory",
         "as they are",
         "int2, int4, int8, unsigned",
-        "codes of float types",
+        "codes of float types, nf4",
     ),
     (
         "out",

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from lcq.forms.dtypes import native
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat, nested
 from lcq.io.container import DTYPES
 from lcq.io.facts import Facts
@@ -76,9 +78,16 @@ def _gather(group: Any, above: str, arrays: dict[str, np.ndarray], h5py: Any) ->
             if place.count("/") > 62:
                 raise ValueError(f"{place[:200]}: expected groups at most 63 deep")
             _gather(here, f"{place}/", arrays, h5py)
-        elif not isinstance(here, h5py.Dataset) or here.dtype not in DTYPES.values():
+        elif not isinstance(here, h5py.Dataset) or (_dtype(here) not in DTYPES.values()):
             raise ValueError(f"{place[:200]}: expected numbers, got {getattr(here, 'dtype', type(here).__name__)}")
         elif here.external or here.is_virtual:
             raise ValueError(f"{place[:200]}: expected numbers in this file, got some in another")
         else:
-            arrays[place] = here[()]
+            arrays[place] = native(np.asarray(here)).view(_dtype(here))
+
+
+def _dtype(data: Any) -> np.dtype:
+    """What the numbers are in this machine's order; HDF5 has no bfloat16, of which Keras keeps the name beside them."""
+    if data.dtype == "V2" and data.attrs.get("dtype") == "bfloat16":
+        return np.dtype(jnp.bfloat16)
+    return data.dtype.newbyteorder("=")

@@ -38,10 +38,15 @@ class Orbax(CheckpointFormat):
     def read(self, path: Path) -> Checkpoint:
         ocp = _orbax(path)
         path = _tree_in(path)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(path.absolute()).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-            return Checkpoint(checkpointer.restore(path.absolute(), restore_args=as_numpy), {})
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                metadata = checkpointer.metadata(path.absolute()).item_metadata.tree
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+                return Checkpoint(checkpointer.restore(path.absolute(), restore_args=as_numpy), {})
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: not an orbax checkpoint of a tree, or damaged: {error!r:.300}; get it again"
+            ) from error
 
     def read_forms(self, path: Path) -> Checkpoint:
         found = self.read(path)

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,6 +34,19 @@ def test_names_are_places_and_that_is_said(tmp_path):
             np.testing.assert_array_equal(tree["layers"][name]["vars"][i], arrays[f"layers/{name}/vars/{i}"])
     with pytest.raises(ValueError, match=r"expected a .safetensors or .npz file, .*to be read alone"):
         write(tmp_path / "other.weights.h5", tree)
+
+
+def test_numbers_that_hdf5_has_no_name_for(tmp_path):
+    """Keras keeps bfloat16 as two bytes without a type, and its name as an attribute; others have another order."""
+    with h5py.File(tmp_path / "net.weights.h5", "w") as file:
+        data = file.create_dataset("layers/dense/vars/0", data=np.array([1.5, -2], jnp.bfloat16))
+        data.attrs["dtype"] = "bfloat16"
+        file["layers/dense/vars/1"] = np.arange(3, dtype=">f4")
+        file["layers/dense/vars/2"] = np.float64(3)
+    with pytest.warns(UserWarning, match="by their order"):
+        found = read(tmp_path / "net.weights.h5")["layers"]["dense"]["vars"]
+    assert [found[i].dtype for i in "012"] == [jnp.bfloat16, np.float32, np.float64] and found["1"].dtype.isnative
+    assert [found[i].tolist() for i in "012"] == [[1.5, -2], [0, 1, 2], 3]
 
 
 def test_files_that_lead_elsewhere(tmp_path):
