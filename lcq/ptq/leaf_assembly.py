@@ -102,8 +102,7 @@ class Assembly:
             part, numbers = numbers[..., :many], numbers[..., many:]
             fields[name] = (part if name == "levels" else part[..., 0]).astype(array.dtype)
         lies: dict[str, Any] = {name: lies_as(a, self._leaf) for name, a in fields.items()}
-        if isinstance(last, Trellis):
-            lies["along"] = paths_along(self.shape, [put.product for put in self._puts], last.length)
+        lies |= axes_of(last, self.shape, [put.product for put in self._puts])
         whole = dataclasses.replace(last, **lies, dtype=str(self.dtype))
         return with_codes(whole, lies_as(self._codes, self._leaf))
 
@@ -118,6 +117,19 @@ class Assembly:
 
 
 _dense = jax.jit(jax.vmap(lambda form: form.dense()))
+
+
+def axes_of(form: Coded, shape: tuple[int, ...], products: Sequence[Product]) -> dict[str, tuple[int, ...]]:
+    """What a form of one of the products says of the axes of the leaf, if it says something.
+
+    Raises:
+        ValueError: as `paths_along`.
+    """
+    if isinstance(form, Trellis):
+        return {"along": paths_along(shape, products, form.length)}
+    if form.scale_bits is None:
+        return {}
+    return {"along": paths_along(shape, products, products[0].shape[2])}
 
 
 def paths_along(shape: tuple[int, ...], products: Sequence[Product], length: int) -> tuple[int, ...]:
@@ -136,8 +148,9 @@ def paths_along(shape: tuple[int, ...], products: Sequence[Product], length: int
     along = path_axes(found.reshape(shape), products[0].shape[2], length)
     if along is None:
         raise ValueError(
-            f"{products[0].path}: expected products whose inputs lie along axes of the leaf {list(shape)}, for paths "
-            "along these, got others; split the leaf, or take a scheme without paths, such as Uniform"
+            f"{products[0].path}: expected products whose inputs lie along axes of the leaf {list(shape)}, for what "
+            "runs along these, got others; split the leaf, or take a scheme whose blocks stand alone, such as "
+            "Uniform without scale_bits="
         )
     return along
 

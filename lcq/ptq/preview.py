@@ -14,7 +14,7 @@ from lcq.forms.base import is_form
 from lcq.forms.blocks import block_counts
 from lcq.forms.validate import named
 from lcq.ptq.block_numbers import period
-from lcq.ptq.leaf_assembly import paths_along
+from lcq.ptq.leaf_assembly import axes_of
 from lcq.ptq.rounding.coded import Coded, codes_of, tables, with_codes
 from lcq.ptq.tasks import decide
 from lcq.schemes import Trellis
@@ -87,7 +87,6 @@ def _form(leaf: Any, rule: Rule, blocks: np.ndarray, products: Sequence[Product]
     spread: dict[str, Any] = {
         name: jax.ShapeDtypeStruct((*counts, *a.shape[2:]), a.dtype) for name, a in tables(one).items()
     }
-    if isinstance(one, forms.Trellis):
-        spread["along"] = paths_along(leaf.shape, products, one.length)
+    spread |= axes_of(one, leaf.shape, products)
     codes = jax.ShapeDtypeStruct(leaf.shape, codes_of(one).dtype)
     return dataclasses.replace(with_codes(one, codes), **spread)

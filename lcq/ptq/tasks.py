@@ -11,7 +11,7 @@ from lcq.forms.paths import piece_length
 from lcq.forms.validate import named
 from lcq.ptq.leaf_assembly import paths_along
 from lcq.ptq.rounding import Rounding
-from lcq.schemes import Cast, Trellis
+from lcq.schemes import Cast, Trellis, Uniform
 from lcq.schemes.base import Quantizer
 from lcq.tracing.program import Program
 from lcq.tree.compress import check_finite
@@ -72,7 +72,7 @@ def without_blocks(rule: Rule) -> Any:
     if not isinstance(rule.scheme, Quantizer | Trellis):
         return rule.scheme
     scheme: Any = rule.scheme  # a dataclass, as all schemes are
-    return dataclasses.replace(scheme, per=None)
+    return dataclasses.replace(scheme, per=None, **({"scale_bits": None} if isinstance(scheme, Uniform) else {}))
 
 
 def method_at(path: str, method: Rounding, rule: Rule) -> Rounding:
@@ -85,16 +85,21 @@ def check_paths(program: Program, chosen: dict[str, Rule], dense: Any) -> None:
     """Refuses leaves for whose products paths cannot be put together."""
     shapes = flatten(dense)[0]
     for path, rule in chosen.items():
-        if isinstance(rule.scheme, Trellis):
-            products = [program.products[unit.uses[0]] for unit in program.units]
-            here = [product for product in products if product.path == path]
-            lengths = {piece_length(product.shape[2], rule.scheme.block) for product in here}
-            if len(lengths) > 1:
-                raise ValueError(
-                    f"{path}: expected products with as many inputs each, whose paths are of one length, got pieces of "
-                    f"{', '.join(map(str, sorted(lengths)))} weights; split the leaf, or choose block="
-                )
-            paths_along(shapes[path].shape, here, lengths.pop())
+        scheme = rule.scheme
+        if not isinstance(scheme, Trellis) and getattr(scheme, "scale_bits", None) is None:
+            continue
+        products = [program.products[unit.uses[0]] for unit in program.units]
+        here = [product for product in products if product.path == path]
+        pieces = {
+            piece_length(product.shape[2], scheme.block) if isinstance(scheme, Trellis) else product.shape[2]
+            for product in here
+        }
+        if len(pieces) > 1:
+            raise ValueError(
+                f"{path}: expected products with as many inputs each, whose paths and units are alike, got pieces of "
+                f"{', '.join(map(str, sorted(pieces)))} weights; split the leaf, or choose another scheme for it"
+            )
+        paths_along(shapes[path].shape, here, pieces.pop())
 
 
 def warn_of_direct(direct: Sequence[Task], rtn: Rules) -> None:

@@ -190,7 +190,8 @@ class Quantizer(Scheme):
         if self.per is None:
             return self
         changes: dict[str, Any] = {"per": block_lengths(self.per, layout, rank)}
-        if isinstance(self.per, int) and getattr(same, "scale_dtype", "") is None:
+        own = getattr(same, "scale_bits", None) is None
+        if isinstance(self.per, int) and own and getattr(same, "scale_dtype", "") is None:
             changes["scale_dtype"] = "bfloat16"  # what None means in groups, which lengths no longer tell
         return dataclasses.replace(same, **changes)
 

@@ -10,6 +10,7 @@ from jaxtyping import Array
 from lcq.forms import Codes
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per
+from lcq.schemes import stepped
 from lcq.schemes.base import SCHEMES, Quantizer
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.levels import Levels
@@ -32,6 +33,10 @@ class Uniform(Quantizer):
     (a, z) is found by shrinking the range [min x, max x] of what has a weight (64 steps), then
     a = <x, q - z>/<q - z, q - z>, products weighted by h, alternates with the codes.
 
+    With `scale_bits` the scales of groups are whole multiples of a unit that a neuron's groups share, and so is what
+    the grid is shifted by, a z, which then need not be a multiple of a: 4 bits in groups of 32 with 6 bits for each are
+    about 4.4 bits a weight, see `lcq.schemes.stepped`. Where a neuron has few weights, units cost most of it.
+
     Attributes:
         bits: Bits of a code, 2 to 16; with a zero point 1 to 16.
         per: What shares one scale, see `lcq.forms.blocks.block_counts`.
@@ -39,15 +44,18 @@ class Uniform(Quantizer):
         symmetric: Whether the grid is without -2^(b-1), so that the scale is positive; for runtimes that want it.
         scale_dtype: Format of scales, see `Levels`: None for bfloat16 in groups and float32 elsewhere. Zeros take b
             bits each: 4 bits in groups of 32 are 4.5 bits a weight, and 4.63 with zero points.
+        scale_bits: 2 to 8, for grids in groups that may be shifted; None for scales of their own.
 
     Raises:
-        ValueError: bits out of range, a symmetric grid that may be shifted, or another format.
+        ValueError: bits out of range, a symmetric grid that may be shifted, scales of few bits for others than groups
+            with zero_point=True, or another format.
 
     Example:
         >>> Uniform(2).project(jnp.array([-2.0, 1.0, 0.1, -1.0])).dense()
         Array([-2.,  1.,  0., -1.], dtype=float32)
 
-    Source: grids by least squares instead of by the largest weight, e.g. Choukroun et al., arXiv 1902.06822.
+    Source: grids by least squares instead of by the largest weight, e.g. Choukroun et al., arXiv 1902.06822; scales in
+    steps: the K-quants of llama.cpp, and double quantization, Dettmers et al., arXiv 2305.14314.
     """
 
     bits: int
@@ -55,6 +63,7 @@ class Uniform(Quantizer):
     zero_point: bool = False
     symmetric: bool = False
     scale_dtype: str | None = None
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
         least = 1 if self.zero_point else 2
@@ -65,6 +74,15 @@ class Uniform(Quantizer):
         if self.symmetric and self.zero_point:
             raise ValueError("expected zero_point=True or symmetric=True, got both; a symmetric grid has no zero point")
         check_scale_dtype(self.scale_dtype)
+        if self.scale_bits is None:
+            return
+        if not isinstance(self.scale_bits, int) or not 2 <= self.scale_bits <= 8:
+            raise ValueError(f"scale_bits: expected 2 to 8, got {self.scale_bits!r}")
+        if not self.zero_point or self.scale_dtype not in (None, "float32") or not isinstance(self.per, int | tuple):
+            raise ValueError(
+                f"scale_bits: expected groups that may be shifted, with units in float32, such as Uniform(4, per=32, "
+                f"zero_point=True, scale_bits=6), got {self!r}"
+            )
 
     def check_numbers(self, x: Array) -> None:
         if self.scale_dtype == "float16":
@@ -78,6 +96,8 @@ class Uniform(Quantizer):
             return grid.solve(xs, previous, mu, importance)
         last = (1 << self.bits) - 1
         whole = cut(xs, self.per, importance)
+        if self.scale_bits is not None:
+            return stepped.solve(whole, xs, last, self.scale_bits, None if previous is None else previous[0])
         dtype = scale_format(self.per, self.scale_dtype)
         a, z = _search_grid(whole, last, None if previous is None else (previous[0].scale, previous[0].zero), dtype)
         values = tuple(map(float, range(last + 1)))

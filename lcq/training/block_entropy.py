@@ -277,7 +277,7 @@ def levels_of(path: str, form: Form) -> Float[Array, "*counts n"]:
         raise ValueError(f"{path}: expected a form with a codebook, such as of lcq.KMeans, got {type(form).__name__}")
     table = jnp.asarray(np.asarray(form.values, np.float32) if form.levels is None else form.levels)
     table = table.astype(compute_dtype(table.dtype))
-    form = form.with_zeros()
+    form = form.plain()
     numbers = [a for a in (form.zero, form.scale) if a is not None]
     table = table.reshape((1,) * (max((a.ndim for a in numbers), default=0) + 1 - table.ndim) + table.shape)
     if form.zero is not None:

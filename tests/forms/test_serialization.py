@@ -24,6 +24,7 @@ SCHEMES = {
     "PowersOfTwo": lcq.PowersOfTwo(2),
     "Levels": lcq.Levels((-1.5, 0.1, 2.0)),
     "Uniform": lcq.Uniform(4, per=4, zero_point=True),
+    "Uniform, in steps": lcq.Uniform(4, per=4, zero_point=True, scale_bits=5),
     "Cast": lcq.Cast("bfloat16"),
     "short Cast": lcq.Cast("float8_e4m3fn"),
     "Prune": lcq.Prune(count=9),

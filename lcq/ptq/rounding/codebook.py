@@ -46,6 +46,7 @@ def value(codes: UInt[Array, "r n"], form: Codes, wide: DTypeLike) -> Float[Arra
 
 def choose(z: Float[Array, "r n"], form: Codes) -> UInt[Array, "r n"]:
     """Codes of the nearest levels; `form` has one block along the rows."""
+    whole = form.zero is None or jnp.issubdtype(form.zero.dtype, jnp.integer)
     z, form = _upright(z, form)
     values, scale, zero = form.values, form.scale, form.zero
     if values is None:
@@ -54,7 +55,8 @@ def choose(z: Float[Array, "r n"], form: Codes) -> UInt[Array, "r n"]:
         return nearest(z, values)
     a = jnp.ones((1, 1), z.dtype) if scale is None else scale
     if is_grid(values) and (zero is not None or len(values) > _COMPARE):
-        q = jnp.round(z / jnp.where(a > 0, a, 1)) + (0 if zero is None else zero)
+        q, shift = z / jnp.where(a > 0, a, 1), 0 if zero is None else zero
+        q = jnp.round(q) + shift if whole else jnp.round(q + shift)
         return (jnp.clip(q, values[0], values[-1]) - values[0]).astype(code_dtype(len(values)))
     if zero is not None:
         z = z + a * zero
@@ -123,7 +125,7 @@ def scaled(form: Coded, factor: float | Float[Array, ""] | Float[Array, "n"]) ->
         zero=None if form.zero is None else spread(form.zero),
     )
     if form.scale is not None:
-        return form
+        return form.in_steps()
     levels = jnp.moveaxis(form.levels, -1, 0)
     return dataclasses.replace(form, levels=jnp.moveaxis(times(levels), 0, -1))
 
@@ -142,7 +144,7 @@ def with_data(lives: Bool[Array, "N"], found: Coded, given: Coded) -> Coded:
     scale = one(found.scale, given.scale)
     if isinstance(found, Trellis) or isinstance(given, Trellis):
         return dataclasses.replace(found, scale=scale)
-    return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=scale)
+    return dataclasses.replace(found, levels=one(found.levels, given.levels), scale=scale).in_steps()
 
 
 def spaced(form: Codes, threshold: float) -> Codes:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lcq.forms import Codes
 from lcq.ptq.rounding.coded import Coded, unscaled
 from lcq.ptq.rounding.sequential import dot
 from lcq.ptq.statistics import column_sums
@@ -28,6 +29,8 @@ def refitted(form: Coded, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
         form: with scales [B, n].
         gram: H.
         pull: (H + D) w.
+
+    Scales in steps are rounded to these first, and what the grid is shifted by with them.
 
     Returns:
         The form; neurons whose new scales change a sign, or are no better beyond rounding errors, keep the old ones.
@@ -53,5 +56,21 @@ def refitted(form: Coded, gram: Float[Array, "N N"], pull: Float[Array, "N n"]) 
     def loss(s: Array) -> Array:
         return (s * ((a * s[:, None]).sum(2) - 2 * r)).sum(1)
 
-    better = ((new * old > 0) | (old == 0)).all(1) & (loss(new) < loss(old) - _SAME * jnp.abs(old * r).sum(1))
+    kept = ((new * old > 0) | (old == 0)).all(1)
+    if isinstance(form, Codes) and form.scale_bits is not None:
+        return _better_in_steps(form, jnp.where(kept[:, None], new, old).T, gram, pull)
+    better = kept & (loss(new) < loss(old) - _SAME * jnp.abs(old * r).sum(1))
     return dataclasses.replace(form, scale=as_scale(jnp.where(better[:, None], new, old).T, str(form.scale.dtype)))
+
+
+def _better_in_steps(form: Codes, scale: Float[Array, "B n"], gram: Array, pull: Array) -> Codes:
+    new = dataclasses.replace(form, scale=scale.astype(form.scale.dtype)).in_steps()
+
+    def loss(form: Codes) -> tuple[Array, Array]:
+        q = dataclasses.replace(form, dtype=str(gram.dtype)).dense()
+        return column_sums(q * (dot(gram, q) - 2 * pull)), column_sums(jnp.abs(q * pull))
+
+    (least, size), (found, _) = loss(form), loss(new)
+    better = found < least - _SAME * size
+    scale, zero = (jnp.where(better, one, other) for one, other in ((new.scale, form.scale), (new.zero, form.zero)))
+    return dataclasses.replace(form, scale=scale, zero=zero)
