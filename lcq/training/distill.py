@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from lcq.forms.dtypes import native_tree
-from lcq.training.finetune import finetune
+from lcq.training.finetune import check_batches, finetune
 from lcq.training.given import Optimizer
 from lcq.tree.aliases import Batch, Forms, Function, Params
 from lcq.tree.paths import flatten
@@ -39,8 +39,10 @@ def distill(
     As for `finetune`, codes, masks and ranks stay; scales, codebooks, norms and biases move.
 
     Args:
-        function: (params, batch) -> an array, or for "values" a tree of arrays. For a net with batch norm the function
-            with running statistics; these are arrays and are tuned too where they are in `forms`.
+        function: (params, batch) -> an array, or for "values" a tree of arrays, of which whole numbers do not count.
+            What is -inf in logits, such as classes that are left out, stays so and counts for nothing. For a net with
+            batch norm the function with running statistics; these are arrays and are tuned too where they are in
+            `forms`.
         params: of the net before compression.
         forms: the same tree compressed, as from `lcq.quantize(...).forms`.
         tx: any optax optimizer, as for `finetune`.
@@ -53,7 +55,8 @@ def distill(
         The tree with stored forms that differ in these numbers alone.
 
     Raises:
-        ValueError: T not above 0 or infinite, unknown `outputs`, `params` of another net, or what `finetune` refuses.
+        ValueError: T not above 0 or infinite, unknown `outputs`, `params` of another net, a function without such
+            outputs, or what `finetune` refuses.
 
     Example:
         >>> import lcq, optax
@@ -72,6 +75,7 @@ def distill(
         raise ValueError(f'expected outputs="logits" or "values", got {outputs!r}')
     if not 0 < temperature < math.inf:
         raise ValueError(f"expected a finite temperature > 0, got {temperature}")
+    check_batches(batches)
     before, after = (flatten(tree)[0] for tree in (params, forms))
     for path in before | after:
         had, has = (jnp.shape(leaves[path]) if path in leaves else None for leaves in (before, after))
@@ -79,9 +83,19 @@ def distill(
             raise ValueError(f"{path}: expected the net before compression, of shape {has} here, got {had} in params")
     teacher, params = jax.jit(function), native_tree(params)
 
+    def checked(made: PyTree) -> PyTree:
+        fits = [jnp.issubdtype(jnp.result_type(a), jnp.floating) for a in jax.tree.leaves(made)]
+        if not any(fits) or (outputs == "logits" and not isinstance(made, jax.Array)):
+            wanted = "one array of logits" if outputs == "logits" else "floating-point outputs"
+            raise ValueError(
+                f"expected {wanted} of the function, got {jax.tree.map(jax.typeof, made)}; return that alone"
+                + ("" if outputs == "values" or not any(fits) else ', or say outputs="values"')
+            )
+        return made
+
     def taught() -> Iterator[tuple[Batch, PyTree]]:
         for batch in batches:
-            yield batch, teacher(params, native_tree(batch))
+            yield batch, checked(teacher(params, native_tree(batch)))
 
     def loss(student: Params, pair: tuple[Batch, PyTree]) -> Float[Array, ""]:
         batch, wanted = pair
@@ -95,13 +109,19 @@ def distill(
 def divergence(
     wanted: Float[Array, "*n classes"], got: Float[Array, "*n classes"], temperature: float = 1.0
 ) -> Float[Array, ""]:
-    """T^2 KL(softmax(wanted / T) || softmax(got / T)), the mean over all but the last axis, in float32."""
+    """T^2 KL(softmax(wanted / T) || softmax(got / T)), the mean over all but the last axis, in float32; where p = 0,
+    p log p/q = 0."""
     p, q = (jax.nn.log_softmax(a.astype(jnp.float32) / temperature) for a in (wanted, got))
-    return temperature**2 * (jnp.exp(p) * (p - q)).sum(-1).mean()
+    ratio = jnp.where(jnp.isneginf(p), 0, p) - jnp.where(jnp.isneginf(p), 0, q)
+    return temperature**2 * (jnp.exp(p) * ratio).sum(-1).mean()
 
 
 def relative_error(wanted: PyTree, got: PyTree) -> Float[Array, ""]:
-    """||wanted - got||^2 / ||wanted||^2 over all arrays, in float32; the plain square where wanted is zero."""
+    """||wanted - got||^2 / ||wanted||^2 over all floating-point arrays, in float32; the plain square where wanted is
+    zero."""
+    wanted, got = (
+        [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)] for tree in (wanted, got)
+    )
 
     def square(tree: PyTree) -> Float[Array, ""]:
         return sum((jnp.sum(jnp.square(a.astype(jnp.float32))) for a in jax.tree.leaves(tree)), jnp.zeros(()))

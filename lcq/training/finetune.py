@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,8 @@ def finetune(
         The tree with stored forms that differ in these numbers alone; levels are put in order again, and codes follow.
 
     Raises:
-        ValueError: no form, nothing to finetune, too few batches; leaves that share a number and differ in it; NaN or
-            infinite numbers at the end.
+        ValueError: no form, nothing to finetune, too few batches, or one in the place of several; leaves that share a
+            number and differ in it; NaN or infinite numbers at the end.
 
     Example:
         >>> import lcq
@@ -76,6 +76,7 @@ def finetune(
     """
     if steps is not None and steps < 1:
         raise ValueError(f"expected steps >= 1, or None for all batches, got {steps}")
+    check_batches(batches)
     net = _Net(forms, arrays, tuple(fixed))
     numbers = net.start()
     state = jax.tree.map(lambda a: jnp.array(a, copy=True), tx.init(numbers))  # some optimizers keep the parameters
@@ -96,8 +97,20 @@ def finetune(
         if on_step is not None:
             on_step(number, value)
     if number < (steps or 1):
-        raise ValueError(f"expected {steps or 'at least one'} batches, got {number}; lower steps or pass more")
+        wanted = "at least one batch" if steps is None else f"{steps} batches"
+        raise ValueError(f"expected {wanted}, got {number}; lower steps or pass more")
     return net.finish(numbers, number)
+
+
+def check_batches(batches: object) -> None:
+    """Refuses one batch in the place of several: its rows, or its names, would be taken for batches.
+
+    Raises:
+        ValueError: an array, or a dict of them.
+    """
+    if hasattr(batches, "shape") or isinstance(batches, Mapping):
+        got = f"one array {list(batches.shape)}" if hasattr(batches, "shape") else "one dict"
+        raise ValueError(f"expected an iterable of batches, got {got}; pass [batch] * steps")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,3 +90,51 @@ def test_the_net_before_compression_has_to_be_the_same(params):
     forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(4))])
     with pytest.raises(ValueError, match=r"(kernel|bias|scale): expected the net before compression"):
         lcq.distill(affine, params, forms, optax.sgd(0.1), [X])
+
+
+def test_classes_that_are_left_out_count_for_nothing():
+    """Logits of -inf: p log p/q was 0 (inf - inf), and the run NaN from the first update on."""
+    kept = np.array([True, True, False, True])
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(2, per="channel"))])
+    runs = []
+    for function in (lambda p, x: jnp.where(kept, affine(p, x), -jnp.inf), lambda p, x: affine(p, x)[:, kept]):
+        losses = []
+        tuned = lcq.distill(
+            function, PARAMS, forms, optax.adam(1e-2), [X] * 3, on_step=lambda n, v, to=losses: to.append(v)
+        )
+        runs.append((tuned["bias"], losses))
+    np.testing.assert_allclose(*(np.asarray(losses) for _, losses in runs), rtol=1e-5)
+    np.testing.assert_allclose(*(np.asarray(bias)[kept] for bias, _ in runs), rtol=1e-5)
+
+
+def test_whole_numbers_among_outputs_do_not_count():
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(2))])
+    losses = []
+    for function in (affine, lambda p, x: {"y": affine(p, x), "ids": jnp.arange(1000)}):
+        lcq.distill(
+            function, PARAMS, forms, optax.sgd(0.1), [X], outputs="values", on_step=lambda n, v: losses.append(v)
+        )
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "batches", "outputs", "words"),
+    [
+        (
+            lambda p, x: affine(p, x).argmax(-1),
+            [X],
+            "logits",
+            "expected one array of logits .* int32.*return that alone$",
+        ),
+        (lambda p, x: affine(p, x).argmax(-1), [X], "values", "expected floating-point outputs"),
+        (lambda p, x: {"y": affine(p, x)}, [X], "logits", 'expected one array of logits .*, or say outputs="values"'),
+        (affine, X, "logits", r"expected an iterable of batches, got one array \[200, 6\]; pass \[batch\] \* steps"),
+        (affine, {"x": X}, "logits", "expected an iterable of batches, got one dict"),
+        (affine, [], "logits", "expected at least one batch, got 0"),
+    ],
+)
+def test_what_would_train_nothing(function, batches, outputs, words):
+    """Labels have no slope, and rows of one batch would be taken for batches."""
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(2))])
+    with pytest.raises(ValueError, match=words):
+        lcq.distill(function, PARAMS, forms, optax.sgd(0.1), batches, outputs=outputs)

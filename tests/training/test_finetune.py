@@ -316,7 +316,7 @@ def test_tune_says_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=message):
             lcq.finetune(loss, forms, optax.sgd(0.1), [1.0], **settings)
-    for steps, message in ((None, "at least one batches, got 0"), (2, "expected 2 batches, got 0")):
+    for steps, message in ((None, "at least one batch, got 0"), (2, "expected 2 batches, got 0")):
         with pytest.raises(ValueError, match=message):
             lcq.finetune(loss, {"w": form_of("levels")}, optax.sgd(0.1), [], steps=steps)
     short = [(Cast(jnp.ones(3, dtype)), "w.values") for dtype in ("bfloat16", "float8_e4m3fn", "float4_e2m1fn")]
