@@ -38,6 +38,7 @@ _OPTIONS = (
     (r"\bdry_run\(params, rules, fn, batch\)", "lcq quantize --dry-run"),
     (r"\blcq\.io\.Name\('([^']*)', '([^']*)', layout='?([\w.]+)'?\)", r"--name '\1=\2; layout=\3'"),
     (r"\bnearest=BITS", "--nearest BITS"),
+    (r"\bgive config= metadata by key, such as (\{.*\})", r"give --config a file of JSON, metadata by key, such as \1"),
     (r"\bconfig=\{'model': path\}", "--config MODEL.onnx"),
     (r"\bconfig=\{'tokenizer.ggml.pre': NAME, \.\.\}", '"tokenizer.ggml.pre": "NAME" in the JSON of --config'),
     (r"\bnames=lcq\.io\.llama_names\(\.\.\)", "--llama"),

@@ -49,7 +49,11 @@ def test_what_is_rounded_is_shown(net, capsys):
     assert main([*command, "--config", str(net / "gguf.json")]) == 0
     told = capsys.readouterr().out
     assert "Q4_0 in groups of 32" in told and "scales to float16" in told
-    assert "does not know these names of a llama; give --llama" in told and "tokenizer.json as --tokenizer" in told
+    assert (
+        "does not know these names of a llama, " in told
+        and "more; give --llama" in told
+        and "tokenizer.json as --tokenizer" in told
+    )
 
 
 def test_a_tokenizer_goes_along(net, capsys):
@@ -81,3 +85,5 @@ def test_errors_in_words_of_the_command(net, capsys):
     assert main(named) == 0 and "a grid for 5 levels" in capsys.readouterr().out
     assert main([*command, "--llama", "--force"]) == 1 and "num_attention_heads" in capsys.readouterr().err
     assert main([*command, "--name", "w"]) == 2
+    assert main(["export", str(net / "table.lcq"), "--to", "gguf", "-o", str(net / "net.gguf")]) == 1
+    assert "give --config a file of JSON, metadata by key, such as {'general" in capsys.readouterr().err

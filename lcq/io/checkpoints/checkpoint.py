@@ -22,6 +22,9 @@ from lcq.tree.lazy import whole
 _TORCH = "; of torch's files, which may run code, make one with safetensors.torch.save_file"
 _HINTS = {".lcq": "; lcq.load and lcq.save are for .lcq files", ".json": "; an index of shards ends in " + INDEX}
 _HINTS |= {".keras": "; of a .keras file unzip model.weights.h5"}
+_HINTS[".eqx"] = "; of equinox's files load the net with eqx.tree_deserialise_leaves"
+_HINTS[".msgpack"] = "; of flax's files take flax.serialization.msgpack_restore(data), a tree of arrays"
+_HINTS[".npy"] = "; numpy.load reads this one array"
 _HINTS |= dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), _TORCH)
 
 

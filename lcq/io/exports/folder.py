@@ -12,7 +12,7 @@ from lcq.io.atomic import replacing
 from lcq.io.container import DTYPES, NAMES, Json, check_names, flat, to_json
 from lcq.io.exports.base import Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_tokenizer import tokenizer_of
-from lcq.io.exports.grids import as_matrix, matrix_shape, rotary_order
+from lcq.io.exports.grids import matrix_shape, plain_array
 from lcq.io.exports.leaves import Item
 
 TOKENIZER_FILES = (
@@ -75,10 +75,7 @@ def encode_plain(item: Item) -> Encoded:
     """The same with its numbers."""
     array, rule = item.value, item.rule
     assert isinstance(array, np.ndarray)
-    if rule.layout is not None and array.ndim > 1:
-        array = as_matrix(array, rule.layout)
-        array = array[rotary_order(len(array), rule.heads)]
-    return Encoded({item.name: array}, str(array.dtype))
+    return Encoded({item.name: plain_array(array, rule.layout, rule.heads)}, str(array.dtype))
 
 
 def write_safetensors(

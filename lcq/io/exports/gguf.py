@@ -22,7 +22,7 @@ from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_metadata import metadata_of
 from lcq.io.exports.gguf_tokenizer import padded_to, tokenizer_fields
-from lcq.io.exports.grids import Kind, as_matrix, grid_of, kind_of, matrix_shape, rotary_order
+from lcq.io.exports.grids import Kind, grid_of, kind_of, matrix_shape, plain_array
 from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.steps import cast, moved, rounded, turned
 from lcq.io.facts import Facts
@@ -79,10 +79,7 @@ class Gguf(ExportFormat):
             return _encode_blocks(item)
         array, rule, name = item.value, item.rule, _type_of(item)
         assert isinstance(array, np.ndarray)
-        if rule.layout is not None and array.ndim > 1:
-            outputs, _ = matrix_shape(array.shape, rule.layout)
-            array = as_matrix(array, rule.layout)[rotary_order(outputs, rule.heads)]
-        made, error = cast(array, TENSOR_DTYPES[name])
+        made, error = cast(plain_array(array, rule.layout, rule.heads), TENSOR_DTYPES[name])
         return Encoded({item.name: made}, name, error, f"{array.dtype} to {name}" if error else "")
 
     def write(
@@ -99,8 +96,12 @@ class Gguf(ExportFormat):
                 file.write(flat(np.ascontiguousarray(array)).data)
                 file.write(bytes(-array.nbytes % 32))
         notes = []
-        if metadata["general.architecture"] == "llama" and "token_embd.weight" not in tensors:
-            notes.append("note: llama.cpp does not know these names of a llama; give names=lcq.io.llama_names(..)")
+        strange = [name for name in tensors if "token_embd.weight" not in tensors or name.startswith("model.")]
+        if metadata["general.architecture"] == "llama" and strange:
+            notes.append(
+                f"note: llama.cpp does not know these names of a llama, {strange[0]} and {len(strange) - 1} more; give "
+                "names=lcq.io.llama_names(..)"
+            )
         if "tokenizer.ggml.tokens" not in metadata:
             notes.append(
                 "note: without a tokenizer llama.cpp does not load a file; give the tokenizer.json as tokenizer="

@@ -107,6 +107,15 @@ def as_matrix(array: np.ndarray, layout: str | None) -> np.ndarray:
     return array.transpose([i for which in "oi" for i, axis in enumerate(axes) if axis == which]).reshape(shape)
 
 
+def plain_array(array: np.ndarray, layout: str | None, heads: int) -> np.ndarray:
+    """An array that is no codes on its way out: a matrix if its axes are said, outputs of heads in rotary order."""
+    if layout is not None and array.ndim > 1:
+        array = as_matrix(array, layout)
+    elif array.ndim != 1:
+        return array
+    return array[rotary_order(len(array), heads)]
+
+
 def _group(shape: Sequence[int], counts: Sequence[int], layout: str) -> int:
     """Inputs that share a number: all, or neighbours along the last axis of inputs."""
     axes = letters(layout, len(shape))

@@ -22,7 +22,8 @@ class Name:
             are.
         stacked: leading axes that count layers; each layer is a tensor of its own.
         heads: of a query or key projection whose rotary pairs are halves, how many heads it has: its outputs are put
-            into the order of interleaved pairs, as GGUF's llama has them. 0 leaves them as they are.
+            into the order of interleaved pairs, as GGUF's llama has them, and so is its bias. 0 leaves them as they
+            are.
         type: as what it goes out, in the words of the format, such as "int8" or "TQ1_0"; None for the smallest that
             holds it.
         optional: whether there may be no such leaf, as in a list for many nets.
@@ -113,6 +114,8 @@ def resolve_names(paths: Sequence[str], names: Sequence[Name], default: Sequence
 def llama_names(heads: int, kv_heads: int | None = None, *, halves: bool = True) -> tuple[Name, ...]:
     r"""GGUF's names of a llama's leaves that have those of Hugging Face, `model.layers.0.self_attn.q_proj.weight`.
 
+    Frequencies of the rotary embedding, which older checkpoints hold, are left out: llama.cpp computes them.
+
     Args:
         heads: of queries.
         kv_heads: of keys and values; as many as of queries by default.
@@ -134,7 +137,12 @@ def llama_names(heads: int, kv_heads: int | None = None, *, halves: bool = True)
             Name(rf"{layer}{re.escape(old)}\.weight", rf"blk.\1.{new}.weight", "oi", heads=turned.get(new[-1], 0))
             for old, new in matrices.items()
         ),
+        *(
+            Name(rf"{layer}{re.escape(old)}\.bias", rf"blk.\1.{new}.bias", heads=turned.get(new[-1], 0))
+            for old, new in matrices.items()
+        ),
         *(Name(rf"{layer}{old}\.weight", rf"blk.\1.{new}.weight") for old, new in norms.items()),
+        Name(r".*rotary_emb\.inv_freq", None),
         Name(r"model\.embed_tokens\.weight", "token_embd.weight", "oi"),
         Name(r"model\.norm\.weight", "output_norm.weight"),
         Name(r"lm_head\.weight", "output.weight", "oi"),

@@ -279,7 +279,14 @@ def test_what_an_npz_should_not_hold_is_named(tmp_path, bad, remedy):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("net.pt", "safetensors.torch"), ("net.lcq", "lcq.load"), ("i.json", "index")]
+    ("name", "hint"),
+    [
+        ("net.pt", "safetensors.torch"),
+        ("net.lcq", "lcq.load"),
+        ("i.json", "index"),
+        ("net.eqx", "tree_deserialise_leaves"),
+        ("net.msgpack", "msgpack_restore"),
+    ],
 )
 def test_other_kinds_are_told_what_to_do(tmp_path, name, hint):
     (tmp_path / name).write_bytes(b"")

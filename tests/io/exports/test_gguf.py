@@ -233,6 +233,9 @@ def test_a_llama_has_its_names_keys_and_order_of_pairs(tmp_path):
         "model.layers.0.mlp.down_proj.weight": q,
         "model.layers.0.input_layernorm.weight": np.ones(4, np.float32),
         "model.norm.weight": np.ones(4, np.float32),
+        layer + "q_proj.bias": np.arange(64, dtype=np.float32),
+        layer + "v_proj.bias": np.arange(32, dtype=np.float32),
+        layer + "rotary_emb.inv_freq": np.ones(8, np.float32),
     }
     report = export(tree, tmp_path / "net.gguf", format="gguf", names=llama_names(4, 2), config=CONFIG)
     file = Reader(tmp_path / "net.gguf")
@@ -243,8 +246,15 @@ def test_a_llama_has_its_names_keys_and_order_of_pairs(tmp_path):
     turned = dense_k.reshape(2, 2, 8, 64).swapaxes(1, 2).reshape(32, 64)
     np.testing.assert_array_equal(file.tensors["blk.0.attn_k.weight"], turned)
     np.testing.assert_array_equal(file.tensors["blk.0.attn_v.weight"], k)
+    turned = np.arange(64).reshape(4, 2, 8).swapaxes(1, 2).reshape(64)
+    np.testing.assert_array_equal(file.tensors["blk.0.attn_q.bias"], turned)
+    np.testing.assert_array_equal(file.tensors["blk.0.attn_v.bias"], np.arange(32))
+    assert not [name for name in file.tensors if "inv_freq" in name]
     assert file.metadata["llama.attention.head_count_kv"] == 2 and file.metadata["llama.rope.freq_base"] == 1e4
     assert len(report.notes) == 1 and "without a tokenizer" in report.notes[0]
+    tree["model.layers.0.odd.weight"] = k
+    report = export(tree, tmp_path / "odd.gguf", format="gguf", names=llama_names(4, 2), config=CONFIG)
+    assert "does not know these names of a llama, model.layers.0.odd.weight and 0 more" in report.notes[0]
 
 
 FOUR = codes(IO, BY_32, grid(-8, 7))[0]
