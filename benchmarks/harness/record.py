@@ -38,9 +38,15 @@ def record(name: str, rows: Any, *, seeds: Any = (), **facts: Any) -> Path:
     }
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+    temporary.write_text(as_text({"made": made, "rows": rows}))
     os.replace(temporary, path)
     return path
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """JSON with a row on a line: short, and what changed is seen."""
+    rows = ",\n".join(json.dumps(row) for row in result["rows"])
+    return f'{{"made": {json.dumps(result["made"])},\n"rows": [\n{rows}\n]}}\n'
 
 
 def stored(name: str) -> list[Any]:

@@ -16,7 +16,7 @@ import safetensors
 
 import lcq
 from benchmarks.harness.artifacts import ARTIFACTS, FOLDER, named, refresh
-from benchmarks.harness.record import RESULTS
+from benchmarks.harness.record import RESULTS, as_text
 
 
 def again(name: str) -> None:
@@ -44,7 +44,7 @@ def main() -> None:
                 again(name)
             result["made"]["saved_again"] = commit.strip()
         refresh(result["rows"])
-        text = json.dumps(result, indent=1) + "\n"
+        text = as_text(result)
         if text != path.read_text():
             path.write_text(text)
             print(path.name)
