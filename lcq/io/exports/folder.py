@@ -2,6 +2,7 @@
 
 import abc
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,9 @@ TOKENIZER_FILES = (
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
 )
 """What a tokenizer of Hugging Face's libraries is made of, and how its model generates."""
+
+
+_TABLE_OF_CODES = re.compile(r"(.*\.)?(embed\w*|\w*embeddings?|wte|wpe)\.(weight_packed|qweight)")
 
 
 class SafetensorsFolder(ExportFormat):
@@ -43,13 +47,19 @@ class SafetensorsFolder(ExportFormat):
         for name, content in self.files().items():
             with replacing(path / name) as file:
                 file.write((json.dumps(content, indent=2) + "\n").encode())
+        tables = [name for name in tensors if _TABLE_OF_CODES.fullmatch(name)]
+        notes = [
+            f"note: programs that read this folder take codes of linear layers alone, and {name} is of an embedding; "
+            "leave it out of the rules"
+            for name in tables
+        ]
         if self._tokenizer is None:
-            return ()
+            return tuple(notes)
         copied = [name for name in TOKENIZER_FILES if (self._tokenizer / name).is_file()]
         for name in copied:
             with replacing(path / name) as file:
                 file.write((self._tokenizer / name).read_bytes())
-        return (f"note: copied {', '.join(copied)}",)
+        return (*notes, f"note: copied {', '.join(copied)}")
 
 
 def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:

@@ -15,10 +15,12 @@ Array = np.ndarray | jax.ShapeDtypeStruct
 def declared_codes(form: Codes, stacked: int) -> Codes:
     """A form with shape structs for arrays, without its stacked axes."""
     small = np.dtype(np.uint8 if form.size_of_table <= 256 else np.uint16)
-    zero = form.zero
-    if zero is not None and zero.dtype == np.uint32:
+    scale, zero = form.scale, form.zero
+    if form.blocks is not None:  # words of steps, see `lcq.forms.steps`
+        scale = zero = jax.ShapeDtypeStruct(form.blocks, np.dtype(np.float32))
+    elif zero is not None and zero.dtype == np.uint32:
         zero = jax.ShapeDtypeStruct(form.scale.shape, small)
-    parts = (jax.ShapeDtypeStruct(form.shape, small), form.levels, form.scale, zero)
+    parts = (jax.ShapeDtypeStruct(form.shape, small), form.levels, scale, zero)
     codes, levels, scale, zero = (_below(a, stacked) for a in parts)
     return Codes(codes=codes, levels=levels, scale=scale, zero=zero, values=form.values, dtype=form.dtype)
 
@@ -29,7 +31,7 @@ def _below(array: Array | jax.Array | None, stacked: int) -> jax.ShapeDtypeStruc
 
 def on_host(form: Codes) -> Codes:
     """A form in the working layout, in numpy."""
-    host = jax.device_get(form)
+    host = jax.device_get(form if form.scale_bits is None else form.plain())
     if host.packed is None:
         return host
     bits = bitpack.width(host.size_of_table)

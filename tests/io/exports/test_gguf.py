@@ -140,6 +140,21 @@ def test_zeros_of_any_size_are_minima(tmp_path):
     np.testing.assert_array_equal(blocks.codes.reshape(6, 512), whole.T)
 
 
+def test_scales_in_steps(tmp_path):
+    """Words in a file, of which blocks and layers are taken apart; Q4_1 has a scale and a minimum of its own."""
+    w = RNG.normal(size=(2, 64, 6)).astype(np.float32)
+    rules = [lcq.Rule("w", lcq.Uniform(4, per=32, zero_point=True, scale_bits=6), stacked=1)]
+    forms = lcq.compress({"w": w}, rules)
+    lcq.save(tmp_path / "net.lcq", forms)
+    names = [Name("w", "{0}.w", "io", stacked=1)]
+    dense = np.asarray(forms["w"].dense(), np.float64)
+    for i, source in enumerate((forms, tmp_path / "net.lcq", lcq.load(tmp_path / "net.lcq"))):
+        report = export(source, path := tmp_path / f"{i}.gguf", format="gguf", names=names, config=LLAMA)
+        assert [row.what for row in report.rows] == ["Q4_1 in groups of 32"] * 2
+        for layer in (0, 1):
+            np.testing.assert_allclose(Reader(path).tensors[f"{layer}.w"].T, dense[layer], rtol=0, atol=5e-3)
+
+
 def test_arrays_and_their_types(tmp_path):
     tree = {
         "norm": {"scale": np.ones(5, jnp.bfloat16)},

@@ -215,3 +215,17 @@ def test_the_nearest_is_written_if_asked_for(tmp_path):
     assert 0 < error < 0.01 and rows["table/kernel"].why == "a grid for 5 levels"
     np.testing.assert_allclose(rows["table/kernel"].error, error, rtol=1e-3)
     assert "made dense" in rows["mask/kernel"].why
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_codes_of_an_embedding_are_told(format, tmp_path):
+    """Readers look for codes of linear layers alone."""
+    form, _ = GRIDS["4 bits in groups"]
+    names = {"model.embed_tokens.weight": True, "transformer.wte.weight": True, "embedder.proj.weight": False}
+    for name, told in names.items():
+        report = export({name: form}, tmp_path / name, format=format, names=[Name(".*", name, "io")])
+        assert bool(report.notes) == told
+    assert (
+        "take codes of linear layers alone"
+        in export({"w": form}, tmp_path / "net", format=format, names=[Name("w", "embed.weight", "io")]).notes[0]
+    )
