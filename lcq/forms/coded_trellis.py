@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, UInt
 
 from lcq.forms import bitpack
@@ -17,7 +16,7 @@ from lcq.forms.codes import Codes
 from lcq.forms.convolution import POLYNOMIALS, merged
 from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout
-from lcq.forms.validate import check_blocks, check_float, check_shape
+from lcq.forms.validate import check_blocks, check_float, check_shape, check_words
 
 
 @register_form
@@ -154,11 +153,7 @@ class CodedTrellis(Form):
                 f"{self.even} and paths of {self.length}"
             )
         for name, words, count in (("codes", self.codes, self.even), ("odd", self.odd, size - self.even)):
-            many = bitpack.word_count(count, self.width - 1)
-            if words.dtype != np.uint32 or words.shape != (many,):
-                raise ValueError(
-                    f"{name}: expected uint32[{many}] for {count} integers, got {words.dtype}{list(words.shape)}"
-                )
+            check_words(name, words, count, 1 << (self.width - 1))
 
 
 @functools.cache

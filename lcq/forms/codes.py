@@ -19,7 +19,7 @@ from lcq.forms.lookup import level_of
 from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.steps import Steps, from_steps, in_steps, steps_of
-from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
+from lcq.forms.validate import check_axes, check_blocks, check_counts, check_float, check_shape, check_words
 
 
 @register_form
@@ -286,39 +286,22 @@ class Codes(Form):
             raise ValueError("expected fixed values that float32 can hold")
         if words and self.scale is None:
             raise ValueError("zero: expected a scale beside packed zeros, which says how many there are, got none")
-        width = bitpack.width(self.size_of_table)
-        _check_words("codes", self.codes, math.prod(self.packed), width, self.size_of_table)
+        check_words("codes", self.codes, math.prod(self.packed), self.size_of_table)
         if words:
-            _check_words("zero", self.zero, self._zeros, width, self.size_of_table)
+            check_words("zero", self.zero, self._zeros, self.size_of_table)
 
     def _check_steps(self) -> None:
+        """The rest of `check_stored` of a form with scales in steps."""
         assert self.packed is not None and self.scale_bits is not None
-        rank = len(self.packed)
         if not 1 <= self.scale_bits <= 8 or self.values is None or self.blocks is None:
             raise ValueError(f"expected scales of 1 to 8 bits, fixed values and blocks, got {self.scale_bits} bits")
-        if len(self.blocks) != rank or any(c < 1 or n % c for c, n in zip(self.blocks, self.packed, strict=True)):
-            raise ValueError(f"blocks: expected counts that divide {list(self.packed)}, got {list(self.blocks)}")
-        if len(set(self.along)) < len(self.along) or not all(-rank <= axis < 0 for axis in self.along):
-            raise ValueError(
-                f"along: expected axes of {list(self.packed)} counted from the end, got {list(self.along)}"
-            )
+        check_counts("blocks", self.packed, self.blocks)
+        check_axes("along", self.packed, self.along)
         got = None if self.units is None else (str(self.units.dtype), tuple(self.units.shape))
         if got != ("float32", (2, *self._units)):
             raise ValueError(f"units: expected float32[2, {', '.join(map(str, self._units))}], got {got}")
-        for name, array in (("scale", self.scale), ("zero", self.zero)):
-            if array is None:
-                raise ValueError(f"{name}: expected words, got none")
-            _check_words(name, array, math.prod(self.blocks), self.scale_bits, 1 << self.scale_bits)
-
-
-def _check_words(name: str, array: Any, size: int, width: int, levels: int) -> None:
-    """Raises ValueError unless these are packed codes, so many and below `levels`."""
-    many = bitpack.word_count(size, width)
-    if array.dtype != np.uint32 or array.shape != (many,):
-        raise ValueError(
-            f"{name}: expected uint32[{many}] for {size} codes of {width} bits, got {array.dtype}{list(array.shape)}"
-        )
-    check_codes(name, array, size, levels)
+        for name, words in (("scale", self.scale), ("zero", self.zero)):
+            check_words(name, words, math.prod(self.blocks), 1 << self.scale_bits)
 
 
 def _lookup(codes: Array, levels: Array | None, values: tuple[float, ...] | None, stat: tuple[int, ...]) -> Array:

@@ -20,7 +20,7 @@ from lcq.forms.processes import on_host
 from lcq.forms.relayout import MatrixView, Relayout, take_from_tables, unstack_tables
 from lcq.forms.state_values import CODES, state_values
 from lcq.forms.trellis_columns import trellis_columns
-from lcq.forms.validate import check_blocks, check_codes, check_float, check_shape
+from lcq.forms.validate import check_axes, check_blocks, check_float, check_shape, check_words
 
 
 @register_form
@@ -178,10 +178,7 @@ class Trellis(Form):
                 f"expected 1 to 8 bits, a memory of {self.width} to 16 and a code of {', '.join(CODES)}, got "
                 f"{self.width}, {self.memory} and {self.code[:40]!r}"
             )
-        if len(set(self.along)) < len(self.along) or not all(-rank <= axis < 0 for axis in self.along):
-            raise ValueError(
-                f"along: expected axes of {list(self.packed)} counted from the end, got {list(self.along)}"
-            )
+        check_axes("along", self.packed, self.along)
         run = math.prod(self.packed[axis] for axis in self.along)
         if self.length < 1 or run % self.length or self.memory > self.length * self.width:
             raise ValueError(f"length: expected one that divides paths of {run} weights and holds {self.memory} bits")
@@ -196,10 +193,4 @@ class Trellis(Form):
             wanted = (*self.packed[:stacked], 1 << self.memory)
             if self.table.shape != wanted or stacked - rank > min(self.along, default=0):
                 raise ValueError(f"table: expected 2^{self.memory} values of a layer, got {list(self.table.shape)}")
-        many = bitpack.word_count(size, self.width)
-        if self.steps.dtype != np.uint32 or self.steps.shape != (many,):
-            raise ValueError(
-                f"steps: expected uint32[{many}] for {size} codes of {self.width} bits, "
-                f"got {self.steps.dtype}{list(self.steps.shape)}"
-            )
-        check_codes("steps", self.steps, size, 1 << self.width)
+        check_words("steps", self.steps, size, 1 << self.width)

@@ -52,6 +52,18 @@ def check_float(name: str, dtype: str) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(FORMATS)}, got {dtype[:40]!r}")
 
 
+def check_counts(name: str, shape: tuple[int, ...], counts: tuple[int, ...]) -> None:
+    """Raises ValueError unless there can be so many blocks along each axis of the leaf."""
+    if len(counts) != len(shape) or any(c < 1 or n % c for c, n in zip(counts, shape, strict=True)):
+        raise ValueError(f"{name}: expected block counts that divide {list(shape)}, got {list(counts)}")
+
+
+def check_axes(name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are axes of the leaf, counted from the end, none of them twice."""
+    if len(set(axes)) < len(axes) or not all(-len(shape) <= axis < 0 for axis in axes):
+        raise ValueError(f"{name}: expected axes of {list(shape)} counted from the end, got {list(axes)}")
+
+
 def check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
     """Of what has one entry per block: floats, the same blocks in all, and these divide the leaf's axes."""
     seen = None
@@ -60,12 +72,20 @@ def check_blocks(shape: tuple[int, ...], arrays: dict[str, Any]) -> None:
             continue
         check_float(name, str(array.dtype))
         counts = array.shape[:-1] if name == "levels" else array.shape
-        rank = len(shape) + (name == "levels")
-        if len(array.shape) != rank or any(c < 1 or n % c for c, n in zip(counts, shape, strict=True)):
-            raise ValueError(f"{name}: expected block counts that divide {list(shape)}, got {list(array.shape)}")
+        check_counts(name, shape, counts)
         if seen not in (None, counts):
             raise ValueError(f"{name}: expected the same blocks in all of {', '.join(arrays)}, got {counts} and {seen}")
         seen = counts
+
+
+def check_words(name: str, words: Any, size: int, levels: int) -> None:
+    """Raises ValueError unless these are so many packed codes, all below `levels`."""
+    bits = bitpack.width(levels)
+    many = bitpack.word_count(size, bits)
+    if words is None or words.dtype != np.uint32 or words.shape != (many,):
+        got = "none" if words is None else f"{words.dtype}{list(words.shape)}"
+        raise ValueError(f"{name}: expected uint32[{many}] for {size} codes of {bits} bits, got {got}")
+    check_codes(name, words, size, levels)
 
 
 def check_codes(name: str, words: Any, size: int, levels: int) -> None:

@@ -134,7 +134,7 @@ def quantize(
 
     Few rows say little of how inputs vary together, and codes that fit them are wrong for new data: with 32 rows for
     128 inputs much worse than `lcq.compress`. So what H and D have between two inputs is shrunk; by how much is chosen
-    on rows held back, four times a quarter of them, for each product and method; nothing where the rows suffice.
+    on rows held back, a quarter at a time, two to four times, for each product and method; nothing where rows suffice.
 
     Uses: weights with several uses (a recurrent cell's steps, siamese branches, tied layers) are rounded once, on the
     sums over all of them. Where a use depends on an earlier one, X is from the original net as ever, and Y from the net

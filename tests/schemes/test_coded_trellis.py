@@ -116,7 +116,7 @@ def test_files_hold_what_was_made(tmp_path):
     assert counted < size < counted + 3000
     assert "coded trellis, 32 states" in str(lcq.table(forms)) and lcq.dry_run(params, rules) is not None
     damaged = np.asarray(back["w"].pack().odd)[:-1]
-    with pytest.raises(ValueError, match=r"odd: expected uint32\[\d+\] for \d+ integers, got"):
+    with pytest.raises(ValueError, match=r"odd: expected uint32\[\d+\] for \d+ codes of 7 bits, got"):
         type(back["w"])(**{**vars(back["w"].pack()), "odd": damaged}).check_stored()
 
 

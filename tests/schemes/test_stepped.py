@@ -118,10 +118,10 @@ def test_a_file_that_was_changed_is_refused():
     form.check_stored()
     for changes, match in (
         ({"units": form.units[:1]}, "units: expected float32"),
-        ({"blocks": (3, 4)}, "blocks: expected counts that divide"),
+        ({"blocks": (3, 4)}, "blocks: expected block counts that divide"),
         ({"along": (-3,)}, "along: expected axes"),
         ({"scale": form.scale[:0]}, "scale: expected uint32"),
-        ({"zero": None}, "zero: expected words"),
+        ({"zero": None}, "zero: expected uint32"),
         ({"scale_bits": 9}, "1 to 8 bits"),
     ):
         with pytest.raises(ValueError, match=match):
