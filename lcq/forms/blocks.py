@@ -64,6 +64,18 @@ def join_axes(x: Array, shape: Sequence[int]) -> Array:
     return x
 
 
+def of_each(numbers: Array, lengths: Sequence[int]) -> Array:
+    """Numbers with one entry per block along their first axes, for each index of axes of these lengths.
+
+    Example:
+        >>> of_each(jnp.array([[1], [2]]), (4,)).tolist()
+        [[1], [1], [2], [2]]
+    """
+    for axis, length in enumerate(lengths):
+        numbers = jnp.repeat(numbers, length // numbers.shape[axis], axis)
+    return numbers
+
+
 def block_counts(per: Per, shape: Sequence[int]) -> tuple[int, ...]:
     """Number of blocks along each axis of `shape`, where every block has its own codebook or scale.
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, UInt, UInt32
 
 from lcq.forms import bitpack
 from lcq.forms.base import Decoding, own, static, tree_form
+from lcq.forms.blocks import of_each
 from lcq.forms.column_words import fields, pack_columns
 from lcq.forms.prepacked import Prepacked
 
@@ -111,8 +112,9 @@ def columns(
     *_, b, across = tables[0].shape[: codes.ndim] if tables else (1, 1)
 
     def each(numbers: Any, dtype: Any = jnp.float32) -> Any:
-        """Numbers for each block of the matrix, and for each column if columns differ."""
-        numbers = jnp.broadcast_to(numbers.astype(dtype), (*stacked, b, across, numbers.shape[-1]))
+        """Numbers for each block of each matrix, and for each column if columns differ."""
+        numbers = jnp.broadcast_to(numbers.astype(dtype), (*numbers.shape[: len(stacked)], b, across, numbers.shape[-1]))
+        numbers = of_each(numbers, stacked)
         return numbers if across in (1, n) else jnp.repeat(numbers, n // across, axis=-2)
 
     table = jnp.asarray(values) if levels is None else levels

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt, UInt32
 
 from lcq.forms.base import own, static, tree_form
+from lcq.forms.blocks import of_each
 from lcq.forms.dtypes import own_promotion, wider
 from lcq.forms.prepacked import Prepacked
 from lcq.forms.state_values import state_values
@@ -104,7 +105,7 @@ def trellis_columns(
     shifts = jnp.arange(each - 1, -1, -1, dtype=jnp.uint32) * jnp.uint32(width)
     words = (whole << shifts[:, None]).sum(-2, dtype=jnp.uint32)
     across = scale.shape[-1]
-    scale = jnp.broadcast_to(scale, (*stacked, *scale.shape[-2:]))
+    scale = of_each(scale, stacked)
     scale = scale if across in (1, n) else jnp.repeat(scale, n // across, -1)
     table = None if table is None else jnp.broadcast_to(table, (*stacked, table.shape[-1]))
     return TrellisColumns(

@@ -61,6 +61,17 @@ def test_stacked_forms_multiply_one_by_one(scheme):
             near(y[g], x[g], form.dense()[g])
 
 
+@pytest.mark.parametrize("levels", [None, 3])
+def test_stacked_matrices_that_share_a_scale_or_a_table(levels):
+    blocks, codes = (2, 5, 3), jnp.asarray(RNG.integers(0, 3, (4, 20, 9)), jnp.uint8)
+    numbers = jnp.asarray(RNG.normal(size=(*blocks, 3)), jnp.float32)
+    grid = {"scale": numbers[..., 0], "zero": jnp.ones(blocks, jnp.uint8), "values": (0.0, 1.0, 2.0)}
+    form = Codes(codes, **({"levels": numbers} if levels else grid))
+    for rows in (2, 12):
+        x = RNG.normal(size=(4, rows, 20)).astype(np.float32)
+        near(product(jnp.asarray(x), form), x, form.dense())
+
+
 @pytest.mark.parametrize("width", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize(("rows", "k", "n"), [(1, 1, 1), (2, 70, 130), (9, 33, 129)])
 def test_products_with_codes_of_every_width(width, rows, k, n):

@@ -58,6 +58,13 @@ def test_packed_functions_and_stacked_layers():
     np.testing.assert_allclose(jax.jit(packed)(ready, x), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_share_scales():
+    steps, scale = RNG.integers(0, 4, (4, 32, 6)), RNG.normal(size=(2, 1, 6))
+    how = {"width": 2, "memory": 6, "along": (-2,), "length": 32}
+    form = lcq.forms.Trellis(jnp.asarray(steps, jnp.uint8), scale=jnp.asarray(scale, jnp.float32), **how)
+    np.testing.assert_array_equal(form.prepack().dense(), form.dense())
+
+
 def test_gradients_and_more_rows_by_vmap():
     form = CASES["pieces and channels"].prepack()
     x, dense = jnp.asarray(RNG.normal(size=(3, 64)), jnp.float32), form.dense()
