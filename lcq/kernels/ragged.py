@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Int, Integer, Num
 
 from lcq.forms.base import Form
 from lcq.tracing import jaxpr
@@ -21,7 +21,7 @@ ROWS = 64
 def ragged_product(
     x: Num[Array, "m k"],
     experts: Form,
-    sizes: Int[Array, " e"],
+    sizes: Integer[Array, " e"],
     multiply: Callable[[Array, Form], Array],
 ) -> Num[Array, "m n"]:
     """y[i] = x[i] Delta(experts)[e] for the rows i of expert e; rows behind those of the last expert are zero.
@@ -32,7 +32,7 @@ def ragged_product(
         sizes: rows of each expert.
         multiply: (rows [b, k], a form (k, n)) -> [b, n].
     """
-    sizes = jnp.asarray(sizes)  # constants of a trace are numpy's
+    sizes = jnp.asarray(sizes, jnp.int32)  # of 8 bits, or without a sign, their sums and differences would wrap
     (count,), rows = sizes.shape, x.shape[0]
     length = ROWS if not jaxpr.at_most(rows, ROWS - 1) else rows
     ends = jnp.cumsum(sizes)

@@ -193,3 +193,12 @@ def test_experts_by_ragged_dot(scheme):
             close(run(each, x, sizes), wanted)
     slope = jax.grad(lambda x: jnp.sin(net(forms, x, sizes)).sum())(x)
     close(slope, jax.grad(lambda x: jnp.sin(lax.ragged_dot(x, forms["w"].dense(), sizes)).sum())(x))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32"])
+def test_counts_of_experts_rows_in_other_integers(dtype):
+    form, x, sizes = lcq.Uniform(4).project(normal(3, 8, 6)), normal(200, 8), [70, 0, 101]
+    y = jax.jit(packed(lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes)))({"w": form}, x, jnp.array(sizes, dtype))
+    w = np.asarray(form.dense(), np.float64)[[0] * 70 + [2] * 101]
+    wanted = np.einsum("mk,mkn->mn", np.asarray(x, np.float64)[:171], w)
+    close(y, jnp.asarray(np.pad(wanted, ((0, 29), (0, 0))), jnp.float32))
