@@ -109,11 +109,11 @@ def columns(
     """Prepacks codes of a matrix [K, n], or of stacked ones, with the tables of `Codes`. Works under jit."""
     *stacked, rows, n = codes.shape
     tables = [a for a in (levels, scale, zero) if a is not None]
-    *_, b, across = tables[0].shape[: codes.ndim] if tables else (1, 1)
+    *shared, b, across = tables[0].shape[: codes.ndim] if tables else (1,) * codes.ndim
 
     def each(numbers: Any, dtype: Any = jnp.float32) -> Any:
         """Numbers for each block of each matrix, and for each column if columns differ."""
-        numbers = jnp.broadcast_to(numbers.astype(dtype), (*numbers.shape[: len(stacked)], b, across, numbers.shape[-1]))
+        numbers = jnp.broadcast_to(numbers.astype(dtype), (*shared, b, across, numbers.shape[-1]))
         numbers = of_each(numbers, stacked)
         return numbers if across in (1, n) else jnp.repeat(numbers, n // across, axis=-2)
 

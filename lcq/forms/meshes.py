@@ -6,7 +6,7 @@ compiler, and its results lie as those of the dense function do.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,32 @@ def divides(name: Any, length: int, mesh: Any) -> bool:
 
 def placed_on(mesh: Any, spec: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def varying(*trees: PyTree) -> tuple[str, ...]:
+    """The axes of a mesh along which some array differs from device to device, inside of `jax.shard_map`."""
+    kinds = (jax.typeof(leaf) for leaf in jax.tree.leaves(trees) if hasattr(leaf, "shape"))
+    return tuple(sorted({axis for kind in kinds for axis in kind.manual_axis_type.varying}))
+
+
+def varied(tree: PyTree, *like: PyTree, axes: Sequence[str] = ()) -> Any:
+    """A tree whose arrays vary along some axes, and along those that the arrays of other trees do. JAX wants it of what
+    a loop carries, and of all operands of a primitive: it sums gradients over devices by it."""
+    axes = (*axes, *varying(like))
+
+    def each(a: Any) -> Any:
+        missing = tuple(axis for axis in axes if axis not in varying(a))
+        return jax.lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(each, tree)
+
+
+def struct_varied(struct: jax.ShapeDtypeStruct, *like: PyTree) -> jax.ShapeDtypeStruct:
+    """The struct of an array that varies as those of trees do, all of them together."""
+    if not varying(like):
+        return struct
+    kind = jax.typeof(jax.tree.leaves(varied(like, like))[0])
+    return struct.update(sharding=kind.sharding.update(spec=PartitionSpec()), manual_axis_type=kind.manual_axis_type)
 
 
 def by_compiler(function: Callable[..., Any], onto: Any, *args: Any) -> Any:

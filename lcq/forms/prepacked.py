@@ -49,7 +49,7 @@ class Prepacked(Form):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.stacked, *self.tail)
+        return (*self.stacked, *self._here)
 
     @property
     def bits(self) -> int:
@@ -59,7 +59,12 @@ class Prepacked(Form):
     @property
     def rows(self) -> int:
         """K."""
-        return math.prod(self.tail) // self.columns
+        return math.prod(self._here) // self.columns
+
+    @property
+    def _here(self) -> tuple[int, ...]:
+        """`tail`; of a matrix with the columns that are here: inside of `jax.shard_map` a device has some of them."""
+        return (self.tail[0], self.columns) if self.is_matrix else self.tail
 
     @property
     def is_matrix(self) -> bool:
@@ -74,7 +79,7 @@ class Prepacked(Form):
 
     def dense(self) -> Array:
         lead = len(self.stacked)
-        moved = self.matrix().reshape(*self.stacked, *(self.tail[axis] for axis in self.axes))
+        moved = self.matrix().reshape(*self.stacked, *(self._here[axis] for axis in self.axes))
         back = [*range(lead), *(lead + int(i) for i in np.argsort(self.axes))]
         return moved.transpose(back).astype(self.dtype)
 
@@ -97,7 +102,7 @@ class Prepacked(Form):
         if change.result not in (matrix, matrix[-2:], (1, *matrix[-2:])):
             return None
         if not change.in_order or self.axes != tuple(range(len(self.tail))):
-            order = np.arange(math.prod(change.shape), dtype=np.int32).reshape(-1, *self.tail)
+            order = np.arange(math.prod(change.shape), dtype=np.int32).reshape(-1, *self._here)
             order = order.transpose(0, *(axis + 1 for axis in self.axes))
             if not np.array_equal(order.reshape(-1), change.places.reshape(-1)):
                 return None
@@ -117,8 +122,8 @@ class Prepacked(Form):
     def spec(self, mesh: Any) -> tuple[Any, ...]:
         spec, lead = spec_of(getattr(self, next(iter(self.column_axes)))), len(self.stacked)
         tail: list[Any] = [None] * len(self.tail)
-        across = column_axes(self.tail, self.axes, self.columns)
-        if across and divides(spec[-1], self.tail[across[0]], mesh):
+        across = column_axes(self._here, self.axes, self.columns)
+        if across and divides(spec[-1], self._here[across[0]], mesh):
             tail[across[0]] = spec[-1]
         return (*spec[:lead], *tail)
 

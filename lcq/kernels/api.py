@@ -9,7 +9,7 @@ from jaxtyping import Array, Int32, Num, UInt32
 
 from lcq.forms.base import Form
 from lcq.forms.dtypes import native, own_promotion, wider
-from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on, spec_of
+from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on, spec_of, varied
 from lcq.forms.prepacked import Prepacked
 from lcq.kernels import code_product, xnor_xla
 from lcq.kernels.base import KERNELS, Kernel, chosen
@@ -66,6 +66,7 @@ def matmul(x: Num[Array, "*rows k"], form: Form, *, kernel: str | None = None) -
     if isinstance(form, Prepacked) and not form.is_matrix:
         raise ValueError(f"expected a form prepacked as the matrix it is, got axes {form.axes} of {list(form.shape)}")
     x = native(x)
+    x, form = varied((x, form), x, form)
     if (mesh := explicit_mesh(x, form)) is not None:
         shapes = (
             (a.shape, jnp.float32, there) for a, there in ((x, placed_on(mesh, spec_of(x))), (form, sharding_of(form)))
@@ -137,6 +138,7 @@ def binary_matmul(a: UInt32[Array, "*rows w"], weights: Signs) -> Int32[Array, "
         raise ValueError(f"expected {-(-weights.size // 32)} words of {weights.size} signs, got {list(a.shape)}")
     if 0 in a.shape:
         return jnp.zeros((*a.shape[:-1], weights.count), jnp.int32)
+    a, weights = varied((a, weights), a, weights)
     y = _signs(weights.size, weights.platform)(a.reshape(-1, a.shape[-1]), weights.words)
     return y[:, : weights.count].reshape(*a.shape[:-1], weights.count)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from lcq.forms.base import Form
 from lcq.forms.columns import SELECT, Columns
-from lcq.forms.meshes import is_shared
+from lcq.forms.meshes import is_shared, varied
 from lcq.kernels import codes_xla
 from lcq.kernels.base import KERNELS
 from lcq.kernels.codes_xla import OfCodes
@@ -168,7 +168,9 @@ def _primitive(names: tuple[str, ...]) -> Any:
             form = form_of(x, arrays, static)
             return code_product(x, form, static["kernel"])
 
-        return jax.vmap(mapped_over_rows(product), axes)(*operands), 0
+        pairs = zip(operands, axes, strict=True)
+        arrays = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in pairs]
+        return _each(product, arrays, [axis is not None for axis in axes]), 0
 
     def shape(x: Any, words: Any, *_: Any) -> tuple[tuple[int, int], Any]:
         return (x.shape[0], words.shape[-1]), jnp.float32
@@ -193,7 +195,11 @@ def _product(x: Array, form: Columns, kernel: str | None) -> Array:
     if kernel in how:
         return how[kernel](x, form)
     if (made := _compiled(kernel)) is not None:
-        return jax.lax.platform_dependent(x, form, default=anywhere, **{made.platform: made.compute})
+
+        def here(x: Array, form: Columns) -> Array:
+            return varied(made.compute(x, form), x)
+
+        return jax.lax.platform_dependent(x, form, default=anywhere, **{made.platform: here})
     taken = _is_bits(form) and x.dtype in (jnp.float32, jnp.bfloat16) and jaxpr.is_known(x.shape)
     if kernel is None and not taken:
         return anywhere(x, form)  # what the Pallas kernels do not take
@@ -218,7 +224,7 @@ def bits_by_block(
         return y + first * total + step * product(x, words), None
 
     cut = x.reshape(x.shape[0], -1, form.block).swapaxes(0, 1)
-    nothing = jnp.zeros((x.shape[0], form.columns), jnp.float32)
+    nothing = varied(jnp.zeros((x.shape[0], form.columns), jnp.float32), x)
     return jax.lax.scan(block, nothing, (cut, form.words, *form.lines()))[0]
 
 
@@ -238,16 +244,22 @@ def mapped_over_rows(product: _RowsAndWords) -> _RowsAndWords:
     mapped = jax.custom_batching.custom_vmap(product)
 
     @mapped.def_vmap
-    def _(size: int, batched: Sequence[bool], rows: Array, *others: Array) -> tuple[Array, bool]:
-        if any(batched[1:]):
-            arrays = (rows, *others)
-
-            def one(some: list[Array]) -> Array:
-                its = iter(some)
-                return mapped(*(next(its) if many else a for a, many in zip(arrays, batched, strict=True)))
-
-            return jax.lax.map(one, [a for a, many in zip(arrays, batched, strict=True) if many]), True
-        y = mapped(rows.reshape(-1, rows.shape[-1]), *others)
-        return y.reshape(size, -1, y.shape[-1]), True
+    def _(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Array, bool]:
+        del size
+        return _each(mapped, arrays, batched), True
 
     return mapped
+
+
+def _each(product: _RowsAndWords, arrays: Sequence[Array], mapped: Sequence[bool]) -> Array:
+    """The products of several; those of other rows alone are one product of more rows."""
+    rows, *others = arrays
+    if not any(mapped[1:]):
+        y = product(rows.reshape(-1, rows.shape[-1]), *others)
+        return y.reshape(*rows.shape[:-1], y.shape[-1])
+
+    def one(some: list[Array]) -> Array:
+        its = iter(some)
+        return product(*(next(its) if many else a for a, many in zip(arrays, mapped, strict=True)))
+
+    return jax.lax.map(one, [a for a, many in zip(arrays, mapped, strict=True) if many])

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 
+from lcq.forms.meshes import struct_varied
 from lcq.kernels.reference import check_bits, check_signs
 
 _FEW = 8
@@ -169,7 +170,7 @@ def _call(
             pl.BlockSpec((height, columns), lambda i, j: (0, j)),
         ],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
-        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+        out_shape=struct_varied(jax.ShapeDtypeStruct((m, n), dtype), x, words),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         name=name,
         interpret=interpret,

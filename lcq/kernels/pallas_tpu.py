@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Int32, UInt32
 
+from lcq.forms.meshes import struct_varied
 from lcq.kernels.reference import check_bits, check_signs
 
 _GROUP = 8
@@ -195,7 +196,7 @@ def _call(
         grid=(pl.cdiv(m, rows), pl.cdiv(n, columns), tiles.shape[0] // words),
         in_specs=[*(spec for _, spec in left), pl.BlockSpec((words, columns), lambda i, j, s: (s, j))],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j, s: (i, j)),
-        out_shape=out,
+        out_shape=struct_varied(out, operands),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(  # of the dense product, and every byte once: for XLA's scheduler
             flops=64 * m * tiles.size, transcendentals=0, bytes_accessed=4 * m * n + sum(x.nbytes for x in operands)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Integer, Num
 
 from lcq.forms.base import Form
+from lcq.forms.meshes import varied
 from lcq.tracing import jaxpr
 
 ROWS = 64
@@ -39,7 +40,7 @@ def ragged_product(
     windows = -(-sizes // length)  # of each expert
     before = jnp.cumsum(windows) - windows
     most = (count if not jaxpr.at_most(rows, count) else rows) + rows // length
-    x = jnp.pad(x, ((0, length), (0, 0)))
+    x, experts, ends = varied((jnp.pad(x, ((0, length), (0, 0))), experts, ends), x, experts, sizes)
     one = jax.eval_shape(lambda x, form: multiply(x[:length], jax.tree.map(lambda a: a[0], form)), x, experts)
 
     def window(y: Array, number: Int[Array, ""]) -> tuple[Array, None]:
@@ -56,5 +57,5 @@ def ragged_product(
 
         return jax.lax.cond(number < before[-1] + windows[-1], add, lambda y: y, y), None
 
-    y = jnp.zeros((rows + length, one.shape[-1]), one.dtype)
+    y = varied(jnp.zeros((rows + length, one.shape[-1]), one.dtype), x)
     return jax.lax.scan(window, y, jnp.arange(most))[0][:rows]

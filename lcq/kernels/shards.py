@@ -5,7 +5,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jaxtyping import Array, PyTree
 
 from lcq.forms.base import Form, is_form
-from lcq.forms.meshes import explicit_mesh, placed_on, spec_of
+from lcq.forms.meshes import explicit_mesh, placed_on, spec_of, struct_varied
 from lcq.forms.prepacked import Prepacked, column_axes
 
 
@@ -20,8 +20,8 @@ def sharding_of(form: Form) -> NamedSharding | None:
 
 
 def struct_of(form: Form) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of the dense array."""
-    return jax.ShapeDtypeStruct(tuple(form.shape), form.dtype, sharding=sharding_of(form))
+    """Shape, dtype and sharding of the dense array, and along which axes of a mesh it varies inside of `shard_map`."""
+    return struct_varied(jax.ShapeDtypeStruct(tuple(form.shape), form.dtype, sharding=sharding_of(form)), form)
 
 
 def shardings_of(ready: Form, form: Form, axes: tuple[int, ...]) -> list[NamedSharding]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from lcq.forms.base import Form
+from lcq.forms.meshes import varied
 from lcq.forms.state_values import byte_sum, from_byte_sum, state_values
 from lcq.forms.trellis_columns import TrellisColumns, codes_of_word, state_at
 from lcq.kernels.base import KERNELS, Kernel
@@ -73,7 +74,7 @@ def word_by_word(x: Float[Array, "m k"], form: TrellisColumns) -> Float[Array, "
                 sums = [*sums[:row], sums[row] + size * y, *sums[row + 1 :]]
         return sums
 
-    nothing = [jnp.zeros((1, n), jnp.float32)] * m
+    nothing = varied([jnp.zeros((1, n), jnp.float32)] * m, x)
     return jnp.concatenate(jax.lax.fori_loop(0, pieces * count // some, step, nothing))
 
 
@@ -94,7 +95,7 @@ def by_places(x: Float[Array, "m k"], form: TrellisColumns) -> Float[Array, "m n
             values *= scale[row[0] // (form.rows // groups)]
         return y + x @ values, None
 
-    nothing = jnp.zeros((x.shape[0], n), jnp.float32)
+    nothing = varied(jnp.zeros((x.shape[0], n), jnp.float32), x)
     y = jax.lax.scan(add, nothing, (jnp.arange(each), its, numbers))[0]
     return y if groups > 1 else y * scale
 

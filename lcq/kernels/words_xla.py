@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
 from lcq.forms.columns import Columns, by_bits
+from lcq.forms.meshes import varied
 
 FEW = 2
 """Rows up to which codes are summed word by word."""
@@ -58,7 +59,7 @@ def word_by_word(x: Float[Array, "m k"], form: Columns) -> Float[Array, "m n"]:
             sums = [y + add(row, k, block, word) for row, y in enumerate(sums)]
         return sums
 
-    nothing = [jnp.zeros((1, n), jnp.float32)] * m
+    nothing = varied([jnp.zeros((1, n), jnp.float32)] * m, x)
     return jnp.concatenate(jax.lax.fori_loop(0, blocks * count // some, step, nothing))
 
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Int32, UInt32
 
+from lcq.forms.meshes import varied
+
 _TILES = (256, 128, 64)
 """Columns side by side in a tile. 64 are four registers of 512 bits, or eight of 256."""
 
@@ -44,7 +46,7 @@ def xnor(a: UInt32[Array, "m w"], tiles: UInt32[Array, "t w c"], size: int) -> I
     of the result keeps the tile's columns innermost: without it XLA turns the loops round, and it is slower by 5 to 30.
     """
     whole = a.shape[1] // _UNROLLED * _UNROLLED
-    counts = jnp.zeros((tiles.shape[0], a.shape[0], tiles.shape[2]), jnp.int32)
+    counts = varied(jnp.zeros((tiles.shape[0], a.shape[0], tiles.shape[2]), jnp.int32), a)
     if whole > _UNROLLED:
         chunks = a[:, :whole].reshape(a.shape[0], -1, _UNROLLED).swapaxes(0, 1)
         weights = tiles[:, :whole].reshape(tiles.shape[0], -1, _UNROLLED, tiles.shape[2]).swapaxes(0, 1)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from lcq.forms.base import Form
 from lcq.forms.dtypes import wider
-from lcq.forms.meshes import by_compiler
+from lcq.forms.meshes import by_compiler, varied, varying
 from lcq.kernels.shards import sharding_of
 from lcq.runtime.form_views import relayout, take_rows, unstack
 from lcq.tracing.equation import Content, Equation
@@ -68,7 +68,7 @@ class TracedForm:
     def dense(self, after: Content = None) -> Array:
         """The dense array, not made before `after` is there: else all of them would be, and wait for their turns."""
         form = self.form
-        if after is not None:
+        if after is not None and not varying(after):  # else the form would vary as that does
             form, _ = jax.lax.optimization_barrier((form, jax.lax.stop_gradient(after)))
         made = by_compiler(lambda form: form.dense(), sharding_of(form), form)
         return self.provenance(made).astype(self.dtype)
@@ -165,6 +165,8 @@ def relaid(eqn: Equation, leaf: TracedForm) -> list[Content] | None:
     if name == "convert_element_type":
         cast = leaf.cast(eqn.params["new_dtype"])
         return None if cast is None else [cast]
+    if name == "pvary":
+        return [varied(leaf, axes=eqn.params["axes"])]
     if name == "stop_gradient":
         return [jax.tree.map(jax.lax.stop_gradient, leaf)]
     if name in _STILL:

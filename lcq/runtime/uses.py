@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from lcq.forms.base import Form
 from lcq.forms.codes import Codes
 from lcq.forms.dtypes import wider
-from lcq.forms.meshes import bare, by_compiler, explicit_mesh, placed_on, spec_of
+from lcq.forms.meshes import bare, by_compiler, explicit_mesh, placed_on, spec_of, struct_varied
 from lcq.forms.prepacked import Prepacked
 from lcq.forms.relayout import MatrixView
 from lcq.kernels.api import matmul
@@ -89,7 +89,7 @@ def _product(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> li
         runner.multiplied[here] = _shapes(moved), m
         with _precision(eqn.params["precision"]):
             y = matmul(x.reshape(*lead, m, k), moved)
-        back = jax.linear_transpose(product.outputs, product.y)  # of a permutation it is the inverse
+        back = jax.linear_transpose(product.outputs, struct_varied(product.y, y))  # of a permutation it is the inverse
         return list(back(y.astype(dtype).reshape(g, m, n)))
 
     runner.note(here, leaf, "product", product.shape, product.kind)

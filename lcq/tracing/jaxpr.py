@@ -11,6 +11,7 @@ import jax
 import jax.export
 from jax.extend import core, source_info_util  # noqa: TID251
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -31,11 +32,11 @@ CUSTOM_GRADIENT = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"
 DATA_MOVEMENT = {
     *("convert_element_type", "transpose", "reshape", "rev", "slice", "squeeze", "split", "unstack", "expand_dims"),
     *("stop_gradient", "name", "sharding_constraint", "copy", "copy_p", "optimization_barrier", "dynamic_slice"),
-    *("broadcast_in_dim", "reduce_precision"),
+    *("broadcast_in_dim", "reduce_precision", "pvary"),
 }
 """Primitives that move the elements of their first operand."""
 
-IN_PLACE = {"convert_element_type", "stop_gradient", "name", "copy", "copy_p", "reduce_precision"}
+IN_PLACE = {"convert_element_type", "stop_gradient", "name", "copy", "copy_p", "reduce_precision", "pvary"}
 """Changes of layout that leave every element where it is; they commute with taking a slice."""
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
@@ -59,7 +60,7 @@ def primitive(
     Args:
         name: of the primitive.
         compute: (*arrays, **static) -> an array.
-        shape: (*arrays) -> its shape and dtype.
+        shape: (*arrays) -> its shape and dtype. Inside of `jax.shard_map` it varies as the first array does.
         slopes: for each array (tangent, *arrays, **static) -> the change of the result; None for one without.
         mapped: (arrays, their mapped axes or None, **static) -> the result and its mapped axis.
         exported: what takes the place of `compute` in exported programs.
@@ -69,7 +70,12 @@ def primitive(
     """
     made = core.Primitive(name)
     made.def_impl(lambda *arrays, **static: _compiled(compute, tuple(static.items()))(*arrays))
-    made.def_abstract_eval(lambda *arrays, **_: jax.core.ShapedArray(*shape(*arrays)))
+
+    @made.def_abstract_eval
+    def aval(*arrays: Any, **_: Any) -> jax.core.ShapedArray:
+        size, dtype = shape(*arrays)
+        sharding = arrays[0].sharding.update(spec=PartitionSpec(*(None,) * len(size)))
+        return jax.core.ShapedArray(size, dtype, sharding=sharding, manual_axis_type=arrays[0].manual_axis_type)
 
     def lower(context: Any, *arrays: Any, **static: Any) -> Any:
         portable = exported if context.module_context.lowering_parameters.for_export else None

@@ -61,12 +61,12 @@ def test_stacked_forms_multiply_one_by_one(scheme):
             near(y[g], x[g], form.dense()[g])
 
 
-@pytest.mark.parametrize("levels", [None, 3])
-def test_stacked_matrices_that_share_a_scale_or_a_table(levels):
+@pytest.mark.parametrize("kind", ["grid", "levels", "fixed"])
+def test_stacked_matrices_that_share_a_scale_or_a_table(kind):
     blocks, codes = (2, 5, 3), jnp.asarray(RNG.integers(0, 3, (4, 20, 9)), jnp.uint8)
     numbers = jnp.asarray(RNG.normal(size=(*blocks, 3)), jnp.float32)
     grid = {"scale": numbers[..., 0], "zero": jnp.ones(blocks, jnp.uint8), "values": (0.0, 1.0, 2.0)}
-    form = Codes(codes, **({"levels": numbers} if levels else grid))
+    form = Codes(codes, **{"grid": grid, "levels": {"levels": numbers}, "fixed": {"values": (-1.0, 0.0, 3.0)}}[kind])
     for rows in (2, 12):
         x = RNG.normal(size=(4, rows, 20)).astype(np.float32)
         near(product(jnp.asarray(x), form), x, form.dense())
@@ -127,6 +127,15 @@ def test_gradients_with_respect_to_activations(scheme, rows):
     near(pull(jnp.asarray(g))[0], g, np.asarray(form.dense()).T)
     y, along = jax.jvp(lambda x: product(x, form), (jnp.asarray(x),), (jnp.asarray(x),))
     np.testing.assert_allclose(along, y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_gradients_of_stacked_matrices(width):
+    """Of few rows by words, also where the loop over matrices is compiled."""
+    codes, x = RNG.integers(0, 2**width, (3, 20, 9)), RNG.normal(size=(3, 2, 20)).astype(np.float32)
+    form = Codes(jnp.asarray(codes, jnp.uint8), scale=jnp.ones((1, 1, 1)), values=tuple(map(float, range(2**width))))
+    slopes = jax.jit(jax.grad(lambda x: (matmul(x, form) ** 2).sum()))(jnp.asarray(x))
+    near(slopes, 2 * x @ codes, codes.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize("scheme", [lcq.KMeans(2), lcq.Uniform(4, per=(35, 1))], ids=repr)
