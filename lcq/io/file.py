@@ -264,9 +264,11 @@ def _check_places(leaves: list[Leaf], places: dict[str, jax.sharding.Sharding | 
         return
     paths = {leaf.path for leaf in leaves if not is_empty(leaf)}
     wanted = {path for path, place_of in places.items() if place_of is not None}
+    remedy = "give a sharding or None for each leaf of the file"
     for message, some in (("shardings= has no", paths - places.keys()), ("the file has no", wanted - paths)):
         if some:
-            raise ValueError(f"{message} {', '.join(sorted(some)[:4])} ({len(some)} of {len(paths | wanted)})")
+            listed = ", ".join(sorted(some)[:4])
+            raise ValueError(f"{message} {listed} ({len(some)} of {len(paths | wanted)} leaves); {remedy}")
 
 
 def _placed(leaf: Leaf, places: dict[str, jax.sharding.Sharding | None] | jax.sharding.Sharding) -> Leaf:

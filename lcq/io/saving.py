@@ -1,5 +1,6 @@
 """`save`: a tree of forms and arrays in an `.lcq` file, or in a set of them."""
 
+import numbers
 import os
 import reprlib
 import tomllib
@@ -90,8 +91,11 @@ def checked_settings(
     Raises:
         ValueError, OSError: as `save`, for all but the leaves.
     """
-    if max_shard_bytes is not None and (isinstance(max_shard_bytes, bool) or not max_shard_bytes > 0):
-        raise ValueError(f"expected max_shard_bytes= a number above 0, or None, got {max_shard_bytes!r}")
+    number = isinstance(max_shard_bytes, numbers.Real) and not isinstance(max_shard_bytes, bool)
+    if max_shard_bytes is not None and not (number and max_shard_bytes > 0):
+        raise ValueError(
+            f"expected max_shard_bytes= a number above 0, or None, got {max_shard_bytes!r}; 5 GB are 5 * 10**9"
+        )
     if max_shard_bytes is not None and not coded:
         raise ValueError("expected a coded file with max_shard_bytes=, got coded=False; leave one of the two out")
     shared = max_shard_bytes is not None and jax.process_count() > 1

@@ -52,9 +52,9 @@ def test_shardings_that_fit_no_file(tmp_path):
     back = lcq.load(tmp_path / "net.lcq", shardings={"a": onto, "b": [None, onto]})
     assert isinstance(back["a"], jax.Array) and back["b"][0] is None
     assert isinstance(lcq.load(tmp_path / "net.lcq", shardings=onto)["b"][1], jax.Array)
-    with pytest.raises(ValueError, match=r"shardings= has no b/1 \(1 of 2\)"):
+    with pytest.raises(ValueError, match=r"shardings= has no b/1 \(1 of 2 leaves\); give a sharding or None"):
         lcq.load(tmp_path / "net.lcq", shardings={"a": onto})
-    with pytest.raises(ValueError, match=r"the file has no c \(1 of 3\)"):
+    with pytest.raises(ValueError, match=r"the file has no c \(1 of 3 leaves\)"):
         lcq.load(tmp_path / "net.lcq", shardings={"a": onto, "b": [None, onto], "c": onto})
     with pytest.raises(ValueError, match="a: expected a sharding or None in shardings=, got int"):
         lcq.load(tmp_path / "net.lcq", shardings={"a": 3})
