@@ -41,8 +41,10 @@ def description(
     consts = [const for program in dict.fromkeys(programs) for const in program.consts]
     said = {name: text_of(value) for name, value in settings.items()}
     said |= {"jax": f"{jax.__version__} on {jax.default_backend()}", "function": digest(*texts, *consts)}
-    said |= {f"batch {i}": digest(*jax.tree.leaves(given)) for i, given in enumerate(inputs)}
-    return said | {f"params {path}": digest(*jax.tree.leaves(leaf)) for path, leaf in leaves.items()}
+    given = {f"batch {i}": batch for i, batch in enumerate(inputs)} | {
+        f"params {path}": a for path, a in leaves.items()
+    }
+    return said | {name: digest(str(jax.tree.structure(a)), *jax.tree.leaves(a)) for name, a in given.items()}
 
 
 class Saved:

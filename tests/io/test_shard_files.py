@@ -170,7 +170,7 @@ def test_shards_that_are_not_what_they_were(path):
 
 def test_settings_that_make_no_set(path):
     for most in (0, -3, True):
-        with pytest.raises(ValueError, match="expected max_shard_bytes= a number above 0, or None, got .*; 5 GB are"):
+        with pytest.raises(ValueError, match=r"expected max_shard_bytes= a number above 0, or None, got .*; 5 GB are"):
             save(path, {"w": 1}, max_shard_bytes=most)
     with pytest.raises(ValueError, match="expected a coded file with max_shard_bytes="):
         save(path, {"w": 1}, coded=False, max_shard_bytes=10)

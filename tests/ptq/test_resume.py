@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lcq
+from lcq.ptq.resume import description
 from tests.ptq.small_net import RULES, SIZE, UNIFORM, bare, draw, net, problem, quantize
 
 
@@ -84,6 +85,13 @@ def test_folders_of_other_runs_are_refused(folder, case):
     settings, said = OTHERS[case]
     with pytest.raises(ValueError, match=rf"resume=.*this folder is of, got another: {said}; give a new"):
         quantize(resume=folder, **settings)
+
+
+def test_forms_that_differ_in_their_levels_alone_are_others():
+    codes = jnp.zeros((2, 2), jnp.uint8)
+    one, other = (lcq.forms.Codes(codes, values=(-1.0, last)) for last in (1.0, 2.0))
+    runs = [description([], {"w": form}, [], {})["params w"] for form in (one, other, one)]
+    assert runs[0] == runs[2] != runs[1]
 
 
 def test_a_damaged_file_is_named(tmp_path):
