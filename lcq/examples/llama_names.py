@@ -54,6 +54,7 @@ _LAYER = {
 }
 _PREFIX = {"hf": "model.layers.", "gguf": "blk."}
 _OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq")
+_NEEDED = ("llama.attention.head_count", "llama.attention.layer_norm_rms_epsilon")
 _KNOWN = ("llama", "mistral", "smollm")
 
 
@@ -245,7 +246,9 @@ def read_config(folder: str | os.PathLike[str]) -> Config:
             raise ValueError(f"{path}: {name}: expected {' or '.join(map(str, fine))}, got {said[name]!r:.80}")
     if rotary.get("rope_type", "default") != "default":
         raise ValueError(f"{path}: rope_type: expected default, got {rotary['rope_type']!r:.80}")
-    theta = said.get("rope_theta", rotary.get("rope_theta", 10000.0))
+    if "num_attention_heads" not in said:
+        raise ValueError(f"{path}: expected num_attention_heads of a llama, got none; give the model's config.json")
+    theta = said.get("rope_theta") or rotary.get("rope_theta", 10000.0)
     return Config(said["num_attention_heads"], said.get("rms_norm_eps", 1e-6), theta, halves=True)
 
 
@@ -253,7 +256,7 @@ def config_from_gguf(metadata: Mapping[str, str]) -> Config:
     """`Config` of the metadata of a .gguf file, as `lcq.io.read_checkpoint` gives them.
 
     Raises:
-        ValueError: an architecture that is not llama, or rotary embeddings that are scaled.
+        ValueError: an architecture that is not llama, rotary embeddings that are scaled, or metadata that are missing.
 
     Example:
         >>> config_from_gguf({"general.architecture": "llama", "llama.attention.head_count": "9",
@@ -264,5 +267,7 @@ def config_from_gguf(metadata: Mapping[str, str]) -> Config:
         raise ValueError(f"general.architecture: expected llama, got {name!r:.80}")
     if (kind := metadata.get("llama.rope.scaling.type", "none")) != "none":
         raise ValueError(f"llama.rope.scaling.type: expected none, got {kind!r:.80}")
+    if lacking := [key for key in _NEEDED if key not in metadata]:
+        raise ValueError(f"expected {', '.join(lacking)} in the metadata of a llama, got none; get the file again")
     eps, theta = metadata["llama.attention.layer_norm_rms_epsilon"], metadata.get("llama.rope.freq_base", "10000")
     return Config(int(metadata["llama.attention.head_count"]), float(eps), float(theta))

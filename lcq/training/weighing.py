@@ -55,6 +55,8 @@ def largest_weight(
     """
     if not (0 < start < math.inf and 1 < factor < math.inf and most >= 1):
         raise ValueError(f"expected start > 0, factor > 1 and most >= 1, got {start}, {factor}, {most}")
+    if math.isnan(limit):
+        raise ValueError("expected a limit, got NaN, which no score stays within; look at what it is made of")
     trials: list[Trial] = []
     good, bad = 0.0, math.inf
     weight = float(start)

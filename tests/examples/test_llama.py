@@ -224,6 +224,7 @@ HF = {"model_type": "llama", "num_attention_heads": 9, "rms_norm_eps": 1e-5, "ro
     [
         ({}, None),
         ({"rope_theta": None, "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}, None),
+        ({"num_attention_heads": None}, "config.json: expected num_attention_heads of a llama, got none"),
         ({"model_type": "gemma"}, "model_type: expected llama or mistral or smollm, got 'gemma'"),
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling: expected None, got"),
@@ -267,6 +268,8 @@ def test_configs_of_gguf():
     for change in ({"general.architecture": "qwen2"}, {"llama.rope.scaling.type": "linear"}):
         with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
             config_from_gguf(said | change)
+    with pytest.raises(ValueError, match="expected llama.attention.head_count in the metadata of a llama, got none"):
+        config_from_gguf({key: value for key, value in said.items() if "head_count" not in key})
 
 
 def test_the_command_line_quantizes_it(tmp_path, monkeypatch, capsys):

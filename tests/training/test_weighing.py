@@ -31,3 +31,5 @@ def test_what_cannot_be_searched_is_refused():
     for settings in ({"start": 0.0}, {"factor": 1.0}, {"most": 0}):
         with pytest.raises(ValueError, match="expected start > 0, factor > 1 and most >= 1"):
             lcq.training.largest_weight(lambda weight: weight, 1.0, **settings)
+    with pytest.raises(ValueError, match="expected a limit, got NaN"):
+        lcq.training.largest_weight(lambda weight: pytest.fail("a run for nothing"), math.nan)

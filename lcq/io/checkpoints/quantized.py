@@ -81,7 +81,11 @@ def with_forms(path: Path, arrays: Arrays, config: Json, *, dense: bool) -> Arra
             to stay codes; names it.
     """
     method, kind = config.get("quant_method"), config.get("format")
-    if method not in _METHODS or (method == "compressed-tensors" and not _is_known(config)):
+    if (
+        not isinstance(method, str)
+        or method not in _METHODS
+        or (method == "compressed-tensors" and not _is_known(config))
+    ):
         if dense:
             return arrays
         raise ValueError(

@@ -33,8 +33,13 @@ class Node(NamedTuple):
 
 
 def text(value: int | memoryview) -> str:
-    """A string field."""
-    assert not isinstance(value, int)
+    """A string field.
+
+    Raises:
+        ValueError: a number, or bytes that are no text.
+    """
+    if isinstance(value, int):
+        raise ValueError(f"expected a text, got the number {value}: damaged")
     return bytes(value).decode()
 
 
@@ -114,7 +119,8 @@ def name_of(entry: Field) -> str:
 
 
 def _bytes(entry: Field) -> memoryview:
-    assert not isinstance(entry.value, int)
+    if isinstance(entry.value, int):
+        raise ValueError(f"expected bytes of field {entry.number}, got the number {entry.value}: damaged")
     return entry.value
 
 

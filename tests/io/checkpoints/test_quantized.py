@@ -151,6 +151,8 @@ def test_what_is_not_known_stays_as_it_is(tmp_path):
     np.testing.assert_array_equal(read(path)[f"{X}.qweight"], 1)
     with pytest.raises(ValueError, match=r"expected weights quantized by compressed-tensors, gptq, fp8.*got 'awq'"):
         read(path, forms=True)
+    (path / "config.json").write_text('{"quantization_config": {"quant_method": [3]}}')
+    np.testing.assert_array_equal(read(path)[f"{X}.qweight"], 1)
     (path / "config.json").unlink()
     np.testing.assert_array_equal(read(path, forms=True)[f"{X}.qweight"], 1)
 

@@ -124,14 +124,19 @@ def test_floats_take_the_place_of_floats(tmp_path):
     np.testing.assert_allclose(run(tmp_path / "net.onnx", x)[0], expected, rtol=1e-4, atol=1e-3)
 
 
+BAD = ("no", "odd", "flat")
+
+
 def test_what_is_refused(tmp_path):
     forms, odd = ({"a": three(grid(-8, 7), group)[0]["a"]} for group in (16, 8))
     twice = dense(tmp_path / "twice.onnx", op("Transpose", ["a/w"], "t"))
     plain = dense(tmp_path / "dense.onnx")
     (tmp_path / "no.onnx").write_bytes(b"\xff" * 40)
+    (tmp_path / "odd.onnx").write_bytes(field(7, field(1, field(1, 3))))  # a number for a name
+    (tmp_path / "flat.onnx").write_bytes(field(7, field(5, 3)))
     for tree, names, config, message in [
         (forms, NAMES[:1], {}, r"expected config=\{'model': path\} of the dense function in ONNX"),
-        (forms, NAMES[:1], {"model": tmp_path / "no.onnx"}, r"no.onnx: expected an ONNX model"),
+        *((forms, NAMES[:1], {"model": tmp_path / f"{n}.onnx"}, f"{n}.onnx: expected an ONNX model") for n in BAD),
         (
             forms,
             [Name("a", "w", "io")],
