@@ -268,7 +268,7 @@ def test_configs_of_gguf():
     for change in ({"general.architecture": "qwen2"}, {"llama.rope.scaling.type": "linear"}):
         with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
             config_from_gguf(said | change)
-    with pytest.raises(ValueError, match="expected llama.attention.head_count in the metadata of a llama, got none"):
+    with pytest.raises(ValueError, match=r"expected llama.attention.head_count in the metadata of a llama, got none"):
         config_from_gguf({key: value for key, value in said.items() if "head_count" not in key})
 
 

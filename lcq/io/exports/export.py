@@ -74,18 +74,24 @@ def export(
     tensors: dict[str, Tensor] = {}
     for item in items.declared:
         with named(item.path):
-            tensors |= known.declare(item)
+            made = known.declare(item)
+            if both := sorted(tensors.keys() & made.keys()):
+                raise ValueError(
+                    f"expected names of its own for what it becomes, got {', '.join(both)}, which another leaf has; "
+                    "say another lcq.io.Name for one of them"
+                )
+            tensors |= made
     rows: list[Row] = []
 
     def arrays() -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
         for number, item in enumerate(items.read(), 1):
             with named(item.path):
-                made = known.encode(item)
-            error = float(np.hypot(item.error, made.error))
-            why = ", ".join(filter(None, [item.why, made.why]))
-            size = sum(tensors[name].size for name in made.arrays)
-            rows.append(Row(item.path, item.name, made.what, size, error, why))
-            yield from made.arrays.items()
+                encoded = known.encode(item)
+            error = float(np.hypot(item.error, encoded.error))
+            why = ", ".join(filter(None, [item.why, encoded.why]))
+            size = sum(tensors[name].size for name in encoded.arrays)
+            rows.append(Row(item.path, item.name, encoded.what, size, error, why))
+            yield from encoded.arrays.items()
             if progress is not None:
                 progress(number, len(items.declared), item.path)
 

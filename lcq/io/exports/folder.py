@@ -13,7 +13,7 @@ from lcq.io.atomic import replacing
 from lcq.io.container import DTYPES, NAMES, Json, check_names, flat, to_json
 from lcq.io.exports.base import Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_tokenizer import tokenizer_of
-from lcq.io.exports.grids import matrix_shape, plain_array
+from lcq.io.exports.grids import plain_array, plain_shape
 from lcq.io.exports.leaves import Item
 
 TOKENIZER_FILES = (
@@ -74,11 +74,8 @@ def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 def plain(item: Item) -> dict[str, Tensor]:
-    """An array as it is, a matrix if its axes are said."""
-    shape, layout = item.value.shape, item.rule.layout
-    if layout is not None and len(shape) > 1:
-        shape = matrix_shape(shape, layout)
-    return {item.name: tensor(shape, str(item.value.dtype))}
+    """An array as it is, a matrix or a filter if its axes are said."""
+    return {item.name: tensor(plain_shape(item.value.shape, item.rule.layout), str(item.value.dtype))}
 
 
 def encode_plain(item: Item) -> Encoded:

@@ -22,7 +22,7 @@ from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_metadata import metadata_of
 from lcq.io.exports.gguf_tokenizer import padded_to, tokenizer_fields
-from lcq.io.exports.grids import Kind, grid_of, kind_of, matrix_shape, plain_array
+from lcq.io.exports.grids import Kind, grid_of, kind_of, plain_array, plain_shape
 from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.steps import cast, moved, rounded, turned
 from lcq.io.facts import Facts
@@ -67,9 +67,7 @@ class Gguf(ExportFormat):
             kind, block = block_of(item)
             blocks = kind.outputs * (kind.inputs // block.length)
             return {item.name: Tensor((kind.outputs, kind.inputs), block.name, blocks * block.size)}
-        shape, name = item.value.shape, _type_of(item)
-        if item.rule.layout is not None and len(shape) > 1:
-            shape = matrix_shape(shape, item.rule.layout)
+        shape, name = plain_shape(item.value.shape, item.rule.layout), _type_of(item)
         if len(shape) > _AXES:
             raise ValueError(f"expected at most {_AXES} axes, got {list(shape)}; leave this leaf out: name=None")
         return {item.name: Tensor(shape, name, int(np.prod(shape, dtype=np.int64)) * TENSOR_DTYPES[name].itemsize)}

@@ -95,7 +95,10 @@ def matrix_shape(shape: Sequence[int], layout: str | None) -> tuple[int, int]:
         raise ValueError(f"expected codes of a matrix, got those of shape {list(shape)}; leave this leaf as it is")
     axes = letters(layout, len(shape))
     if set(axes) != {"o", "i"}:
-        raise ValueError(f"expected a matrix, got axes {axes!r} of {list(shape)}; other programs' windows are no codes")
+        raise ValueError(
+            f"expected a matrix, got axes {axes!r} of {list(shape)}; other programs' windows are no codes: leave this "
+            "leaf out of the rules"
+        )
     outputs, inputs = (math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == which) for which in "oi")
     return outputs, inputs
 
@@ -107,13 +110,36 @@ def as_matrix(array: np.ndarray, layout: str | None) -> np.ndarray:
     return array.transpose([i for which in "oi" for i, axis in enumerate(axes) if axis == which]).reshape(shape)
 
 
+def plain_shape(shape: Sequence[int], layout: str | None) -> tuple[int, ...]:
+    """The shape of an array that is no codes: of a matrix, or with a window behind its outputs and inputs, as PyTorch
+    has filters.
+
+    Example:
+        >>> plain_shape((3, 3, 8, 16), "io"), plain_shape((8, 4, 2), "ioo"), plain_shape((5,), "io")
+        ((16, 8, 3, 3), (8, 8), (5,))
+    """
+    if layout is None or len(shape) < 2:
+        return tuple(shape)
+    order = _window_last(letters(layout, len(shape)))
+    return matrix_shape(shape, layout) if order is None else tuple(shape[i] for i in order)
+
+
 def plain_array(array: np.ndarray, layout: str | None, heads: int) -> np.ndarray:
-    """An array that is no codes on its way out: a matrix if its axes are said, outputs of heads in rotary order."""
+    """The same of its numbers; outputs of heads in rotary order."""
     if layout is not None and array.ndim > 1:
+        order = _window_last(letters(layout, array.ndim))
+        if order is not None:
+            return array.transpose(order)
         array = as_matrix(array, layout)
     elif array.ndim != 1:
         return array
     return array[rotary_order(len(array), heads)]
+
+
+def _window_last(axes: str) -> list[int] | None:
+    """The order of axes with the window behind outputs and inputs; None without a window."""
+    order = sorted(range(len(axes)), key=lambda i: "oi".find(axes[i]) % 3)
+    return order if set(axes) - {"o", "i"} else None
 
 
 def _group(shape: Sequence[int], counts: Sequence[int], layout: str) -> int:

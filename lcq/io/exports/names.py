@@ -18,8 +18,8 @@ class Name:
         name: of the tensor, with \1 for a group of the pattern, and {0}, {1} for the place along stacked axes; None
             leaves the leaf out. "/" becomes ".".
         layout: the axes behind the stacked ones, a letter for each, as in `lcq.Rule`: "io" for kernels of JAX, "oi" for
-            weights of PyTorch. Such leaves go out as matrices [outputs, inputs]; None for arrays that go out as they
-            are.
+            weights of PyTorch. Such leaves go out as matrices [outputs, inputs], filters that are no codes with their
+            window behind these; None for arrays that go out as they are.
         stacked: leading axes that count layers; each layer is a tensor of its own.
         heads: of a query or key projection whose rotary pairs are halves, how many heads it has: its outputs are put
             into the order of interleaved pairs, as GGUF's llama has them, and so is its bias. 0 leaves them as they

@@ -229,3 +229,26 @@ def test_codes_of_an_embedding_are_told(format, tmp_path):
         "take codes of linear layers alone"
         in export({"w": form}, tmp_path / "net", format=format, names=[Name("w", "embed.weight", "io")]).notes[0]
     )
+
+
+def test_names_of_parts_that_another_leaf_has(tmp_path):
+    """Two tensors of one name made a file that nothing opens."""
+    form, _ = GRIDS["4 bits in groups"]
+    for format, part in (("compressed-tensors", "x.weight_scale"), ("gptq", "x.g_idx")):
+        with pytest.raises(ValueError, match=f"expected names of its own for what it becomes, got {part}, which"):
+            export({"x/kernel": form, part: np.ones(3, np.float32)}, tmp_path / "net", format=format)
+    assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("layout", ["io", "oi"])
+def test_filters_that_are_no_codes_are_those_of_pytorch(layout, tmp_path):
+    """A net with a convolution goes out, whose dense layers are codes."""
+    form, _ = GRIDS["4 bits in groups"]
+    kernel = RNG.normal(size=(3, 2, 4, 8)).astype(np.float32)  # h, w, in, out
+    wanted = kernel.transpose(3, 2, 0, 1)
+    tree = {"conv": {"kernel": kernel} if layout == "io" else {"weight": wanted}, "fc": {"kernel": form}}
+    export(tree, tmp_path / "net", format="compressed-tensors")
+    np.testing.assert_array_equal(lcq.io.read(tmp_path / "net")["conv.weight"], wanted)
+    filters = codes((3, 2, 4, 8), (1, 1, 1, 8), grid(-8, 7))[0]
+    with pytest.raises(ValueError, match=r"got axes 'wwio' of .*: leave this leaf out of the rules"):
+        export({"conv": {"kernel": filters}}, tmp_path / "no", format="compressed-tensors")
