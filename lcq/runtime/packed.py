@@ -122,8 +122,8 @@ def packed(fn: Callable[..., PyTree], *, held: int = 64 << 20) -> Packed:
         arrays and numbers, as under jax.jit. A form that fn returns comes back dense.
 
     Raises:
-        ValueError: fn is no function; when called with a leaf that is no array, form or number, or a dict that was a
-            form.
+        ValueError: fn is no function, or held no number of bytes; when called with a leaf that is no array, form or
+            number, or a dict that was a form.
 
     Example:
         >>> import lcq, jax, jax.numpy as jnp
@@ -141,6 +141,8 @@ def packed(fn: Callable[..., PyTree], *, held: int = 64 << 20) -> Packed:
             f"expected a function of (params, ...), got {type(fn).__name__}; forms are an argument of what comes back: "
             "packed(fn)(forms, x)"
         )
+    if not isinstance(held, int | float) or held < 0:
+        raise ValueError(f"expected held= a number of bytes, 0 or more, got {held!r}; 64 MiB are 64 << 20")
     return Packed(fn, held)
 
 

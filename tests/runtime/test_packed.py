@@ -150,6 +150,11 @@ def test_forms_are_no_function(monkeypatch):
         packed({"w": code(normal(4, 6))})
 
 
+def test_bytes_that_are_none():
+    with pytest.raises(ValueError, match="expected held= a number of bytes, 0 or more, got -1"):
+        packed(lambda p, x: x, held=-1)
+
+
 def test_what_is_no_array():
     net = packed(lambda p, x, mode: x @ p["w"])
     for call in (net, net.report):
