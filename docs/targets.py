@@ -22,6 +22,7 @@ WAYS = {
     "4 bits by channel": lcq.Uniform(4, per="channel"),
     "2 bits with zeros, groups of 32": lcq.Uniform(2, per=32, zero_point=True),
     "4 bits with zeros, groups of 32": lcq.Uniform(4, per=32, zero_point=True),
+    "4 bits with scales of 6 bits, groups of 32": lcq.Uniform(4, per=32, zero_point=True, scale_bits=6),
     "5 bits in groups of 32": lcq.Uniform(5, per=32),
     "5 bits with zeros, groups of 32": lcq.Uniform(5, per=32, zero_point=True),
     "8 bits in groups of 32": lcq.Uniform(8, per=32),
