@@ -152,6 +152,11 @@ def _ragged(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> lis
     return y
 
 
+def _lengths_fit(places: Content) -> Array:
+    """Places as int32 if their own type is smaller: beside them jax takes a length modulo 256."""
+    return jnp.asarray(places) if places.dtype.itemsize >= 4 else jnp.asarray(places, jnp.int32)
+
+
 def _gather(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list[Content] | None:
     """A lookup of whole rows decodes these; rows that do not exist are filled as the lookup would."""
     table, indices = ins
@@ -175,7 +180,7 @@ def _gather(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> lis
             rows = jnp.where(there, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
         return [rows]
 
-    places = indices[..., 0]
+    places = _lengths_fit(indices[..., 0])
     rows = by_compiler(look_up, _onto(eqn, table, places), table, places)
     if rows is not None:
         runner.note(frame, table, "rows", aval.shape)
@@ -195,6 +200,7 @@ def _slice(runner: Any, eqn: Equation, ins: list[Content], frame: Frame) -> list
     def some(table: TracedForm, start: Content) -> TracedForm | None:
         return table.rows(jnp.clip(start, 0, length - size) + jnp.arange(size))
 
+    start = _lengths_fit(start)
     rows = by_compiler(some, _rows_onto(some, table, start), table, start)
     return None if rows is None else [rows]
 

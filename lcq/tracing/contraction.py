@@ -185,7 +185,7 @@ class Product:
         """Which rows of a ragged product's inputs each expert has: the first are those of expert 0, then of 1, ..."""
         lengths = [operand.x.shape[axis] for axis in self._free(0)]
         groups = math.prod(operand.x.shape[axis] for axis in self._axes(0)[1])
-        sizes = operand.sizes.reshape(-1, operand.sizes.shape[-1])
+        sizes = operand.sizes.reshape(-1, operand.sizes.shape[-1]).astype(jnp.int32)  # that sums fit
         sizes = jnp.broadcast_to(sizes, (groups, sizes.shape[1]))
         last = jnp.cumsum(sizes, 1).reshape(-1, 1)
         place = jax.lax.broadcasted_iota(last.dtype, lengths, 0).reshape(1, -1)

@@ -71,6 +71,13 @@ def test_experts_whose_rows_are_others_in_the_quantized_net(masked):
         np.testing.assert_array_equal(xs[e][there[e]], x.astype(np.float32))
 
 
+def test_sizes_in_a_small_type_of_more_rows():
+    """Rows are counted past 255 though sizes are not; those behind the last expert are nobody's."""
+    x, sizes = jnp.ones((300, 3)), jnp.array([100, 60, 30, 20], jnp.uint8)
+    (product,) = trace(ragged, {"w": draw(4, 3, 2)}, (x, sizes), ["w"]).products
+    assert product.members(Operand(x, sizes, None)).sum(1).tolist() == [100, 60, 30, 20]
+
+
 def test_errors_of_experts_whose_rows_are_others():
     """A router in the net: the error of such experts is ||Y w - Y q||^2."""
     params = {"a": draw(3, 3), "w": draw(4, 3, 2)}

@@ -85,3 +85,17 @@ def test_memory_of_dense_uses():
 
     forms, x = [code(jnp.zeros((512, 512))) for _ in range(8)], jnp.zeros((16, 512))
     assert jax.jit(packed(fn)).lower(forms, x).compile().memory_analysis().temp_size_in_bytes < 2.5 * 2**20
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_places_in_a_small_type_in_a_longer_table(dtype):
+    """Beside an index of 8 bits jax takes the length 300 for 44, without a word."""
+    forms = lcq.compress({"w": jax.random.normal(jax.random.key(0), (300, 2))}, [lcq.Rule("w", lcq.KMeans(k=4))])
+    ids = jnp.array([3, 0, 120]).astype(dtype)
+
+    def rows(p, ids):
+        found = [jnp.take(p["w"], ids, axis=0, mode=mode) for mode in ("fill", "clip")]
+        return *found, lax.dynamic_slice_in_dim(p["w"], ids[2], 2)
+
+    assert [use.how for use in packed(rows).report(forms, ids)] == ["rows", "rows", "dense"]
+    jax.tree.map(np.testing.assert_array_equal, packed(rows)(forms, ids), rows(lcq.decompress(forms), ids))
