@@ -113,6 +113,23 @@ def test_layouts_of_one_leaf_have_equal_numbers(tmp_path):
     np.testing.assert_allclose(tilted.dense().swapaxes(1, 2), form.dense(), atol=1e-6)
 
 
+def test_the_page_on_files_says_what_is_stored(tmp_path):
+    form = steps(3, 8, 5).project(draw(32, 6)).pack()
+
+    def numbers(words, bits, shape):
+        string = np.unpackbits(np.asarray(words).view(np.uint8), bitorder="little")[: bits * np.prod(shape)]
+        return (string.reshape(-1, bits) << np.arange(bits)).sum(1).astype(np.float32).reshape(shape)
+
+    s, u = (numbers(words, 5, (4, 6)) for words in (form.scale, form.zero))
+    scale, least = np.asarray(form.units)[0] * s, np.asarray(form.units)[1] * u
+    codes = numbers(form.codes, 3, (32, 6))
+    wanted = scale.repeat(8, 0) * (codes - (least / scale).repeat(8, 0))
+    np.testing.assert_array_equal(form.dense(), wanted)
+    for coded in (False, True):
+        lcq.save(tmp_path / "w.lcq", {"w": form}, coded=coded)
+        np.testing.assert_array_equal(lcq.load(tmp_path / "w.lcq")["w"].dense(), wanted)
+
+
 def test_a_file_that_was_changed_is_refused():
     form = steps(3, 8).project(draw(16, 4)).pack()
     form.check_stored()
