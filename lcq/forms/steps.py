@@ -2,8 +2,9 @@
 
     a = A s,    m = M u,    s and u whole numbers from 0 to 2^b - 1,    Delta = a q - m
 
-A unit is the largest of the numbers that share it over 2^b - 1, in so few bits that its multiples are exact in float32:
-so the same units and multiples are found again in a and m.
+A unit is the largest of the numbers that share it over 2^b - 1, rounded to 11 bits. Its multiples are exact in float32,
+so the same units and multiples are found again in a and m; and the last bits of sums, which depend on how a leaf is
+sharded, seldom matter.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def steps_of(
     top = (1 << bits) - 1
     scale, zero = (jnp.asarray(a, jnp.float32) for a in (scale, zero))
     least = scale * zero
-    units = [jax.lax.reduce_precision(a.max(along, keepdims=True) / top, 8, 23 - bits) for a in (scale, least)]
+    units = [jax.lax.reduce_precision(a.max(along, keepdims=True) / top, 8, 10) for a in (scale, least)]
     s, u = (jnp.round(a / jnp.where(unit > 0, unit, 1)) for a, unit in zip((scale, least), units, strict=True))
     s = jnp.clip(s, (scale > 0).astype(s.dtype), top)
     return Steps(s.astype(jnp.uint8), jnp.clip(u, 0, top).astype(jnp.uint8), jnp.stack(units))
