@@ -213,7 +213,8 @@ class _Net:
                 flat.append(other)
             else:
                 flat.append(nearest_number(slot.fill(numbers), slot.dtype) if rounded else slot.fill(numbers))
-        return jax.tree.unflatten(self._forms, flat)
+        made: list[PyTree] = jax.tree.unflatten(self._forms, flat)
+        return [_in_steps(leaf) for leaf in made] if rounded else made
 
     def dense(self, numbers: dict[str, Array], rest: Sequence[PyTree]) -> Params:
         """The parameters as they will be stored, differentiable as if numbers were not rounded."""
@@ -238,6 +239,18 @@ class _Net:
 def _wide(dtype: DTypeLike) -> DTypeLike:
     """float32 or wider; floats of 8 bits, which numpy and jax do not promote, included."""
     return dtype if jnp.dtype(dtype).itemsize > 4 else jnp.float32
+
+
+def _in_steps(node: PyTree) -> PyTree:
+    """A working form with the scales in it that it stores in steps rounded to these."""
+    if isinstance(node, tuple):
+        return tuple(map(_in_steps, node))
+    if not is_form(node):
+        return node
+    if isinstance(node, Codes):
+        return node.in_steps()
+    fields = [f.name for f in dataclasses.fields(node) if not f.metadata.get("static")]
+    return dataclasses.replace(node, **{name: _in_steps(getattr(node, name)) for name in fields})
 
 
 def _ascending(node: PyTree) -> PyTree:

@@ -213,6 +213,27 @@ def test_low_precision_is_trained_in_float32_and_seen_rounded(dtype):
     assert jax.tree.structure(again) == jax.tree.structure(result)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_scales_in_steps_stay_in_steps(nested):
+    """What was trained is what is stored, at as many bits."""
+    rng = np.random.default_rng(0)
+    scheme = lcq.Uniform(2, per=8, zero_point=True, scale_bits=4)
+    scheme = lcq.Additive(scheme, lcq.Prune(count=3)) if nested else scheme
+    w, x = jnp.asarray(rng.normal(size=(32, 4)), jnp.float32), jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)
+    forms = lcq.compress({"w": w}, [lcq.Rule("w", scheme)])
+
+    def loss(params, batch):
+        return jnp.mean((batch @ (params["w"] - 1.2 * w)) ** 2)
+
+    tuned = lcq.finetune(loss, forms, optax.adam(3e-3), [x] * 200)
+    before, after = (float(loss(lcq.decompress(tree), x)) for tree in (forms, tuned))
+    assert after < 0.8 * before and tuned["w"].bits == forms["w"].bits
+    np.testing.assert_array_equal(tuned["w"].unpack().dense(), tuned["w"].dense())
+    found = []
+    lcq.finetune(loss, tuned, optax.sgd(0.0), [x], on_step=lambda number, value: found.append(float(value)))
+    np.testing.assert_allclose(found, after, rtol=1e-5)
+
+
 def test_levels_stay_in_order_and_codes_follow():
     codes = jnp.array([0, 1, 2, 1, 0], jnp.uint8)
     target = jnp.array([3.0, -1.0, 1.0, -1.0, 3.0])
