@@ -40,7 +40,7 @@ class Codes(Form):
         units: in the stored layout of scales in steps their units, see `lcq.forms.steps`; None otherwise.
         scale_bits: of scales, and of scale * zero, that are multiples of units, which `scale` and `zero` are as words
             in the stored layout; None for scales of their own.
-        along: the axes along which blocks share units, counted from the end.
+        along: the axes along which blocks share units, counted from the end; None for scales of their own.
         blocks: in the stored layout of scales in steps how many blocks there are along each axis; None otherwise.
     """
 
@@ -52,7 +52,7 @@ class Codes(Form):
     packed: tuple[int, ...] | None = static(default=None)
     units: Any = None
     scale_bits: int | None = static(default=None)
-    along: tuple[int, ...] = static(default=())
+    along: tuple[int, ...] | None = static(default=None)
     blocks: tuple[int, ...] | None = static(default=None)
 
     @property
@@ -92,7 +92,7 @@ class Codes(Form):
     def _units(self) -> tuple[int, ...]:
         """How many units there are along each axis."""
         rank = len(self._blocks)
-        return tuple(1 if axis - rank in self.along else n for axis, n in enumerate(self._blocks))
+        return tuple(1 if axis - rank in (self.along or ()) else n for axis, n in enumerate(self._blocks))
 
     @property
     def _zeros(self) -> int:
@@ -106,7 +106,7 @@ class Codes(Form):
             return self
         host, width = jax.device_get(on_host(self)), bitpack.width(self.size_of_table)
         if host.scale_bits is not None:
-            steps = jax.device_get(steps_of(host.scale, host.zero, host.scale_bits, host.along))
+            steps = jax.device_get(steps_of(host.scale, host.zero, host.scale_bits, host.along or ()))
             scale, zero = (bitpack.pack(a, host.scale_bits) for a in steps[:2])
             host = dataclasses.replace(host, scale=scale, zero=zero, units=steps.units, blocks=self.scale.shape)
             return dataclasses.replace(host, codes=bitpack.pack(host.codes, width), packed=self.codes.shape)
@@ -128,7 +128,7 @@ class Codes(Form):
                 words = (jnp.asarray(a) for a in (scale, zero))
                 scale, zero = (bitpack.unpack(a, self.scale_bits, self._blocks) for a in words)
                 scale, zero = from_steps(Steps(scale, zero, self.units))
-            own = dataclasses.replace(self, scale=scale, zero=zero, scale_bits=None, along=())
+            own = dataclasses.replace(self, scale=scale, zero=zero, scale_bits=None, along=None)
             return dataclasses.replace(own, units=None, blocks=None)
         if self.zero is None or self.zero.dtype != jnp.uint32:
             return self
@@ -139,7 +139,7 @@ class Codes(Form):
         """The working form with scales and zeros that can be stored, where these are in steps."""
         if self.scale_bits is None:
             return self
-        scale, zero = in_steps(self.scale, self.zero, self.scale_bits, self.along)
+        scale, zero = in_steps(self.scale, self.zero, self.scale_bits, self.along or ())
         return dataclasses.replace(self, scale=scale, zero=zero)
 
     @property
@@ -296,7 +296,7 @@ class Codes(Form):
         if not 1 <= self.scale_bits <= 8 or self.values is None or self.blocks is None:
             raise ValueError(f"expected scales of 1 to 8 bits, fixed values and blocks, got {self.scale_bits} bits")
         check_counts("blocks", self.packed, self.blocks)
-        check_axes("along", self.packed, self.along)
+        check_axes("along", self.packed, self.along or ())
         got = None if self.units is None else (str(self.units.dtype), tuple(self.units.shape))
         if got != ("float32", (2, *self._units)):
             raise ValueError(f"units: expected float32[2, {', '.join(map(str, self._units))}], got {got}")
