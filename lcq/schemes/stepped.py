@@ -9,6 +9,9 @@ itself: of shrunk and shifted ranges the codes are fitted by least squares,
 
 means weighted by h, and the best is polished. Then scales are rounded to their steps, m is fitted to what became of
 them and rounded too, and the codes are those nearest to what is stored.
+
+Source: scales of scales as in the K-quants of llama.cpp, and Dettmers et al., arXiv 2305.14314, section 3; the search:
+lcq's.
 """
 
 from typing import Any
@@ -93,13 +96,13 @@ class _Grid:
         a, m = scale.reshape(self.stat), (scale * zero).reshape(self.stat)
         return self.whole.sum([(self.x - (a * self.codes(a, m) - m)) ** 2])
 
-    def fit(self, q: Array) -> tuple[Array, Array]:
-        """The best scales and least values for codes."""
+    def fit(self, q: Array, given: Array) -> tuple[Array, Array]:
+        """The best scales and least values for codes; `given` scales where all codes of a group are one."""
         q = q.astype(self.x.dtype)
         level, centre = self.mean(q), self.mean(self.x)
         square, product = self.mean(q * q), self.mean(q * self.x)
         var = square - level**2
-        a = jnp.where(var > 0, (product - level * centre) / jnp.where(var > 0, var, 1), 0)
+        a = jnp.where(var > 0, (product - level * centre) / jnp.where(var > 0, var, 1), given)
         m = a * level - centre
         through = product / jnp.where(square > 0, square, 1)
         return jnp.where(m >= 0, a, through), jnp.maximum(m, 0)
@@ -111,7 +114,7 @@ class _Grid:
         def better(a: Array, m: Array, best: tuple[Array, ...]) -> tuple[Array, ...]:
             """The best numbers for the codes at (a, m), kept if their error is the least so far."""
             q = self.codes(a, m)
-            a, m = self.fit(q)
+            a, m = self.fit(q, a)
             rest = self.whole.sum([(self.x - (a * q.astype(self.x.dtype) - m)) ** 2])
             return tuple(jnp.where(rest < best[-1], n, b) for n, b in zip((a, m, rest), best, strict=True))
 

@@ -66,6 +66,17 @@ def test_less_error_than_the_grids_of_as_many_bits():
         assert form.bits <= plain.bits and error(form, w) <= less * error(plain, w)
 
 
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("number", [-2.5, 2.5, 0.0])
+def test_groups_of_equal_weights(bits, number):
+    """Alone, of one weight, and beside others."""
+    for per in (1, 4):
+        form = steps(bits, per).project(jnp.full((8, 3), number))
+        np.testing.assert_allclose(form.dense(), number, rtol=2.0**-10)
+    w = draw(8, 3).at[:4].set(number)
+    np.testing.assert_allclose(steps(bits, 4).project(w).dense()[:4], number, atol=0.1)
+
+
 def test_size_and_dtype_of_weights_do_not_matter():
     w, far = draw(64, 6), draw(64, 6)
     form, warm = steps(3, 16).project(w), steps(3, 16).project(w + far)
