@@ -117,7 +117,8 @@ class Additive(Scheme):
 
         def goes_on(state: _State) -> Array:
             sweeps, before, now, _ = state
-            return (sweeps < (_COLD if previous is None else _WARM)) & (now < (1 - _ENOUGH) * before)
+            falls = (now < (1 - _ENOUGH) * before) | (sweeps == 0)  # what an earlier run left may be infinitely dear
+            return (sweeps < (_COLD if previous is None else _WARM)) & falls
 
         def step(state: _State) -> _State:
             sweeps, _, before, each = state

@@ -98,7 +98,9 @@ class Scheme(abc.ABC):
         return 0.0
 
     def charge(self, forms: tuple[Form, ...], mu: Scalar | None) -> Scalar:
-        """What is paid beside the distance, in its units, so that the C step minimises both: (2/mu) C(Theta)."""
+        """What is paid beside the distance, in its units, so that the C step minimises both: (2/mu) C(Theta).
+
+        It may be infinite for what the scheme does not allow, such as forms of an earlier run with other settings."""
         if not self.costly:
             return 0.0
         assert mu is not None

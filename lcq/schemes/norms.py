@@ -19,6 +19,9 @@ from lcq.schemes.kmeans.kmeans import KMeans
 from lcq.schemes.sparsity import Masks, Sparsifier, check_amount, group_norms, norms_of, scaled_norms, spread
 from lcq.schemes.topk import shrinkage
 
+_SLACK = 0.01
+"""The part by which rounded values may leave the l1 ball."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Penalty(Sparsifier):
@@ -156,6 +159,11 @@ class L1Ball(Sparsifier):
         norms, slack = _norms_and_slack(self, xs, roots)
         factors = _factors(norms, slack, shrinkage(norms, self.radius, slack))
         return _shrunk(xs, factors if self.radius else [jnp.zeros_like(f) for f in factors], self.group)
+
+    def charge(self, forms: tuple[Form, ...], mu: Scalar | None) -> Scalar:
+        del mu
+        size = sum(jnp.sum(n) for n in norms_of(forms, self.group))
+        return jnp.where(size <= self.radius * (1 + _SLACK), 0.0, jnp.inf)
 
 
 def _norms_and_slack(

@@ -6,6 +6,7 @@ Those with the largest sqrt(sum_{i in g} h_i x_i^2) are kept as they are, ties b
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -13,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 from lcq.forms.axes import inputs_axis
 from lcq.forms.blocks import Per
 from lcq.schemes.base import SCHEMES, Importance, Scalar, Scheme
+from lcq.schemes.counts import at_least, count_marks, count_of
 from lcq.schemes.kmeans.kmeans import KMeans
-from lcq.schemes.sparsity import Masks, Sparsifier, scaled_norms, spread
+from lcq.schemes.sparsity import Masks, Sparsifier, group_norms, scaled_norms, spread
 from lcq.schemes.topk import largest, largest_in_runs
 
 _LONGEST = 1024
@@ -59,6 +61,9 @@ class Prune(Sparsifier):
         del mu
         sizes = scaled_norms(xs, roots, None)
         return xs, largest(sizes, _number(self.count, self.fraction, sizes))
+
+    def allows(self, masks: Masks) -> Bool[Array, ""]:
+        return at_least(count_of(_number(self.count, self.fraction, masks)), count_marks(masks))
 
     def share(self, groups: int) -> float:
         return _share(self.count, self.fraction, groups)
@@ -112,6 +117,10 @@ class PruneGroups(Sparsifier):
         del mu
         norms = scaled_norms(xs, roots, self.group)
         return xs, spread(xs, largest(norms, _number(self.count, self.fraction, norms)), self.group)
+
+    def allows(self, masks: Masks) -> Bool[Array, ""]:
+        groups = [group_norms(mask.astype(jnp.float32), self.group) > 0 for mask in masks]
+        return at_least(count_of(_number(self.count, self.fraction, groups)), count_marks(groups))
 
     def share(self, groups: int) -> float:
         return _share(self.count, self.fraction, groups)
@@ -174,15 +183,23 @@ class NofM(Sparsifier):
         del mu
         return xs, [self._select(abs(s)) for s in scaled_norms(xs, roots, None)]
 
+    def allows(self, masks: Masks) -> Bool[Array, ""]:
+        most = [jnp.max(jnp.sum(self._runs(mask), -2, dtype=jnp.int32)) for mask in masks]
+        return functools.reduce(jnp.maximum, most) <= self.n
+
     def share(self, groups: int) -> float:
         del groups
         return self.n / self.m
 
     def _select(self, sizes: Float[Array, "..."]) -> Bool[Array, "..."]:
-        turned = jnp.moveaxis(sizes, self.axis, -2)
+        chosen = largest_in_runs(self._runs(sizes), self.n)
+        return jnp.moveaxis(chosen.reshape(jnp.moveaxis(sizes, self.axis, -2).shape), -2, self.axis)
+
+    def _runs(self, a: Array) -> Array:
+        """(..., runs, m, outputs)."""
+        turned = jnp.moveaxis(a, self.axis, -2)
         *stacked, inputs, outputs = turned.shape
-        runs = turned.reshape(*stacked, inputs // self.m, self.m, outputs)
-        return jnp.moveaxis(largest_in_runs(runs, self.n).reshape(turned.shape), -2, self.axis)
+        return turned.reshape(*stacked, inputs // self.m, self.m, outputs)
 
 
 def _check_number(count: int | None, fraction: float | None) -> None:

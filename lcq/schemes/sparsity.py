@@ -63,6 +63,16 @@ class Sparsifier(Scheme):
             mu: the penalty weight, for schemes with a cost.
         """
 
+    def allows(self, masks: Masks) -> Bool[Array, ""] | bool:
+        """Whether so much may be kept; a form of an earlier run may have had other settings."""
+        del masks
+        return True
+
+    def charge(self, forms: tuple[Form, ...], mu: Scalar | None) -> Scalar:
+        """(2/mu) C(Theta), infinite beyond the constraint."""
+        allowed = self.allows([form.mask for form in forms if isinstance(form, Sparse)])
+        return super().charge(forms, mu) + jnp.where(allowed, 0.0, jnp.inf)
+
     def share(self, groups: int) -> float:
         """The part of so many groups that is kept, as far as the settings say; what a form estimates sizes from."""
         del groups

@@ -27,7 +27,7 @@ from lcq.forms.blocks import compute_dtype
 from lcq.forms.dtypes import nearest_number, own_promotion
 from lcq.forms.meshes import placed_like
 from lcq.forms.serialization import register_empty
-from lcq.training.given import named, slope_of, weights_of
+from lcq.training.given import check_one_run, named, slope_of, weights_of
 from lcq.training.objective import Term
 from lcq.training.penalty import gradient, penalty, proximal
 from lcq.training.schedules import Geometric, Scheduled
@@ -185,8 +185,9 @@ def check_shapes(state: Lagrangian, params: Params) -> None:
     """Refuses parameters of other shapes than those that the state was made for.
 
     Raises:
-        ValueError: names the leaf.
+        ValueError: names the leaf; the states of several runs.
     """
+    check_one_run(state.c_steps, "lc")
     leaves, _ = flatten(params)
     for task, forms in zip(state.problem.tasks, _joined(state), strict=True):
         for path, form in zip(task.paths, forms, strict=True):

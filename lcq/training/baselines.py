@@ -18,7 +18,17 @@ from lcq.forms.base import Form, cast_masks, is_form
 from lcq.forms.dtypes import native_tree
 from lcq.forms.serialization import register_empty
 from lcq.training.augmented_lagrangian import first_forms
-from lcq.training.given import Optimizer, abstract, check_arrays, check_state, slope_of, start_inner, weights_of
+from lcq.training.given import (
+    Optimizer,
+    abstract,
+    check_arrays,
+    check_one_run,
+    check_rules,
+    check_state,
+    slope_of,
+    start_inner,
+    weights_of,
+)
 from lcq.training.objective import at, forget
 from lcq.training.straight_through import straight_through
 from lcq.tree.aliases import Forms, Leaves, OptState, Params
@@ -75,6 +85,7 @@ def iterated_direct(inner: Optimizer, rules: Rules, *, every: int) -> optax.Grad
     ) -> tuple[optax.Updates, IteratedState]:
         _check(grads, state, params, IteratedState, "iterated_direct")
         grads, params = native_tree((grads, params))
+        check_rules(state.tasks, rules, params, "iterated_direct")
         updates, inner_state = inner.update(grads, state.inner, params, **extra)
         steps = state.steps + 1
         moved = optax.apply_updates(params, updates)
@@ -131,6 +142,7 @@ def straight_through_training(inner: Optimizer, rules: Rules) -> optax.GradientT
     ) -> tuple[optax.Updates, StraightThroughState]:
         _check(grads, state, params, StraightThroughState, "straight_through_training")
         grads, params = native_tree((grads, params))
+        check_rules(state.tasks, rules, params, "straight_through_training")
 
         def compressed(latent: Params) -> Params:
             return _put(state.tasks, latent, _project(state.tasks, latent, state.forms), straight_through)
@@ -171,6 +183,7 @@ def find_baseline(opt_state: OptState) -> IteratedState | StraightThroughState:
 
 def baseline_forms(state: IteratedState | StraightThroughState, params: Params) -> tuple[Tasks, list[tuple[Form, ...]]]:
     """The tasks of a run of either wrapper, and Pi(w) of the parameters, from the last Theta on."""
+    _check_one_run(state, type(state).__name__)
     leaves, _ = flatten(params)
     for path in (path for task in state.tasks for path in task.paths):
         check_finite(path, weights_of(leaves, path, type(state).__name__))
@@ -189,10 +202,16 @@ def _check(grads: optax.Updates, state: PyTree, params: Params, kind: type, meth
     if params is None:
         raise ValueError("the parameters are projected: call update(grads, state, params)")
     check_state(state, kind, method, sound=_is_sound(state))
+    _check_one_run(state, method)
     leaves, slopes = flatten(params)[0], flatten(grads)[0]
     selected = [path for task in state.tasks for path in task.paths]
     for path in (*selected, *(path for path in leaves if path not in slopes)):
         slope_of(slopes, path, weights_of(leaves, path, method))
+
+
+def _check_one_run(state: IteratedState | StraightThroughState, method: str) -> None:
+    if isinstance(state, IteratedState):
+        check_one_run(state.steps, method)
 
 
 def _first(tasks: Tasks, params: Params, blank: bool) -> tuple[tuple[Form, ...], ...]:

@@ -1,16 +1,19 @@
 """What a training wrapper is given, looked at once at its door: parameters, gradients, states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 from typing_extensions import TypeAliasType
 
 from lcq.forms.meshes import placed_like
 from lcq.tree.aliases import Leaves, OptState, Params
 from lcq.tree.paths import flatten, leave_out
+from lcq.tree.rules import Rules, Task, resolve
 
 Optimizer = TypeAliasType("Optimizer", optax.GradientTransformation)
 """An optax optimizer."""
@@ -133,3 +136,48 @@ def check_state(state: PyTree, kind: type, method: str, sound: bool = True) -> N
             f"expected the state that init of {method} made, got {got}; the order is update(grads, state, params), and "
             f"{RESTORED}"
         )
+
+
+def check_one_run(number: ArrayLike, method: str) -> None:
+    """Refuses the states of several runs in one, as `jax.vmap` makes them, where they are not mapped over.
+
+    Args:
+        number: of updates or C steps, which a run has one of.
+        method: for the message.
+
+    Raises:
+        ValueError: several numbers.
+    """
+    if jnp.ndim(number):
+        raise ValueError(
+            f"expected the state of one run of {method}, got those of {jnp.size(number)}: map over them with jax.vmap, "
+            "or take one of them, jax.tree.map(lambda a: a[0], (state, params))"
+        )
+
+
+def check_rules(tasks: Sequence[Task], rules: Rules, params: Params, method: str) -> None:
+    """Refuses a state that was made by other rules than those of the optimizer that it is given to.
+
+    Raises:
+        ValueError: names the first leaf that has another scheme.
+    """
+    made, wanted = (
+        {path: task for task in some for path in task.paths} for some in (tasks, resolve(rules, params, warn=False))
+    )
+    for path in {**wanted, **made}:
+        old, new = made.get(path), wanted.get(path)
+        if old != new:
+            says = [_said(task) for task in (old, new)]
+            if says[0] == says[1]:
+                says = [f"{text} joint for {task.paths}" for text, task in zip(says, (old, new), strict=True) if task]
+            raise ValueError(
+                f"{named(path)}: the state of {method} was made for {says[0]}, its rules now say {says[1]}; go on with "
+                "the rules of the state, or start one of the new rules from these weights: state = tx.init(params)"
+            )
+
+
+def _said(task: Task | None) -> str:
+    """What a task makes of its leaves."""
+    if task is None:
+        return "no scheme"
+    return f"{task.scheme}, stacked={task.stacked}" if task.stacked else str(task.scheme)

@@ -36,7 +36,18 @@ from lcq.training.block_entropy import (
     nearest,
 )
 from lcq.training.collapse import Reading, largest_share
-from lcq.training.given import RESTORED, Optimizer, Schedule, abstract, check_state, slope_of, start_inner, weights_of
+from lcq.training.given import (
+    RESTORED,
+    Optimizer,
+    Schedule,
+    abstract,
+    check_one_run,
+    check_rules,
+    check_state,
+    slope_of,
+    start_inner,
+    weights_of,
+)
 from lcq.training.objective import refuse_used
 from lcq.training.placeholders import NO_PARAMETER, has_placeholders
 from lcq.tree.aliases import Leaves, OptState, Params
@@ -198,11 +209,13 @@ def hemp(
         if params is None:
             raise ValueError("hemp moves the parameters to their levels: call update(grads, state, params)")
         check_state(state, HempState, "hemp", sound=is_sound(state))
+        check_one_run(state.steps, "hemp")
         grads, params = native_tree((grads, params))
         refuse_used(functools.partial(inner.update, grads, state.inner, params), extra, _NO_FUNCTION)
         leaves, slopes, codebooks = flatten(params)[0], flatten(grads)[0], state.codebooks
         for path in (path for task in state.tasks for path in task.paths):
             slope_of(slopes, path, weights_of(leaves, path, "hemp"))
+        check_rules(state.tasks, rules, params, "hemp")
         if every is not None:
             due = (state.steps > 0) & (state.steps % every == 0)
             codebooks = jax.lax.cond(due, lambda t: _estimate(state.tasks, leaves, t), lambda t: t, codebooks)

@@ -36,11 +36,11 @@ from lcq.training.augmented_lagrangian import (
     solve,
     start,
 )
-from lcq.training.given import RESTORED, OptimizerOrFactory, Schedule, abstract, check_state, start_inner
+from lcq.training.given import RESTORED, OptimizerOrFactory, Schedule, abstract, check_rules, check_state, start_inner
 from lcq.training.objective import add_term, keeps_value, refuse_used, take_term
 from lcq.training.penalty import linear_step
 from lcq.training.placeholders import NO_PARAMETER, has_placeholders, is_placeholder, placeholder_trees
-from lcq.training.schedules import Penalty, as_schedule
+from lcq.training.schedules import Geometric, Penalty, Scheduled, as_schedule, same_schedule
 from lcq.tree.aliases import OptState, Params
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
@@ -124,8 +124,8 @@ def lc(
     Raises:
         ValueError: at construction for settings that do not fit together; in `init` for rules that do not fit the
             parameters and for weights that are not finite; in `update` for a leaf without a gradient, or of another
-            shape than in `init`, a state that lost its types, and an optimizer that uses `value` and the like under a
-            proximal coupling.
+            shape than in `init`, a state that lost its types or was made for other rules or penalty weights, and an
+            optimizer that uses `value` and the like under a proximal coupling.
 
     Example:
         >>> import jax, lcq, optax
@@ -179,6 +179,8 @@ def lc(
         check_state(state, LCState, "lc", sound=_is_sound(getattr(state, "lagrangian", None)))
         inner_state, steps, lagrangian = state
         check_shapes(lagrangian, params)
+        check_rules(lagrangian.problem.tasks, rules, params, "lc")
+        _check_schedule(lagrangian.problem.mu, schedule)
         if every is not None:
             due = (steps >= first) & ((steps - first) % rest == 0)
             lagrangian = jax.lax.cond(due, lambda: solve(lagrangian, params)[1], lambda: lagrangian)
@@ -341,6 +343,16 @@ def _check_dtype(dtype: str | None, multipliers: bool) -> jnp.dtype | None:
             f"multipliers={multipliers}; drop it"
         )
     return jnp.dtype(dtype)
+
+
+def _check_schedule(made: Geometric | Scheduled, given: Geometric | Scheduled) -> None:
+    """Refuses a state with other penalty weights: its multipliers would follow those, the coupling the new ones."""
+    if not same_schedule(made, given):
+        raise ValueError(
+            f"the state of lc was made for mu={made}, got it in an lc with mu={given}: go on with those of the state; "
+            "or keep its numbers under the new ones, which count the C steps that were made: "
+            "jax.tree.unflatten(jax.tree.structure(tx.init(params)), jax.tree.leaves(state))"
+        )
 
 
 def _check_learning_rate_is_not_kept(inner_state: PyTree) -> None:

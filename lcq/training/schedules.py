@@ -5,9 +5,11 @@ Small at first, so that the loss decides, large in the end, so that w arrives at
 
 import dataclasses
 import math
+import types
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -157,6 +159,32 @@ def penalty_schedule(updates: int, *, start: float = 1e-3, end: float = 10.0) ->
     every = max(updates // _L_STEPS, min(_FULL, updates // _FEW))
     steps = max(1, round(_GROWING * (updates // every - 1)))
     return PenaltySchedule(geometric(start, (end / start) ** (1 / steps), steps=steps), every)
+
+
+def same_schedule(a: Any, b: Any) -> bool:
+    """Whether two schedules are the same, or made by the same code of the same numbers.
+
+    Example:
+        >>> make = lambda start: lambda k: start * 1.1**k
+        >>> same_schedule(make(0.1), make(0.1)), same_schedule(make(0.1), make(0.2))
+        (True, False)
+    """
+    if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Scheduled) and isinstance(b, Scheduled):
+        return same_schedule(a.schedule, b.schedule)
+    if isinstance(a, types.FunctionType) and isinstance(b, types.FunctionType):
+        return a.__code__ == b.__code__ and same_schedule(_bound(a), _bound(b))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(same_schedule, a, b))
+    return callable(a) or np.array_equal(a, b)  # other callables cannot be looked into
+
+
+def _bound(f: types.FunctionType) -> tuple[object, ...]:
+    """What a function is made of beside its code."""
+    return (*(cell.cell_contents for cell in f.__closure__ or ()), *(f.__defaults__ or ()), f.__kwdefaults__)
 
 
 Penalty = TypeAliasType("Penalty", Geometric | optax.ScalarOrSchedule)

@@ -205,7 +205,7 @@ def check_same_rules(rules: Sequence[object], tree: PyTree) -> None:
         check_agreement("rules", said, "make them by the same code and settings in every process")
 
 
-def resolve(rules: Sequence[Rule], tree: PyTree) -> tuple[Task, ...]:
+def resolve(rules: Sequence[Rule], tree: PyTree, warn: bool = True) -> tuple[Task, ...]:
     """Assigns every leaf of `tree` to the first rule that matches it.
 
     Warns of leaves whose layers would share scales or codebooks because the rule does not say that they are stacked.
@@ -213,6 +213,7 @@ def resolve(rules: Sequence[Rule], tree: PyTree) -> tuple[Task, ...]:
     Args:
         rules: in order of precedence.
         tree: parameters; arrays or shape structs.
+        warn: False where the same rules were resolved before.
 
     Returns:
         Tasks in the order of the tree's leaves, a joint task at its first leaf.
@@ -246,7 +247,7 @@ def resolve(rules: Sequence[Rule], tree: PyTree) -> tuple[Task, ...]:
                 f"rule {rule.pattern!r}: joint leaves with a layout must have equally many axes: {matched}"
             )
         tasks += [Task(group, scheme, rule.stacked) for group, scheme in zip(groups, schemes, strict=False)]
-        if rule.layout is None and rule.scheme.cuts:
+        if warn and rule.layout is None and rule.scheme.cuts:
             _warn(rule, matched, leaves)
     order = {path: i for i, path in enumerate(leaves)}
     return tuple(sorted(tasks, key=lambda task: order[task.name]))

@@ -238,3 +238,70 @@ def test_parameters_of_another_shape(scheme):
         ):
             with pytest.raises(ValueError, match=words):
                 function()
+
+
+OTHER = {
+    "lc": lambda scheme: lc(scheme=scheme),
+    "hemp": lambda scheme: lcq.hemp(optax.adam(1e-2), rules(scheme=scheme), order=2, small=0, every=2),
+    "iterated_direct": lambda scheme: lcq.training.iterated_direct(optax.adam(1e-2), rules(scheme=scheme), every=2),
+    "straight_through_training": lambda scheme: lcq.training.straight_through_training(
+        optax.adam(1e-2), rules(scheme=scheme)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_state_of_other_rules_is_refused(name):
+    """A second phase with a tighter scheme on the state of the first: the first scheme went on, without a word."""
+    state = OTHER[name](lcq.KMeans(4)).init(PARAMS)
+    OTHER[name](lcq.KMeans(4)).update(PARAMS, state, PARAMS)
+    with pytest.raises(ValueError, match=r"kernel: the state of .* was made for KMeans\(k=4.*KMeans\(k=2.*tx.init"):
+        OTHER[name](lcq.KMeans(2)).update(PARAMS, state, PARAMS)
+    more = lcq.training.iterated_direct(optax.sgd(0.1), [lcq.Rule("kernel|bias", lcq.KMeans(2), joint=True)], every=2)
+    less = lcq.training.iterated_direct(optax.sgd(0.1), [lcq.Rule("kernel|bias", lcq.KMeans(2))], every=2)
+    alone = lcq.training.iterated_direct(optax.sgd(0.1), rules(), every=2)
+    with pytest.raises(ValueError, match=r"bias: .* joint for .*'bias', 'kernel'"):
+        less.update(PARAMS, more.init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"bias: .* made for no scheme, its rules now say KMeans"):
+        less.update(PARAMS, alone.init(PARAMS), PARAMS)
+
+
+def test_a_state_of_other_penalty_weights_is_refused_and_its_numbers_are_taken_over():
+    """Its multipliers would follow the old penalty weights, and the coupling the new ones."""
+    first = lc(mu=lcq.geometric(0.1, 1.5, steps=9))
+    state = first.init(PARAMS)
+    for _ in range(5):
+        _, state = first.update(PARAMS, state, PARAMS)
+    second = lc(mu=lcq.geometric(0.1, 1.2, steps=9))
+    with pytest.raises(ValueError, match=r"mu=Geometric.*factor=1.5.*mu=Geometric.*factor=1.2.*jax.tree.unflatten"):
+        second.update(PARAMS, state, PARAMS)
+    state = jax.tree.unflatten(jax.tree.structure(second.init(PARAMS)), jax.tree.leaves(state))
+    _, state = second.update(PARAMS, state, PARAMS)
+    np.testing.assert_allclose(lcq.metrics(state)["penalty_weight"], 0.1 * 1.2**2, rtol=1e-6)
+
+
+def test_penalty_weights_by_functions_that_are_made_again_are_the_same():
+    def scheduled(start):
+        ends = [optax.constant_schedule(start), lambda k: start * 2.0**k]
+        return lc(mu=optax.join_schedules(ends, [3]))
+
+    state = scheduled(0.1).init(PARAMS)
+    scheduled(0.1).update(PARAMS, state, PARAMS)
+    with pytest.raises(ValueError, match="the state of lc was made for mu="):
+        scheduled(0.2).update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER if name != "straight_through_training"])
+def test_states_of_an_ensemble_are_refused_where_they_are_not_mapped_over(name):
+    tx, members = OTHER[name](lcq.KMeans(2)), jax.tree.map(lambda w: jnp.stack([w, 2 * w]), PARAMS)
+    states, says = jax.vmap(tx.init)(members), "expected the state of one run of .*, got those of 2: .*jax.vmap"
+    with pytest.raises(ValueError, match=says):
+        tx.update(members, states, members)
+    with pytest.raises(ValueError, match=says):
+        jax.jit(tx.update)(members, states, members)
+    if name == "hemp":
+        return  # levels are looked up in each member's own
+    with pytest.raises(ValueError, match=says):
+        lcq.extract(states, members)
+    one = jax.tree.map(lambda a: a[1], (states, members))
+    assert lcq.extract(*one)["kernel"].shape == W.shape

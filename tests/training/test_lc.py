@@ -403,3 +403,37 @@ def test_forms_of_forms_keep_a_tree_for_every_leafwise_array():
     x = np.asarray(params["a"] - state.lagrangian.multipliers["a"])
     delta = mean_scale(x) + mean_scale(x - mean_scale(x))
     np.testing.assert_allclose(lcq.extract(state, params)["a"].dense(), delta, rtol=1e-5)
+
+
+TIGHTER = {
+    "prune": (lcq.Prune(count=12), lcq.Prune(count=3)),
+    "a fraction": (lcq.Prune(fraction=0.5), lcq.Prune(fraction=0.125)),
+    "a codebook": (lcq.Prune(count=12, values=lcq.KMeans(2)), lcq.Prune(count=3, values=lcq.KMeans(2))),
+    "groups": (lcq.PruneGroups("channel", count=3), lcq.PruneGroups("channel", count=1)),
+    "n of m": (lcq.NofM(2, 4), lcq.NofM(1, 4)),
+    "ball": (lcq.L1Ball(9.0), lcq.L1Ball(2.0)),
+    "sum": (
+        lcq.Additive(lcq.Binary(), lcq.Prune(count=9)),
+        lcq.Additive(lcq.Binary(), lcq.Prune(count=2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIGHTER)
+@pytest.mark.parametrize("stacked", [0, 1])
+def test_a_checkpoint_of_a_looser_constraint_does_not_stay(name, stacked):
+    """Its Theta is nearer to w than any that the tighter one allows, and was kept for ever."""
+    w = np.random.default_rng(0).normal(size=(2, 8, 4) if stacked else (8, 4)).astype(np.float32)
+    params = {"w": jnp.asarray(w)}
+    loose, tight = (
+        lcq.lc(optax.sgd(0.0), [lcq.Rule("w", scheme, stacked=stacked)], mu=1.0, every=1, multipliers=False)
+        for scheme in TIGHTER[name]
+    )
+    state, fresh = loose.init(params), tight.init(params)
+    state = jax.tree.unflatten(jax.tree.structure(fresh), jax.tree.leaves(state))
+    for _ in range(3):
+        _, state = jax.jit(tight.update)({"w": jnp.zeros_like(w)}, state, params)
+    found, wanted = (np.asarray(theta(s.lagrangian)[0][0].dense()) for s in (state, fresh))
+    assert (found != 0).sum() == (wanted != 0).sum()
+    assert ((found - w) ** 2).sum() <= 1.02 * ((wanted - w) ** 2).sum()
+    assert not int(lcq.metrics(state)["kept_back"])
