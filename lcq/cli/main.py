@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import lcq
 from lcq.cli.words import in_words_of_the_command
 from lcq.interrupt import raise_interrupts
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parsed(argv: Sequence[str]) -> argparse.Namespace:
     """What is to be run. The version is there before all that commands need, which takes a while to import."""
     common = argparse.ArgumentParser(prog="lcq", add_help=False)
-    version = f"lcq {importlib.metadata.version('lcq')} (jax {importlib.metadata.version('jax')})"
+    version = f"lcq {lcq.__version__} (jax {importlib.metadata.version('jax')})"
     common.add_argument("--version", action="version", version=version)
     common.parse_known_args(argv[:1])
     from lcq.cli.parser import parser

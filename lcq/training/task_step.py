@@ -76,6 +76,7 @@ def _solve_one(
     previous = tuple(cast_masks(join_leafwise(rest, [widened(a) for a in arrays]), bool) for rest, arrays in pairs)
     xs = _shifted(task, ws, lagrange, mu)
     forms = task.project(xs, previous, mu=mu)
+    _check_theta(task, forms, previous)
     new, old = (distance(xs, f) + task.scheme.charge(f, mu) for f in (forms, previous))
     forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
     moved = (mu * (form.dense() - x) for x, form in zip(xs, forms, strict=True))
@@ -96,6 +97,19 @@ def _solve_one(
         for (found, _), of_leaf in zip(parts, kept.arrays, strict=True)
     )
     return Kept(arrays, tuple(rest for _, rest in parts), lagrange), sums
+
+
+def _check_theta(task: Task, forms: tuple[Form, ...], previous: tuple[Form, ...]) -> None:
+    """Refuses a state of other forms than the scheme makes, as a checkpoint of other rules puts into it."""
+    for path, new, old in zip(task.paths, forms, previous, strict=True):
+        (of_new, made), (of_old, kept) = map(jax.tree.flatten, (new, old))
+        shapes = [[jnp.shape(a) for a in arrays] for arrays in (of_new, of_old)]
+        if (made, shapes[0]) != (kept, shapes[1]):
+            raise ValueError(
+                f"{path or 'the only leaf'}: expected the state of {task.scheme}, got one of other settings, a "
+                f"{type(old).__name__} of the arrays {shapes[1]}, not {shapes[0]}: restore a checkpoint with the rules "
+                "that it was made for, or start from its weights alone: state = tx.init(params)"
+            )
 
 
 def _shifted(task: Task, ws: tuple[Array, ...], lagrange: Leaves, mu: Array) -> tuple[Array, ...]:

@@ -1,5 +1,6 @@
 """The command line, through `main` and once through a process."""
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -275,6 +276,19 @@ def test_warnings_are_a_line_in_the_words_of_the_command(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 1 and lines[0].startswith("lcq compress: warning: layers/kernel: ")
     assert "'; stacked=1' behind the scheme" in lines[0] and "lcq.Rule" not in lines[0]
+
+
+def test_the_command_runs_where_lcq_is_not_installed(capsys, monkeypatch):
+    """`python -m lcq` on a copy of the source, found by PYTHONPATH, looked for the metadata of a package."""
+    version = importlib.metadata.version
+
+    def of_others(name):
+        if name == "lcq":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", of_others)
+    assert run("--version") == 0 and capsys.readouterr().out.startswith(f"lcq {lcq.__version__} (jax ")
 
 
 def test_version(capsys):

@@ -305,3 +305,22 @@ def test_states_of_an_ensemble_are_refused_where_they_are_not_mapped_over(name):
         lcq.extract(states, members)
     one = jax.tree.map(lambda a: a[1], (states, members))
     assert lcq.extract(*one)["kernel"].shape == W.shape
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (lcq.Prune(count=9), lcq.Prune(fraction=0.1)),
+        (lcq.Uniform(4), lcq.Uniform(2)),
+        (lcq.LowRank(4), lcq.LowRank(1)),
+        (lcq.Levels((-1.0, 1.0)), lcq.Levels((-2.0, 2.0))),
+    ],
+)
+def test_a_checkpoint_of_other_rules_is_refused_in_words(old, new):
+    """flax restores whatever shapes there are: factors of rank 4 were added up with those of rank 1."""
+    saved = fs.to_bytes(lc(scheme=old).init(PARAMS))
+    tx = lc(scheme=new, every=1)
+    state = fs.from_bytes(tx.init(PARAMS), saved)
+    with pytest.raises(ValueError, match=r"kernel: expected the state of .*other settings.*state = tx.init\(params\)"):
+        for _ in range(2):
+            _, state = jax.jit(tx.update)(PARAMS, state, PARAMS)
