@@ -8,7 +8,8 @@
 
 Every weight of a dense layer is quantized, with a scale per output ("channel") or per output and group of 32 inputs
 ("groups"; 43 where 172 inputs do not divide by 32), or on a trellis of 12 bits with a bfloat16 scale per output
-("trellis"). Embeddings, norms and biases stay float32. No labels are used.
+("trellis"); in turned coordinates ("rotated channel"), there also on a trellis of 10 bits by a single sweep, to save
+time ("rotated trellis"). Embeddings, norms and biases stay float32. No labels are used.
 
 stories: calibration on 112 windows of tinystories_sample.txt, BOS and 255 tokens from a paragraph's start, so that
 every row of X is a token. The 100 evaluation stories lie in that text too: they are cut out of it first. Held back: 32
@@ -48,7 +49,8 @@ from lcq.examples import transformers
 
 LCQ_METHODS = ("nearest", "gptq", "gpfq", "qronos", "descent")
 PEERS = ("qwix", "qwix_gptq")
-PER, MEMORY = ("channel", "groups"), 12
+PER, MEMORY, SHORT = ("channel", "groups"), 12, 10
+ONCE = lcq.ptq.BlockLDL(sweeps=1)
 STORY_TOKENS, WINDOWS_HELD_BACK, FIRST_BYTE = 256, 32, 3
 NEWLINE = FIRST_BYTE + ord("\n")
 SENTENCE_TOKENS, PAIRS_HELD_BACK = 16, 1500
@@ -83,9 +85,14 @@ class Net(NamedTuple):
         return np.split(chosen, max(1, len(chosen) // 16))
 
     def rules(self, bits: int, per: str) -> list[lcq.Rule]:
+        def trellis(memory: int) -> lcq.Trellis:
+            return lcq.Trellis(bits, memory=memory, per="channel", scale_dtype="bfloat16")
+
         def scheme(group: int) -> Any:
+            if per.startswith("rotated "):
+                return lcq.Rotated(trellis(SHORT) if per.endswith("trellis") else lcq.Uniform(bits, per="channel"))
             if per == "trellis":
-                return lcq.Trellis(bits, memory=MEMORY, per="channel", scale_dtype="bfloat16")
+                return trellis(MEMORY)
             return lcq.Uniform(bits, per=group if per == "groups" else "channel")
 
         return [
@@ -332,7 +339,7 @@ def by_lcq(net: Net, bits: int, per: str, size: int, method: str, resume: Path |
         net.params,
         net.batches(size),
         net.rules(bits, per),
-        "rtn" if method == "nearest" else method,
+        ONCE if per == "rotated trellis" and method == "descent" else "rtn" if method == "nearest" else method,
         resume=resume,
     ).forms
 
@@ -399,7 +406,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["float", *LCQ_METHODS], help=f"also {', '.join(PEERS)}")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument(
-        "--per", nargs="+", default=PER, help="also trellis, which gptq, qronos and descent round alike"
+        "--per",
+        nargs="+",
+        default=PER,
+        help="also trellis, which gptq, qronos and descent round alike, rotated channel, rotated trellis",
     )
     parser.add_argument("--minilm", help="folder of model.safetensors, config.json and tokenizer.json")
     parser.add_argument("--resume", type=Path, help="a folder from which runs that were killed go on")

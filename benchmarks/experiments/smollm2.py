@@ -103,8 +103,8 @@ def own_codes(path: str, text: np.ndarray, config: llama_names.Config) -> dict[s
     }
 
 
-def trellis(bits: int, per: Any) -> lcq.schemes.Scheme:
-    return lcq.Trellis(bits, per=per, scale_dtype="float16")
+def trellis(bits: int, per: Any, memory: int = 12) -> lcq.schemes.Scheme:
+    return lcq.Trellis(bits, memory=memory, per=per, scale_dtype="float16")
 
 
 def stepped(bits: int) -> lcq.schemes.Scheme:
@@ -135,6 +135,8 @@ ON_DATA = {
     "3 bits, scales of 6 bits, GPTQ": ("gptq", stepped(3)),
     "3 bits, scales of 6 bits, descent": ("descent", stepped(3)),
     "2 bits, trellis, block LDL": (ONCE, trellis(2, "channel")),
+    "3 bits, rotated trellis, block LDL": (ONCE, lcq.Rotated(trellis(3, "channel", 10))),
+    "2 bits, rotated trellis, block LDL": (ONCE, lcq.Rotated(trellis(2, "channel", 10))),
 }
 
 

@@ -10,6 +10,7 @@ from lcq.forms.factors import Factors
 from lcq.forms.prepacked import Prepacked
 from lcq.forms.registry import Registry
 from lcq.forms.relayout import MatrixView, Relayout
+from lcq.forms.rotated import Rotated
 from lcq.forms.sparse import Sparse
 from lcq.forms.sums import Sum
 from lcq.forms.trellis import Trellis
@@ -28,6 +29,7 @@ __all__ = [
     "Prepacked",
     "Registry",
     "Relayout",
+    "Rotated",
     "Sparse",
     "Sum",
     "Trellis",

@@ -10,9 +10,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from lcq.forms import Trellis
+from lcq.forms import Rotated, Trellis
+from lcq.forms.base import Form
 from lcq.forms.meshes import divides
 from lcq.forms.paths import path_axes
+from lcq.forms.rotation import turned_back
 from lcq.ptq.block_numbers import BlockNumbers
 from lcq.ptq.rounding.coded import Coded, codes_of, tables, with_codes
 from lcq.tracing.contraction import Product
@@ -35,10 +37,11 @@ class Assembly:
     Attributes:
         shape: The shape of the leaf.
         dtype: The dtype of the leaf.
+        seed: Of the rotation in whose coordinates the forms are that it takes; None for those of the leaf.
     """
 
-    def __init__(self, leaf: Any) -> None:
-        self.shape, self.dtype = tuple(leaf.shape), leaf.dtype
+    def __init__(self, leaf: Any, seed: int | None = None) -> None:
+        self.shape, self.dtype, self.seed = tuple(leaf.shape), leaf.dtype, seed
         self._leaf = leaf
         self._codes: np.ndarray | None = None
         self._numbers = BlockNumbers(self.shape)
@@ -90,7 +93,7 @@ class Assembly:
         """The whole leaf, quantized where its products have been."""
         return self[()]
 
-    def form(self) -> Coded:
+    def form(self) -> Form:
         """The form of the whole leaf, its blocks as large as equal numbers allow."""
         assert self._codes is not None
         last = self._puts[-1].form
@@ -103,8 +106,8 @@ class Assembly:
             fields[name] = (part if name == "levels" else part[..., 0]).astype(array.dtype)
         lies: dict[str, Any] = {name: lies_as(a, self._leaf) for name, a in fields.items()}
         lies |= axes_of(last, self.shape, [put.product for put in self._puts])
-        whole = dataclasses.replace(last, **lies, dtype=str(self.dtype))
-        return with_codes(whole, lies_as(self._codes, self._leaf))
+        whole = with_codes(dataclasses.replace(last, **lies), lies_as(self._codes, self._leaf))
+        return of_leaf(whole, self.shape, str(self.dtype), [put.product for put in self._puts], self.seed)
 
     def _write(self, part: np.ndarray, depth: int, put: _Put) -> None:
         """Writes the weights of a product into leaf[index[:depth]]."""
@@ -112,7 +115,8 @@ class Assembly:
         product, index = put.product, put.product.weight.index
         inside = product.places(self.shape, len(index))
         codes = self._codes[index].reshape(-1)[inside]
-        values = np.asarray(_dense(with_codes(put.form, codes)))
+        values = _dense(with_codes(put.form, codes))
+        values = np.asarray(values if self.seed is None else turned_back(values, (-2,), self.seed))
         part[index[depth:]].reshape(-1)[inside] = values
 
 
@@ -130,6 +134,13 @@ def axes_of(form: Coded, shape: tuple[int, ...], products: Sequence[Product]) ->
     if form.scale_bits is None:
         return {}
     return {"along": paths_along(shape, products, products[0].shape[2])}
+
+
+def of_leaf(form: Coded, shape: tuple[int, ...], dtype: str, products: Sequence[Product], seed: int | None) -> Form:
+    """A form of the dtype of its leaf, under the rotation of the inputs if there is one."""
+    if seed is None:
+        return dataclasses.replace(form, dtype=dtype)
+    return Rotated(form, axes=paths_along(shape, products, products[0].shape[2]), seed=seed, dtype=dtype)
 
 
 def paths_along(shape: tuple[int, ...], products: Sequence[Product], length: int) -> tuple[int, ...]:

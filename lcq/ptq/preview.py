@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lcq import forms
 from lcq.forms import Codes
-from lcq.forms.base import is_form
+from lcq.forms.base import Form, is_form
 from lcq.forms.blocks import block_counts
+from lcq.forms.dtypes import wider
 from lcq.forms.validate import named
 from lcq.ptq.block_numbers import period
-from lcq.ptq.leaf_assembly import axes_of
-from lcq.ptq.rounding.coded import Coded, codes_of, tables, with_codes
+from lcq.ptq.leaf_assembly import axes_of, of_leaf
+from lcq.ptq.rounding.coded import codes_of, tables, with_codes
 from lcq.ptq.tasks import decide
 from lcq.schemes import Trellis
 from lcq.tracing.contraction import Product
@@ -50,7 +52,7 @@ def preview(
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     shapes = {path: jax.eval_shape(leaf.dense) if is_form(leaf) else shape_of(leaf) for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, shapes.values())
-    chosen, direct = decide(rules, rtn, dense, given)
+    chosen, seeds, direct = decide(rules, rtn, dense, given)
     blocks = {path: np.zeros(shapes[path].shape, np.int64) for path in chosen}
     found: dict[str, list[Product]] = {path: [] for path in chosen}
     for product in trace(fn, dense, batch, chosen).products:
@@ -59,7 +61,10 @@ def preview(
         if not flat[places].any():  # else an earlier product has chosen its codes
             flat[places] = _numbers(product, chosen[path]) + flat.max() + 1
             found[path].append(product)
-    made = {path: _form(shapes[path], chosen[path], numbers, found[path]) for path, numbers in blocks.items()}
+    made = {
+        path: _form(shapes[path], chosen[path], numbers, found[path], seeds.get(path))
+        for path, numbers in blocks.items()
+    }
     return jax.tree.unflatten(structure, (leaves | made).values()), tuple(direct)
 
 
@@ -74,14 +79,16 @@ def _numbers(product: Product, rule: Rule) -> np.ndarray:
     return np.broadcast_to(numbers, (groups, many, neurons))
 
 
-def _form(leaf: Any, rule: Rule, blocks: np.ndarray, products: Sequence[Product]) -> Coded:
+def _form(leaf: Any, rule: Rule, blocks: np.ndarray, products: Sequence[Product], seed: int | None) -> Form:
     """The form of a whole leaf."""
     scheme: Any = rule.scheme
     if scheme.host:
         scheme = dataclasses.replace(scheme, exact=False)
     inputs = products[0].shape[2] if isinstance(scheme, Trellis) else 1
     group = (scheme.per if isinstance(scheme.per, int) else inputs, 1)  # one block, whose numbers are as of all
-    one = jax.eval_shape(scheme.project, jax.ShapeDtypeStruct(group, leaf.dtype))
+    one = jax.eval_shape(
+        scheme.project, jax.ShapeDtypeStruct(group, leaf.dtype if seed is None else wider(leaf.dtype, jnp.float32))
+    )
     assert isinstance(one, Codes | forms.Trellis)
     counts = tuple(n // period(axis, blocks) for axis, n in enumerate(blocks.shape))
     spread: dict[str, Any] = {
@@ -89,4 +96,5 @@ def _form(leaf: Any, rule: Rule, blocks: np.ndarray, products: Sequence[Product]
     }
     spread |= axes_of(one, leaf.shape, products)
     codes = jax.ShapeDtypeStruct(leaf.shape, codes_of(one).dtype)
-    return dataclasses.replace(with_codes(one, codes), **spread)
+    whole = dataclasses.replace(with_codes(one, codes), **spread)
+    return of_leaf(whole, leaf.shape, str(leaf.dtype), products, seed)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from lcq.forms.base import is_form
 from lcq.forms.dtypes import nearest_number
 from lcq.forms.processes import shared_by_processes
+from lcq.forms.rotation import turned
 from lcq.ptq.batches import Mask, checked_batches, traced
 from lcq.ptq.gathering import LastMoments, everywhere
 from lcq.ptq.layer import Rounded, round_product
@@ -156,8 +158,9 @@ def quantize(
             shapes: a trace and a compilation for each.
         rules: schemes of the leaves: `Uniform`, `Levels` and its kin, `KMeans`, or `Trellis`. per="channel" means a
             neuron of the product whatever the leaf's layout, and per=g groups of g of its inputs; paths run along its
-            inputs. Other schemes are projected on the weights alone, before the walk, as `compress` does: with a
-            warning, but for `Cast`.
+            inputs. `Rotated` of one of these rounds in turned coordinates, on the statistics of turned inputs. Other
+            schemes are projected on the weights alone, before the walk, as `compress` does: with a warning, but for
+            `Cast`.
         method: "descent", best on most nets that were measured, from Qronos's codes; "qronos", "gptq", "gpfq" as its
             paper has it, "rtn" (round to nearest); or a `Rounding` with settings of your own, such as SPFQ(seed=0) or
             GPTQ(damping=0.1, shrink=0), see `lcq.ptq.Rounding` for those that all have. A `Trellis` is rounded by
@@ -219,7 +222,7 @@ def quantize(
     given = {path: leaf for path, leaf in leaves.items() if is_form(leaf)}
     original = {path: leaf.dense() if is_form(leaf) else leaf for path, leaf in leaves.items()}
     dense = jax.tree.unflatten(structure, map(shape_of, original.values()))
-    chosen, direct = decide(rules, rtn, dense, given)
+    chosen, seeds, direct = decide(rules, rtn, dense, given)
     warn_of_direct(direct, rtn)
     methods = {path: method_at(path, method, rule) for path, rule in chosen.items()}
     for path in (*chosen, *(path for task in direct for path in task.paths)):
@@ -232,8 +235,8 @@ def quantize(
             result[path], other[path] = form, form.dense()
     programs, inputs = traced(fn, dense, batches, chosen, mask)
     _warn_of_lost(programs)
-    check_paths(programs[0], chosen, dense)
-    assemblies = {path: Assembly(original[path]) for path in chosen}
+    check_paths(programs[0], chosen, seeds, dense)
+    assemblies = {path: Assembly(original[path], seeds.get(path)) for path in chosen}
     updates: dict[str, np.ndarray] = {}
     records: list[Record] = []
     waiting: list[tuple[Record, Outcome]] = []
@@ -264,9 +267,10 @@ def quantize(
             rounded, _ = before
         else:
             last.wanted = visit.is_followed
+            seed = seeds.get(product.path)
             rounded = round_product(
-                visit.uses,
-                _weights(product, original[product.path]),
+                [use._replace(product=dataclasses.replace(use.product, seed=seed)) for use in visit.uses],
+                _weights(product, original[product.path], seed),
                 chosen[product.path],
                 methods[product.path],
                 centred=shift is not None,
@@ -301,11 +305,14 @@ def quantize(
     return Quantized(jax.tree.unflatten(structure, map(whole, result.values())), tuple(records), tuple(transformed))
 
 
-def _weights(product: Product, leaf: Any) -> Any:
-    """The weights [G, N, n] of a product, on the host unless they are spread over devices."""
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-        return product.weights(product.weight.moved(everywhere(leaf)))
-    return product.weights(product.weight.moved_on_host(leaf))
+def _weights(product: Product, leaf: Any, seed: int | None) -> Any:
+    """The weights [G, N, n] of a product, turned if there is a seed; on the host unless spread over devices."""
+    spread = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+    w = product.weights(product.weight.moved(everywhere(leaf)) if spread else product.weight.moved_on_host(leaf))
+    if seed is None:
+        return w
+    w = turned(jnp.asarray(w), (-2,), seed)
+    return w if spread else np.asarray(w)
 
 
 def _check_readable(path: str, tree: Any) -> None:

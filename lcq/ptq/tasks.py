@@ -8,11 +8,12 @@ from typing import Any
 
 from lcq.forms.base import Form
 from lcq.forms.paths import piece_length
+from lcq.forms.rotation import check_length
 from lcq.forms.validate import named
 from lcq.ptq.leaf_assembly import paths_along
 from lcq.ptq.rounding import Rounding
-from lcq.schemes import Cast, Trellis, Uniform
-from lcq.schemes.base import Quantizer
+from lcq.schemes import Cast, Rotated, Trellis, Uniform
+from lcq.schemes.base import Quantizer, Scheme
 from lcq.tracing.program import Program
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
@@ -21,8 +22,11 @@ from lcq.tree.rules import Rule, Rules, Task, checked, resolve
 
 def decide(
     rules: Sequence[Rule], rtn: Sequence[Rule], dense: Any, given: dict[str, Form]
-) -> tuple[dict[str, Rule], list[Task]]:
-    """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it."""
+) -> tuple[dict[str, Rule], dict[str, int], list[Task]]:
+    """The rule of each leaf that is rounded in the walk, and the tasks that are projected before it.
+
+    Of leaves that are rounded in turned coordinates the rules are those of the schemes there; their seeds are apart.
+    """
     rules, rtn = checked(rules), checked(rtn)
     for rule in rules:
         _check(rule)
@@ -32,35 +36,45 @@ def decide(
     whole = [dataclasses.replace(rule, scheme=without_blocks(rule)) for rule in rules]
     tasks = resolve([*kept, *(Rule(re.escape(path), None) for path in taken), *whole], dense)
     chosen: dict[str, Rule] = {}
+    seeds: dict[str, int] = {}
     before = list(direct)
     for task in tasks:
-        if not isinstance(task.scheme, Quantizer | Trellis):
+        if not isinstance(_inner(task.scheme), Quantizer | Trellis):
             before.append(task)
             continue
         if len(task.paths) > 1:
             raise ValueError(f"{', '.join(task.paths)}: each product has a codebook of its own; drop joint=True")
-        chosen[task.name] = next(rule for rule in rules if re.fullmatch(rule.pattern, task.name))
+        rule = next(rule for rule in rules if re.fullmatch(rule.pattern, task.name))
+        chosen[task.name] = dataclasses.replace(rule, scheme=_inner(rule.scheme))
+        if isinstance(rule.scheme, Rotated):
+            seeds[task.name] = rule.scheme.seed
         if chosen[task.name].stacked > 1:
             raise ValueError(f"{task.name}: expected stacked=0 or 1; layers of a scan are independent without it")
     for path in (*chosen, *(path for task in before for path in task.paths)):
         check_finite(path, flatten(dense)[0][path])
-    return chosen, before
+    return chosen, seeds, before
+
+
+def _inner(scheme: Scheme | None) -> Scheme | None:
+    return scheme.scheme if isinstance(scheme, Rotated) else scheme
 
 
 def _check(rule: Rule) -> None:
     """Refuses settings that belong to products, which have them."""
-    per = getattr(rule.scheme, "per", None)
+    scheme = _inner(rule.scheme)
+    per = getattr(scheme, "per", None)
     if isinstance(per, tuple):
         raise ValueError(
             f"rule {rule.pattern!r}: expected per=None, 'channel' or a group length, "
             f"whose axes the product decides, got per={per!r}"
         )
-    if isinstance(rule.scheme, Trellis) and rule.scheme.along is not None:
-        raise ValueError(
-            f"rule {rule.pattern!r}: expected along=None, as paths run along the inputs of the product, "
-            f"got along={rule.scheme.along!r}"
-        )
-    if isinstance(rule.scheme, Trellis) and rule.scheme.code == "learned":
+    for each in (rule.scheme, scheme):
+        if isinstance(each, Trellis | Rotated) and each.along is not None:
+            raise ValueError(
+                f"rule {rule.pattern!r}: expected along=None, as {type(each).__name__} runs along the inputs of the "
+                f"product, got along={each.along!r}"
+            )
+    if isinstance(scheme, Trellis) and scheme.code == "learned":
         raise ValueError(
             f"rule {rule.pattern!r}: expected code='computed' or 'gaussian', got 'learned', whose table belongs to a "
             "leaf and not to its products; take lcq.compress, with importance= from lcq.ptq.curvature"
@@ -69,6 +83,9 @@ def _check(rule: Rule) -> None:
 
 def without_blocks(rule: Rule) -> Any:
     """The scheme on the whole leaf: the blocks of `per` are the product's, not the leaf's."""
+    if isinstance(rule.scheme, Rotated):
+        inner = without_blocks(dataclasses.replace(rule, scheme=rule.scheme.scheme))
+        return dataclasses.replace(rule.scheme, scheme=inner)
     if not isinstance(rule.scheme, Quantizer | Trellis):
         return rule.scheme
     scheme: Any = rule.scheme  # a dataclass, as all schemes are
@@ -81,17 +98,19 @@ def method_at(path: str, method: Rounding, rule: Rule) -> Rounding:
         return method.on_paths() if isinstance(rule.scheme, Trellis) else method
 
 
-def check_paths(program: Program, chosen: dict[str, Rule], dense: Any) -> None:
-    """Refuses leaves for whose products paths cannot be put together."""
+def check_paths(program: Program, chosen: dict[str, Rule], seeds: dict[str, int], dense: Any) -> None:
+    """Refuses leaves for whose products paths, or turned inputs, cannot be put together."""
     shapes = flatten(dense)[0]
     for path, rule in chosen.items():
         scheme = rule.scheme
-        if not isinstance(scheme, Trellis) and getattr(scheme, "scale_bits", None) is None:
+        if path not in seeds and not isinstance(scheme, Trellis) and getattr(scheme, "scale_bits", None) is None:
             continue
         products = [program.products[unit.uses[0]] for unit in program.units]
         here = [product for product in products if product.path == path]
         pieces = {
-            piece_length(product.shape[2], scheme.block) if isinstance(scheme, Trellis) else product.shape[2]
+            piece_length(product.shape[2], scheme.block)
+            if isinstance(scheme, Trellis) and path not in seeds
+            else product.shape[2]
             for product in here
         }
         if len(pieces) > 1:
@@ -99,6 +118,9 @@ def check_paths(program: Program, chosen: dict[str, Rule], dense: Any) -> None:
                 f"{path}: expected products with as many inputs each, whose paths and units are alike, got pieces of "
                 f"{', '.join(map(str, sorted(pieces)))} weights; split the leaf, or choose another scheme for it"
             )
+        if path in seeds:
+            with named(path):
+                check_length(min(pieces))
         paths_along(shapes[path].shape, here, pieces.pop())
 
 

@@ -9,6 +9,7 @@ from lcq.schemes.levels import Binary, Levels, PowersOfTwo, Ternary
 from lcq.schemes.lowrank import LowRank
 from lcq.schemes.norms import L0Penalty, L1Ball, L1Penalty
 from lcq.schemes.prune import NofM, Prune, PruneGroups
+from lcq.schemes.rotated import Rotated
 from lcq.schemes.trellis import Trellis
 from lcq.schemes.uniform import Uniform
 
@@ -29,6 +30,7 @@ __all__ = [
     "Prune",
     "PruneGroups",
     "Quantizer",
+    "Rotated",
     "Scheme",
     "Ternary",
     "Trellis",

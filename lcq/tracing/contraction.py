@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Shaped
 
+from lcq.forms.rotation import turned
 from lcq.tracing import im2col
 from lcq.tracing.equation import Content, Primitive
 from lcq.tracing.jaxpr import IN_PLACE
@@ -47,6 +48,7 @@ class Product:
         source: File and line of the equation.
         lost: The equation behind which it is not known which positions count, so that all of them do; "" if it is
             known.
+        seed: Of the rotation in which `inputs` are given, see `lcq.forms.rotation`; None as they are.
     """
 
     number: int
@@ -59,6 +61,7 @@ class Product:
     y: jax.ShapeDtypeStruct
     source: str
     lost: str = ""
+    seed: int | None = None
 
     @property
     def path(self) -> str:
@@ -71,16 +74,16 @@ class Product:
     @property
     def structure(self) -> tuple[object, ...]:
         """Equal for products whose methods do the same to arrays of equal shapes."""
-        return self.primitive, self.params, self.side, len(self.x.shape), self.w.shape
+        return self.primitive, self.params, self.side, len(self.x.shape), self.w.shape, self.seed
 
     @property
     def reading(self) -> tuple[object, ...]:
         """Equal for products that make the same matrices of equal operands, whatever their number of neurons."""
         if self.kind == "dot":
-            return self.primitive, self._axes(1 - self.side), len(self.x.shape)
+            return self.primitive, self._axes(1 - self.side), len(self.x.shape), self.seed
         if self.kind == "conv":
             window = [self.w.shape[axis] for axis in self.params["dimension_numbers"].rhs_spec[1:]]
-            return self.primitive, self.params, len(self.x.shape), window
+            return self.primitive, self.params, len(self.x.shape), window, self.seed
         return self.structure
 
     @property
@@ -111,6 +114,10 @@ class Product:
 
     def inputs(self, x: Shaped[Array, "..."]) -> Shaped[Array, "G M N"]:
         """The data operand in its canonical layout; of a ragged product for all experts of a group together."""
+        rows = self._inputs(x)
+        return rows if self.seed is None else turned(rows, (-1,), self.seed)
+
+    def _inputs(self, x: Shaped[Array, "..."]) -> Shaped[Array, "G M N"]:
         if self.kind != "conv":
             contract, batch = self._axes(1 - self.side)
             return im2col.flatten_axes(x, batch, self._free(1 - self.side), contract)

@@ -33,6 +33,7 @@ SCHEMES = {
     "full rank": lcq.LowRank(6),
     "CodedTrellis": lcq.CodedTrellis(0.05, memory=3),
     "Trellis": lcq.Trellis(2, memory=5, per="channel"),
+    "Rotated": lcq.Rotated(lcq.Uniform(3, per="channel"), seed=2),
     "Additive": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
 }
 

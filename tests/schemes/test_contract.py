@@ -62,6 +62,7 @@ CASES = [
     lcq.Trellis(1, memory=4),
     lcq.Trellis(2, memory=5, per="channel", code="gaussian"),
     lcq.Trellis(2, memory=4, code="learned"),
+    lcq.Rotated(lcq.KMeans(2)),
     lcq.Additive(lcq.KMeans(2), lcq.Prune(fraction=0.1)),
     lcq.Additive(lcq.LowRank(1), lcq.L0Penalty(0.5)),
     lcq.Additive(lcq.KMeans(2, exact=True), lcq.LowRank(1)),
@@ -269,8 +270,8 @@ def test_an_importance_of_one_is_none(scheme, form):
 def test_whole_importances_are_repetitions(scheme):
     if any(isinstance(s, Sparsifier) for s in settings_of(scheme)) or scheme.costly or getattr(scheme, "rate", 0):
         return  # budgets and costs count weights: repeated ones would count again
-    if isinstance(scheme, lcq.Trellis):
-        return  # each of them has a code of its own
+    if isinstance(scheme, lcq.Trellis | lcq.Rotated):
+        return  # each of them has a code of its own, or a place in the rotation
     long = scheme
     if isinstance(getattr(scheme, "per", None), int):
         long = dataclasses.replace(scheme, per=2 * scheme.per)
@@ -282,6 +283,8 @@ def test_whole_importances_are_repetitions(scheme):
 
 
 def test_an_importance_lowers_the_weighted_distortion(scheme, form):
+    if isinstance(scheme, lcq.Rotated):
+        return  # it is the mean over inputs, see test_rotated.py
     for h in importances_of(scheme):
         cold = scheme.project(X, mu=MU, importance=h)
         assert objective(scheme, cold, h=h) <= objective(scheme, form, h=h) * (1 + 1e-5) + 1e-9

@@ -99,9 +99,9 @@ def activation_aware(
     if not rules:
         raise ValueError("expected rules, for whose schemes scales are chosen, got none; pass those of lcq.quantize")
     places = Places(fn, params, calibration, rules)
-    chosen, _ = decide(rules, (), places.tree, places.forms)
+    chosen, seeds, _ = decide(rules, (), places.tree, places.forms)
     groups = places.groups()
-    reasons = [_reason(places, group, chosen) for group in groups]
+    reasons = [_reason(group, chosen, seeds) for group in groups]
     values: dict[int, float] = {}
     told: dict[int, TransformRecord] = {}
     free = [group for group, why in zip(groups, reasons, strict=True) if not why]
@@ -120,13 +120,15 @@ def activation_aware(
     return Transformed(places.with_factors(values), tuple(records))
 
 
-def _reason(places: Places, group: Group, chosen: dict[str, Rule]) -> str:
+def _reason(group: Group, chosen: dict[str, Rule], seeds: dict[str, int]) -> str:
     """Why nothing is chosen for a group; "" if something is."""
     if group.reason:
         return group.reason
     uses = [use for use in group.consumers if use.role == "product" and use.path in chosen]
     if not uses:
         return "no product with a rule reads these channels"
+    if rotated := [use.path for use in uses if use.path in seeds]:
+        return f"{rotated[0]} is rounded in turned coordinates, where no input stands out"
     if impure := [use for use in uses if not use.pure]:
         return f"{impure[0].path} is multiplied with something before {impure[0].source}"
     return ""
