@@ -19,7 +19,7 @@ def table() -> str:
         digits = 3 if metric == "nll" else 4
         before = next(row[metric] for row in by_key.values() if row["method"] == "float")
         for bits, target in targets.items():
-            for per in ("channel", "groups", "trellis"):
+            for per in ("channel", "groups", "trellis", "rotated channel", "rotated trellis"):
                 if all(key[:2] != (bits, per) for key in by_key):
                     continue
                 found = [by_key.get((bits, per, m)) for m in METHODS]

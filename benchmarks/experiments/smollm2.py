@@ -10,7 +10,8 @@ Writes results/smollm2.json, or smollm2_own.json.
 The seven dense kernels of each of 30 layers are quantized, stacked over layers as `jax.lax.scan` takes them; embedding
 and norms stay float32. Nats a token over 16 windows of 256 tokens, the second half of the TinyStories sample, stories
 of ASCII alone. Data are the first 2,048 tokens of the first half. Grids are in groups of 32 inputs, and so are
-trellises without data; with data these have a scale for each output, and one sweep instead of four, to save time.
+trellises without data; with data these have a scale for each output, and one sweep instead of four, to save time;
+"rotated" ones have 10 bits instead of 12, too.
 "Q4_0" is gguf's own rounding of the same weights: 4 bits and a float16 scale, by the largest weight. The weights are
 those of the file, Q4_1: shifted grids of 4 bits in the same groups. Rows of 4 bits with "scales of 6 bits" are of that
 kind too and find the grids again, but for the rounding of scales; on other nets they gain less.
