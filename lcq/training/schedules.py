@@ -200,7 +200,8 @@ def as_schedule(mu: object) -> Geometric | Scheduled:
     if isinstance(mu, Geometric | Scheduled):
         return mu
     if callable(mu):
-        first = jnp.asarray(mu(0))
+        with jax.ensure_compile_time_eval():  # optax.inject_hyperparams makes `lc` again in every trace
+            first = jnp.asarray(mu(0))
         if first.shape or not 0 < float(first) < math.inf:
             raise ValueError(f"expected mu= a schedule of positive numbers, got {first} at C step 0; see lcq.geometric")
         return Scheduled(mu)

@@ -324,3 +324,17 @@ def test_a_checkpoint_of_other_rules_is_refused_in_words(old, new):
     with pytest.raises(ValueError, match=r"kernel: expected the state of .*other settings.*state = tx.init\(params\)"):
         for _ in range(2):
             _, state = jax.jit(tx.update)(PARAMS, state, PARAMS)
+
+
+def test_penalty_weights_by_a_function_under_inject_hyperparams():
+    """It makes `lc` again in a trace, where the first weight was looked at and had no value."""
+
+    def made(learning_rate):
+        return lcq.lc(optax.adam(learning_rate), rules(), mu=lambda k: 0.1 * 2.0**k, every=1)
+
+    tx = optax.inject_hyperparams(made)(learning_rate=1e-2)
+    state, update = tx.init(PARAMS), jax.jit(tx.update)
+    for _ in range(4):
+        _, state = update(PARAMS, state, PARAMS)
+    assert update._cache_size() == 1
+    np.testing.assert_allclose(lcq.metrics(state)["penalty_weight"], 0.8, rtol=1e-6)
