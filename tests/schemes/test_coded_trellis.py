@@ -1,5 +1,6 @@
 """Entropy-coded trellises against a search through all paths in numpy's float64, and against codebooks with a rate."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -87,6 +88,15 @@ def test_a_gaussian_takes_fewer_bits_than_codebooks_at_equal_error():
     assert (z * x).sum() / (z * z).sum() == pytest.approx(float(form.scale.reshape(())), rel=1e-4)
     assert coded_bits(form).coded / x.size < 1.02 * bits + 0.05
     assert scheme.charge((form,), None) == pytest.approx(rate * bits * x.size, rel=1e-4)
+
+
+def test_an_integer_that_most_weights_take_is_counted_to_the_end():
+    """Ones added up in float32 stop at 2^24."""
+    often, seldom = 3 << 23, 1 << 22
+    form = lcq.CodedTrellis(0.3).project(jnp.asarray(RNG.normal(size=(8, 8)), jnp.float32))
+    form = dataclasses.replace(form, codes=jnp.full(often + seldom, 128, jnp.uint8).at[:seldom].set(130))
+    bits = sum(n * np.log2((often + seldom) / n) for n in (often, seldom))
+    assert lcq.CodedTrellis(0.3).charge((form,), None) == pytest.approx(0.3 * bits, rel=1e-4)
 
 
 def test_files_hold_what_was_made(tmp_path):

@@ -15,7 +15,7 @@ from lcq.forms.convolution import POLYNOMIALS
 from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on, spec_of
 from lcq.forms.paths import piece_length
 from lcq.schemes.base import SCHEMES, Earlier, Importance, Scalar, Scheme
-from lcq.schemes.coded_trellis.search import entropy_bits, search
+from lcq.schemes.coded_trellis.search import counted, entropy_bits, search
 from lcq.schemes.scales import check_scale_dtype
 
 
@@ -106,7 +106,7 @@ class CodedTrellis(Scheme):
         """rate sum_i len(z_i), of each leaf."""
         del mu
         levels = 1 << self.width
-        counts = [jnp.zeros(levels).at[form.codes.reshape(-1)].add(1) for form in _working(forms)]
+        counts = [counted(form.codes.reshape(-1), levels).astype(jnp.float32) for form in _working(forms)]
         return self.rate * jnp.stack([entropy_bits(n) for n in counts]).sum()
 
     def _onto(self, xs: Sequence[Array]) -> list[dict[str, Any]] | None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from lcq.forms.blocks import compute_dtype
 from lcq.schemes.coded_trellis.viterbi import cheapest_paths
@@ -94,7 +94,7 @@ def search(
         best = rounded_scale(jnp.where(below > 0, top / jnp.where(below > 0, below, 1), before), dtype)
         scales = jnp.stack([before, jnp.where(best > 0, best, before)])
         errors = jnp.stack([functools.reduce(jnp.add, [((v - a * z) ** 2).sum() for v, z in near]) for a in scales])
-        counts = tuple(jnp.zeros(size, unit.dtype).at[c].add(1) for c in codes)
+        counts = tuple(counted(c, size).astype(unit.dtype) for c in codes)
         cost = errors.min() + price * functools.reduce(jnp.add, map(entropy_bits, counts))
         return Found(codes, scales[jnp.argmin(errors)], counts, cost)
 
@@ -131,6 +131,11 @@ def search(
         {"codes": c.astype(kind).reshape(x.shape), "scale": scale.reshape((1,) * x.ndim)}
         for x, c in zip(xs, best.codes, strict=True)
     ]
+
+
+def counted(codes: Integer[Array, "..."], size: int) -> Int[Array, " k"]:
+    """How often each integer below `size` is taken; ones added up in float32 would stop at 2^24."""
+    return jnp.zeros(size, jnp.int32).at[codes].add(1)
 
 
 def entropy_bits(counts: Float[Array, " k"]) -> Float[Array, ""]:
