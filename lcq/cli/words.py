@@ -12,6 +12,8 @@ def in_words_of_the_command(message: str) -> str:
         "exclude it with --rule 'head/bias=None' before that rule; or raise --limit"
         >>> print(in_words_of_the_command("say lcq.Rule('w', lcq.KMeans(4, per='channel'), stacked=1)"))
         say --rule 'w=KMeans(4, per="channel"); stacked=1'
+        >>> in_words_of_the_command("say lcq.io.Name('PATTERN', 'TENSOR.{0}', layout='io', stacked=1)")
+        "say --name 'PATTERN=TENSOR.{0}; layout=io; stacked=1'"
     """
     message = _RULE.sub(_option, message)
     for python, typed in _OPTIONS:
@@ -36,6 +38,10 @@ _OPTIONS = (
     (r"\btokenizer=", "--tokenizer"),
     (r"\bstacked=(?=[\s,;.)]|$)", "the N of '; stacked=N'"),
     (r"\bdry_run\(params, rules, fn, batch\)", "lcq quantize --dry-run"),
+    (
+        r"\blcq\.io\.Name\('([^']*)', '([^']*)', layout='(\w+)', stacked=(\d)\)",
+        r"--name '\1=\2; layout=\3; stacked=\4'",
+    ),
     (r"\blcq\.io\.Name\('([^']*)', '([^']*)', layout='?([\w.]+)'?\)", r"--name '\1=\2; layout=\3'"),
     (r"\bnearest=BITS", "--nearest BITS"),
     (r"\bgive config= metadata by key, such as (\{.*\})", r"give --config a file of JSON, metadata by key, such as \1"),

@@ -75,7 +75,7 @@ def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 def plain(item: Item) -> dict[str, Tensor]:
     """An array as it is, a matrix or a filter if its axes are said."""
-    return {item.name: tensor(plain_shape(item.value.shape, item.rule.layout), str(item.value.dtype))}
+    return {item.name: tensor(plain_shape(item.value.shape, item.rule.layout, item.rule.heads), str(item.value.dtype))}
 
 
 def encode_plain(item: Item) -> Encoded:

@@ -67,7 +67,8 @@ class Gguf(ExportFormat):
             kind, block = block_of(item)
             blocks = kind.outputs * (kind.inputs // block.length)
             return {item.name: Tensor((kind.outputs, kind.inputs), block.name, blocks * block.size)}
-        shape, name = plain_shape(item.value.shape, item.rule.layout), _type_of(item)
+        rule, name = item.rule, _type_of(item)
+        shape = plain_shape(item.value.shape, rule.layout, rule.heads)
         if len(shape) > _AXES:
             raise ValueError(f"expected at most {_AXES} axes, got {list(shape)}; leave this leaf out: name=None")
         return {item.name: Tensor(shape, name, int(np.prod(shape, dtype=np.int64)) * TENSOR_DTYPES[name].itemsize)}

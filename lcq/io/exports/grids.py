@@ -96,8 +96,9 @@ def matrix_shape(shape: Sequence[int], layout: str | None) -> tuple[int, int]:
     axes = letters(layout, len(shape))
     if set(axes) != {"o", "i"}:
         raise ValueError(
-            f"expected a matrix, got axes {axes!r} of {list(shape)}; other programs' windows are no codes: leave this "
-            "leaf out of the rules"
+            f"expected a matrix, got axes {axes!r} of {list(shape)}; for layers or heads say lcq.io.Name('PATTERN', "
+            "'TENSOR.{0}', layout='io', stacked=1), or layout='ioo'; windows of filters are no codes in other "
+            "programs: leave this leaf out of the rules"
         )
     outputs, inputs = (math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == which) for which in "oi")
     return outputs, inputs
@@ -110,27 +111,42 @@ def as_matrix(array: np.ndarray, layout: str | None) -> np.ndarray:
     return array.transpose([i for which in "oi" for i, axis in enumerate(axes) if axis == which]).reshape(shape)
 
 
-def plain_shape(shape: Sequence[int], layout: str | None) -> tuple[int, ...]:
+def plain_shape(shape: Sequence[int], layout: str | None, heads: int = 0) -> tuple[int, ...]:
     """The shape of an array that is no codes: of a matrix, or with a window behind its outputs and inputs, as PyTorch
-    has filters.
+    has filters; a vector of outputs alone.
+
+    Raises:
+        ValueError: heads whose outputs the layout does not tell, or of filters.
 
     Example:
         >>> plain_shape((3, 3, 8, 16), "io"), plain_shape((8, 4, 2), "ioo"), plain_shape((5,), "io")
         ((16, 8, 3, 3), (8, 8), (5,))
     """
-    if layout is None or len(shape) < 2:
+    if len(shape) < 2:
         return tuple(shape)
-    order = _window_last(letters(layout, len(shape)))
+    axes = None if layout is None else letters(layout, len(shape))
+    if heads and (axes is None or set(axes) - {"o", "i"}):
+        raise ValueError(
+            f"expected a name with heads= to say which axes of {list(shape)} are outputs, and which inputs, got "
+            f"{'none' if axes is None else f'axes {axes!r}'}; say layout='ioo' of a kernel, layout='oo' of a bias, or "
+            "drop heads="
+        )
+    if axes is None:
+        return tuple(shape)
+    if set(axes) == {"o"}:
+        return (math.prod(shape),)
+    order = _window_last(axes)
     return matrix_shape(shape, layout) if order is None else tuple(shape[i] for i in order)
 
 
 def plain_array(array: np.ndarray, layout: str | None, heads: int) -> np.ndarray:
     """The same of its numbers; outputs of heads in rotary order."""
     if layout is not None and array.ndim > 1:
-        order = _window_last(letters(layout, array.ndim))
+        axes = letters(layout, array.ndim)
+        order = _window_last(axes)
         if order is not None:
             return array.transpose(order)
-        array = as_matrix(array, layout)
+        array = as_matrix(array, layout) if "i" in axes else array.reshape(-1)
     elif array.ndim != 1:
         return array
     return array[rotary_order(len(array), heads)]

@@ -160,8 +160,16 @@ def _has_target(value: object) -> bool:
     return not is_form(value) or isinstance(value, Cast) or (isinstance(value, Codes) and is_grid(value))
 
 
-def refuse_what_has_no_target(leaves: Sequence[Leaf], read: Callable[[], Iterator[Leaf]]) -> None:
-    """Raises ValueError for tables without a grid, masks, factors and sums, with what the nearest costs."""
+def refuse_what_has_no_target(
+    leaves: Sequence[Leaf], read: Callable[[], Iterator[Leaf]], *, option: bool = True
+) -> None:
+    """Raises ValueError for tables without a grid, masks, factors and sums, with what the nearest costs.
+
+    Args:
+        leaves: that are to go out.
+        read: gives them with their numbers.
+        option: whether there is a `nearest` to be asked for.
+    """
     bad = [leaf for leaf in leaves if not _has_target(leaf.value)]
     if not bad:
         return
@@ -171,14 +179,16 @@ def refuse_what_has_no_target(leaves: Sequence[Leaf], read: Callable[[], Iterato
         dense = math.prod(form.shape) * jnp.dtype(form.dtype).itemsize
         raise ValueError(
             f"{path}: expected codes on a grid or an array, got {form.describe()}, which has no place in other "
-            f"programs' files{more}; nearest= writes it dense, {dense:,} bytes for {form.bits // 8:,}"
+            f"programs' files{more}; {'nearest= writes it dense' if option else 'call lcq.decompress on it first'}, "
+            f"{dense:,} bytes for {form.bits // 8:,}"
         )
     few = max(2, min(8, bitpack.width(form.size_of_table)))
     costs = {bits: nearest_grid(on_host(form), bits)[1] for bits in sorted({few, 8})}
+    first = "say nearest=BITS to write it, or " if option else ""
     told = ", ".join(f"of {bits} bits moves its weights by {cost:.2g} of their norm" for bits, cost in costs.items())
     raise ValueError(
         f"{path}: expected levels that are multiples of one number, got {form.describe()}, which has no place in other "
-        f"programs' files{more}; the nearest grid {told}: say nearest=BITS to write it, or compress with lcq.Uniform"
+        f"programs' files{more}; the nearest grid {told}: {first}compress with lcq.Uniform"
     )
 
 

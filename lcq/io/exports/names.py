@@ -19,7 +19,8 @@ class Name:
             leaves the leaf out. "/" becomes ".".
         layout: the axes behind the stacked ones, a letter for each, as in `lcq.Rule`: "io" for kernels of JAX, "oi" for
             weights of PyTorch. Such leaves go out as matrices [outputs, inputs], filters that are no codes with their
-            window behind these; None for arrays that go out as they are.
+            window behind these; None for arrays that go out as they are. "oo" makes one vector of the bias of heads,
+            [heads, units].
         stacked: leading axes that count layers; each layer is a tensor of its own.
         heads: of a query or key projection whose rotary pairs are halves, how many heads it has: its outputs are put
             into the order of interleaved pairs, as GGUF's llama has them, and so is its bias. 0 leaves them as they
@@ -47,7 +48,7 @@ class Name:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"expected a regular expression, got {self.pattern!r} ({error})") from error
-        if self.layout is not None:
+        if self.layout is not None and set(self.layout) != {"o"}:
             with named(f"name {self.pattern!r}"):
                 check_layout(self.layout)
         if self.stacked < 0 or self.heads < 0:

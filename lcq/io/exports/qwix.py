@@ -41,7 +41,7 @@ def to_qwix(forms: Forms) -> Params:
         array([[-2, 1]], dtype=int4)
     """
     leaves, structure = flatten(forms)
-    refuse_what_has_no_target(leaves, lambda: iter(leaves))
+    refuse_what_has_no_target(leaves, lambda: iter(leaves), option=False)
     made = []
     for leaf in leaves:
         with named(leaf.path):

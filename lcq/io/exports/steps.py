@@ -124,7 +124,7 @@ def whole_zeros(zero: Num[np.ndarray, "*groups"], bits: int) -> UInt[np.ndarray,
     if not ((whole == zero) & (whole >= 0) & (whole < 1 << bits)).all():
         raise ValueError(
             f"expected zeros that are whole and below {1 << bits}, got some from {zero.min():.4g} to {zero.max():.4g}; "
-            "compress with lcq.Uniform(bits, zero_point=True), or choose GGUF's Q4_1"
+            "compress with lcq.Uniform(bits, zero_point=True) and without scale_bits, or choose GGUF's Q4_1"
         )
     return whole.astype(np.uint8)
 

@@ -190,6 +190,26 @@ REFUSED = [
     ({"a/kernel": MASK}, {}, r"a/kernel: expected codes on a grid .* nearest= writes it dense, 8,192"),
     ({"a/kernel": FOUR}, {"names": [Name("v", "v.weight")]}, r"name 'v' decides no leaf"),
     ({"a/kernel": FOUR}, {"nearest": 1}, r"nearest: expected 2 to 8 bits, got 1"),
+    (
+        {"q/bias": W.reshape(4, 8, -1)[..., 0]},
+        {"names": [Name("q/bias", "q.bias", heads=4)]},
+        r"q/bias: expected a name with heads= to say which axes of \[4, 8\] are outputs, .* layout='oo'",
+    ),
+    ({"conv/kernel": W[None]}, {"names": [Name(".*", "a", "io", heads=4)]}, r"conv/kernel: expected .* got axes 'wio'"),
+    (
+        {"up/kernel": codes((2, IN, OUT), (1, 1, 1), grid(-8, 7))[0]},
+        {},
+        r"got axes 'wio' of .* for layers or heads say lcq.io.Name\(.*stacked=1\), or layout='ioo'; windows",
+    ),
+    (
+        {
+            "up/kernel": dataclasses.replace(
+                codes((IN, OUT), (1, 1), grid(0, 15), zeros=True)[0], zero=np.float32([[0.5]])
+            )
+        },
+        {},
+        r"up/kernel: expected zeros that are whole .* zero_point=True\) and without scale_bits, or choose GGUF",
+    ),
     ({}, {}, r"^expected at least one leaf to write, got none: there are none; give forms"),
     ({"a/kernel": FOUR}, {"names": [Name(".*", None)]}, r"got none: names leave all leaves out; drop a Name"),
     ({"a/kernel": FOUR}, {"format": "onxx"}, r"expected one of the export formats compressed-tensors"),
@@ -252,3 +272,16 @@ def test_filters_that_are_no_codes_are_those_of_pytorch(layout, tmp_path):
     filters = codes((3, 2, 4, 8), (1, 1, 1, 8), grid(-8, 7))[0]
     with pytest.raises(ValueError, match=r"got axes 'wwio' of .*: leave this leaf out of the rules"):
         export({"conv": {"kernel": filters}}, tmp_path / "no", format="compressed-tensors")
+
+
+@pytest.mark.parametrize("stacked", [0, 1])
+def test_a_bias_of_heads_and_units_is_one_of_outputs(stacked, tmp_path):
+    """As flax's attention has it; rotary pairs that are halves lie side by side, as those of its kernel."""
+    bias = np.arange(64, dtype=np.float32).reshape(2, 4, 8)
+    tree = {"q/bias": bias if stacked else bias[0]}
+    for heads, wanted in ((0, bias), (4, bias.reshape(2, 4, 2, 4).swapaxes(2, 3))):
+        names = [Name("q/bias", "q{0}.bias" if stacked else "q0.bias", "oo", stacked=stacked, heads=heads)]
+        export(tree, tmp_path / str(heads), format="compressed-tensors", names=names)
+        made = safetensors.numpy.load_file(tmp_path / str(heads) / "model.safetensors")
+        np.testing.assert_array_equal(made["q0.bias"], wanted[0].reshape(-1))
+        assert len(made) == 1 + stacked

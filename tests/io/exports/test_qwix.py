@@ -48,5 +48,10 @@ def test_arrays_are_the_same_weights(values, zeros, dtype):
 def test_what_is_refused():
     with pytest.raises(ValueError, match="kernel: expected codes of at most 8 bits, got 9"):
         to_qwix({"kernel": codes((64, 8), (1, 1), grid(-256, 255))[0]})
-    with pytest.raises(ValueError, match="kernel: expected codes on a grid"):
+    with pytest.raises(
+        ValueError, match=r"kernel: expected codes on a grid .* call lcq.decompress on it first, 16 bytes"
+    ):
         to_qwix({"kernel": lcq.forms.Sparse(np.eye(2) > 0, np.ones((2, 2), np.float32))})
+    table = lcq.forms.Codes(np.uint8([[0, 1, 2]]), levels=np.float32([[[-1, 0.3, 2]]]))
+    with pytest.raises(ValueError, match=r"kernel: expected levels .* of their norm: compress with lcq.Uniform$"):
+        to_qwix({"kernel": table})
