@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lcq.forms.base import Decoding, Form, register_form, static
-from lcq.forms.dtypes import nearest_number
+from lcq.forms.dtypes import nearest_number, wider
 from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on
 from lcq.forms.paths import moved_paths
 from lcq.forms.relayout import MatrixView, Relayout
@@ -27,7 +27,8 @@ class Rotated(Form):
 
     Attributes:
         inner: the form of the turned leaf, of the same shape.
-        axes: the inputs, counted from the end, in the order in which they are one.
+        axes: the inputs, counted from the end, in the order in which they are one; none where each weight is the only
+            input.
         seed: of the signs.
     """
 
@@ -82,11 +83,11 @@ class Rotated(Form):
         return self._with(self.inner.prepack(view, traced=traced))
 
     def product(self, x: Array, matmul: Callable[[Array, Any], Array]) -> Array | None:
-        """(x R) Delta', x R in the dtype of x."""
+        """(x R) Delta', x R in the dtype of the product."""
         if self.axes != (-2,):
             return None
-        rotated = turned(x, (-1,), self.seed)
-        return matmul(nearest_number(rotated, x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else rotated, self.inner)
+        rotated, exact = turned(x, (-1,), self.seed), not jnp.issubdtype(x.dtype, jnp.inexact)
+        return matmul(rotated if exact else nearest_number(rotated, wider(x.dtype, self.dtype)), self.inner)
 
     @property
     def decoding(self) -> Decoding:
@@ -111,6 +112,6 @@ class Rotated(Form):
         with named("inner"):
             self.inner.check_stored()
         check_axes("axes", self.shape, self.axes)
-        if not self.axes or not 0 <= self.seed < 1 << 32:
-            raise ValueError(f"expected axes and a seed of 32 bits, got {list(self.axes)} and {self.seed}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"expected a seed of 32 bits, got {self.seed}")
         check_length(math.prod(self.shape[axis] for axis in self.axes))

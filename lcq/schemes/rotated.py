@@ -119,7 +119,7 @@ class Rotated(Scheme):
         )
 
     def _axes(self, rank: int) -> tuple[int, ...]:
-        return self.along or tuple(range(-rank, -1)) or (-1,)
+        return self.along or tuple(range(-rank, -1)) or tuple(range(-rank, 0))
 
     def _turned(self, x: Array) -> Array:
         mesh = explicit_mesh(x)

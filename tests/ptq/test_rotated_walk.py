@@ -120,6 +120,17 @@ def test_files_and_runs_that_go_on(tmp_path):
     assert back.dense().dtype == jnp.bfloat16 and back.axes == (-2,)
 
 
+def test_products_of_one_input(tmp_path):
+    """As of a kernel that is one pixel and one channel: there is nothing to turn it with."""
+    w, x = draw(1, OUT), jnp.asarray(draw(8, 1, seed=1))
+    made = quantized(lambda p, x: x @ p["w"], w, lcq.Rotated(GRID), x, method="rtn")
+    np.testing.assert_allclose(made.dense(), w, rtol=1e-5)
+    lcq.save(tmp_path / "net.lcq", {"w": made})
+    back = lcq.load(tmp_path / "net.lcq")["w"]
+    np.testing.assert_array_equal(back.dense(), made.dense())
+    np.testing.assert_allclose(lcq.packed(lambda p, x: x @ p["w"])({"w": back}, x), x @ w, rtol=1e-4)
+
+
 def test_refusals():
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     with pytest.raises(ValueError, match=r"along=None, as Rotated runs along the inputs"):

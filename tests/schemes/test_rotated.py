@@ -51,6 +51,14 @@ def test_which_axes_are_inputs():
     assert made.axes == (-1,) and made.inner.scale.shape == (5, 1)
 
 
+def test_a_number_is_its_own_input(tmp_path):
+    params = {"w": draw(4, 2), "temperature": jnp.asarray(0.5)}
+    made = lcq.compress(params, [lcq.Rule(".*", lcq.Rotated(lcq.KMeans(2, exact=True)))])
+    assert made["temperature"].axes == () and float(made["temperature"].dense()) == 0.5
+    lcq.save(tmp_path / "net.lcq", made)
+    assert float(lcq.load(tmp_path / "net.lcq")["temperature"].dense()) == 0.5
+
+
 def test_importance_is_the_mean_over_inputs():
     """So an importance of outputs counts in a codebook for all of them."""
     w = draw(32, 8)
