@@ -10,13 +10,14 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from lcq.forms import Codes
+from lcq.forms import Codes, Rotated
 from lcq.forms.base import Form, is_form
 from lcq.forms.validate import finds_fault
 from lcq.plans.text import make, right_side, settings_of
 from lcq.ptq.preview import preview
 from lcq.reporting.summary import Row, Table, rows
 from lcq.schemes.base import Quantizer, Scheme
+from lcq.schemes.rotated import unrotated
 from lcq.tree.aliases import Batch, Function, Leaves, Params
 from lcq.tree.compress import replace, take
 from lcq.tree.paths import flatten
@@ -91,13 +92,14 @@ def _only_for_products(decided: dict[str, Rule], leaves: Leaves) -> dict[str, Ru
     """Rules of leaves with groups that `compress` cannot cut, and products may; warns of them."""
     found = {}
     for path, rule in decided.items():
-        leaf, per = leaves[path], getattr(rule.scheme, "per", None)
-        if not (isinstance(rule.scheme, Quantizer) and isinstance(per, int) and rule.layout is None):
+        leaf, scheme = leaves[path], unrotated(rule.scheme)
+        per = getattr(scheme, "per", None)
+        if not (isinstance(scheme, Quantizer) and isinstance(per, int) and rule.layout is None):
             continue
         if not hasattr(leaf, "shape") or is_form(leaf) or len(leaf.shape) < 2 or not leaf.size or leaf.size % per:
             continue
         try:
-            rule.scheme.check(leaf.shape[rule.stacked :])
+            scheme.check(leaf.shape[rule.stacked :])
         except ValueError as error:
             if not finds_fault(error):
                 raise
@@ -112,8 +114,9 @@ def _only_for_products(decided: dict[str, Rule], leaves: Leaves) -> dict[str, Ru
 
 def _group(rule: Rule) -> int:
     """How many weights share a scale by the rule of a leaf in groups."""
-    assert isinstance(rule.scheme, Quantizer) and isinstance(rule.scheme.per, int)
-    return rule.scheme.per
+    scheme = unrotated(rule.scheme)
+    assert isinstance(scheme, Quantizer) and isinstance(scheme.per, int)
+    return scheme.per
 
 
 def _counted(leaf: Any, rule: Rule) -> Form:
@@ -121,6 +124,7 @@ def _counted(leaf: Any, rule: Rule) -> Form:
     group = _group(rule)
     count = leaf.size // group
     one = jax.eval_shape(_plain_twin(rule.scheme).project, jax.ShapeDtypeStruct((group, 1), leaf.dtype))
+    whole, one = one, one.inner if isinstance(one, Rotated) else one
     assert isinstance(one, Codes)
     blocks = (*(1,) * (len(leaf.shape) - 1), count)
 
@@ -128,7 +132,8 @@ def _counted(leaf: Any, rule: Rule) -> Form:
         return None if a is None else jax.ShapeDtypeStruct((*blocks, *a.shape[2:]), a.dtype)
 
     codes = jax.ShapeDtypeStruct(leaf.shape, one.codes.dtype)
-    return dataclasses.replace(one, codes=codes, scale=many(one.scale), zero=many(one.zero), levels=many(one.levels))
+    form = dataclasses.replace(one, codes=codes, scale=many(one.scale), zero=many(one.zero), levels=many(one.levels))
+    return dataclasses.replace(whole, inner=form) if isinstance(whole, Rotated) else form
 
 
 def _shapes(xs: tuple[Array | np.ndarray | jax.ShapeDtypeStruct, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -18,7 +18,7 @@ from lcq.forms.validate import named
 from lcq.ptq.block_numbers import period
 from lcq.ptq.leaf_assembly import axes_of, of_leaf
 from lcq.ptq.rounding.coded import codes_of, tables, with_codes
-from lcq.ptq.tasks import decide
+from lcq.ptq.tasks import check_paths, decide
 from lcq.schemes import Trellis
 from lcq.tracing.contraction import Product
 from lcq.tracing.param_flow import trace
@@ -55,7 +55,9 @@ def preview(
     chosen, seeds, direct = decide(rules, rtn, dense, given)
     blocks = {path: np.zeros(shapes[path].shape, np.int64) for path in chosen}
     found: dict[str, list[Product]] = {path: [] for path in chosen}
-    for product in trace(fn, dense, batch, chosen).products:
+    program = trace(fn, dense, batch, chosen)
+    check_paths(program, chosen, seeds, dense)
+    for product in program.products:
         path = product.path
         places, flat = product.places(shapes[path].shape), blocks[path].reshape(-1)
         if not flat[places].any():  # else an earlier product has chosen its codes

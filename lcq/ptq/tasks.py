@@ -13,7 +13,8 @@ from lcq.forms.validate import named
 from lcq.ptq.leaf_assembly import paths_along
 from lcq.ptq.rounding import Rounding
 from lcq.schemes import Cast, Rotated, Trellis, Uniform
-from lcq.schemes.base import Quantizer, Scheme
+from lcq.schemes.base import Quantizer
+from lcq.schemes.rotated import unrotated
 from lcq.tracing.program import Program
 from lcq.tree.compress import check_finite
 from lcq.tree.paths import flatten
@@ -39,13 +40,13 @@ def decide(
     seeds: dict[str, int] = {}
     before = list(direct)
     for task in tasks:
-        if not isinstance(_inner(task.scheme), Quantizer | Trellis):
+        if not isinstance(task.scheme, Quantizer | Trellis):
             before.append(task)
             continue
         if len(task.paths) > 1:
             raise ValueError(f"{', '.join(task.paths)}: each product has a codebook of its own; drop joint=True")
         rule = next(rule for rule in rules if re.fullmatch(rule.pattern, task.name))
-        chosen[task.name] = dataclasses.replace(rule, scheme=_inner(rule.scheme))
+        chosen[task.name] = dataclasses.replace(rule, scheme=unrotated(rule.scheme))
         if isinstance(rule.scheme, Rotated):
             seeds[task.name] = rule.scheme.seed
         if chosen[task.name].stacked > 1:
@@ -55,13 +56,9 @@ def decide(
     return chosen, seeds, before
 
 
-def _inner(scheme: Scheme | None) -> Scheme | None:
-    return scheme.scheme if isinstance(scheme, Rotated) else scheme
-
-
 def _check(rule: Rule) -> None:
     """Refuses settings that belong to products, which have them."""
-    scheme = _inner(rule.scheme)
+    scheme = unrotated(rule.scheme)
     per = getattr(scheme, "per", None)
     if isinstance(per, tuple):
         raise ValueError(
@@ -82,13 +79,11 @@ def _check(rule: Rule) -> None:
 
 
 def without_blocks(rule: Rule) -> Any:
-    """The scheme on the whole leaf: the blocks of `per` are the product's, not the leaf's."""
-    if isinstance(rule.scheme, Rotated):
-        inner = without_blocks(dataclasses.replace(rule, scheme=rule.scheme.scheme))
-        return dataclasses.replace(rule.scheme, scheme=inner)
-    if not isinstance(rule.scheme, Quantizer | Trellis):
+    """The scheme on the whole leaf: the blocks of `per`, and the inputs that are turned, are the product's, not the
+    leaf's."""
+    scheme: Any = unrotated(rule.scheme)  # a dataclass, as all schemes are
+    if not isinstance(scheme, Quantizer | Trellis):
         return rule.scheme
-    scheme: Any = rule.scheme  # a dataclass, as all schemes are
     return dataclasses.replace(scheme, per=None, **({"scale_bits": None} if isinstance(scheme, Uniform) else {}))
 
 

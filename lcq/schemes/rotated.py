@@ -127,5 +127,10 @@ class Rotated(Scheme):
         return by_compiler(lambda x: turned(x, self._axes(x.ndim), self.seed), onto, x)
 
 
+def unrotated(scheme: Scheme | None) -> Scheme | None:
+    """What a rotated scheme is in turned coordinates; others as they are."""
+    return scheme.scheme if isinstance(scheme, Rotated) else scheme
+
+
 def _inner(rotated: tuple[Form, ...]) -> tuple[Form, ...]:
     return tuple(form.inner for form in rotated if isinstance(form, forms.Rotated))

@@ -131,6 +131,32 @@ def test_products_of_one_input(tmp_path):
     np.testing.assert_allclose(lcq.packed(lambda p, x: x @ p["w"])({"w": back}, x), x @ w, rtol=1e-4)
 
 
+def test_a_product_decides_what_its_inputs_are():
+    """Not the leaf: the first axis of a head [vocabulary, inputs] has a length without a rotation."""
+    w = draw(4099, 4)
+    made = quantized(lambda p, x: x @ p["w"].T, w, lcq.Rotated(GRID), jnp.asarray(draw(8, 4, seed=1)), method="rtn")
+    assert made.axes == (-1,) and made.shape == w.shape
+
+
+def test_dry_runs():
+    params = {"w": jnp.zeros((10, 8))}
+    rules = [lcq.Rule("w", lcq.Rotated(lcq.Uniform(4, per=4)))]
+    plain = [lcq.Rule("w", lcq.Uniform(4, per=4))]
+    with pytest.warns(UserWarning, match="compress cannot take this rule: per=4 cuts axis 0"):
+        table = lcq.dry_run(params, rules)
+    with pytest.warns(UserWarning):
+        assert table.rows[0].bits == lcq.dry_run(params, plain).rows[0].bits
+    assert table.rows[0].form.startswith("rotated codes K=16")
+    used = lcq.dry_run(params, rules, lambda p, x: x @ p["w"].T, jnp.ones((3, 8)))
+    assert used.rows[0].bits == table.rows[0].bits
+    with pytest.raises(ValueError, match="w: expected a number of inputs whose odd factor"):
+        lcq.dry_run({"w": jnp.zeros((2053, 2))}, [lcq.Rule("w", lcq.Rotated(GRID))], dot, jnp.ones((3, 2053)))
+
+
+def dot(p, x):
+    return x @ p["w"]
+
+
 def test_refusals():
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     with pytest.raises(ValueError, match=r"along=None, as Rotated runs along the inputs"):
