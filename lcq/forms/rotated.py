@@ -71,7 +71,10 @@ class Rotated(Form):
         if change.idle:
             return self
         axes, inner = moved_paths(self.axes, change), self.inner.relayout(change)
-        return None if axes is None or inner is None else dataclasses.replace(self, inner=inner, axes=axes)
+        if axes is None or inner is None:
+            return None
+        moved = dataclasses.replace(self, inner=inner, axes=axes)
+        return moved if moved._length == self._length else None  # else several runs of inputs lie along one axis
 
     def take_rows(self, rows: Int[Array, " R"]) -> Form | None:
         return self._apart(lambda inner: inner.take_rows(rows))
@@ -97,6 +100,11 @@ class Rotated(Form):
     def spec(self, mesh: Any) -> tuple[Any, ...]:
         return self.inner.spec(mesh)
 
+    @property
+    def _length(self) -> int:
+        """The number of inputs."""
+        return math.prod(self.shape[axis] for axis in self.axes)
+
     def _with(self, inner: Form) -> Self:
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)
 
@@ -114,4 +122,4 @@ class Rotated(Form):
         check_axes("axes", self.shape, self.axes)
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"expected a seed of 32 bits, got {self.seed}")
-        check_length(math.prod(self.shape[axis] for axis in self.axes))
+        check_length(self._length)

@@ -140,7 +140,23 @@ def of_leaf(form: Coded, shape: tuple[int, ...], dtype: str, products: Sequence[
     """A form of the dtype of its leaf, under the rotation of the inputs if there is one."""
     if seed is None:
         return dataclasses.replace(form, dtype=dtype)
-    return Rotated(form, axes=paths_along(shape, products, products[0].shape[2]), seed=seed, dtype=dtype)
+    return Rotated(form, axes=inputs_along(shape, products), seed=seed, dtype=dtype)
+
+
+def inputs_along(shape: tuple[int, ...], products: Sequence[Product]) -> tuple[int, ...]:
+    """The axes of a leaf that are, whole, the inputs of its products.
+
+    Raises:
+        ValueError: as `paths_along`; inputs that are a part of an axis, such as one of two halves.
+    """
+    axes, length = paths_along(shape, products, products[0].shape[2]), products[0].shape[2]
+    if math.prod(shape[axis] for axis in axes) != length:
+        raise ValueError(
+            f"{products[0].path}: expected products with all inputs along axes {list(axes)} of the leaf "
+            f"{list(shape)}, as these are turned together, got products of {length} of them; split the leaf, or take "
+            "the scheme without Rotated"
+        )
+    return axes
 
 
 def paths_along(shape: tuple[int, ...], products: Sequence[Product], length: int) -> tuple[int, ...]:

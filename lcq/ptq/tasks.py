@@ -10,7 +10,7 @@ from lcq.forms.base import Form
 from lcq.forms.paths import piece_length
 from lcq.forms.rotation import check_length
 from lcq.forms.validate import named
-from lcq.ptq.leaf_assembly import paths_along
+from lcq.ptq.leaf_assembly import inputs_along, paths_along
 from lcq.ptq.rounding import Rounding
 from lcq.schemes import Cast, Rotated, Trellis, Uniform
 from lcq.schemes.base import Quantizer
@@ -81,9 +81,9 @@ def _check(rule: Rule) -> None:
 def without_blocks(rule: Rule) -> Any:
     """The scheme on the whole leaf: the blocks of `per`, and the inputs that are turned, are the product's, not the
     leaf's."""
-    scheme: Any = unrotated(rule.scheme)  # a dataclass, as all schemes are
-    if not isinstance(scheme, Quantizer | Trellis):
+    if not isinstance(unrotated(rule.scheme), Quantizer | Trellis):
         return rule.scheme
+    scheme: Any = unrotated(rule.scheme)  # a dataclass, as all schemes are
     return dataclasses.replace(scheme, per=None, **({"scale_bits": None} if isinstance(scheme, Uniform) else {}))
 
 
@@ -116,7 +116,9 @@ def check_paths(program: Program, chosen: dict[str, Rule], seeds: dict[str, int]
         if path in seeds:
             with named(path):
                 check_length(min(pieces))
-        paths_along(shapes[path].shape, here, pieces.pop())
+            inputs_along(shapes[path].shape, here)
+        else:
+            paths_along(shapes[path].shape, here, pieces.pop())
 
 
 def warn_of_direct(direct: Sequence[Task], rtn: Rules) -> None:

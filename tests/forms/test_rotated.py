@@ -122,6 +122,15 @@ def test_changes_of_layout_follow_the_inputs():
     assert made.take_rows(jnp.array([0])) is None and made.unstack() is None
 
 
+def test_runs_of_inputs_side_by_side_are_not_one():
+    """Heads that are turned one by one, in a product over all of them."""
+    made = form((2, 4, 6), along=(-2,))
+    assert made.relayout(lcq.forms.Relayout(made.shape, lambda w: w.reshape(8, 6))) is None
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(5, 8)), jnp.float32)
+    net = lambda w, x: x @ w.reshape(8, 6)  # noqa: E731
+    np.testing.assert_allclose(lcq.packed(net)(made, x), net(made.dense(), x), atol=1e-5)
+
+
 def test_rows_and_layers_that_are_no_inputs():
     made = form((6, 16, 4), along=(-2,))
     np.testing.assert_allclose(made.take_rows(jnp.array([4, 1])).dense(), made.dense()[jnp.array([4, 1])], atol=1e-6)

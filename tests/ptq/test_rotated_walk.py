@@ -163,6 +163,8 @@ def test_refusals():
         quantized(fn, draw(N, OUT), lcq.Rotated(GRID, along=(-2,)))
     with pytest.raises(ValueError, match=r"w: expected a number of inputs whose odd factor"):
         quantized(fn, draw(2053, 2), lcq.Rotated(GRID), jnp.ones((3, 2053)))
+    with pytest.raises(ValueError, match=r"w: expected products with all inputs along axes \[-2\].*products of 6"):
+        quantized(lambda p, x: x[:, :6] @ p["w"][:6] + x[:, 6:] @ p["w"][6:], draw(N, OUT), lcq.Rotated(GRID))
     with pytest.raises(ValueError, match=r"w: expected products with as many inputs"):
         quantized(lambda p, x: x[:, :4] @ p["w"][:4] + x[:, 4:] @ p["w"][4:], draw(N, OUT), lcq.Rotated(GRID))
 
