@@ -55,6 +55,7 @@ class Rotated(Form):
         return self._with(self.inner.unpack())
 
     def dense(self) -> Array:
+        self._check_whole()
         mesh = explicit_mesh(self)
         return by_compiler(Rotated._dense, None if mesh is None else placed_on(mesh, self.spec(mesh)), self)
 
@@ -70,6 +71,7 @@ class Rotated(Form):
     def relayout(self, change: Relayout) -> Form | None:
         if change.idle:
             return self
+        self._check_whole()
         axes, inner = moved_paths(self.axes, change), self.inner.relayout(change)
         if axes is None or inner is None:
             return None
@@ -104,6 +106,14 @@ class Rotated(Form):
     def _length(self) -> int:
         """The number of inputs."""
         return math.prod(self.shape[axis] for axis in self.axes)
+
+    def _check_whole(self) -> None:
+        """Refuses what is left of a leaf when `jax.vmap`, or an index, has taken inputs from it."""
+        if min(self.axes, default=0) < -len(self.shape):
+            raise ValueError(
+                f"expected a leaf whose axes {list(self.axes)} are turned together, got a part {list(self.shape)} of "
+                "it; of layers that are mapped make it with Rule(.., stacked=1), or Rotated(.., along=(-2,))"
+            )
 
     def _with(self, inner: Form) -> Self:
         return self if inner is self.inner else dataclasses.replace(self, inner=inner)

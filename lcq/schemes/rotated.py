@@ -35,7 +35,7 @@ class Rotated(Scheme):
             `lcq.quantize`.
 
     An importance is taken as its mean over the inputs, as in turned coordinates all of them have a part in each;
-    weights of no importance are taken as zeros.
+    weights of no importance are taken as zeros. Inside of `jax.shard_map` a device needs all inputs of its weights.
 
     Raises:
         ValueError: a setting out of range; a leaf with so many inputs that there is no R.

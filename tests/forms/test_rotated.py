@@ -131,6 +131,14 @@ def test_runs_of_inputs_side_by_side_are_not_one():
     np.testing.assert_allclose(lcq.packed(net)(made, x), net(made.dense(), x), atol=1e-5)
 
 
+def test_a_map_over_inputs_is_refused():
+    with pytest.raises(ValueError, match=r"axes \[-3, -2\] are turned together, got a part \[8, 6\]"):
+        jax.vmap(lcq.packed(lambda w, x: x @ w))(form((3, 8, 6), lcq.Cast("bfloat16")), jnp.ones((3, 2, 8)))
+    apart = form((3, 8, 6), lcq.Cast("bfloat16"), along=(-2,))
+    found = jax.vmap(lcq.packed(lambda w, x: x @ w))(apart, jnp.ones((3, 2, 8)))
+    np.testing.assert_allclose(found, jnp.ones((3, 2, 8)) @ apart.dense(), atol=1e-5)
+
+
 def test_rows_and_layers_that_are_no_inputs():
     made = form((6, 16, 4), along=(-2,))
     np.testing.assert_allclose(made.take_rows(jnp.array([4, 1])).dense(), made.dense()[jnp.array([4, 1])], atol=1e-6)
