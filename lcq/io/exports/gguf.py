@@ -3,11 +3,14 @@
     value = d (code + lowest) + m         one d, and of some types one m, in float16, for 32 or 256 inputs
 
 Codes are those of the form; the package's own quantizer is not asked. Without zeros TQ2_0 takes levels from -1 to 2
-where a scale is for 256 inputs or more, Q4_0 from -8 to 7, Q5_0 from -16 to 15, Q8_0 from -128 to 127;
-with zeros Q4_1 and Q5_1 take codes below 16 and 32, m = -d z. If a name says so, TQ1_0 takes levels from -1 to 1, and
-MXFP4 those of e2m1 with scales that are powers of two. All else is F32, F16, BF16 or whole numbers; vectors are F32.
+where a scale is for 256 inputs or more, Q4_0 from -8 to 7, Q5_0 from -16 to 15, Q8_0 from -128 to 127; with zeros Q4_1
+and Q5_1 take codes below 16 and 32, m = -d z, and Q4_K and Q5_K such codes whose d and m are multiples of 6 bits of
+units that all inputs of an output share, 256 of them or twice, thrice .. as many. If a name says so, TQ1_0 takes levels
+from -1 to 1, and MXFP4 those of e2m1 with scales that are powers of two. All else is F32, F16, BF16 or whole numbers;
+vectors are F32.
 
-Source: the layouts are in `lcq.io.layouts.gguf_blocks`; gguf-py/gguf/constants.py has names and keys.
+Source: the layouts are in `lcq.io.layouts.gguf_blocks` and `gguf_superblocks`; gguf-py/gguf/constants.py has names and
+keys.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +20,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lcq.forms import Codes
+from lcq.forms.axes import letters
+from lcq.forms.steps import steps_of
 from lcq.io.atomic import replacing
 from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
@@ -24,13 +29,23 @@ from lcq.io.exports.gguf_metadata import metadata_of
 from lcq.io.exports.gguf_tokenizer import padded_to, tokenizer_fields
 from lcq.io.exports.grids import Kind, grid_of, kind_of, plain_array, plain_shape
 from lcq.io.exports.leaves import NO_TARGET, Item
-from lcq.io.exports.steps import cast, moved, rounded, turned
+from lcq.io.exports.steps import blocks_of, cast, moved, rounded, turned
 from lcq.io.facts import Facts
-from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES, Blocks, BlockType, gguf_header
+from lcq.io.layouts import (
+    BLOCK_TYPES,
+    SUPERBLOCK_TYPES,
+    TENSOR_DTYPES,
+    TENSOR_TYPES,
+    Blocks,
+    BlockType,
+    SuperBlockType,
+    gguf_header,
+)
 
 _AXES, _LONGEST_NAME = 4, 63
 _FLOATS = ("F32", "F16", "BF16")
 _PLAIN, _SHIFTED = ("TQ2_0", "Q4_0", "Q5_0", "Q8_0"), ("Q4_1", "Q5_1")
+_STEPPED, _STEP_BITS = ("Q4_K", "Q5_K"), 6
 
 
 @EXPORT_FORMATS.register("gguf")
@@ -44,7 +59,7 @@ class Gguf(ExportFormat):
         return Facts(
             "`.gguf` for llama.cpp and its kin",
             f"{', '.join(TENSOR_DTYPES)}; vectors become F32",
-            f"{', '.join((*_PLAIN, *_SHIFTED))}, and by name TQ1_0 and MXFP4; scales become float16",
+            f"{', '.join((*_PLAIN, *_SHIFTED, *_STEPPED))}, and by name TQ1_0 and MXFP4; scales become float16",
             f"groups that blocks of 32 or 256 inputs do not divide, other levels; uint8, bool; {NO_TARGET}",
         )
 
@@ -84,7 +99,8 @@ class Gguf(ExportFormat):
     def write(
         self, path: Path, tensors: dict[str, Tensor], arrays: Iterator[tuple[str, Shaped[np.ndarray, "..."]]]
     ) -> tuple[str, ...]:
-        numbers = TENSOR_TYPES | {name: block.number for name, block in BLOCK_TYPES.items()}
+        blocks: dict[str, BlockType | SuperBlockType] = {**BLOCK_TYPES, **SUPERBLOCK_TYPES}
+        numbers = TENSOR_TYPES | {name: block.number for name, block in blocks.items()}
         if self._words and "token_embd.weight" in tensors:
             self._words = padded_to(self._words, tensors["token_embd.weight"].shape[0])
         metadata = self._metadata | self._words
@@ -126,7 +142,7 @@ def _type_of(item: Item) -> str:
     return "F32" if known in _FLOATS and len(item.value.shape) < 2 else known
 
 
-def block_of(item: Item) -> tuple[Kind, BlockType]:
+def block_of(item: Item) -> tuple[Kind, BlockType | SuperBlockType]:
     """The kind of a grid, turned round if that fits, and the type of blocks that holds it in the fewest bytes.
 
     Raises:
@@ -134,10 +150,19 @@ def block_of(item: Item) -> tuple[Kind, BlockType]:
     """
     assert isinstance(item.value, Codes)
     kind = kind_of(item.value, item.rule.layout)
+    if item.rule.type in (None, *_STEPPED) and (stepped := _stepped(item.value, item.rule.layout, kind)):
+        if wanted := [block for block in stepped if item.rule.type in (None, block.name)]:
+            return kind, wanted[0]
     known: tuple[str, ...] = _SHIFTED if kind.steps.shifted else _PLAIN
     if item.rule.type is not None:
+        if item.rule.type in _STEPPED:
+            raise ValueError(
+                f"expected for {item.rule.type} scales of {_STEP_BITS} bits in groups of 32 of a multiple of 256 inputs"
+                f", got {item.value.describe()} of {kind.inputs} inputs {kind.words}; compress with "
+                "lcq.Uniform(4, per=32, zero_point=True, scale_bits=6)"
+            )
         if item.rule.type not in BLOCK_TYPES:
-            raise ValueError(f"expected type= one of {', '.join(BLOCK_TYPES)}, got {item.rule.type!r}")
+            raise ValueError(f"expected type= one of {', '.join((*BLOCK_TYPES, *_STEPPED))}, got {item.rule.type!r}")
         known = (item.rule.type,)
     why = []
     for block in (BLOCK_TYPES[name] for name in known):
@@ -156,6 +181,22 @@ def block_of(item: Item) -> tuple[Kind, BlockType]:
     )
 
 
+def _stepped(form: Codes, layout: str | None, kind: Kind) -> list[SuperBlockType]:
+    """The types of blocks that hold scales in steps as they are."""
+    axes = letters(str(layout), len(form.shape))
+    inputs = [i - len(axes) for i, axis in enumerate(axes) if axis == "i" and blocks_of(form)[i] > 1]
+    if form.scale_bits != _STEP_BITS or not set(inputs) <= set(form.along or ()):
+        return []
+    types = (SUPERBLOCK_TYPES[name] for name in _STEPPED)
+    return [
+        block
+        for block in types
+        if kind.group * block.groups == block.length
+        and kind.inputs % block.length == 0
+        and set(kind.steps.levels) <= set(block.levels)
+    ]
+
+
 def _holds(block: BlockType, levels: tuple[int, ...]) -> bool:
     """Whether all levels are among those of a type; of MXFP4 in halves."""
     return {level * _unit(block) for level in levels} <= set(block.levels)
@@ -168,6 +209,8 @@ def _unit(block: BlockType) -> float:
 def _encode_blocks(item: Item) -> Encoded:
     assert isinstance(item.value, Codes)
     kind, block = block_of(item)
+    if isinstance(block, SuperBlockType):
+        return _encode_steps(item, kind, block)
     unit, rows = _unit(block), kind.outputs
     places = {level: code for code, level in enumerate(block.levels)}
     table = np.asarray([places[level * unit] for level in kind.steps.levels], np.uint8)
@@ -186,3 +229,22 @@ def _encode_blocks(item: Item) -> Encoded:
     return Encoded(
         {item.name: block.pack(made)}, f"{block.name} {kind.words}", error, f"{words} to float16" if error else ""
     )
+
+
+def _encode_steps(item: Item, kind: Kind, block: SuperBlockType) -> Encoded:
+    assert isinstance(item.value, Codes)
+    same = np.arange(len(kind.steps.levels), dtype=np.uint8)
+    grid = grid_of(item.value, item.rule.layout, kind, same, item.rule.heads)
+    assert grid.zero is not None
+    scale, least, given = map(np.asarray, steps_of(grid.scale, grid.zero, _STEP_BITS, (-1,)))
+    units, _ = cast(given, np.dtype(np.float16))
+    codes, many = grid.codes.astype(np.uint8), (kind.outputs, kind.inputs // block.length)
+    data = block.pack(
+        codes.reshape(*many, block.groups, -1),
+        scale.reshape(*many, -1),
+        least.reshape(*many, -1),
+        np.broadcast_to(units, (2, *many)),
+    )
+    made, before = ((a.astype(np.float64) * scale, -b.astype(np.float64) * least) for a, b in (units, given))
+    error = moved(codes.reshape(*scale.shape, -1), np.asarray(block.levels), made, before)
+    return Encoded({item.name: data}, f"{block.name} {kind.words}", error, "units to float16" if error else "")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,8 @@ def declared_codes(form: Codes, stacked: int) -> Codes:
         zero = jax.ShapeDtypeStruct(form.scale.shape, small)
     parts = (jax.ShapeDtypeStruct(form.shape, small), form.levels, scale, zero)
     codes, levels, scale, zero = (_below(a, stacked) for a in parts)
-    return Codes(codes=codes, levels=levels, scale=scale, zero=zero, values=form.values, dtype=form.dtype)
+    how: Any = {"scale_bits": form.scale_bits, "along": form.along, "dtype": form.dtype}
+    return Codes(codes=codes, levels=levels, scale=scale, zero=zero, values=form.values, **how)
 
 
 def _below(array: Array | jax.Array | None, stacked: int) -> jax.ShapeDtypeStruct | None:
@@ -32,6 +34,7 @@ def _below(array: Array | jax.Array | None, stacked: int) -> jax.ShapeDtypeStruc
 def on_host(form: Codes) -> Codes:
     """A form in the working layout, in numpy."""
     host = jax.device_get(form if form.scale_bits is None else form.plain())
+    host = dataclasses.replace(host, scale_bits=form.scale_bits, along=form.along)
     if host.packed is None:
         return host
     bits = bitpack.width(host.size_of_table)

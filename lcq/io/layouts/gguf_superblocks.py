@@ -1,4 +1,4 @@
-"""Blocks of a GGUF file that hold smaller ones, each with a few bits of scale; they are read, not written.
+"""Blocks of a GGUF file that hold smaller ones, each with a few bits of scale; all are read, Q4_K and Q5_K written.
 
     value[j] = d s_g level(code[j]) - dmin m_g,  g the group of weight j
 
@@ -58,6 +58,29 @@ class SuperBlockType:
             scale.astype(np.float32).reshape(shape),
             None if minimum is None else minimum.astype(np.float32).reshape(shape),
         )
+
+    def pack(
+        self,
+        codes: UInt8[np.ndarray, "*many groups length"],
+        scale: UInt8[np.ndarray, "*many groups"],
+        least: UInt8[np.ndarray, "*many groups"],
+        units: Float[np.ndarray, "2 *many"],
+    ) -> UInt8[np.ndarray, "*many size"]:
+        """The bytes of blocks of Q4_K or Q5_K.
+
+        Args:
+            codes: below the number of levels.
+            scale: s_g, of 6 bits.
+            least: m_g, of 6 bits.
+            units: d and dmin, float16.
+        """
+        many = codes.shape[:-2]
+        codes, scale, least = codes.reshape(-1, 4, 2, 32), scale.reshape(-1, 8), least.reshape(-1, 8)
+        halves = np.ascontiguousarray(np.moveaxis(units, 0, -1), "<f2").reshape(-1, 2).view(np.uint8)
+        parts = [halves, _six_bits_packed(scale, least), (codes[:, :, 0] & 15 | codes[:, :, 1] << 4).reshape(-1, 128)]
+        if self.name == "Q5_K":
+            parts.insert(2, np.packbits(codes.reshape(-1, 8, 32) >> 4, axis=1, bitorder="little")[:, 0])
+        return np.concatenate(parts, axis=1).reshape(*many, self.size)
 
     def values(self, blocks: Blocks) -> Float[np.ndarray, "*many length"]:
         """The weights of groups in float32."""
@@ -160,3 +183,9 @@ def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a, b, c = np.split(packed, 3, axis=1)
     scale = np.concatenate([a & 63, (c & 15) | (a >> 2 & 48)], axis=1)
     return scale, np.concatenate([b & 63, c >> 4 | (b >> 2 & 48)], axis=1)
+
+
+def _six_bits_packed(scale: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """The 12 bytes of eight scales and eight minima."""
+    (first, last), (low, high) = (np.split(a, 2, axis=1) for a in (scale, least))
+    return np.concatenate([first | last >> 4 << 6, low | high >> 4 << 6, last & 15 | (high & 15) << 4], axis=1)

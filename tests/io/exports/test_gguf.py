@@ -9,7 +9,8 @@ import pytest
 
 import lcq
 from lcq.io import Name, export, llama_names, open_gguf
-from lcq.io.layouts import BLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES
+from lcq.io.layouts import BLOCK_TYPES, SUPERBLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES
+from tests.io.checkpoints.gguf_bytes import q4_k, q5_k
 from tests.io.exports.made import codes, grid, weights
 
 RNG = np.random.default_rng(0)
@@ -30,7 +31,7 @@ class Reader:
         entries = [(self.text(), self.take(f"<{self.take('<I')[0]}Q"), self.take("<IQ")) for _ in range(tensors)]
         start = -(-self.at // 32) * 32
         names = {number: name for name, number in TENSOR_TYPES.items()}
-        names |= {block.number: name for name, block in BLOCK_TYPES.items()}
+        names |= {block.number: name for name, block in (BLOCK_TYPES | SUPERBLOCK_TYPES).items()}
         self.kinds = {name: names[number] for name, _, (number, _) in entries}
         self.tensors, end = {}, start
         for name, axes, (_, offset) in entries:
@@ -65,7 +66,7 @@ class Reader:
         if kind in TENSOR_DTYPES:
             size = count * TENSOR_DTYPES[kind].itemsize
             return np.frombuffer(self.data[begin : begin + size], TENSOR_DTYPES[kind]).reshape(shape), begin + size
-        block = BLOCK_TYPES[kind]
+        block = (BLOCK_TYPES | SUPERBLOCK_TYPES)[kind]
         size = count // block.length * block.size
         data = np.frombuffer(self.data[begin : begin + size], np.uint8).reshape(-1, block.size)
         return block.values(block.unpack(data)).reshape(shape), begin + size
@@ -153,6 +154,37 @@ def test_scales_in_steps(tmp_path):
         assert [row.what for row in report.rows] == ["Q4_1 in groups of 32"] * 2
         for layer in (0, 1):
             np.testing.assert_allclose(Reader(path).tensors[f"{layer}.w"].T, dense[layer], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q4_K of 3 bits"])
+def test_scales_in_steps_are_those_of_k_quants(name, tmp_path):
+    """As an independent reader has them: units become float16, all else is as it is."""
+    kind, bits = name[:4], 3 if " " in name else int(name[1])
+    scheme = lcq.Uniform(bits, per=32, zero_point=True, scale_bits=6)
+    forms = lcq.compress({"w": RNG.normal(size=(2, 512, 6)).astype(np.float32)}, [lcq.Rule("w", scheme, stacked=1)])
+    lcq.save(tmp_path / "net.lcq", forms)
+    names, size = [Name("w", "{0}.w", "io", stacked=1)], SUPERBLOCK_TYPES[kind].size
+    read = {"Q4_K": q4_k, "Q5_K": q5_k}[kind]
+    for i, source in enumerate((forms, tmp_path / "net.lcq")):
+        report = export(source, path := tmp_path / f"{i}.gguf", format="gguf", names=names, config=LLAMA)
+        assert [row.what for row in report.rows] == [f"{kind} in groups of 32"] * 2
+        file = Reader(path)
+        for layer in (0, 1):
+            dense = np.asarray(forms["w"].dense(), np.float64)[layer]
+            slip = np.linalg.norm(file.tensors[f"{layer}.w"].T - dense) / np.linalg.norm(dense)
+            assert slip < 2e-3
+            np.testing.assert_allclose(report.rows[layer].error, slip, rtol=0.02, atol=2e-7)
+        blocks = np.frombuffer(path.read_bytes()[-12 * size :], np.uint8).reshape(12, size)  # of the last layer
+        values = np.concatenate([read(block.tolist()) for block in blocks])
+        np.testing.assert_allclose(values, file.tensors["1.w"].reshape(-1), rtol=1e-5, atol=1e-7)
+
+
+def test_units_that_float16_holds_move_nothing(tmp_path):
+    w = RNG.normal(size=(256, 3)).astype(np.float32) * 64
+    form = lcq.Uniform(4, per=32, zero_point=True, scale_bits=6).project(w)
+    (row,) = export({"kernel": form}, tmp_path / "net.gguf", format="gguf", config=LLAMA).rows
+    assert row.what == "Q4_K in groups of 32" and not row.error
+    np.testing.assert_allclose(Reader(tmp_path / "net.gguf").tensors["weight"].T, form.dense(), rtol=1e-5, atol=1e-4)
 
 
 def test_arrays_and_their_types(tmp_path):
@@ -279,6 +311,7 @@ REFUSED = [
     (codes(IO, BY_32, grid(0, 255), zeros=True)[0], {}, r"levels 0 .. 255 with zeros .*: Q4_1 has no such levels"),
     (FOUR, {"names": [Name(".*", "w", "io", type="Q4_2")]}, r"kernel: expected type= one of Q4_0"),
     (FOUR, {"names": [Name(".*", "w", "io", type="Q4_1")]}, r"Q4_1 has no such levels"),
+    (FOUR, {"names": [Name(".*", "w", "io", type="Q4_K")]}, r"expected for Q4_K scales of 6 bits .* got codes K=16"),
     (W > 0, {}, r"kernel: expected one of float32, .* got bool"),
     (W * 1e9, {"names": [Name(".*", "w", "io", type="F16")]}, r"kernel: expected numbers that float16 holds"),
     (W, {"config": {}}, r"config: expected general.architecture, or model_type 'llama', got None"),
