@@ -99,7 +99,8 @@ class Additive(Scheme):
 
         def objective(each: _Each, lefts: tuple[Array, ...]) -> Array:
             """Of all forms; `lefts` is what those before the last leave. x - Delta would be made beside it."""
-            charges = sum(part.charge(forms, mu) for part, forms in zip(self.parts, each, strict=True))
+            priced = [(part, of) for part, of in zip(self.parts, each, strict=True) if part.costly or _rate(part)]
+            charges = sum(part.charge(forms, mu) for part, forms in priced)  # new forms keep to all constraints
             total = jnp.zeros([], wide[0].dtype) + charges
             for i, (left, form) in enumerate(zip(lefts, each[-1], strict=True)):
                 squares = (left - form.dense()) ** 2
@@ -138,6 +139,12 @@ class Additive(Scheme):
         else:
             state = jax.lax.while_loop(goes_on, step, state)
         return tuple(Sum(parts, dtype=str(x.dtype)) for x, parts in zip(xs, zip(*state[3], strict=True), strict=True))
+
+
+def _rate(scheme: Scheme) -> float:
+    """The price of a bit, of schemes that have one."""
+    rate: float = getattr(scheme, "rate", 0.0)
+    return rate
 
 
 def _by_part(sums: Iterable[Form]) -> tuple[tuple[Form, ...], ...]:
