@@ -52,6 +52,24 @@ def block_lengths(per: Any, layout: str, rank: int) -> Any:
     return tuple(int(per) if i == last else int(axis in "io") for i, axis in enumerate(axes))
 
 
+def checked_along(along: Any) -> tuple[int, ...] | None:
+    """The axes that a scheme runs along, as a tuple; None for its own choice.
+
+    Raises:
+        ValueError: none, the same twice, or one that is not counted from the end.
+
+    Example:
+        >>> checked_along([-2, -3])
+        (-2, -3)
+    """
+    if along is None:
+        return None
+    axes = tuple(along) if isinstance(along, Sequence) else ()
+    if not axes or len(set(axes)) < len(axes) or not all(isinstance(axis, int) and axis < 0 for axis in axes):
+        raise ValueError(f"expected along= distinct axes counted from the end, such as (-2,), got {along!r}")
+    return axes
+
+
 def outputs_last(layout: str, rank: int) -> bool:
     """Whether the last axis are the outputs, and no other is."""
     return letters(layout, rank).find("o") == rank - 1

@@ -57,7 +57,7 @@ def _kind(node: Any) -> str | None:
     if MARK in node and (name := name_of(node)) is not None:
         return name
     if set(node) == {"inner"} and isinstance(inner := node["inner"], Mapping):
-        return "Rotated" if _kind(inner) or set(inner) == _fields("Cast") else None
+        return "Rotated" if _kind(inner) else None
     if set(node) == {"parts"} and isinstance(parts := node["parts"], list | tuple | Mapping):
         some = list(parts.values() if isinstance(parts, Mapping) else parts)
         return "Sum" if some and all(_kind(part) or set(part) == _fields("Cast") for part in some) else None

@@ -96,8 +96,7 @@ class Rotated(Form):
 
     @property
     def decoding(self) -> Decoding:
-        how: Decoding = self.inner.decoding
-        return how
+        return self.inner.decoding
 
     def spec(self, mesh: Any) -> tuple[Any, ...]:
         return self.inner.spec(mesh)

@@ -45,6 +45,8 @@ def turned_back(x: Num[Array, "..."], axes: Sequence[int], seed: int) -> Inexact
 
 def check_length(length: int) -> None:
     """Raises ValueError if there is no rotation of so many numbers."""
+    if length < 1:
+        raise ValueError(f"expected at least one input, got {length}; leave an empty leaf out of the rules")
     if (odd := length // (length & -length)) > MOST:
         raise ValueError(
             f"expected a number of inputs whose odd factor is at most {MOST:,}, got {length:,} = {length // odd} x "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from lcq import forms
-from lcq.forms.axes import letters
+from lcq.forms.axes import checked_along, letters
 from lcq.forms.base import Form, share
 from lcq.forms.blocks import Per
 from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on, spec_of
@@ -59,12 +59,7 @@ class Rotated(Scheme):
             raise ValueError(f"expected a scheme that is not rotated itself, such as Trellis(2), got {self.scheme!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"expected seed from 0 to 2^32 - 1, got {self.seed!r}")
-        if self.along is not None:
-            object.__setattr__(self, "along", tuple(self.along))
-            if not self.along or len(set(self.along)) < len(self.along) or not all(a < 0 for a in self.along):
-                raise ValueError(
-                    f"expected along= distinct axes counted from the end, such as (-2,), got {self.along!r}"
-                )
+        object.__setattr__(self, "along", checked_along(self.along))
 
     @property
     def leaf_arrays(self) -> int:

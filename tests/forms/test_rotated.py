@@ -162,3 +162,8 @@ def test_what_is_no_stored_form(change):
         form().check_stored()
     with pytest.raises(ValueError, match="not rotated itself"):
         dataclasses.replace(form().pack(), inner=form().pack()).check_stored()
+
+
+def test_a_module_named_inner_is_no_form():
+    tree = {"inner": {"values": np.ones(3, np.float32)}}
+    np.testing.assert_array_equal(lcq.decompress(tree)["inner"]["values"], 1)

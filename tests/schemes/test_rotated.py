@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lcq
-from lcq.forms.rotation import turned
+from lcq.forms.rotation import check_length, turned
 from lcq.plans.text import format_scheme, parse_scheme
 
 RNG = np.random.default_rng(0)
@@ -108,7 +108,15 @@ def test_texts():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"scheme": lcq.Rotated(lcq.KMeans(2))}, {"seed": -1}, {"seed": 2**32}, {"seed": True}]
+    "settings",
+    [
+        {"scheme": lcq.Rotated(lcq.KMeans(2))},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"seed": True},
+        {"along": ()},
+        {"along": (1,)},
+    ],
 )
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match="expected"):
@@ -120,3 +128,10 @@ def test_a_length_without_a_rotation_is_named():
         ValueError, match=r"w: expected a number of inputs whose odd factor is at most 2,048, got 4,099"
     ):
         lcq.compress({"w": jnp.ones((4099, 2))}, [lcq.Rule("w", lcq.Rotated(lcq.Binary()))])
+
+
+def test_leaves_without_inputs_are_refused():
+    with pytest.raises(ValueError, match="at least one weight"):
+        lcq.compress({"w": jnp.ones((0, 2))}, [lcq.Rule("w", lcq.Rotated(lcq.Binary()))])
+    with pytest.raises(ValueError, match="expected at least one input, got 0"):
+        check_length(0)

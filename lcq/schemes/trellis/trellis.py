@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Array
 
 from lcq import forms
-from lcq.forms.axes import block_lengths, letters
+from lcq.forms.axes import block_lengths, checked_along, letters
 from lcq.forms.base import Form
 from lcq.forms.blocks import Per, block_counts
 from lcq.forms.meshes import by_compiler, explicit_mesh, placed_on, spec_of
@@ -75,12 +75,7 @@ class Trellis(Scheme):
             raise ValueError(f"expected code= one of {', '.join(CODES)}, got {self.code!r}")
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
             raise ValueError(f"expected block= a number of weights, at least 1, got {self.block!r}")
-        if self.along is not None:
-            object.__setattr__(self, "along", tuple(self.along))
-            if not self.along or len(set(self.along)) < len(self.along) or not all(a < 0 for a in self.along):
-                raise ValueError(
-                    f"expected along= distinct axes counted from the end, such as (-2,), got {self.along!r}"
-                )
+        object.__setattr__(self, "along", checked_along(self.along))
         check_scale_dtype(self.scale_dtype)
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -187,6 +187,19 @@ def test_units_that_float16_holds_move_nothing(tmp_path):
     np.testing.assert_allclose(Reader(tmp_path / "net.gguf").tensors["weight"].T, form.dense(), rtol=1e-5, atol=1e-4)
 
 
+def test_small_weights_move_in_k_quants_and_less_in_blocks_with_scales_of_their_own(tmp_path):
+    w = RNG.normal(size=(256, 3)).astype(np.float32) * 1e-3
+    form = lcq.Uniform(4, per=32, zero_point=True, scale_bits=6).project(w)
+    errors = {}
+    for name in ("Q4_K", "Q4_1"):
+        names = [Name("kernel", "weight", "io", type=name)]
+        (row,) = export({"kernel": form}, path := tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA).rows
+        slip = np.linalg.norm(Reader(path).tensors["weight"].T - form.dense()) / np.linalg.norm(form.dense())
+        np.testing.assert_allclose(row.error, slip, rtol=0.02)
+        errors[name] = slip
+    assert errors["Q4_1"] < 1e-3 < errors["Q4_K"] < 0.05
+
+
 def test_arrays_and_their_types(tmp_path):
     tree = {
         "norm": {"scale": np.ones(5, jnp.bfloat16)},
