@@ -37,8 +37,9 @@ def to_qwix(forms: Forms) -> Params:
     Example:
         >>> import lcq
         >>> forms = lcq.compress({"kernel": jnp.array([[-2.0, 1.0]])}, [lcq.Rule(".*", lcq.Uniform(2))])
-        >>> to_qwix(forms)["kernel"]["array"]["qvalue"]
-        array([[-2, 1]], dtype=int4)
+        >>> codes = to_qwix(forms)["kernel"]["array"]["qvalue"]
+        >>> codes.dtype.name, codes.tolist()
+        ('int4', [[-2, 1]])
     """
     leaves, structure = flatten(forms)
     refuse_what_has_no_target(leaves, lambda: iter(leaves), option=False)
