@@ -20,7 +20,7 @@ from lcq.forms import Codes
 from lcq.forms.bitpack import word_count
 from lcq.io.container import Json
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, Tensor
-from lcq.io.exports.folder import SafetensorsFolder, encode_plain, plain, tensor
+from lcq.io.exports.folder import SafetensorsFolder, encode_plain, plain, plain_layer, tensor
 from lcq.io.exports.grids import kind_of
 from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.linear import bits_of, encoded, scale_dtype, stem_of
@@ -54,8 +54,7 @@ class CompressedTensors(SafetensorsFolder):
 
     def declare(self, item: Item) -> dict[str, Tensor]:
         if not isinstance(item.value, Codes):
-            if len(item.value.shape) > 1 and item.name.endswith(".weight"):
-                self._plain.append(item.name.removesuffix(".weight"))
+            self._plain += plain_layer(item)
             return plain(item)
         stem, kind, bits = stem_of(item), kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
         group = None if kind.group == kind.inputs else kind.group

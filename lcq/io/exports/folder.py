@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
 """What a tokenizer of Hugging Face's libraries is made of, and how its model generates."""
 
 
-_TABLE_OF_CODES = re.compile(r"(.*\.)?(embed\w*|\w*embeddings?|wte|wpe)\.(weight_packed|qweight)")
+_TABLE = re.compile(r"(.*\.)?(embed\w*|\w*embeddings?|wte|wpe)")
 
 
 class SafetensorsFolder(ExportFormat):
@@ -47,7 +47,8 @@ class SafetensorsFolder(ExportFormat):
         for name, content in self.files().items():
             with replacing(path / name) as file:
                 file.write((json.dumps(content, indent=2) + "\n").encode())
-        tables = [name for name in tensors if _TABLE_OF_CODES.fullmatch(name)]
+        codes = (name.rpartition(".") for name in tensors)
+        tables = [f"{stem}.{end}" for stem, _, end in codes if end in ("weight_packed", "qweight") and is_table(stem)]
         notes = [
             f"note: programs that read this folder take codes of linear layers alone, and {name} is of an embedding; "
             "leave it out of the rules"
@@ -60,6 +61,22 @@ class SafetensorsFolder(ExportFormat):
             with replacing(path / name) as file:
                 file.write((self._tokenizer / name).read_bytes())
         return (*notes, f"note: copied {', '.join(copied)}")
+
+
+def is_table(module: str) -> bool:
+    """Whether a module is an embedding by its name.
+
+    Example:
+        >>> is_table("model.embed_tokens"), is_table("model.layers.0.mlp.up_proj")
+        (True, False)
+    """
+    return _TABLE.fullmatch(module) is not None
+
+
+def plain_layer(item: Item) -> list[str]:
+    """The module of an item that is no codes, if a reader may take it for a linear layer."""
+    stem, _, end = item.name.rpartition(".")
+    return [stem] if stem and end == "weight" and len(item.value.shape) > 1 else []
 
 
 def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:

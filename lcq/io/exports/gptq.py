@@ -11,9 +11,17 @@ Version 1 has no zero of 0, as its readers add 1 without a mask: such groups go 
 
     scale (q - 0) = -scale ((2^b - 1 - q) - (2^b - 1))
 
-Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda.py; auto_round 0.16.1, auto_round_extension/torch.
+Readers take all linear layers of a model's blocks for codes. Where some are not, the config says so, once for each
+reader, as none reads what the other does:
+
+    dynamic                        {"-:^NAME$": {}}, regular expressions of modules that are no codes (GPTQModel, vLLM)
+    modules_in_block_to_quantize   [[NAME, ..]], ends of the names of those that are (optimum for transformers, vLLM)
+
+Source: auto_gptq 0.7.1, nn_modules/qlinear/qlinear_cuda.py; auto_round 0.16.1, auto_round_extension/torch; GPTQModel
+7.7.0, quantization/config.py; optimum 2.3.0, gptq/quantizer.py; vLLM 0.32, quantization/utils/gptq_utils.py.
 """
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -22,7 +30,7 @@ import numpy as np
 from lcq.forms import Codes
 from lcq.io.container import Json
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, Tensor
-from lcq.io.exports.folder import SafetensorsFolder, encode_plain, plain, tensor
+from lcq.io.exports.folder import SafetensorsFolder, encode_plain, is_table, plain, plain_layer, tensor
 from lcq.io.exports.grids import kind_of
 from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.linear import bits_of, encoded, stem_of
@@ -44,7 +52,7 @@ class _Gptq(SafetensorsFolder):
     def facts(cls) -> Facts:
         return Facts(
             f"a folder of GPTQ, `checkpoint_format` {cls.version}, for vLLM, ExLlama, transformers",
-            "as they are",
+            "as they are; matrices stand in `dynamic`, codes in `modules_in_block_to_quantize`",
             f"{', '.join(map(str, _BITS))} bits, in groups or by channel, with zeros or without; scales become float16",
             f"several widths or groups in a file; inputs or outputs that do not fill words of 32 bits; {NO_TARGET}",
         )
@@ -52,10 +60,13 @@ class _Gptq(SafetensorsFolder):
     def __init__(self, config: Mapping[str, Json]) -> None:
         super().__init__(config)
         self._settings: tuple[int, int] | None = None
-        self._first, self._shifted, self._head = "", False, False
+        self._first, self._shifted = "", False
+        self._coded: list[str] = []
+        self._plain: list[str] = []
 
     def declare(self, item: Item) -> dict[str, Tensor]:
         if not isinstance(item.value, Codes):
+            self._plain += plain_layer(item)
             return plain(item)
         stem, kind, bits = stem_of(item), kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
         settings = bits, -1 if kind.group == kind.inputs else kind.group
@@ -74,7 +85,7 @@ class _Gptq(SafetensorsFolder):
                     "rules, or choose compressed-tensors"
                 )
         self._shifted |= kind.steps.shifted
-        self._head |= stem == "lm_head"
+        self._coded.append(stem)
         groups = kind.inputs // kind.group
         made = {
             "qweight": tensor((kind.inputs * bits // 32, kind.outputs), "int32"),
@@ -108,18 +119,21 @@ class _Gptq(SafetensorsFolder):
 
     def files(self) -> dict[str, Json]:
         bits, group = self._settings or (4, -1)
-        said = {
+        said: dict[str, Json] = {
             "bits": bits,
             "group_size": group,
             "desc_act": False,
             "static_groups": False,
             "sym": not self._shifted,
-            "lm_head": self._head,
+            "lm_head": "lm_head" in self._coded,
             "true_sequential": True,
             "damp_percent": 0.01,
             "quant_method": "gptq",
             "checkpoint_format": self.version,
         }
+        if self._coded and any(name != "lm_head" and not is_table(name) for name in self._plain):
+            said["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in self._plain}
+            said["modules_in_block_to_quantize"] = [self._coded]
         return {"quantize_config.json": said, "config.json": {**self.config, "quantization_config": said}}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -158,6 +159,49 @@ def test_what_is_said_of_layers_that_differ(tmp_path):
     np.testing.assert_array_equal(tensors["embed.weight"], W)
     with pytest.raises(ValueError, match=r"b/kernel: expected codes of 4 bits in groups of 32, as a/kernel has, got 8"):
         export(tree, tmp_path / "gptq", format="gptq")
+
+
+class TestGptqSaysWhichLayersAreDense:
+    """As GPTQModel 7.7, optimum 2.3 and vLLM 0.32 read it."""
+
+    FORM = GRIDS["4 bits in groups"][0]
+    CODED = ("model.layers.0.up", "model.layers.10.up", "lm_head")
+    DENSE = ("model.layers.0.up2", "model.layers.1.up", "model.layers.0.gate", "model.layers.0.conv")
+
+    def config(self, tree, folder):
+        names = [Name(r"(.*norm)", r"\1.weight"), Name(r"(.*embed_tokens)", r"\1.weight")]
+        names += [Name(r"(.*conv)", r"\1.weight", "oi"), Name("(.*)", r"\1.weight", "io")]
+        export(tree, folder, format="gptq", names=[dataclasses.replace(name, optional=True) for name in names])
+        said = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert said == json.loads((folder / "quantize_config.json").read_text())
+        return said
+
+    def test_each_reader_finds_the_coded_ones(self, tmp_path):
+        tree = dict.fromkeys(self.CODED, self.FORM) | dict.fromkeys(self.DENSE[:3], W)
+        tree |= {self.DENSE[3]: np.ones((4, 2, 3), np.float32), "model.norm": np.ones(4), "model.embed_tokens": W}
+        said = self.config(tree, tmp_path / "net")
+
+        def left_out(module):
+            return any(re.match(rule.removeprefix("-:"), module) for rule in said["dynamic"])
+
+        kept = [name for names in said["modules_in_block_to_quantize"] for name in names]
+        linear = (*self.CODED, *self.DENSE)
+        assert all(rule.startswith("-:") for rule in said["dynamic"]) and said["lm_head"]
+        assert [name for name in linear if not left_out(name)] == list(self.CODED)
+        assert [name for name in linear if any(map(name.endswith, kept))] == list(self.CODED)
+        served = [name for name in linear if any(each in name for each in kept) and not left_out(name)]
+        assert served == list(self.CODED)
+        assert not left_out("model.norm")
+
+    def test_it_is_not_said_where_all_are_codes(self, tmp_path):
+        tree = {"model.layers.0.up": self.FORM, "model.norm": np.ones(4), "model.embed_tokens": W, "lm_head": W}
+        assert {"dynamic", "modules_in_block_to_quantize"}.isdisjoint(self.config(tree, tmp_path / "net"))
+
+    def test_the_folder_is_read_back(self, tmp_path):
+        self.config({"model.layers.0.up": self.FORM, "model.layers.0.gate": W}, tmp_path / "net")
+        tree = lcq.io.read(tmp_path / "net")
+        np.testing.assert_array_equal(tree["model.layers.0.gate.weight"], W.T)
+        np.testing.assert_allclose(tree["model.layers.0.up.weight"], GRIDS["4 bits in groups"][1].T, rtol=5e-4)
 
 
 def test_a_type_widens(tmp_path):
