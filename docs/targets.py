@@ -25,6 +25,7 @@ WAYS = {
     "4 bits with scales of 6 bits, groups of 32": lcq.Uniform(4, per=32, zero_point=True, scale_bits=6),
     "5 bits in groups of 32": lcq.Uniform(5, per=32),
     "5 bits with zeros, groups of 32": lcq.Uniform(5, per=32, zero_point=True),
+    "6 bits in groups of 16": lcq.Uniform(6, per=16),
     "8 bits in groups of 32": lcq.Uniform(8, per=32),
     "8 bits with zeros, groups of 32": lcq.Uniform(8, per=32, zero_point=True),
     "binary in groups of 32": lcq.Binary(per=32),

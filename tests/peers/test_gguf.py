@@ -34,3 +34,21 @@ def test_three_levels_in_base_3(tmp_path):
     found, kind, _ = decoded(tmp_path / "net.gguf")
     np.testing.assert_array_equal(found, dense.T.astype(np.float32))
     assert kind == "TQ1_0"
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "levels", "zeros"),
+    [
+        ("Q4_K", (16, 6), grid(0, 15), True),
+        ("Q5_K", (8, 6), grid(0, 31), True),
+        ("Q6_K", (32, 6), grid(-32, 31), False),
+    ],
+)
+def test_k_quants(name, blocks, levels, zeros, tmp_path):
+    form, dense = codes(IO, blocks, levels, zeros=zeros)
+    names = [Name("w", "w", "io", type=name)]
+    (row,) = export({"w": form}, tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA).rows
+    found, kind, _ = decoded(tmp_path / "net.gguf")
+    moved = np.linalg.norm(found - dense.T) / np.linalg.norm(dense)
+    np.testing.assert_allclose(moved, row.error, rtol=0.02)
+    assert kind == name and moved < 0.05

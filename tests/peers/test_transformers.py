@@ -60,3 +60,25 @@ def test_the_same_logits(make, bits, per, tmp_path):
     expected = np.asarray(halves(lcq.decompress(forms), tokens))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
     assert np.abs(found - np.asarray(llama.logits(params, jnp.asarray(tokens), config))).max() > 1e-3  # codes matter
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_layers_that_are_no_codes_are_ignored(mixed, tmp_path):
+    """Some layers of a block dense, and if mixed those that are codes of two widths: all weights are lcq's."""
+    params, config = made()
+    flat, said = llama_names.to_huggingface(params, config, 64)
+    rules = [lcq.Rule(r".*\.o_proj\.weight", lcq.Uniform(8 if mixed else 4, per=16), layout="oi")]
+    rules += [lcq.Rule(r".*layers\.1\.mlp\.\w+\.weight", lcq.Uniform(4, per=16), layout="oi")]
+    forms = lcq.compress(flat, rules)
+    export(forms, tmp_path / "net", format="compressed-tensors", config=said)
+    net, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "net", dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    tokens = RNG.integers(0, 50, (2, 12)).astype(np.int32)
+    with torch.no_grad():
+        found = net(torch.from_numpy(tokens).long()).logits.numpy()
+    halves = functools.partial(llama.logits, config=dataclasses.replace(config, halves=True))
+    expected = np.asarray(halves(lcq.decompress(forms), tokens))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-2 * np.abs(expected).max())
+    assert np.abs(found - np.asarray(halves(flat, tokens))).max() > 2e-2 * np.abs(expected).max()

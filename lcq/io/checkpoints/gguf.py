@@ -1,4 +1,9 @@
-"""Checkpoints in .gguf files of llama.cpp: made dense, or with their codes as forms."""
+"""Checkpoints in .gguf files of llama.cpp: made dense, or with their codes as forms.
+
+Forms have a scale, and of types with minima a zero, for each group. Of Q4_K and Q5_K these stay multiples of 6 bits,
+`lcq.forms.steps`, where all blocks of a row share their units, as in files that `lcq.io.export` wrote; those of
+llama.cpp have units of their own, and scales and zeros become float32.
+"""
 
 import functools
 import math
@@ -10,6 +15,7 @@ import numpy as np
 
 from lcq.forms import Codes
 from lcq.forms.dtypes import native
+from lcq.forms.steps import Steps, from_steps
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.gguf_file import GgufTensor, as_text, open_gguf
 from lcq.io.facts import Facts
@@ -25,6 +31,9 @@ BLOCKS: dict[int, BlockType | SuperBlockType] = {
     **{block.number: block for block in SUPERBLOCK_TYPES.values()},
 }
 """Types of blocks likewise."""
+
+_STEPPED_GROUPS = 8
+"""Of a block of Q4_K or Q5_K."""
 
 
 @CHECKPOINT_FORMATS.register("gguf")
@@ -114,7 +123,29 @@ def _form(tensor: GgufTensor) -> Codes | np.ndarray:
     if tensor.type in PLAIN:
         return _numbers(tensor)
     block, data = _blocks(tensor)
-    return form_of(block.unpack(data), block.levels, tensor.shape)
+    blocks = block.unpack(data)
+    if isinstance(block, SuperBlockType) and blocks.minimum is not None and block.groups == _STEPPED_GROUPS:
+        found = _form_in_steps(block, data, blocks.codes.reshape(tensor.shape))
+        if found is not None:
+            return found
+    return form_of(blocks, block.levels, tensor.shape)
+
+
+def _form_in_steps(block: SuperBlockType, data: np.ndarray, codes: np.ndarray) -> Codes | None:
+    """The stored form of blocks of Q4_K or Q5_K with their scales in steps; None where no such form has the same."""
+    scale, least, units = block.steps(data)
+    if not (units == units[..., :1]).all():
+        return None
+    wide = units[..., :1].astype(np.float32)
+    scale, least = (a.reshape(*a.shape[:-2], -1) for a in (scale, least))
+    for whole, unit in zip((scale, least), wide, strict=True):
+        filled, empty = (unit > 0) & (whole.max(-1, keepdims=True) == 63), (unit == 0) & ~whole.any(-1, keepdims=True)
+        if not (filled | empty).all():
+            return None  # other units would be found in the numbers
+    if ((scale == 0) & (least > 0)).any():
+        return None
+    scale, zero = map(np.asarray, from_steps(Steps(scale, least, wide)))
+    return Codes(codes, scale=scale, zero=zero, values=block.levels, scale_bits=6, along=(-1,)).pack()
 
 
 def _lazy(path: Path, tensor: GgufTensor) -> MappedArray | MappedBlocks:

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Num, Shaped, UInt
+from jaxtyping import Float, Int, Num, Shaped, UInt
 
 from lcq.forms import Codes
 from lcq.forms.bitpack import width
@@ -19,6 +19,8 @@ from lcq.forms.bitpack import width
 _MOST = 1 << 16
 _CHUNK = 1 << 20
 """Weights at once, of which it is told how far they moved."""
+_SLIP = 1e-5
+"""How far, in units, a multiple may be from a number: a zero, kept as minimum / scale, is rounded to float32."""
 
 Lines = tuple[np.ndarray, np.ndarray | None]
 """A scale for each group, and what is added."""
@@ -144,6 +146,42 @@ def rounded(numbers: Float[np.ndarray, "..."], dtype: str) -> Float[np.ndarray, 
             "weights by a number, or choose a format with other scales"
         )
     return made
+
+
+def in_units(
+    numbers: Float[np.ndarray, "*many groups"], multiples: Sequence[int]
+) -> tuple[Int[np.ndarray, "*many groups"], Float[np.ndarray, "*many 1"]]:
+    """Numbers as whole multiples of units in float16, one for all along the last axis, and those units.
+
+    If all are multiples of one unit, as what came from such blocks is, the smallest that does is found; else they are
+    the nearest multiples of that of which the largest is the first of `multiples`.
+
+    Args:
+        numbers: of either sign, or at least 0.
+        multiples: that the largest may be, the first before all others.
+
+    Raises:
+        ValueError: units that overflow.
+
+    Example:
+        >>> whole, unit = in_units(np.array([[0.5, 15.5, 3.0]]), range(63, 0, -1))
+        >>> whole.tolist(), unit.tolist()
+        ([[2, 62, 12]], [[0.25]])
+    """
+    flat = numbers.astype(np.float64).reshape(-1, numbers.shape[-1])
+    largest = np.take_along_axis(flat, np.abs(flat).argmax(-1)[:, None], -1)
+    unit, left = largest / multiples[0], np.flatnonzero(largest)
+    for many in multiples:
+        with np.errstate(over="ignore"):
+            tried = (largest[left] / many).astype(np.float16).astype(np.float64)
+        apart = flat[left] / np.where(tried == 0, np.inf, tried)
+        fits = (tried[:, 0] != 0) & (np.abs(apart - np.round(apart)) <= _SLIP).all(-1)
+        unit[left[fits]] = tried[fits]
+        left = left[~fits]
+    halves, _ = cast(unit, np.dtype(np.float16))
+    whole = np.round(flat / np.where(halves == 0, np.inf, halves.astype(np.float64)))
+    whole = whole.clip(min(0, *multiples), max(multiples)).astype(np.int16)
+    return whole.reshape(numbers.shape), halves.reshape(*numbers.shape[:-1], 1)
 
 
 def cast(numbers: Shaped[np.ndarray, "..."], dtype: np.dtype) -> tuple[np.ndarray, float]:

@@ -1,4 +1,4 @@
-"""Blocks of a GGUF file that hold smaller ones, each with a few bits of scale; all are read, Q4_K and Q5_K written.
+"""Blocks of a GGUF file that hold smaller ones, each with a few bits of scale; Q4_K, Q5_K and Q6_K are written too.
 
     value[j] = d s_g level(code[j]) - dmin m_g,  g the group of weight j
 
@@ -16,7 +16,7 @@ Source: ggml-quants.c of llama.cpp.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 
 from lcq.io.layouts.gguf_blocks import Blocks
 
@@ -59,24 +59,40 @@ class SuperBlockType:
             None if minimum is None else minimum.astype(np.float32).reshape(shape),
         )
 
+    def steps(
+        self, data: UInt8[np.ndarray, "*many size"]
+    ) -> tuple[UInt8[np.ndarray, "*many groups"], UInt8[np.ndarray, "*many groups"], Float[np.ndarray, "2 *many"]]:
+        """s_g, m_g, and d and dmin, of blocks of Q4_K or Q5_K."""
+        many = data.shape[:-1]
+        scale, least = _six_bits(data[..., 4:16].reshape(-1, 12))
+        units = np.ascontiguousarray(data[..., :4]).view("<f2")
+        return scale.reshape(*many, -1), least.reshape(*many, -1), np.moveaxis(units, -1, 0)
+
     def pack(
         self,
         codes: UInt8[np.ndarray, "*many groups length"],
-        scale: UInt8[np.ndarray, "*many groups"],
-        least: UInt8[np.ndarray, "*many groups"],
-        units: Float[np.ndarray, "2 *many"],
+        scale: Integer[np.ndarray, "*many groups"],
+        least: Integer[np.ndarray, "*many groups"] | None,
+        units: Float[np.ndarray, "units *many"],
     ) -> UInt8[np.ndarray, "*many size"]:
-        """The bytes of blocks of Q4_K or Q5_K.
+        """The bytes of blocks of Q4_K, Q5_K or Q6_K.
 
         Args:
             codes: below the number of levels.
-            scale: s_g, of 6 bits.
-            least: m_g, of 6 bits.
-            units: d and dmin, float16.
+            scale: s_g, of 6 bits; of Q6_K from -128 to 127.
+            least: m_g, of 6 bits; None of Q6_K.
+            units: d, and dmin of types that have one, float16.
         """
         many = codes.shape[:-2]
-        codes, scale, least = codes.reshape(-1, 4, 2, 32), scale.reshape(-1, 8), least.reshape(-1, 8)
-        halves = np.ascontiguousarray(np.moveaxis(units, 0, -1), "<f2").reshape(-1, 2).view(np.uint8)
+        halves = np.ascontiguousarray(np.moveaxis(units, 0, -1), "<f2").reshape(-1, len(units)).view(np.uint8)
+        if least is None:
+            low, high = codes.reshape(-1, 2, 2, 64) & 15, codes.reshape(-1, 2, 4, 32) >> 4
+            fours = (high << np.arange(0, 8, 2, dtype=np.uint8)[:, None]).sum(2, dtype=np.uint8)
+            eights = np.ascontiguousarray(scale, np.int8).reshape(-1, self.groups).view(np.uint8)
+            parts = [(low[:, :, 0] | low[:, :, 1] << 4).reshape(-1, 128), fours.reshape(-1, 64), eights, halves]
+            return np.concatenate(parts, axis=1).reshape(*many, self.size)
+        scale, least = (a.astype(np.uint8).reshape(-1, 8) for a in (scale, least))
+        codes = codes.reshape(-1, 4, 2, 32)
         parts = [halves, _six_bits_packed(scale, least), (codes[:, :, 0] & 15 | codes[:, :, 1] << 4).reshape(-1, 128)]
         if self.name == "Q5_K":
             parts.insert(2, np.packbits(codes.reshape(-1, 8, 32) >> 4, axis=1, bitorder="little")[:, 0])

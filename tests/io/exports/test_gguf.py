@@ -10,7 +10,7 @@ import pytest
 import lcq
 from lcq.io import Name, export, llama_names, open_gguf
 from lcq.io.layouts import BLOCK_TYPES, SUPERBLOCK_TYPES, TENSOR_DTYPES, TENSOR_TYPES
-from tests.io.checkpoints.gguf_bytes import q4_k, q5_k
+from tests.io.checkpoints.gguf_bytes import gguf, q4_k, q5_k, random_blocks
 from tests.io.exports.made import codes, grid, weights
 
 RNG = np.random.default_rng(0)
@@ -200,6 +200,84 @@ def test_small_weights_move_in_k_quants_and_less_in_blocks_with_scales_of_their_
     assert errors["Q4_1"] < 1e-3 < errors["Q4_K"] < 0.05
 
 
+def k_quants(name, tensors=3):
+    """Bytes of blocks as llama.cpp writes them: units above 0, the largest of a block's scales the most that there is,
+    and none 0, which would say a constant."""
+    data = random_blocks(name, 2 * tensors)
+    if name == "Q6_K":
+        data[:, 192], data[:, 209] = 128, data[:, 209] & 127
+        return data
+    data[:, [1, 3]] &= 127
+    data[:, 4:8] |= 1
+    data[:, 12:] = np.where(np.arange(data.shape[1] - 12) < 4, data[:, 12:] | 1, data[:, 12:])
+    data[:, [4, 8]] |= 63
+    return data
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_come_out_as_they_went_in(name, tmp_path):
+    """Byte for byte, if their type is said; six bits in groups of 16 need no word."""
+    data, number = k_quants(name), SUPERBLOCK_TYPES[name].number
+    (tmp_path / "in.gguf").write_bytes(gguf({"w": ((3, 512), number, data.tobytes())}))
+    forms = lcq.io.read(tmp_path / "in.gguf", forms=True)
+    names = [Name("w", "w", "oi", type=None if name == "Q6_K" else name)]
+    (row,) = export(forms, tmp_path / "out.gguf", format="gguf", names=names, config=LLAMA).rows
+    assert row.what.startswith(name) and not row.error
+    made = np.frombuffer((tmp_path / "out.gguf").read_bytes()[-data.nbytes - (-data.nbytes % 32) :], np.uint8)
+    np.testing.assert_array_equal(made[: data.size].reshape(data.shape), data)
+    np.testing.assert_array_equal(lcq.io.read(tmp_path / "out.gguf")["w"], lcq.io.read(tmp_path / "in.gguf")["w"])
+
+
+def test_a_group_that_is_a_constant_goes_out_as_one(tmp_path):
+    data = k_quants("Q4_K")
+    data[:, 5] &= 192  # a scale of 0 beside a minimum
+    data[:, 9] |= 1
+    (tmp_path / "in.gguf").write_bytes(gguf({"w": ((3, 512), 12, data.tobytes())}))
+    forms = lcq.io.read(tmp_path / "in.gguf", forms=True)
+    export(forms, tmp_path / "out.gguf", format="gguf", names=[Name("w", "w", "oi", type="Q4_K")], config=LLAMA)
+    np.testing.assert_array_equal(lcq.io.read(tmp_path / "out.gguf")["w"], lcq.io.read(tmp_path / "in.gguf")["w"])
+
+
+@pytest.mark.parametrize("bits", [4, 5])
+def test_units_of_a_row_stay_steps(bits, tmp_path):
+    """What `export` made of scales of 6 bits is read as such, and goes out again as the same bytes."""
+    w = RNG.normal(size=(512, 6)).astype(np.float32) * 64
+    w[:, 2] = 0
+    form = lcq.Uniform(bits, per=32, zero_point=True, scale_bits=6).project(w)
+    export({"kernel": form}, tmp_path / "in.gguf", format="gguf", config=LLAMA)
+    forms = lcq.io.read(tmp_path / "in.gguf", forms=True)
+    assert forms["weight"].scale_bits == 6 and forms["weight"].shape == (6, 512)
+    forms["weight"].check_stored()
+    dense = lcq.io.read(tmp_path / "in.gguf")["weight"]
+    np.testing.assert_allclose(forms["weight"].dense(), dense, rtol=1e-5, atol=1e-4)
+    lcq.save(tmp_path / "net.lcq", forms)
+    names = [Name("weight", "weight", "oi")]
+    export(tmp_path / "net.lcq", tmp_path / "out.gguf", format="gguf", names=names, config=LLAMA)
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "in.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [
+        (lcq.Uniform(4, per=32, zero_point=True), "Q4_K"),
+        (lcq.Uniform(5, per=64, zero_point=True), "Q5_K"),
+        (lcq.Uniform(6, per=16), None),
+        (lcq.Uniform(4, per=32), "Q6_K"),
+        (lcq.Uniform(6, per="channel"), "Q6_K"),
+    ],
+)
+def test_scales_of_their_own_become_multiples_of_units(scheme, name, tmp_path):
+    """As a K-quant has them, if the name says so: the report says how far that moves the weights."""
+    form = scheme.project(W)
+    names = [Name("w", "w", "io", type=name)]
+    (row,) = export({"w": form}, tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA).rows
+    assert row.what.split()[0] == (name or "Q6_K")
+    dense = np.asarray(form.dense(), np.float64)
+    slip = np.linalg.norm(Reader(tmp_path / "net.gguf").tensors["w"].T - dense) / np.linalg.norm(dense)
+    assert slip < 0.03
+    np.testing.assert_allclose(row.error, slip, rtol=0.02, atol=2e-7)
+
+
 def test_arrays_and_their_types(tmp_path):
     tree = {
         "norm": {"scale": np.ones(5, jnp.bfloat16)},
@@ -324,7 +402,22 @@ REFUSED = [
     (codes(IO, BY_32, grid(0, 255), zeros=True)[0], {}, r"levels 0 .. 255 with zeros .*: Q4_1 has no such levels"),
     (FOUR, {"names": [Name(".*", "w", "io", type="Q4_2")]}, r"kernel: expected type= one of Q4_0"),
     (FOUR, {"names": [Name(".*", "w", "io", type="Q4_1")]}, r"Q4_1 has no such levels"),
-    (FOUR, {"names": [Name(".*", "w", "io", type="Q4_K")]}, r"expected for Q4_K scales of 6 bits .* got codes K=16"),
+    (
+        FOUR,
+        {"names": [Name(".*", "w", "io", type="Q4_K")]},
+        r"expected for Q4_K levels 0 .. 15 with zeros .* got codes K=16",
+    ),
+    (FOUR, {"names": [Name(".*", "w", "io", type="Q5_K")]}, r"compress with lcq.Uniform\(4, per=32, zero_point=True"),
+    (
+        codes((48, 6), (3, 6), grid(-32, 31))[0],
+        {"names": [Name(".*", "w", "io", type="Q6_K")]},
+        r"for Q6_K levels -32 .. 31 in groups of 16 of a multiple of 256 inputs, got .* of 48 inputs",
+    ),
+    (
+        dataclasses.replace(codes(IO, BY_32, grid(0, 15), zeros=True)[0], zero=np.full(BY_32, -1, np.float32)),
+        {"names": [Name(".*", "w", "io", type="Q4_K")]},
+        r"kernel: expected groups whose least weight is at most 0, got one above; compress with zeros",
+    ),
     (W > 0, {}, r"kernel: expected one of float32, .* got bool"),
     (W * 1e9, {"names": [Name(".*", "w", "io", type="F16")]}, r"kernel: expected numbers that float16 holds"),
     (W, {"config": {}}, r"config: expected general.architecture, or model_type 'llama', got None"),
