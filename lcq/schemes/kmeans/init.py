@@ -11,7 +11,7 @@ Source: Panter & Dite 1951; Gersho & Gray 1992, section 5.6.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -37,6 +37,9 @@ _RUNS = 512
 
 _WORTH = 256
 """Steps of that search for each number."""
+
+_LITTLE = 144
+"""The same where some passes over the data follow at once."""
 
 _FREE = 1 << 22
 """Steps that are affordable for all blocks together."""
@@ -70,11 +73,56 @@ def summarise(cut: Cut, k: int, fixed: Fixed = ()) -> tuple[Cut, Float[Array, "*
         One leaf of points, [*counts of the first leaf, bins], each as heavy as what it stands for; `cut` itself where
         blocks are too short for a histogram to be shorter. Ascending levels for every block of these points.
     """
-    size = sum(b.size for b in cut.blocks)
+    size, many = _size(cut), math.prod(cut.counts[0])
     fine = max(_BINS, 16 * k)
     each = fine // 2
-    few = math.prod(cut.counts[0]) * each <= _ROOM and k <= EXACT
-    bins = fine if size > 2 * fine else each if few else _few_bins(k, size, math.prod(cut.counts[0]))
+    few = many * each <= _ROOM and k <= EXACT
+    runs = _few_runs(k, size, many)
+    bins = fine if size > 2 * fine else each if few else _few_bins(k, size, runs)
+    seen = _histogram(cut, bins)
+    if k <= EXACT:
+        levels = _partition(seen, size, k, min(runs, max(k, size)), fixed)
+    else:
+        levels = seen.mean + seen.scale * _quantiles(seen.mass, k, seen.reach)
+    if size <= 2 * fine:
+        return cut, levels.reshape(*cut.blocks[0].stat, k)
+    x = (seen.mean + seen.scale * _stretch(_middles(bins), seen.reach))[..., 0, :]
+    counts = (*cut.counts[0], 1)
+    return Cut((x,), (blocks(x.shape, counts),), (counts,), (seen.mass[..., 0, :],)), levels
+
+
+def few_levels(cut: Cut, k: int) -> Float[Array, "*stat k"]:
+    """k levels to start from, of many blocks of hundreds of numbers: fewer runs of fewer bins, so that all of it takes
+    no longer than some passes over the data."""
+    size = _size(cut)
+    runs = min(_RUNS, max(_EACH * k, math.isqrt(_LITTLE * size // k)))
+    seen = _histogram(cut, 1 << (min(4 * runs, max(size, k)) - 1).bit_length())
+    return _partition(seen, size, k, min(runs, max(k, size))).reshape(*cut.blocks[0].stat, k)
+
+
+class _Histogram(NamedTuple):
+    """What lies in bins of equal length in y.
+
+    Attributes:
+        mass: how many numbers, or what they weigh, [*counts, 1, bins].
+        mean: of the numbers, [*counts, 1, 1].
+        scale: s.
+        reach: the largest log(1 + |u|).
+    """
+
+    mass: Shaped[Array, "*counts 1 bins"]
+    mean: Float[Array, "*counts 1 1"]
+    scale: Float[Array, "*counts 1 1"]
+    reach: Float[Array, "*counts 1 1"]
+
+
+def _size(cut: Cut) -> int:
+    """Numbers of a block."""
+    return sum(b.size for b in cut.blocks)
+
+
+def _histogram(cut: Cut, bins: int) -> _Histogram:
+    size = _size(cut)
     ones = [jnp.ones(x.shape, jnp.int32) for x in cut.leaves]
     whole: Any = [float(size)] * len(ones)
     if cut.importance is not None and not jnp.issubdtype(cut.importance[0].dtype, jnp.floating):
@@ -83,7 +131,7 @@ def summarise(cut: Cut, k: int, fixed: Fixed = ()) -> tuple[Cut, Float[Array, "*
     mean = cut.sum([x / n for x, n in zip(cut.leaves, whole, strict=True)])
     pairs = zip(cut.leaves, cut.spread(mean), whole, strict=True)
     scale = _SPREAD * cut.sum([jnp.abs(x - m) / n for x, m, n in pairs])
-    safe = jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
+    safe = _positive(scale)
     largest = cut.max([jnp.abs(x - m) for x, m in zip(cut.leaves, cut.spread(mean), strict=True)])
     reach = jnp.log1p(largest / safe)
     bin_of = []
@@ -91,20 +139,12 @@ def summarise(cut: Cut, k: int, fixed: Fixed = ()) -> tuple[Cut, Float[Array, "*
     for x, m, s, r in zip(cut.leaves, *places, strict=True):
         y = jnp.sign(x - m) * jnp.log1p(jnp.abs(x - m) / s) / r
         bin_of.append(jnp.clip((y + 1) * (bins / 2), 0, bins - 1).astype(jnp.uint16))
-    count = _mass(cut, ones, bin_of, bins)
-    mean, scale, reach = (a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach))
-    if k <= EXACT:
-        held = [(v - mean) / jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1) for v in fixed]
-        whole = count.astype(mean.dtype)
-        whole = whole / jnp.sum(whole, -1, keepdims=True)
-        levels = mean + scale * _partition(whole, reach, size, k, jnp.concatenate(held, -1) if held else None)
-    else:
-        levels = mean + scale * _quantiles(count, k, reach)
-    if size <= 2 * fine:
-        return cut, levels.reshape(*cut.blocks[0].stat, k)
-    x = (mean + scale * _stretch(_middles(bins), reach))[..., 0, :]
-    counts = (*cut.counts[0], 1)
-    return Cut((x,), (blocks(x.shape, counts),), (counts,), (count[..., 0, :],)), levels
+    mass = _mass(cut, ones, bin_of, bins)
+    return _Histogram(mass, *(a.reshape(*cut.counts[0], 1, 1) for a in (mean, scale, reach)))
+
+
+def _positive(scale: Array) -> Array:
+    return jnp.where(scale > jnp.finfo(scale.dtype).tiny, scale, 1)
 
 
 def _mass(cut: Cut, ones: Sequence[Array], bin_of: Sequence[Array], bins: int) -> Shaped[Array, "..."]:
@@ -117,11 +157,11 @@ def _mass(cut: Cut, ones: Sequence[Array], bin_of: Sequence[Array], bins: int) -
     return functools.reduce(jnp.add, (cell_sum(m, p, bins, b.stat).reshape(shape) for m, p, b in pieces))
 
 
-def _few_bins(k: int, size: int, blocks: int) -> int:
+def _few_bins(k: int, size: int, runs: int) -> int:
     """Bins of a block that is too short for a fine histogram: hardly more than it has numbers."""
     if k > EXACT:
         return min(_COARSE, 1 << (size // 8).bit_length())
-    return max(k, min(1 << (size - 1).bit_length(), 1 << (_few_runs(k, size, blocks).bit_length() - 1)))
+    return max(k, min(1 << (size - 1).bit_length(), 1 << (runs.bit_length() - 1)))
 
 
 def _few_runs(k: int, size: int, blocks: int) -> int:
@@ -130,17 +170,15 @@ def _few_runs(k: int, size: int, blocks: int) -> int:
     return min(max(_RUNS, 16 * k), max(_EACH * k, min(size // 2, affordable)))
 
 
-def _partition(
-    mass: Float[Array, "*stat 1 bins"],
-    reach: Float[Array, "*stat 1 1"],
-    size: int,
-    k: int,
-    fixed: Float[Array, "*stat 1 j"] | None,
-) -> Float[Array, "*stat 1 k"]:
-    """The best levels whose cells are runs of bins, in units of u; of a fine histogram's bins those are joined that lie
-    between quantiles of f^(1/3) du, where f is what a bin holds over the step before it, or else are empty."""
+def _partition(seen: _Histogram, size: int, k: int, runs: int, fixed: Fixed = ()) -> Float[Array, "*counts 1 k"]:
+    """The best levels whose cells are runs of bins; of a fine histogram's bins those are joined that lie between
+    quantiles of f^(1/3) du, where f is what a bin holds over the step before it, or else are empty."""
+    mass, mean, scale, reach = seen
+    held = [(v - mean) / _positive(scale) for v in fixed]
+    given = jnp.concatenate(held, -1) if held else None
+    mass = mass.astype(mean.dtype)
+    mass = mass / jnp.sum(mass, -1, keepdims=True)
     bins, blocks = mass.shape[-1], math.prod(mass.shape[:-1])
-    runs = min(_few_runs(k, size, blocks), max(k, size))
     u = _stretch(_middles(bins).astype(reach.dtype), reach)
     total = mass * u
     if bins > runs:
@@ -152,12 +190,12 @@ def _partition(
         mass, total = (cell_sum(a, run, runs, stat)[..., 0, :] for a in (mass, total))
     most = max(_AT_ONCE // ((k + 1) * mass.shape[-1]), 1)
     if blocks <= most or explicit_sharding(mass) is not None or is_shared():  # blocks stay where they are
-        return best_partition(mass, total, k, fixed)
-    flat = [a.reshape(blocks, -1) for a in (mass, total, fixed) if a is not None]
+        return mean + scale * best_partition(mass, total, k, given)
+    flat = [a.reshape(blocks, -1) for a in (mass, total, given) if a is not None]
     levels = lax.map(
-        lambda each: best_partition(each[0], each[1], k, None if fixed is None else each[2]), flat, batch_size=most
+        lambda each: best_partition(each[0], each[1], k, None if given is None else each[2]), flat, batch_size=most
     )
-    return levels.reshape(*mass.shape[:-1], k)
+    return mean + scale * levels.reshape(*mass.shape[:-1], k)
 
 
 def _dense_runs(mass: Float[Array, "*stat bins"], u: Float[Array, "*stat bins"], runs: int) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcq.schemes.kmeans import partition
 from lcq.schemes.kmeans.partition import best_partition
 
 
@@ -38,6 +39,17 @@ def test_it_is_the_best_of_all_partitions(seed, k):
     u, mass = np.sort(rng.normal(size=9)), rng.integers(1, 5, 9) / 20
     found = best_partition(jnp.asarray(mass, jnp.float32), jnp.asarray(mass * u, jnp.float32), k)
     assert error(u, mass, found) <= least_error(u, mass, k) * (1 + 1e-5) + 1e-7
+
+
+def test_four_loops_find_what_one_does(monkeypatch):
+    rng = np.random.default_rng(3)
+    u, mass = np.sort(rng.normal(size=(2, 30))), rng.integers(0, 3, (2, 30)) / 30
+    for fixed in (None, jnp.array([[-0.5, 0.7]] * 2)):
+        given = jnp.asarray(mass, jnp.float32), jnp.asarray(mass * u, jnp.float32), 3, fixed
+        one = best_partition(*given)
+        with monkeypatch.context() as patch:
+            patch.setattr(partition, "_MANY", 4)
+            np.testing.assert_array_equal(best_partition(*given), one)
 
 
 @pytest.mark.parametrize("seed", range(3))
