@@ -10,8 +10,8 @@ from lcq.io.container import Json, read_object
 from lcq.io.exports import EXPORT_FORMATS, Name, export, llama_names
 from lcq.reporting.columns import Column, Columns
 
-_WHOLE = {"stacked", "heads"}
-_OPTIONS = ("layout", "stacked", "heads", "type")
+_WHOLE = {"stacked", "heads", "experts"}
+_OPTIONS = ("layout", "stacked", "heads", "experts", "type")
 
 
 def parse_name(words: str) -> Name:

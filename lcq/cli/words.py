@@ -43,6 +43,7 @@ _OPTIONS = (
         r"--name '\1=\2; layout=\3; stacked=\4'",
     ),
     (r"\blcq\.io\.Name\('([^']*)', '([^']*)', layout='?([\w.]+)'?\)", r"--name '\1=\2; layout=\3'"),
+    (r"\bexperts=1\b", "'; experts=1'"),
     (r"\bnearest=BITS", "--nearest BITS"),
     (r"\bgive config= metadata by key, such as (\{.*\})", r"give --config a file of JSON, metadata by key, such as \1"),
     (r"\bconfig=\{'model': path\}", "--config MODEL.onnx"),

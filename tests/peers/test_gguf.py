@@ -52,3 +52,12 @@ def test_k_quants(name, blocks, levels, zeros, tmp_path):
     moved = np.linalg.norm(found - dense.T) / np.linalg.norm(dense)
     np.testing.assert_allclose(moved, row.error, rtol=0.02)
     assert kind == name and moved < 0.05
+
+
+def test_experts(tmp_path):
+    form, dense = codes((3, 64, 8), (3, 2, 8), grid(-8, 7))
+    names = [Name("w", "w", "io", experts=1)]
+    export({"w": form}, tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA)
+    found, kind, _ = decoded(tmp_path / "net.gguf")
+    np.testing.assert_allclose(found, dense.swapaxes(1, 2), rtol=2e-3, atol=1e-5)
+    assert kind == "Q4_0"

@@ -13,7 +13,7 @@ from lcq.io.atomic import replacing
 from lcq.io.container import DTYPES, NAMES, Json, check_names, flat, to_json
 from lcq.io.exports.base import Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_tokenizer import tokenizer_of
-from lcq.io.exports.grids import plain_array, plain_shape
+from lcq.io.exports.grids import plain_tensor, plain_tensor_shape
 from lcq.io.exports.leaves import Item
 
 TOKENIZER_FILES = (
@@ -92,14 +92,14 @@ def tensor(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 def plain(item: Item) -> dict[str, Tensor]:
     """An array as it is, a matrix or a filter if its axes are said."""
-    return {item.name: tensor(plain_shape(item.value.shape, item.rule.layout, item.rule.heads), str(item.value.dtype))}
+    return {item.name: tensor(plain_tensor_shape(item.value.shape, item.rule), str(item.value.dtype))}
 
 
 def encode_plain(item: Item) -> Encoded:
     """The same with its numbers."""
-    array, rule = item.value, item.rule
+    array = item.value
     assert isinstance(array, np.ndarray)
-    return Encoded({item.name: plain_array(array, rule.layout, rule.heads)}, str(array.dtype))
+    return Encoded({item.name: plain_tensor(array, item.rule)}, str(array.dtype))
 
 
 def write_safetensors(

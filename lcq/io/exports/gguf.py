@@ -14,6 +14,7 @@ Source: the layouts are in `lcq.io.layouts.gguf_blocks` and `gguf_superblocks`; 
 keys.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from lcq.io.container import Json, flat
 from lcq.io.exports.base import EXPORT_FORMATS, Encoded, ExportFormat, Tensor
 from lcq.io.exports.gguf_metadata import metadata_of
 from lcq.io.exports.gguf_tokenizer import padded_to, tokenizer_fields
-from lcq.io.exports.grids import Kind, grid_of, kind_of, plain_array, plain_shape
+from lcq.io.exports.grids import Kind, grid_of, kind_of, plain_tensor, plain_tensor_shape
 from lcq.io.exports.leaves import NO_TARGET, Item
 from lcq.io.exports.steps import blocks_of, cast, in_units, moved, rounded, turned
 from lcq.io.facts import Facts
@@ -85,19 +86,22 @@ class Gguf(ExportFormat):
         if isinstance(item.value, Codes):
             kind, block = block_of(item)
             blocks = kind.outputs * (kind.inputs // block.length)
-            return {item.name: Tensor((kind.outputs, kind.inputs), block.name, blocks * block.size)}
-        rule, name = item.rule, _type_of(item)
-        shape = plain_shape(item.value.shape, rule.layout, rule.heads)
+            experts = item.value.shape[: item.rule.experts]
+            shape = (*experts, kind.outputs // math.prod(experts), kind.inputs)
+            name, size = block.name, blocks * block.size
+        else:
+            name, shape = _type_of(item), plain_tensor_shape(item.value.shape, item.rule)
+            size = math.prod(shape) * TENSOR_DTYPES[name].itemsize
         if len(shape) > _AXES:
             raise ValueError(f"expected at most {_AXES} axes, got {list(shape)}; leave this leaf out: name=None")
-        return {item.name: Tensor(shape, name, int(np.prod(shape, dtype=np.int64)) * TENSOR_DTYPES[name].itemsize)}
+        return {item.name: Tensor(shape, name, size)}
 
     def encode(self, item: Item) -> Encoded:
         if isinstance(item.value, Codes):
             return _encode_blocks(item)
         array, rule, name = item.value, item.rule, _type_of(item)
         assert isinstance(array, np.ndarray)
-        made, error = cast(plain_array(array, rule.layout, rule.heads), TENSOR_DTYPES[name])
+        made, error = cast(plain_tensor(array, rule), TENSOR_DTYPES[name])
         return Encoded({item.name: made}, name, error, f"{array.dtype} to {name}" if error else "")
 
     def write(
@@ -128,6 +132,10 @@ class Gguf(ExportFormat):
         return tuple(notes)
 
 
+def _layout(item: Item) -> str | None:
+    return item.rule.layout_of(len(item.value.shape))
+
+
 def _type_of(item: Item) -> str:
     """The type of an array that is no codes.
 
@@ -153,8 +161,8 @@ def block_of(item: Item) -> tuple[Kind, BlockType | SuperBlockType]:
         ValueError: none does; says why.
     """
     assert isinstance(item.value, Codes)
-    kind = kind_of(item.value, item.rule.layout)
-    if item.rule.type in (None, *_STEPPED) and (stepped := _stepped(item.value, item.rule.layout, kind)):
+    kind = kind_of(item.value, _layout(item))
+    if item.rule.type in (None, *_STEPPED) and (stepped := _stepped(item.value, _layout(item), kind)):
         if wanted := [block for block in stepped if item.rule.type in (None, block.name)]:
             return kind, wanted[0]
     if item.rule.type in (*_STEPPED, _SIGNED) or (item.rule.type is None and _only_six_bits_hold(kind)):
@@ -239,12 +247,12 @@ def _encode_blocks(item: Item) -> Encoded:
     assert isinstance(item.value, Codes)
     kind, block = block_of(item)
     if isinstance(block, SuperBlockType):
-        stepped = block in _stepped(item.value, item.rule.layout, kind)
+        stepped = block in _stepped(item.value, _layout(item), kind)
         return _encode_steps(item, kind, block) if stepped else _encode_units(item, kind, block)
     unit, rows = _unit(block), kind.outputs
     places = {level: code for code, level in enumerate(block.levels)}
     table = np.asarray([places[level * unit] for level in kind.steps.levels], np.uint8)
-    grid = grid_of(item.value, item.rule.layout, kind, table, item.rule.heads)
+    grid = grid_of(item.value, _layout(item), kind, table, item.rule.heads)
     codes = grid.codes.reshape(rows, -1, block.length)
     scale = np.repeat(grid.scale.astype(np.float64) / unit, kind.group // block.length, axis=1)
     if block.name == "MXFP4":  # a scale has no sign there, codes do
@@ -264,7 +272,7 @@ def _encode_blocks(item: Item) -> Encoded:
 def _encode_steps(item: Item, kind: Kind, block: SuperBlockType) -> Encoded:
     assert isinstance(item.value, Codes)
     same = np.arange(len(kind.steps.levels), dtype=np.uint8)
-    grid = grid_of(item.value, item.rule.layout, kind, same, item.rule.heads)
+    grid = grid_of(item.value, _layout(item), kind, same, item.rule.heads)
     assert grid.zero is not None
     scale, least, given = map(np.asarray, steps_of(grid.scale, grid.zero, _STEP_BITS, (-1,)))
     units, _ = cast(given, np.dtype(np.float16))
@@ -284,7 +292,7 @@ def _encode_units(item: Item, kind: Kind, block: SuperBlockType) -> Encoded:
     """Scales, and least values, as multiples of units that a block shares: those of blocks that they came from."""
     assert isinstance(item.value, Codes)
     table = np.asarray(kind.steps.levels) - int(block.levels[0])
-    grid = grid_of(item.value, item.rule.layout, kind, table.astype(np.uint8), item.rule.heads)
+    grid = grid_of(item.value, _layout(item), kind, table.astype(np.uint8), item.rule.heads)
     run, many = block.length // block.groups, (kind.outputs, kind.inputs // block.length)
     codes = grid.codes.astype(np.uint8).reshape(*many, block.groups, run)
     scale = np.repeat(grid.scale.astype(np.float64), kind.group // run, axis=1).reshape(*many, -1)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Num, UInt
 
 from lcq.forms import Codes
 from lcq.forms.axes import letters
+from lcq.io.exports.names import Name
 from lcq.io.exports.steps import Steps, blocks_of, in_steps, steps_of
 
 
@@ -97,8 +98,8 @@ def matrix_shape(shape: Sequence[int], layout: str | None) -> tuple[int, int]:
     if set(axes) != {"o", "i"}:
         raise ValueError(
             f"expected a matrix, got axes {axes!r} of {list(shape)}; for layers or heads say lcq.io.Name('PATTERN', "
-            "'TENSOR.{0}', layout='io', stacked=1), or layout='ioo'; windows of filters are no codes in other "
-            "programs: leave this leaf out of the rules"
+            "'TENSOR.{0}', layout='io', stacked=1), or layout='ioo', for experts of GGUF experts=1; windows of filters "
+            "are no codes in other programs: leave this leaf out of the rules"
         )
     outputs, inputs = (math.prod(n for n, axis in zip(shape, axes, strict=True) if axis == which) for which in "oi")
     return outputs, inputs
@@ -150,6 +151,21 @@ def plain_array(array: np.ndarray, layout: str | None, heads: int) -> np.ndarray
     elif array.ndim != 1:
         return array
     return array[rotary_order(len(array), heads)]
+
+
+def plain_tensor_shape(shape: Sequence[int], rule: Name) -> tuple[int, ...]:
+    """The shape of an array that is no codes, by its name; of experts in front."""
+    many = rule.experts
+    return (*shape[:many], *plain_shape(shape[many:], rule.layout, rule.heads))
+
+
+def plain_tensor(array: np.ndarray, rule: Name) -> np.ndarray:
+    """The same of its numbers."""
+    lead, rest = array.shape[: rule.experts], array.shape[rule.experts :]
+    if not lead:
+        return plain_array(array, rule.layout, rule.heads)
+    made = [plain_array(each, rule.layout, rule.heads) for each in array.reshape(-1, *rest)]
+    return np.reshape(made, (*lead, *plain_shape(rest, rule.layout, rule.heads)))
 
 
 def _window_last(axes: str) -> list[int] | None:

@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from lcq.forms.axes import check_layout
+from lcq.forms.axes import check_layout, letters
 from lcq.forms.validate import named
 
 
@@ -22,6 +22,8 @@ class Name:
             window behind these; None for arrays that go out as they are. "oo" makes one vector of the bias of heads,
             [heads, units].
         stacked: leading axes that count layers; each layer is a tensor of its own.
+        experts: axes behind those that count experts and stay axes of the tensor, [experts, outputs, inputs], as GGUF
+            has them; `layout` is of one expert. Codes of other formats are matrices: count experts in `stacked`.
         heads: of a query or key projection whose rotary pairs are halves, how many heads it has: its outputs are put
             into the order of interleaved pairs, as GGUF's llama has them, and so is its bias. 0 leaves them as they
             are.
@@ -42,6 +44,7 @@ class Name:
     heads: int = 0
     type: str | None = None
     optional: bool = False
+    experts: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -51,9 +54,15 @@ class Name:
         if self.layout is not None and set(self.layout) != {"o"}:
             with named(f"name {self.pattern!r}"):
                 check_layout(self.layout)
-        if self.stacked < 0 or self.heads < 0:
+        if min(self.stacked, self.heads, self.experts) < 0:
             raise ValueError(
-                f"name {self.pattern!r}: expected stacked= and heads= of at least 0, got {self.stacked}, {self.heads}"
+                f"name {self.pattern!r}: expected stacked=, heads= and experts= of at least 0, got {self.stacked}, "
+                f"{self.heads}, {self.experts}"
+            )
+        if self.experts and (self.heads or self.layout is None):
+            raise ValueError(
+                f"name {self.pattern!r}: expected experts= beside the layout of one expert and without heads=, got "
+                f"layout={self.layout!r}, heads={self.heads}; say such as layout='io', or drop experts="
             )
         missing = [i for i in range(self.stacked) if self.name is not None and f"{{{i}}}" not in self.name]
         if missing:
@@ -69,16 +78,27 @@ class Name:
         name = found.expand(self.name).replace("/", ".")
         return re.sub(r"\{(\d+)\}", lambda place: str(index[int(place[1])]), name) if index else name
 
+    def layout_of(self, rank: int) -> str | None:
+        """The letters of all axes behind the stacked ones, experts being outputs; None without a layout.
+
+        Example:
+            >>> Name("up", "blk.0.ffn_up_exps.weight", layout="io", experts=1).layout_of(3)
+            'oio'
+        """
+        if not self.experts or self.layout is None:
+            return self.layout
+        return "o" * self.experts + letters(self.layout, rank - self.experts)
+
     def places(self, path: str, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str]]:
         """Every place along the stacked axes of a leaf of a shape, with the name of what is there.
 
         Raises:
             ValueError: a leaf that has fewer axes.
         """
-        if len(shape) < self.stacked:
+        if len(shape) < self.stacked + self.experts:
             raise ValueError(
-                f"{path}: expected at least {self.stacked} axes by the name {self.pattern!r}, got {list(shape)}; "
-                "lower stacked="
+                f"{path}: expected at least {self.stacked + self.experts} axes by the name {self.pattern!r}, got "
+                f"{list(shape)}; lower stacked={' or experts=' if self.experts else ''}"
             )
         for index in itertools.product(*map(range, shape[: self.stacked])):
             yield index, self.name_of(path, index)

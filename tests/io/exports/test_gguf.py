@@ -278,6 +278,67 @@ def test_scales_of_their_own_become_multiples_of_units(scheme, name, tmp_path):
     np.testing.assert_allclose(row.error, slip, rtol=0.02, atol=2e-7)
 
 
+EXPERTS = {
+    "Q4_0": (codes((3, 64, 8), (3, 2, 8), grid(-8, 7)), "io"),
+    "Q4_0, a scale for all": (codes((3, 64, 8), (1, 1, 1), grid(-8, 7)), "io"),
+    "Q4_1": (codes((3, 8, 64), (3, 8, 2), grid(0, 15), zeros=True), "oi"),
+    "Q8_0": (codes((3, 4, 2, 32), (3, 4, 2, 1), grid(-128, 127)), "ooi"),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_stay_an_axis(name, tmp_path):
+    """As llama.cpp has them, [experts, outputs, inputs]; a file read is one to write."""
+    (form, dense), layout = EXPERTS[name]
+    names = [Name("up", "blk.0.ffn_up_exps.weight", layout, experts=1)]
+    lcq.save(tmp_path / "net.lcq", {"up": form})
+    (row,) = export(tmp_path / "net.lcq", path := tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA).rows
+    file = Reader(path)
+    wanted = dense.swapaxes(1, 2) if layout == "io" else dense.reshape(3, 8, -1)
+    assert file.kinds["blk.0.ffn_up_exps.weight"] == row.what.split()[0] == name.split(",")[0]
+    np.testing.assert_allclose(file.tensors["blk.0.ffn_up_exps.weight"], wanted, rtol=2e-3, atol=5e-4)
+    forms = lcq.io.read(path, forms=True)
+    assert forms["blk.0.ffn_up_exps.weight"].shape == wanted.shape
+    again = [Name("(.*)", r"\1", "oi", experts=1)]
+    export(forms, tmp_path / "again.gguf", format="gguf", names=again, config=LLAMA)
+    assert (tmp_path / "again.gguf").read_bytes() == path.read_bytes()
+
+
+def test_experts_of_layers_and_in_units_and_dense(tmp_path):
+    w = RNG.normal(size=(2, 3, 256, 4)).astype(np.float32)
+    rule = lcq.Rule("up", lcq.Uniform(4, per=32, zero_point=True, scale_bits=6), stacked=2)
+    forms = lcq.compress({"up": w, "down": w}, [rule])
+    names = [Name("(up|down)", r"blk.{0}.ffn_\1_exps.weight", "io", stacked=1, experts=1)]
+    rows = export(forms, path := tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA).rows
+    assert [row.what.split()[0] for row in rows] == ["F32", "F32", "Q4_K", "Q4_K"]
+    file = Reader(path)
+    for layer in (0, 1):
+        np.testing.assert_array_equal(file.tensors[f"blk.{layer}.ffn_down_exps.weight"], w[layer].swapaxes(1, 2))
+        dense = np.asarray(forms["up"].dense())[layer].swapaxes(1, 2)
+        np.testing.assert_allclose(file.tensors[f"blk.{layer}.ffn_up_exps.weight"], dense, rtol=0, atol=0.02)
+
+
+def test_experts_elsewhere(tmp_path):
+    form, dense = EXPERTS["Q4_0"][0]
+    name = Name("up", "up.weight", "io", experts=1)
+    with pytest.raises(
+        ValueError, match=r"up: expected a matrix, got axes 'wio' .* for layers or heads say lcq.io.Name"
+    ):
+        export({"up": form}, tmp_path / "net", format="compressed-tensors", names=[name])
+    export({"up": dense.astype(np.float32)}, tmp_path / "net", format="compressed-tensors", names=[name])
+    np.testing.assert_allclose(lcq.io.read(tmp_path / "net")["up.weight"], dense.swapaxes(1, 2), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"name 'w': expected experts= beside the layout of one expert .* layout=None"):
+        Name("w", "w", experts=1)
+    with pytest.raises(ValueError, match=r"w: expected at least 2 axes by the name .* lower stacked= or experts="):
+        export(
+            {"w": np.ones(2, np.float32)},
+            tmp_path / "net.gguf",
+            format="gguf",
+            names=[Name("w", "w{0}", "oi", stacked=1, experts=1)],
+            config=LLAMA,
+        )
+
+
 def test_arrays_and_their_types(tmp_path):
     tree = {
         "norm": {"scale": np.ones(5, jnp.bfloat16)},

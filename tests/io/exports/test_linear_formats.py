@@ -243,7 +243,7 @@ REFUSED = [
     (
         {"up/kernel": codes((2, IN, OUT), (1, 1, 1), grid(-8, 7))[0]},
         {},
-        r"got axes 'wio' of .* for layers or heads say lcq.io.Name\(.*stacked=1\), or layout='ioo'; windows",
+        r"got axes 'wio' of .* for layers or heads say lcq.io.Name\(.*stacked=1\), or layout='ioo', for experts",
     ),
     (
         {
