@@ -142,7 +142,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     if text is None and Path(path).suffix.lower() == ".lcq":
         raise ValueError(f"{name}: expected a plan in the file; it has none: save one with lcq.save(.., plan=plan)")
     try:
-        return parse_plan(Path(path).read_bytes().decode() if text is None else text)
+        return parse_plan(Path(path).read_bytes().decode("utf-8-sig") if text is None else text)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -236,6 +236,12 @@ def test_a_plan_that_is_none(tmp_path, text, complaint):
     assert str(caught.value).startswith(f"{path}: ") and complaint in str(caught.value)
 
 
+def test_a_plan_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text("[[rule]]\npattern = 'w'\nscheme = 'Uniform(4)'", "utf-8-sig")
+    assert read_plan(path) == read_plan("[[rule]]\npattern = 'w'\nscheme = 'Uniform(4)'")
+
+
 def test_a_plan_in_a_file(tmp_path):
     path, tree = tmp_path / "net.LCQ", {k: v for k, v in params().items() if k != "d"}
     lcq.save(path, lcq.compress(tree, PLAN), plan=PLAN)

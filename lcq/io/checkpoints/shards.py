@@ -108,7 +108,7 @@ def _read_shards(path: Path, read: Callable[[Path], Tensors]) -> Tensors:
 def _weight_map(path: Path) -> dict[str, str]:
     """Which tensor is in which file, by the index."""
     try:
-        index = parse(path.read_text("utf-8"))
+        index = parse(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not an index of shards: {error}") from error
     match index:

@@ -74,7 +74,7 @@ def tokenizer_fields(path: str | os.PathLike[str], pre: str | None = None) -> di
         fields[f"tokenizer.ggml.add_{end}_token"] = _adds(end, place, said, beside["tokenizer_config.json"])
     template = beside["tokenizer_config.json"].get("chat_template")
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
+        template = (folder / "chat_template.jinja").read_text("utf-8-sig")
     return fields | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
 
 

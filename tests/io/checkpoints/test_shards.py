@@ -33,6 +33,14 @@ def test_a_sharded_checkpoint(tmp_path, given):
     np.testing.assert_array_equal(found.tree["layers.0.b"], B)
 
 
+def test_an_index_with_a_byte_order_mark(tmp_path):
+    """As editors of Windows write it."""
+    path = folder(tmp_path / "hf") / "model.safetensors.index.json"
+    path.write_text(path.read_text(), "utf-8-sig")
+    assert path.read_bytes()[:3] == b"\xef\xbb\xbf"
+    np.testing.assert_array_equal(read(tmp_path / "hf")["layers.0.b"], B)
+
+
 def test_a_folder_with_one_file(tmp_path):
     save_file({"w": A}, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -74,6 +74,12 @@ def test_tokens_types_merges_and_special_tokens(tmp_path):
     }
 
 
+def test_a_template_with_a_byte_order_mark(tmp_path):
+    files(tmp_path, config={})
+    (tmp_path / "chat_template.jinja").write_text("{{ x }}", "utf-8-sig")
+    assert tokenizer_fields(tmp_path)["tokenizer.chat_template"] == "{{ x }}"
+
+
 @pytest.mark.parametrize(
     ("pre", "name"),
     [
