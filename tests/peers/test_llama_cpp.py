@@ -119,6 +119,44 @@ def test_the_same_tokens(cut, tmp_path):
     path = tmp_path / "net.gguf"
     report = export(tree, path, format="gguf", names=gguf_names(HEADS, KV), config=config, tokenizer=tmp_path)
     assert not report.notes and lcq.io.open_gguf(path).fields["tokenizer.ggml.pre"].value == cut
+    assert_the_same_tokens(path, tokenizer)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_the_same_pieces(prefix, tmp_path):
+    """Merges trained by the library, completed as files made of sentencepiece's are; bytes stand for what has none."""
+    library = pytest.importorskip("tokenizers", reason="pip install '.[peers]', or run .ci/peers")
+    normal = library.normalizers
+    to_space = normal.Replace(" ", "\u2581")
+    normalizer = normal.Sequence([normal.Prepend("\u2581"), to_space]) if prefix else to_space
+    trained = library.Tokenizer(library.models.BPE())
+    trained.normalizer, trained.pre_tokenizer = normalizer, library.pre_tokenizers.Split(" ", "merged_with_previous")
+    trainer = library.trainers.BpeTrainer(vocab_size=WORDS, special_tokens=SPECIAL)
+    plain = TEXTS[0].lower()
+    trained.train_from_iterator([plain, plain], trainer)
+    vocabulary = trained.get_vocab()
+    order = sorted(set(vocabulary) - set(SPECIAL), key=vocabulary.__getitem__)
+    merges = [
+        (piece[:i], piece[i:])
+        for piece in order
+        for i in range(1, len(piece))
+        if piece[:i] in vocabulary and piece[i:] in vocabulary
+    ]
+    model = library.models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = library.Tokenizer(model)
+    tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens(SPECIAL[:3])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": false}')
+    tree, _ = net(quantized=True)
+    config = {key: value for key, value in CONFIG.items() if "tokenizer" not in key}
+    path = tmp_path / "net.gguf"
+    export(tree, path, format="gguf", names=gguf_names(HEADS, KV), config=config, tokenizer=tmp_path)
+    assert lcq.io.open_gguf(path).fields["tokenizer.ggml.model"].value == "llama" and len(merges) > 20
+    assert_the_same_tokens(path, tokenizer)
+
+
+def assert_the_same_tokens(path, tokenizer):
     params = runner.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 64, 1, False
     params.cpuparams.n_threads = 1

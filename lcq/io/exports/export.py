@@ -40,7 +40,7 @@ def export(
             By default keys joined by ".", and flax's names in PyTorch's words, `kernel` [in, out] as `weight`.
         config: what the format keeps beside the weights: the config.json of a Hugging Face model, or metadata of GGUF.
         tokenizer: the path of a tokenizer.json, or its folder. GGUF has it in its metadata, if it is of byte pairs on
-            bytes; folders get a copy of its files; others refuse it.
+            bytes or on pieces of sentencepiece; folders get a copy of its files; others refuse it.
         nearest: bits of the grid that takes the place of tables without one (`KMeans`); masks, factors and sums are
             then made dense. None refuses them, and says what they would cost.
         limit: bytes that one leaf of a file may take; by default as `lcq.load` for a whole file.

@@ -115,6 +115,80 @@ def test_what_is_put_around_a_text(tmp_path):
     assert [fields[end] for end in ends] == [False, False]
 
 
+TO_SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+PREFIXED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, TO_SPACE]}
+BYTE_TOKENS = [f"<0x{i:02X}>" for i in range(256)]
+SP = "\u2581"
+PIECES = ["<unk>", "<s>", *BYTE_TOKENS, SP, "a", "b", "ab", SP + "a", SP + "ab"]
+MERGES = [["a", "b"], [SP, "a"], [SP, "ab"], [SP + "a", "b"]]
+
+
+def pieces(folder, tokens=PIECES, merges=MERGES, **more):
+    """As files made of sentencepiece's: pieces in the order in which they are merged."""
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
+    said = {"added_tokens": [{"id": n, "content": PIECES[n], "special": True} for n in (0, 1)], "pre_tokenizer": None}
+    (folder / "tokenizer.json").write_text(json.dumps(said | {"normalizer": PREFIXED, "model": model} | more))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": true}')
+    return folder
+
+
+def test_pieces_of_sentencepiece(tmp_path):
+    """Bytes, scores by the order of merges, an unknown token; rows without a token have neither."""
+    fields = tokenizer_fields(pieces(tmp_path))
+    assert fields["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.merges" not in fields
+    assert fields["tokenizer.ggml.token_type"].tolist() == [2, 3, *[6] * 256, *[1] * 6]
+    assert fields["tokenizer.ggml.scores"].tolist() == [0.0] * 261 + [0, -1, -2]
+    assert fields["tokenizer.ggml.add_space_prefix"] and fields["tokenizer.ggml.add_bos_token"]
+    assert fields["tokenizer.ggml.bos_token_id"] == 1
+    tree, names = {"embed": np.ones((266, 4), np.float32)}, [Name("embed", "token_embd.weight")]
+    export(tree, tmp_path / "net.gguf", format="gguf", names=names, config=LLAMA, tokenizer=tmp_path)
+    made = lcq.io.open_gguf(tmp_path / "net.gguf").fields
+    lengths = [len(made[f"tokenizer.ggml.{name}"].value) for name in ("tokens", "token_type", "scores")]
+    assert lengths == [266] * 3 and made["tokenizer.ggml.tokens"].value[-1] == "[PAD265]"
+
+
+@pytest.mark.parametrize(
+    ("more", "prefix"),
+    [
+        ({"normalizer": TO_SPACE}, False),
+        (
+            {"normalizer": TO_SPACE, "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "X"}},
+            None,
+        ),
+        ({"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": SP, "split": False}}, True),
+        (
+            {
+                "normalizer": None,
+                "pre_tokenizer": {"type": "Metaspace", "replacement": SP, "prepend_scheme": "never", "split": False},
+            },
+            False,
+        ),
+        ({"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": SP}}, None),
+    ],
+)
+def test_a_space_before_the_text(more, prefix, tmp_path):
+    pieces(tmp_path, **more)
+    if prefix is None:
+        with pytest.raises(ValueError, match=r"expected byte pairs on bytes .* or on pieces as sentencepiece"):
+            tokenizer_fields(tmp_path)
+    else:
+        assert tokenizer_fields(tmp_path)["tokenizer.ggml.add_space_prefix"] == prefix
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"merges": MERGES[:3]}, r"files made of sentencepiece's have them, got others: '\u2581a b' is none of them"),
+        ({"merges": [MERGES[2], *MERGES[:2], MERGES[3]]}, r"got others: those that make '\u2581ab' lie apart"),
+        ({"tokens": [token for token in PIECES if token != "<0x0A>"]}, r"expected 256 tokens .*, got 255"),
+    ],
+)
+def test_pieces_that_no_scores_stand_for(changed, complaint, tmp_path):
+    with pytest.raises(ValueError, match=complaint):
+        tokenizer_fields(pieces(tmp_path, **changed))
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
