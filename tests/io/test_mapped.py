@@ -78,3 +78,17 @@ def test_other_formats_and_damaged_files(tmp_path):
         lcq.io.read(path, lazy=True)
     with pytest.raises(ValueError, match="expected to copy what is read"):
         np.array(MappedArray(path, (2,), np.float32), copy=False)
+
+
+def test_a_file_that_was_written_again_is_refused(tmp_path, monkeypatch):
+    """Its arrays lie elsewhere: numbers of one tensor were taken for those of another, or of another checkpoint."""
+    path = whole(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    lazy = lcq.io.read("net.safetensors", lazy=True)
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(lazy["wide"], tensors()["wide"])
+    lcq.io.write(path, {name: array + 1 for name, array in tensors().items()})
+    for read in (lambda: lazy["layers"]["w"][1], lambda: np.asarray(lazy["wide"]), lambda: lcq.io.write(path, lazy)):
+        with pytest.raises(ValueError, match=r"net\.safetensors: this file has changed .* read it again"):
+            read()
+    np.testing.assert_array_equal(lcq.io.read(path, lazy=True)["wide"], tensors()["wide"] + 1)
