@@ -13,6 +13,7 @@ from lcq.cli.calibration import batches_of, function_of, products_of
 from lcq.cli.console import check_output, progress, refuse, show
 from lcq.forms.base import is_form
 from lcq.io.checkpoints import checkpoint
+from lcq.io.checkpoints.base import CHECKPOINT_FORMATS
 from lcq.io.file import read_metadata
 from lcq.plans.dry_run import dry_run
 from lcq.ptq.rounding import ROUNDING_METHODS, SPFQ
@@ -27,8 +28,7 @@ def compress(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         if arguments.out is None:
             arguments.usage_error("expected -o OUT.lcq, or --dry-run")
-        refuse(arguments.force, arguments.out)
-        check_output(arguments.out, arguments.checkpoint)
+        _check_out(arguments, arguments.checkpoint)
     plan, (params, metadata, layout) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
     _say_layout(arguments.checkpoint, layout, plan)
     if arguments.dry_run:
@@ -50,8 +50,7 @@ def quantize(arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         if arguments.out is None:
             arguments.usage_error("expected -o OUT.lcq, or --dry-run")
-        refuse(arguments.force, arguments.out)
-        check_output(arguments.out, arguments.checkpoint, arguments.data)
+        _check_out(arguments, arguments.checkpoint, arguments.data)
     plan, (params, metadata, _) = _plan(arguments), checkpoint.read_checkpoint(arguments.checkpoint)
     batches = batches_of(arguments.data, arguments.batch, arguments.limit, arguments.mask)
     make = ROUNDING_METHODS[arguments.method]
@@ -77,8 +76,7 @@ def quantize(arguments: argparse.Namespace) -> None:
 
 
 def import_(arguments: argparse.Namespace) -> None:
-    refuse(arguments.force, arguments.out)
-    check_output(arguments.out, arguments.checkpoint)
+    _check_out(arguments, arguments.checkpoint)
     tree, metadata, _ = checkpoint.read_checkpoint(arguments.checkpoint, forms=True)
     if not any(map(is_form, flatten(tree)[0].values())):
         raise ValueError(
@@ -107,6 +105,18 @@ def decompress(arguments: argparse.Namespace) -> None:
         checkpoint.write(Path(beside, "new"), params)
         arguments.out.rename(Path(beside, "old"))
         Path(beside, "new").rename(arguments.out)
+
+
+def _check_out(arguments: argparse.Namespace, *inputs: Path) -> None:
+    """Raises unless an .lcq file can be written at OUT.lcq, under a name by which no other program would take it."""
+    refuse(arguments.force, arguments.out)
+    check_output(arguments.out, *inputs)
+    suffixes = [CHECKPOINT_FORMATS[name].suffix for name in CHECKPOINT_FORMATS]
+    if any(suffix and arguments.out.name.endswith(suffix) for suffix in suffixes):
+        raise ValueError(
+            f"{arguments.out}: expected the name of an .lcq file, got that of another kind; name it "
+            f"{arguments.out.name.partition('.')[0]}.lcq"
+        )
 
 
 def _plan(arguments: argparse.Namespace) -> lcq.Plan:

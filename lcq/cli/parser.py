@@ -70,7 +70,7 @@ def parser(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "The first rule that matches decides.",
     )
     sub.add_argument("checkpoint", type=Path, metavar="IN", help="the checkpoint")
-    sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
+    sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq", help="the file to write")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
     sub.set_defaults(run=compress, usage_error=sub.error)
 
@@ -116,7 +116,7 @@ def parser(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub.add_argument("--limit", type=_positive, metavar="N", help="use the first N examples only")
     sub.add_argument("--seed", type=int, default=0, help="of what spfq draws")
     sub.add_argument("--no-bias-correction", action="store_true", help="leave biases and batch-norm means as they are")
-    sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq")
+    sub.add_argument("-o", "--out", type=Path, metavar="OUT.lcq", help="the file to write")
     sub.add_argument("--dry-run", action="store_true", help="only say which leaf goes where and what it will cost")
     sub.set_defaults(run=quantize, usage_error=sub.error)
 
@@ -128,11 +128,11 @@ def parser(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "folders of safetensors by compressed-tensors, GPTQ or fp8 (their config.json says so), orbax folders of qwix.",
     )
     sub.add_argument("checkpoint", type=Path, metavar="IN", help="the checkpoint")
-    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.lcq", help="the file to write")
     sub.set_defaults(run=import_)
 
     sub = commands.add_parser("inspect", help="what an .lcq file is made of: format, tensors, metadata, plan")
-    sub.add_argument("file", type=Path, metavar="FILE.lcq")
+    sub.add_argument("file", type=Path, metavar="FILE.lcq", help="the file, or the index of a set")
     sub.add_argument(
         "--limit",
         type=_bytes,
@@ -145,7 +145,7 @@ def parser(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub = commands.add_parser(
         "table", parents=[force, limit], help="what each leaf of an .lcq file costs, as text or a page"
     )
-    sub.add_argument("file", type=Path, metavar="FILE.lcq")
+    sub.add_argument("file", type=Path, metavar="FILE.lcq", help="the file, or the index of a set")
     sub.add_argument("--reference", type=Path, metavar="IN", help="the weights before, to tell how far it is")
     sub.add_argument("--html", type=Path, metavar="PAGE.html", help="also write one page with plots, for a browser")
     sub.set_defaults(run=lambda a: table_of_file(a.file, a.reference, a.html, force=a.force, limit=a.limit))
@@ -159,10 +159,18 @@ def parser(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "other program's file, with '; layout=io', '; stacked=N', '; heads=N' or '; type=int8' after it. The first "
         "that matches decides; without a tensor the leaf is left out.",
     )
-    sub.add_argument("file", type=Path, metavar="FILE.lcq")
+    sub.add_argument("file", type=Path, metavar="FILE.lcq", help="the file, or the index of a set")
     sub.add_argument("--to", choices=EXPORT_FORMATS, required=True, help="what reads it")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="the file or folder")
-    sub.add_argument("--name", dest="names", action="append", default=[], type=_name, metavar="PATTERN=TENSOR")
+    sub.add_argument(
+        "--name",
+        dest="names",
+        action="append",
+        default=[],
+        type=_name,
+        metavar="PATTERN=TENSOR",
+        help="such as 'head/kernel=lm_head.weight; layout=io'; repeat as needed",
+    )
     sub.add_argument("--llama", action="store_true", help="GGUF's names of a llama with those of Hugging Face")
     sub.add_argument(
         "--config",
@@ -182,7 +190,7 @@ def parser(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
     sub.set_defaults(run=export_file)
 
     sub = commands.add_parser("decompress", parents=[force, limit], help=".lcq -> checkpoint, dense again")
-    sub.add_argument("file", type=Path, metavar="FILE.lcq")
+    sub.add_argument("file", type=Path, metavar="FILE.lcq", help="the file, or the index of a set")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help=".safetensors, .npz, or a folder")
     sub.set_defaults(run=decompress)
     return whole
@@ -204,6 +212,7 @@ def _name(words: str) -> Name:
 
 def _reference(words: str) -> tuple[str, str]:
     module, colon, name = words.partition(":")
+    module = module.removesuffix(".py")
     if not (colon and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])):
         raise argparse.ArgumentTypeError(f"expected MODULE:FUNCTION, such as mynet:apply, got {words!r}")
     return module, name

@@ -31,6 +31,8 @@ _OPTIONS = (
     (r"\blcq\.(?=[A-Z]\w*\()", ""),
     (r"\bwith lcq\.save\(\.\., plan=plan\)", "with lcq compress or lcq quantize"),
     (r"\blcq\.load and lcq\.save are for \.lcq files", "of .lcq files lcq decompress makes checkpoints"),
+    (r"\blcq\.io\.read is for files of other programs", "lcq compress makes .lcq files of those of other programs"),
+    (r"\blcq\.io\.export\b", "lcq export"),
     (r"\blcq\.(compress|quantize|decompress)\b", r"lcq \1"),
     (r"\bbias_correction=False", "--no-bias-correction"),
     (r"\bquantize\(\.\.\., rtn=\[--rule ('[^']*')\]\)", r"with --rtn-rule \1"),

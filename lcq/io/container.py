@@ -148,7 +148,9 @@ def open_container(file: BufferedReader, size: int) -> Container:
         case {"__metadata__": {"format": "lcq", "version": _, "digest": str(stated)} as metadata}:
             pass
         case _:
-            raise ValueError("not an lcq file: its header does not name the format")
+            raise ValueError(
+                "not an lcq file: its header does not name the format; lcq.io.read is for files of other programs"
+            )
     if raw.count(stated.encode()) != 1 or digest(raw.replace(stated.encode(), _NO_DIGEST.encode())) != stated:
         raise ValueError("the header is damaged: its digest differs")
     start = 8 + length

@@ -143,6 +143,10 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         raise ValueError(f"{name}: expected a plan in the file; it has none: save one with lcq.save(.., plan=plan)")
     try:
         return parse_plan(Path(path).read_bytes().decode("utf-8-sig") if text is None else text)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: expected a plan in TOML, or an .lcq file that has one, got no text: {error}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -168,6 +168,10 @@ def test_quantize_leaves_out_what_the_mask_does(net, capsys):
     assert quantize("--mask", "tokens", "--force") == 1 and "; name it with --mask" in capsys.readouterr().err
 
 
+def test_quantize_takes_the_name_of_a_file_for_that_of_its_module(net, capsys):
+    assert quantize("--dry-run", function="tinynet.py:apply") == 0 and capsys.readouterr().err == ""
+
+
 def test_quantize_dry_run_writes_nothing(net, capsys, monkeypatch):
     monkeypatch.setattr(lcq, "quantize", None)
     monkeypatch.setenv("COLUMNS", "200")

@@ -154,6 +154,11 @@ def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
         (("compress", "in.npz", "--rule", RULE, "-o", ".", "--force"), "expected the name of a file, got a folder"),
         (("compress", "in.npz", "--rule", RULE, "-o", "in.npz", "--force"), "expected another file than the input"),
         (("compress", "in.npz", "--rule", RULE, "-o", "/proc/x.lcq"), "/proc: cannot write there"),
+        (
+            ("compress", "in.npz", "--rule", RULE, "-o", "x.npz"),
+            "x.npz: expected the name of an .lcq file, got that of",
+        ),
+        (("import", "in.npz", "-o", "x.safetensors"), "x.safetensors: expected the name of an .lcq file"),
         (("compress", "in.npz", "--rule", ".*=KMeans(4)", "-o", "x.lcq"), "exclude it with --rule 'count=None' before"),
         (("decompress", "small.lcq", "-o", "x.txt"), "x.txt: expected a .safetensors or .npz file"),
         (("decompress", "small.lcq", "-o", "small.lcq", "--force"), "of .lcq files lcq decompress makes checkpoints"),
@@ -177,7 +182,8 @@ def test_nothing_is_replaced_unless_asked(source, tmp_path, capsys):
         ),
         (("table", "small.lcq", "--html", "no/such/x.html"), "no/such: no such folder"),
         (("decompress", "in.npz", "-o", "x.npz"), "in.npz: not an lcq file"),
-        (("decompress", "plain.safetensors", "-o", "x.npz"), "not an lcq file"),
+        (("decompress", "plain.safetensors", "-o", "x.npz"), "format; lcq compress makes .lcq files of those of other"),
+        (("decompress", "small.lcq", "-o", "x.gguf"), "to be read alone, .weights.h5, .gguf; lcq export writes .gguf"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(source, arguments, complaint, capsys, monkeypatch):

@@ -210,7 +210,7 @@ GOOD = "[[rule]]\npattern = 'a'\nscheme = 'Binary'\n"
         ("[[rule]\n", "expected TOML; "),
         ("[[rule]]\npattern = 'a'\npattern = 'b'\n", "expected TOML; "),
         ("a = " + "[" * 100_000, "expected TOML; "),
-        (b"\xff", "utf-8"),
+        (b"\xff", "expected a plan in TOML, or an .lcq file that has one, got no text"),
         ("rule = [3]", "rule 1: expected a table, got 3"),
         (GOOD + "[[rule]]\nscheme = 'Binary'", "rule 2: expected pattern: str, got none"),
         (GOOD + "[[rule]]\npattern = 'a'", "rule 2: expected scheme: str, got none"),

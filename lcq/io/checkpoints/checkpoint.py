@@ -21,6 +21,8 @@ from lcq.tree.lazy import whole
 
 _TORCH = "; of torch's files, which may run code, make one with safetensors.torch.save_file"
 _HINTS = {".lcq": "; lcq.load and lcq.save are for .lcq files", ".json": "; an index of shards ends in " + INDEX}
+_HINTS[".h5"] = "; of Keras write the weights alone: net.save_weights('NAME.weights.h5')"
+_HINTS[".gguf"] = "; lcq.io.export writes .gguf"
 _HINTS |= {".keras": "; of a .keras file unzip model.weights.h5"}
 _HINTS[".eqx"] = "; of equinox's files load the net with eqx.tree_deserialise_leaves"
 _HINTS[".msgpack"] = "; of flax's files take flax.serialization.msgpack_restore(data), a tree of arrays"
@@ -107,9 +109,10 @@ def format_of(path: Path) -> CheckpointFormat:
     """The format that the name of a checkpoint to be written says.
 
     Raises:
-        ValueError: a suffix that no format has.
+        ValueError: a suffix that no format has, or only one that is read alone.
     """
-    return next((known for known in _formats() if known.suffix == path.suffix), None) or _unknown(path)
+    named = (known for known in _formats() if known.suffix == path.suffix and not known.only_read)
+    return next(named, None) or _unknown(path)
 
 
 def _formats() -> list[CheckpointFormat]:

@@ -14,6 +14,7 @@ from lcq.io.container import DTYPES
 from lcq.io.facts import Facts
 from lcq.io.tree_paths import Leaf
 
+_NAMELESS = "; npz drops the names of dtypes such as bfloat16: write .safetensors instead"
 _DAMAGED = (
     ValueError,
     TypeError,
@@ -41,18 +42,27 @@ class Npz(CheckpointFormat):
     def read(self, path: Path) -> Checkpoint:
         arrays, name = dict[str, np.ndarray](), ""
         with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError(
+                    f"{path}: not an npz file, or damaged: no zip of arrays; get it again, or name it as what it is"
+                )
+            file.seek(0)
             try:
                 with np.load(file, allow_pickle=False) as archive:
                     for name in archive.files:
-                        arrays[name] = native(archive[name])
+                        if not isinstance(array := archive[name], np.ndarray):
+                            raise ValueError("it is no array, but a file of another kind; leave it out")
+                        arrays[name] = native(array)
             except _DAMAGED as error:
+                if "dtype descriptor" in str(error):
+                    raise ValueError(
+                        f"{path}: {name}: expected numbers, got a dtype without a name{_NAMELESS}"
+                    ) from error
                 where = f"{path}: {name}" if name else path
                 raise ValueError(f"{where}: not an npz file of numbers, or damaged: {error}") from error
         for name, array in arrays.items():
             if array.dtype not in DTYPES.values():
-                hint = "; leave it out, or convert it first"
-                if array.dtype.kind == "V":
-                    hint = "; npz drops the names of dtypes such as bfloat16: write .safetensors instead"
+                hint = _NAMELESS if array.dtype.kind == "V" else "; leave it out, or convert it first"
                 raise ValueError(f"{path}: {name}: expected numbers, got {array.dtype}{hint}")
         return Checkpoint(nested(path, arrays), {})
 

@@ -7,17 +7,18 @@ from types import ModuleType
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from lcq.forms.validate import named
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.qarrays import from_qwix
 from lcq.io.facts import Facts
-from lcq.io.tree_paths import Leaf, nest
+from lcq.io.tree_paths import Leaf, is_empty, nest
 
 
 @CHECKPOINT_FORMATS.register("orbax")
 class Orbax(CheckpointFormat):
-    """A folder; lists stay lists, tuples become lists."""
+    """A folder; lists stay lists, tuples become lists; strings in the tree are metadata by their paths."""
 
     suffix = ""
     holds_empty = True
@@ -26,7 +27,7 @@ class Orbax(CheckpointFormat):
     def facts(cls) -> Sequence[Facts]:
         facts = Facts(
             "a folder of orbax: a tree, or one in a folder as its v1 and managers write it",
-            "lists stay lists",
+            "lists stay lists; strings become metadata",
             "`{qvalue, scale, zero_point}` of qwix",
             "several trees: name one",
         )
@@ -41,12 +42,17 @@ class Orbax(CheckpointFormat):
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 metadata = checkpointer.metadata(path.absolute()).item_metadata.tree
-                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-                return Checkpoint(checkpointer.restore(path.absolute(), restore_args=as_numpy), {})
+                kinds = jax.tree.map(
+                    lambda m: str if isinstance(m, ocp.metadata.StringMetadata) else np.ndarray, metadata
+                )
+                how = jax.tree.map(lambda kind: ocp.RestoreArgs(restore_type=kind), kinds)
+                found = checkpointer.restore(path.absolute(), restore_args=how)
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: not an orbax checkpoint of a tree, or damaged: {error!r:.300}; get it again"
             ) from error
+        strings: dict[str, str] = {}
+        return Checkpoint(_numbers(found, "", strings), strings)
 
     def read_forms(self, path: Path) -> Checkpoint:
         found = self.read(path)
@@ -58,8 +64,29 @@ class Orbax(CheckpointFormat):
         ocp = _orbax(path)
         if path.exists():
             raise ValueError(f"{path}: expected a new folder; it exists; remove it first")
+        if is_empty(leaves[0]) and not leaves[0].keys:
+            raise ValueError(f"{path}: expected a tree with a leaf, got {nest(leaves)!r}; orbax cannot hold it")
+        for leaf in leaves:
+            if not is_empty(leaf) and not leaf.value.size:
+                raise ValueError(
+                    f"{leaf.path}: expected numbers, got an array {list(leaf.value.shape)} of none, which orbax cannot "
+                    "hold; leave it out, or write .safetensors instead"
+                )
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), nest(leaves))
+
+
+def _numbers(tree: PyTree, above: str, strings: dict[str, str]) -> PyTree:
+    """The tree without its strings, which go to `strings` by path; None takes their place in lists."""
+    if isinstance(tree, str):
+        strings[above.removesuffix("/")] = tree
+        return None
+    if isinstance(tree, dict):
+        inside = {key: (_numbers(value, f"{above}{key}/", strings), value) for key, value in tree.items()}
+        return {key: new for key, (new, value) in inside.items() if not isinstance(value, str)}
+    if isinstance(tree, list):
+        return [_numbers(value, f"{above}{i}/", strings) for i, value in enumerate(tree)]
+    return tree
 
 
 def _tree_in(path: Path) -> Path:

@@ -133,23 +133,21 @@ def _read_file(path: Path) -> Tensors:
         if entry["dtype"] not in DTYPES:
             raise ValueError(_unknown_dtype(path, name, entry["dtype"]))
         arrays[name] = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return Tensors(arrays, _metadata(data))
+    return Tensors(arrays, _checked(path, data[8 : 8 + int.from_bytes(data[:8], "little")])[1])
 
 
 def _map_file(path: Path) -> Tensors:
     """The tensors of a file whose header alone is read, as the library checks it."""
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
+        with safetensors.safe_open(path, framework="numpy"):
+            pass
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file, or damaged: {error}; get it again") from error
     with open(path, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
-        header = parse(raw.read(length).decode())
+        header, metadata = _checked(path, raw.read(length))
     arrays = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if entry["dtype"] not in DTYPES:
             raise ValueError(_unknown_dtype(path, name, entry["dtype"]))
         start = 8 + length + entry["data_offsets"][0]
@@ -161,7 +159,15 @@ def _unknown_dtype(path: Path, name: str, dtype: str) -> str:
     return f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {dtype}; convert this tensor first"
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The strings in the header of a file that has been read."""
-    header = parse(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
-    return dict(header.get("__metadata__") or {})
+def _checked(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors that a header names, and its strings."""
+    try:
+        header: Any = parse(raw.decode())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a safetensors file, or damaged: {error}; get it again") from error
+    metadata = dict(header.pop("__metadata__", None) or {})
+    if metadata.get("format") == "lcq":
+        raise ValueError(
+            f"{path}: expected tensors of another program, got an .lcq file; lcq.load and lcq.save are for .lcq files"
+        )
+    return header, metadata

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import zipfile
 
 import flax
 import jax
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import lcq
 from lcq.forms import Cast, Codes
-from lcq.io.checkpoints.checkpoint import read, write
+from lcq.io.checkpoints.checkpoint import read, read_checkpoint, write
 from lcq.io.container import DTYPES
 from lcq.io.file import load, save
 
@@ -148,6 +149,31 @@ def test_orbax(tmp_path):
         write(tmp_path / "checkpoint", tree())
 
 
+def test_orbax_with_strings_in_the_tree(tmp_path):
+    """As flax's guide writes them, a model and its settings: the whole tree was called damaged."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    settings = {"name": "dense", "sizes": np.array([2, 3]), "kinds": ["a", np.ones(2), "b"]}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "net", {"model": {"w": np.ones(3)}, "config": settings})
+    found = read_checkpoint(tmp_path / "net")
+    same(
+        found.tree,
+        {"model": {"w": np.ones(3)}, "config": {"sizes": np.array([2, 3]), "kinds": [None, np.ones(2), None]}},
+    )
+    assert found.metadata == {"config/name": "dense", "config/kinds/0": "a", "config/kinds/2": "b"}
+
+
+def test_what_orbax_cannot_hold_is_named(tmp_path):
+    """Before orbax begins, which leaves a folder behind."""
+    for tree, message in (
+        ({"a": {"w": np.zeros((0, 2))}, "b": np.ones(2)}, r"a/w: expected numbers, got an array \[0, 2\] of none"),
+        ({}, r"net: expected a tree with a leaf, got \{\}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(tmp_path / "net", tree)
+    assert not list(tmp_path.iterdir())
+
+
 def test_orbax_from_a_training_run(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.CheckpointManager(tmp_path / "run") as manager:
@@ -235,6 +261,9 @@ def test_arrays_without_a_name_for_their_dtype(tmp_path):
         ValueError, match=r"w: expected numbers, got .V2; npz drops the names of dtypes such as bfloat16"
     ):
         read(tmp_path / "net.npz")
+    np.savez(tmp_path / "net.npz", w=np.ones(2, jnp.float8_e5m2))  # numpy cannot even read it
+    with pytest.raises(ValueError, match=r"w: expected numbers, got a dtype without a name; npz drops the names"):
+        read(tmp_path / "net.npz")
     np.savez(tmp_path / "net.npz", w=np.array([None]))
     with pytest.raises(ValueError, match="not an npz file of numbers"):
         read(tmp_path / "net.npz")
@@ -262,6 +291,26 @@ def test_damaged_files(tmp_path, suffix):
         read(path)
 
 
+def test_files_of_another_kind_under_the_name_of_one(tmp_path):
+    """numpy would have them read as pickles, which run code; of an .lcq file one would take the index for a leaf."""
+    write(tmp_path / "net.safetensors", tree())
+    np.save(tmp_path / "array.npy", np.ones(3))
+    for other in ("net.safetensors", "array.npy"):
+        (tmp_path / "net.npz").write_bytes((tmp_path / other).read_bytes())
+        with pytest.raises(ValueError, match=r"net.npz: not an npz file, or damaged: .* name it as what it is$"):
+            read(tmp_path / "net.npz")
+    for coded in (True, False):
+        lcq.save(tmp_path / "net.safetensors", tree(), coded=coded)
+        for lazy in (True, False):
+            with pytest.raises(ValueError, match=r"net.safetensors: expected tensors of another .* got an .lcq file"):
+                read(tmp_path / "net.safetensors", lazy=lazy)
+    with zipfile.ZipFile(tmp_path / "net.npz", "w") as archive:
+        archive.write(tmp_path / "array.npy", "a/w.npy")
+        archive.writestr("a/readme.txt", "words")
+    with pytest.raises(ValueError, match=r"net.npz: a/readme.txt: .* it is no array, but a file of another kind"):
+        read(tmp_path / "net.npz")
+
+
 def test_a_big_endian_npz(tmp_path):
     w = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)
     np.savez(tmp_path / "net.npz", a=w.astype(">f4"), n=np.arange(3).astype(">i8"))
@@ -286,6 +335,7 @@ def test_what_an_npz_should_not_hold_is_named(tmp_path, bad, remedy):
         ("i.json", "index"),
         ("net.eqx", "tree_deserialise_leaves"),
         ("net.msgpack", "msgpack_restore"),
+        ("net.h5", "save_weights"),
     ],
 )
 def test_other_kinds_are_told_what_to_do(tmp_path, name, hint):

@@ -41,6 +41,17 @@ def test_an_index_with_a_byte_order_mark(tmp_path):
     np.testing.assert_array_equal(read(tmp_path / "hf")["layers.0.b"], B)
 
 
+def test_a_header_that_names_a_tensor_twice(tmp_path):
+    tensor = b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = b"{" + tensor + b"," + tensor + b"}"
+    (tmp_path / "net.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    for lazy in (True, False):
+        with pytest.raises(
+            ValueError, match=r"net.safetensors: not a safetensors file, or damaged: a key occurs twice"
+        ):
+            read(tmp_path / "net.safetensors", lazy=lazy)
+
+
 def test_a_folder_with_one_file(tmp_path):
     save_file({"w": A}, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "tokenizer.json").write_text("{}")
