@@ -156,8 +156,8 @@ def parser(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=".lcq -> what another program reads",
         description="Codes go out as they are. What a format cannot hold is refused by leaf; what it rounds is shown. "
         "A name is PATTERN=TENSOR: a regular expression for the whole path of a leaf, and what it is called in the "
-        "other program's file, with '; layout=io', '; stacked=N', '; heads=N' or '; type=int8' after it. The first "
-        "that matches decides; without a tensor the leaf is left out.",
+        "other program's file, with '; layout=io', '; stacked=N', '; heads=N', '; experts=N' or '; type=int8' after "
+        "it. The first that matches decides; without a tensor the leaf is left out.",
     )
     sub.add_argument("file", type=Path, metavar="FILE.lcq", help="the file, or the index of a set")
     sub.add_argument("--to", choices=EXPORT_FORMATS, required=True, help="what reads it")

@@ -12,8 +12,6 @@ Binary goes out as 2 bits, as 1 bit without zeros would be decoded to {-1, 0}.
 Source: compressed-tensors 0.20, compressors/quantized_compressors/pack_quantized.py.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from lcq.forms import Codes
@@ -47,18 +45,13 @@ class CompressedTensors(SafetensorsFolder):
             f"more bits; zeros that are not whole; {NO_TARGET}",
         )
 
-    def __init__(self, config: Mapping[str, Json]) -> None:
-        super().__init__(config)
-        self._groups: dict[tuple[int, bool, int | None], list[str]] = {}
-        self._plain: list[str] = []
-
     def declare(self, item: Item) -> dict[str, Tensor]:
         if not isinstance(item.value, Codes):
-            self._plain += plain_layer(item)
+            self.layers |= dict.fromkeys(plain_layer(item))
             return plain(item)
         stem, kind, bits = stem_of(item), kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
         group = None if kind.group == kind.inputs else kind.group
-        self._groups.setdefault((bits, kind.steps.shifted, group), []).append(stem)
+        self.layers[stem] = bits, kind.steps.shifted, group
         groups = kind.inputs // kind.group
         made = {
             "packed": tensor((kind.outputs, word_count(kind.inputs, bits)), "int32"),
@@ -84,9 +77,12 @@ class CompressedTensors(SafetensorsFolder):
         return Encoded({f"{stem}.weight_{name}": each for name, each in made.items()}, f"int{bits} {kind.words}", error)
 
     def files(self) -> dict[str, Json]:
-        done = {name for names in self._groups.values() for name in names}
-        ignore = [*sorted(self._plain), *({"lm_head"} - done - set(self._plain))]
-        alone = len(self._groups) == 1
+        by_settings: dict[tuple[int, bool, int | None], list[str]] = {}
+        for name, how in self.layers.items():
+            if how is not None:
+                by_settings.setdefault(how, []).append(name)
+        ignore = [*sorted(self.dense_layers), *({"lm_head"} - self.layers.keys())]
+        alone = len(by_settings) == 1
         groups = {
             f"group_{i}": {
                 "targets": ["Linear"] if alone else sorted(names),
@@ -95,7 +91,7 @@ class CompressedTensors(SafetensorsFolder):
                 "output_activations": None,
                 "format": "pack-quantized",
             }
-            for i, (settings, names) in enumerate(self._groups.items())
+            for i, (settings, names) in enumerate(by_settings.items())
         }
         said = {
             "quant_method": "compressed-tensors",

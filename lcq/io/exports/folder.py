@@ -3,7 +3,7 @@
 import abc
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +26,28 @@ TOKENIZER_FILES = (
 _TABLE = re.compile(r"(.*\.)?(embed\w*|\w*embeddings?|wte|wpe)")
 
 
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of which vLLM makes one."""
+
+
 class SafetensorsFolder(ExportFormat):
-    """model.safetensors, and what `files` says."""
+    """model.safetensors, and what `files` says.
+
+    A subclass says in `self.layers` how each linear layer is stored: bits, whether with zeros, inputs of a group; None
+    of those that are no codes.
+    """
 
     suffix = ""
     _tokenizer: Path | None = None
+
+    def __init__(self, config: Mapping[str, Json]) -> None:
+        super().__init__(config)
+        self.layers: dict[str, tuple[int, bool, int | None] | None] = {}
+
+    @property
+    def dense_layers(self) -> list[str]:
+        """Those that are no codes."""
+        return [name for name, how in self.layers.items() if how is None]
 
     def take_tokenizer(self, path: Path) -> None:
         self._tokenizer = tokenizer_of(path).parent
@@ -54,6 +71,12 @@ class SafetensorsFolder(ExportFormat):
             "leave it out of the rules"
             for name in tables
         ]
+        if torn := [parts for parts in _joined(self.layers) if len({self.layers[name] for name in parts}) > 1]:
+            more = f" ({len(torn) - 1} others likewise)" if len(torn) > 1 else ""
+            notes.append(
+                f"note: vLLM makes one layer of {', '.join(torn[0])}{more}, which wants all of it stored alike, "
+                "and these are not; give them one scheme, or none"
+            )
         if self._tokenizer is None:
             return tuple(notes)
         copied = [name for name in TOKENIZER_FILES if (self._tokenizer / name).is_file()]
@@ -61,6 +84,22 @@ class SafetensorsFolder(ExportFormat):
             with replacing(path / name) as file:
                 file.write((self._tokenizer / name).read_bytes())
         return (*notes, f"note: copied {', '.join(copied)}")
+
+
+def _joined(layers: Iterable[str]) -> list[list[str]]:
+    """Those of which vLLM makes one layer, together.
+
+    Example:
+        >>> _joined(["a.q_proj", "a.v_proj", "a.o_proj", "b.q_proj"])
+        [['a.q_proj', 'a.v_proj'], ['b.q_proj']]
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in layers:
+        before, _, last = name.rpartition(".")
+        for parts in _JOINED:
+            if last in parts:
+                found.setdefault((before, parts), []).append(name)
+    return list(found.values())
 
 
 def is_table(module: str) -> bool:

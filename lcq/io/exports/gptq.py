@@ -61,12 +61,10 @@ class _Gptq(SafetensorsFolder):
         super().__init__(config)
         self._settings: tuple[int, int] | None = None
         self._first, self._shifted = "", False
-        self._coded: list[str] = []
-        self._plain: list[str] = []
 
     def declare(self, item: Item) -> dict[str, Tensor]:
         if not isinstance(item.value, Codes):
-            self._plain += plain_layer(item)
+            self.layers |= dict.fromkeys(plain_layer(item))
             return plain(item)
         stem, kind, bits = stem_of(item), kind_of(item.value, item.rule.layout), bits_of(item, _BITS)
         settings = bits, -1 if kind.group == kind.inputs else kind.group
@@ -85,7 +83,7 @@ class _Gptq(SafetensorsFolder):
                     "rules, or choose compressed-tensors"
                 )
         self._shifted |= kind.steps.shifted
-        self._coded.append(stem)
+        self.layers[stem] = settings[0], False, settings[1]
         groups = kind.inputs // kind.group
         made = {
             "qweight": tensor((kind.inputs * bits // 32, kind.outputs), "int32"),
@@ -118,6 +116,7 @@ class _Gptq(SafetensorsFolder):
         return Encoded({f"{stem}.{name}": each for name, each in made.items()}, f"int{bits} {kind.words}", error, why)
 
     def files(self) -> dict[str, Json]:
+        coded = [name for name, how in self.layers.items() if how is not None]
         bits, group = self._settings or (4, -1)
         said: dict[str, Json] = {
             "bits": bits,
@@ -125,15 +124,15 @@ class _Gptq(SafetensorsFolder):
             "desc_act": False,
             "static_groups": False,
             "sym": not self._shifted,
-            "lm_head": "lm_head" in self._coded,
+            "lm_head": "lm_head" in coded,
             "true_sequential": True,
             "damp_percent": 0.01,
             "quant_method": "gptq",
             "checkpoint_format": self.version,
         }
-        if self._coded and any(name != "lm_head" and not is_table(name) for name in self._plain):
-            said["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in self._plain}
-            said["modules_in_block_to_quantize"] = [self._coded]
+        if coded and any(name != "lm_head" and not is_table(name) for name in self.dense_layers):
+            said["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in self.dense_layers}
+            said["modules_in_block_to_quantize"] = [coded]
         return {"quantize_config.json": said, "config.json": {**self.config, "quantization_config": said}}
 
 

@@ -295,6 +295,24 @@ def test_codes_of_an_embedding_are_told(format, tmp_path):
     )
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_layers_that_vllm_joins_are_told(format, tmp_path):
+    form, _ = GRIDS["4 bits in groups"]
+    names = [Name("(.*)", r"model.layers.0.\1.weight", "io")]
+    tree = {"self_attn.q_proj": form, "self_attn.k_proj": form, "self_attn.v_proj": W, "self_attn.o_proj": W}
+    tree |= {"mlp.gate_proj": form, "mlp.up_proj": form, "mlp.down_proj": W}
+    (note,) = export(tree, tmp_path / "net", format=format, names=names).notes
+    assert "vLLM makes one layer of model.layers.0.self_attn.k_proj, model.layers.0.self_attn.q_proj" in note
+    assert "others likewise" not in note
+    assert not export(tree | {"self_attn.v_proj": form}, tmp_path / "all", format=format, names=names).notes
+    if format == "compressed-tensors":
+        eight = codes((IN, OUT), GROUPS, grid(-128, 127))[0]
+        (note,) = export(
+            tree | {"self_attn.v_proj": form, "mlp.up_proj": eight}, tmp_path / "w", format=format, names=names
+        ).notes
+        assert "one layer of model.layers.0.mlp.gate_proj, model.layers.0.mlp.up_proj," in note
+
+
 def test_names_of_parts_that_another_leaf_has(tmp_path):
     """Two tensors of one name made a file that nothing opens."""
     form, _ = GRIDS["4 bits in groups"]
