@@ -42,6 +42,12 @@ def sync_folder(folder: str) -> None:
             os.close(opened)
 
 
+def check_path(path: object, call: str) -> None:
+    """Refuses what is no name of a file, such as a tree in its place."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise ValueError(f"expected the name of a file first, got {type(path).__name__}; the order is {call}")
+
+
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Raises unless the folder of a file is there."""
     folder = os.path.dirname(os.path.realpath(path))

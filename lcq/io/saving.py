@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from lcq.forms.processes import check_agreement, shared_by_processes
 from lcq.forms.restored import check_restored
-from lcq.io.atomic import check_folder, replacing
+from lcq.io.atomic import check_folder, check_path, replacing
 from lcq.io.codecs import CODECS, DEFAULT
 from lcq.io.host import check_leaf, gathered, stored
 from lcq.io.index import Said, check_metadata, check_plan
@@ -65,9 +65,9 @@ def save(
 
     Raises:
         ValueError: a leaf that is no number, a NaN or an infinity in a form, or keys that a file cannot hold, or a dict
-            that was a form; names the leaf. A plan that is no TOML, or longer than 4 MiB; metadata that are no strings,
-            or as long. Codecs that are not registered, or of a file that is not coded. Processes that disagree, or of
-            which one fails.
+            that was a form; names the leaf. A tree in the place of the path. A plan that is no TOML, or longer than 4
+            MiB; metadata that are no strings, or as long. Codecs that are not registered, or of a file that is not
+            coded. Processes that disagree, or of which one fails.
         OSError: the folder is not there, or the file cannot be written.
     """
     said, names = checked_settings(path, tree, plan, metadata, coded, codecs, max_shard_bytes)
@@ -91,6 +91,7 @@ def checked_settings(
     Raises:
         ValueError, OSError: as `save`, for all but the leaves.
     """
+    check_path(path, "lcq.save(path, tree)")
     number = isinstance(max_shard_bytes, numbers.Real) and not isinstance(max_shard_bytes, bool)
     if max_shard_bytes is not None and not (number and max_shard_bytes > 0):
         raise ValueError(

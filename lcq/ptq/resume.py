@@ -90,6 +90,10 @@ class Saved:
         if not path.exists():
             return None
         found = read_checkpoint(path)
+        if "record" not in found.metadata:
+            raise ValueError(
+                f"{path}: expected the outcome at {name}, got a file of another program; remove the folder"
+            )
         said: dict[str, Any] = json.loads(found.metadata["record"])
         if said.pop("name") != name:
             raise ValueError(f"{path}: expected the outcome at {name}, got that of another product; remove the folder")

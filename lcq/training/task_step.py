@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -75,7 +76,7 @@ def _solve_one(
     pairs = zip(kept.codebooks, kept.arrays, strict=True)
     previous = tuple(cast_masks(join_leafwise(rest, [widened(a) for a in arrays]), bool) for rest, arrays in pairs)
     xs = _shifted(task, ws, lagrange, mu)
-    forms = task.project(xs, previous, mu=mu)
+    forms = _projected(task, xs, previous, mu)
     _check_theta(task, forms, previous)
     new, old = (distance(xs, f) + task.scheme.charge(f, mu) for f in (forms, previous))
     forms = jax.tree.map(lambda a, b: jnp.where(new <= old, a, b), forms, previous)
@@ -99,11 +100,21 @@ def _solve_one(
     return Kept(arrays, tuple(rest for _, rest in parts), lagrange), sums
 
 
+def _projected(task: Task, xs: tuple[Array, ...], previous: tuple[Form, ...], mu: Array) -> tuple[Form, ...]:
+    """The projection from the Theta before; one of other settings may not even fit into its arithmetic."""
+    try:
+        return task.project(xs, previous, mu=mu)
+    except (TypeError, ValueError):
+        if not task.scheme.host:
+            _check_theta(task, jax.eval_shape(lambda xs: task.project(xs, mu=mu), xs), previous)
+        raise
+
+
 def _check_theta(task: Task, forms: tuple[Form, ...], previous: tuple[Form, ...]) -> None:
     """Refuses a state of other forms than the scheme makes, as a checkpoint of other rules puts into it."""
     for path, new, old in zip(task.paths, forms, previous, strict=True):
         (of_new, made), (of_old, kept) = map(jax.tree.flatten, (new, old))
-        shapes = [[jnp.shape(a) for a in arrays] for arrays in (of_new, of_old)]
+        shapes = [[np.shape(a) for a in arrays] for arrays in (of_new, of_old)]
         if (made, shapes[0]) != (kept, shapes[1]):
             raise ValueError(
                 f"{path or 'the only leaf'}: expected the state of {task.scheme}, got one of other settings, a "

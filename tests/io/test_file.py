@@ -1,6 +1,8 @@
 """A file gives back what was saved; what it cannot hold is refused; it is written whole or not at all."""
 
 import functools
+import subprocess
+import sys
 
 import flax
 import jax
@@ -235,6 +237,19 @@ def test_links_and_permissions_are_as_for_any_file(tmp_path):
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
     assert (tmp_path / "there" / "real.lcq").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_tree_in_the_place_of_the_path(tmp_path):
+    """In a process of its own, in which nothing checks annotations."""
+    calls = ("lcq.save", "lcq.io.write")
+    swapped = "".join(
+        f"try:\n    {call}({{'w': 1}}, 'net.npz')\nexcept ValueError as error:\n    print(error)\n" for call in calls
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import lcq\n{swapped}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    words = "expected the name of a file first, got dict; the order is"
+    assert done.stdout.splitlines() == [f"{words} {call}(path, tree)" for call in calls]
 
 
 def test_a_folder_that_is_not_there(tmp_path):

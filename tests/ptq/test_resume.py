@@ -1,5 +1,6 @@
 """A run that was killed goes on: the same bytes, nothing rounded twice, and no folder of another run is taken."""
 
+import shutil
 import sys
 
 import jax
@@ -100,6 +101,15 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"00001\.safetensors: not a safetensors file, or damaged"):
         quantize(resume=tmp_path / "run")
+
+
+def test_a_file_of_another_program_is_named(folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "run")
+    lcq.io.write(run / "00001.safetensors", {"w": np.ones(2)})
+    with pytest.raises(
+        ValueError, match=r"00001\.safetensors: expected the outcome at .*, got a file of another program"
+    ):
+        quantize(resume=run)
 
 
 def test_a_folder_that_says_nothing_of_its_run_is_named(tmp_path):

@@ -314,6 +314,7 @@ def test_states_of_an_ensemble_are_refused_where_they_are_not_mapped_over(name):
         (lcq.Uniform(4), lcq.Uniform(2)),
         (lcq.LowRank(4), lcq.LowRank(1)),
         (lcq.Levels((-1.0, 1.0)), lcq.Levels((-2.0, 2.0))),
+        (lcq.KMeans(2), lcq.KMeans(4)),
     ],
 )
 def test_a_checkpoint_of_other_rules_is_refused_in_words(old, new):

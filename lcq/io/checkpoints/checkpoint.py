@@ -13,6 +13,7 @@ from typing import Never
 from jaxtyping import PyTree
 
 from lcq.forms.base import is_form
+from lcq.io.atomic import check_path
 from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFormat
 from lcq.io.checkpoints.shards import INDEX
 from lcq.io.host import host_array
@@ -91,6 +92,7 @@ def write(path: str | os.PathLike[str], tree: PyTree, metadata: Mapping[str, str
         ValueError: another kind, a form (call `lcq.decompress` first), a leaf that is no array, a dtype that the kind
             cannot hold, or, in a file, None or an empty container; names the leaf. Metadata for another kind.
     """
+    check_path(path, "lcq.io.write(path, tree)")
     path = Path(path)
     kind = format_of(path)
     if metadata and not kind.holds_metadata:
