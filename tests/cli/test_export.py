@@ -86,4 +86,5 @@ def test_errors_in_words_of_the_command(net, capsys):
     assert main([*command, "--llama", "--force"]) == 1 and "num_attention_heads" in capsys.readouterr().err
     assert main([*command, "--name", "w"]) == 2
     assert main(["export", str(net / "table.lcq"), "--to", "gguf", "-o", str(net / "net.gguf")]) == 1
-    assert "give --config a file of JSON, metadata by key, such as {'general" in capsys.readouterr().err
+    said = 'give --config a file of JSON, metadata by key, such as {"general.architecture": "llama", ..}'
+    assert said in capsys.readouterr().err

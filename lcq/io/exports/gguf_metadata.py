@@ -44,7 +44,7 @@ def metadata_of(config: Mapping[str, Json]) -> dict[str, Json]:
     if config.get("model_type") != "llama":
         raise ValueError(
             f"config: expected general.architecture, or model_type 'llama', got {config.get('model_type')!r}; give "
-            "config= metadata by key, such as {'general.architecture': 'llama', ..}"
+            'config= metadata by key, such as {"general.architecture": "llama", ..}'
         )
     rope = config.get("rope_parameters") or {}
     said = {**config, "rope_theta": config.get("rope_theta", rope.get("rope_theta"))}
