@@ -1,7 +1,8 @@
 """Checkpoints in folders that orbax wrote."""
 
+import collections
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from lcq.io.checkpoints.base import CHECKPOINT_FORMATS, Checkpoint, CheckpointFo
 from lcq.io.checkpoints.qarrays import from_qwix
 from lcq.io.facts import Facts
 from lcq.io.tree_paths import Leaf, is_empty, nest
+from lcq.tree.paths import key_of
 
 
 @CHECKPOINT_FORMATS.register("orbax")
@@ -51,6 +53,9 @@ class Orbax(CheckpointFormat):
             raise ValueError(
                 f"{path}: not an orbax checkpoint of a tree, or damaged: {error!r:.300}; get it again"
             ) from error
+        with named(str(path)):
+            keys = [[key_of(key) for key in keys] for keys, _ in jax.tree_util.tree_flatten_with_path(found)[0]]
+            _check_places(keys, "one was written over the other; save them again under other names")
         strings: dict[str, str] = {}
         return Checkpoint(_numbers(found, "", strings), strings)
 
@@ -72,6 +77,8 @@ class Orbax(CheckpointFormat):
                     f"{leaf.path}: expected numbers, got an array {list(leaf.value.shape)} of none, which orbax cannot "
                     "hold; leave it out, or write .safetensors instead"
                 )
+        with named(str(path)):
+            _check_places([leaf.keys for leaf in leaves], "orbax would write one over the other; rename one")
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), nest(leaves))
 
@@ -87,6 +94,16 @@ def _numbers(tree: PyTree, above: str, strings: dict[str, str]) -> PyTree:
     if isinstance(tree, list):
         return [_numbers(value, f"{above}{i}/", strings) for i, value in enumerate(tree)]
     return tree
+
+
+def _check_places(leaves: Iterable[Sequence[str | int]], remedy: str) -> None:
+    """Raises ValueError if two leaves have one place: orbax joins keys by dots."""
+    places = collections.defaultdict(list)
+    for keys in leaves:
+        places[".".join(map(str, keys))].append("/".join(map(str, keys)))
+    for paths in places.values():
+        if len(paths) > 1:
+            raise ValueError(f"{paths[0]} and {paths[1]}: orbax keeps both in one place; {remedy}")
 
 
 def _tree_in(path: Path) -> Path:

@@ -188,6 +188,21 @@ def test_orbax_from_a_training_run(tmp_path):
     same(read(tmp_path / "spread"), {"w": np.arange(16, dtype=np.float32)})
 
 
+@pytest.mark.parametrize("nested", [{"b": jnp.zeros(2)}, [jnp.zeros(2)]])
+def test_orbax_keys_with_dots(tmp_path, nested):
+    ocp = pytest.importorskip("orbax.checkpoint")
+    dotted = {"a": nested, f"a.{'b' if isinstance(nested, dict) else 0}": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"ours: a/[b0] and a\.[b0]: orbax keeps both in one place; .* rename one"):
+        write(tmp_path / "ours", dotted)
+    assert not (tmp_path / "ours").exists()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "theirs", dotted)
+    with pytest.raises(ValueError, match=r"theirs: a/[b0] and a\.[b0]: orbax keeps both in one place; one was"):
+        read(tmp_path / "theirs")
+    write(tmp_path / "apart", {"a.c": jnp.ones(2), "a": nested})
+    assert len(jax.tree.leaves(read(tmp_path / "apart"))) == 2
+
+
 @pytest.mark.parametrize("missing", ["orbax", "orbax.checkpoint"])
 def test_without_orbax(tmp_path, monkeypatch, missing):
     found = importlib.util.find_spec
