@@ -89,7 +89,8 @@ def round_product(
     if columns is not None:
         few, judges = _of_neurons(form, columns), judges[:, :, columns]
     w = w if isinstance(w, Array) else jax.device_put(w)
-    recursion = _recursion(uses, method, scale_search.runs(method, form, columns is not None) if search else 1)
+    sampled = columns is not None and not tied  # one scale for all is that of the few with the largest errors
+    recursion = _recursion(uses, method, scale_search.runs(method, form, sampled) if search else 1)
     alike = dataclasses.replace(method, search=True, shrink=None)  # what programs do not depend on
     mesh = None
     problem: Any
@@ -107,8 +108,8 @@ def round_product(
             shares, held_out = _shares(some, few, method.shrink, key)
             problem = problem.settled(shares, method.shrink is None)
             del some  # and the sums of folds are gone
-            if search and columns is not None and not method.independent:
-                centre = scale_search.centre_of(problem.of_neurons(judges).ready(), few, tied, key)
+            if search and sampled and not method.independent:
+                centre = scale_search.centre_of(problem.of_neurons(judges).ready(), few, key)
             rounded = _rounded(problem.ready(), form, tied, method, search, centre, product)
     if not problem.finite:
         _, where = next(_not_finite(uses), (None, "in either net, but too large to square"))
@@ -140,6 +141,7 @@ def _rounded(
     tries = scale_search.Search(problem, form, tied, key)
     if search and centre is not None:
         tries.around(centre, method.tries)
+        tries.singly()
     elif search and method.independent and not tied and scale_search.sample(*problem.w.shape[1:]) is not None:
         tries.sketched()
     elif search:

@@ -6,7 +6,8 @@ Every f costs a whole rounding. Where these are cheap nine coarse factors are tr
 the best. Elsewhere as few are tried on all neurons as find nearly the same:
 
     sample    the coarse factors on 64 neurons, then a few around the one that is best for these together. What a neuron
-              gains by factors of its own is mostly luck, which a few of them have as well as many
+              gains by factors of its own is mostly luck, which a few of them have as well as many. Not so of those with
+              far larger errors than most, which make massive activations: 64 of them get all factors for themselves
     sketch    where every weight is rounded for itself, 33 factors by e'(U'U + diag(d))e in place of e'He, with U the 16
               directions that H has most of and d the rest of its diagonal; then the two best of each neuron
 
@@ -45,6 +46,9 @@ _SAME = 1e-5
 
 _INPUTS, _NEURONS = 256, 64
 """Where every factor is tried on all neurons: with less inputs, or no more neurons."""
+
+_FAR = 4.0
+"""A neuron whose residual is that many times the median's has all factors to itself."""
 
 
 def sample(inputs: int, neurons: int) -> np.ndarray | None:
@@ -124,6 +128,32 @@ class Search:
             if power:
                 self.attempt(sign * centre * np.float32(_NEAR**power))
 
+    def singly(self) -> None:
+        """All factors for the neurons with the largest losses, if one has far more than most."""
+        if self._tied or not (self._best.max(1) > _FAR * np.median(np.abs(self._best), 1)).any():
+            return
+        columns = np.sort(np.argsort(self._best, 1, kind="stable")[:, -_NEURONS:], 1)
+
+        def of(a: Any) -> np.ndarray:
+            a = np.asarray(jax.device_get(a))
+            return a if a.shape[2] == 1 else np.take_along_axis(a, _along(columns, a.ndim), 2)
+
+        few = Search(
+            self._problem.of_neurons(of(self._problem.w)).ready(), jax.tree.map(of, self._given), (), self._key
+        )
+        few.whole()
+
+        def put(new: Any, old: Any) -> np.ndarray:
+            put_back = np.array(old)
+            np.put_along_axis(put_back, _along(columns, old.ndim), np.asarray(new), 2)
+            return put_back
+
+        better = few._best < of(self._best[:, None])[:, 0]
+        chosen = jax.tree.map(lambda new, old: np.where(_along(better, new.ndim), new, of(old)), few.form, self.form)
+        self.form = jax.tree.map(put, chosen, self.form)
+        factor = np.where(better, few.factor, of(self.factor[:, None])[:, 0])
+        self.factor = put(factor[:, None], self.factor[:, None])[:, 0]
+
     def sketched(self) -> None:
         """The best of many factors by a sketch of H."""
         assert isinstance(self._problem, Sums)
@@ -141,21 +171,25 @@ class Search:
 
     def _keep(self, better: np.ndarray, found: Coded) -> None:
         def one(new: Any, old: Any) -> Any:
-            return np.where(better.reshape(len(better), 1, -1, *[1] * (new.ndim - 3)), new, old)
+            return np.where(_along(better, new.ndim), new, old)
 
         self.form = jax.tree.map(one, found, self.form)
 
 
-def centre_of(few: Sums | Inputs, form: Coded, tied: tuple[int, ...], key: Array | None) -> Float[np.ndarray, "G 1"]:
+def _along(numbers: np.ndarray, axes: int) -> np.ndarray:
+    """Numbers [G, n] as an array of so many axes, of which the third is that of neurons."""
+    return numbers.reshape(len(numbers), 1, -1, *[1] * (axes - 3))
+
+
+def centre_of(few: Sums | Inputs, form: Coded, key: Array | None) -> Float[np.ndarray, "G 1"]:
     """The coarse factor that is best for a sample of neurons together, its sign left out.
 
     Args:
         few: the problem of the sample, ready.
         form: of the sample.
-        tied: as of all neurons.
         key: likewise.
     """
-    search = Search(few, form, tied, key)
+    search = Search(few, form, (), key)
     losses = np.stack([[search.attempt(sign * factor) for factor in _COARSE] for sign in _signs(form)]).min(0)
     best = losses.sum(-1).argmin(0)
     return _COARSE[best][:, None]

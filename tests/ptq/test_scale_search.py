@@ -15,12 +15,18 @@ INPUTS, NEURONS, ROWS, HALF = 384, 96, 1200, 8
 COARSE, FINE = 1.15 ** np.arange(-4, 5), 1.018 ** np.arange(-4, 5)
 
 
-def layer():
-    """Weights, correlated inputs after a ReLU, their H, and the scheme's scales."""
+def layer(massive=False):
+    """Weights, correlated inputs after a ReLU, their H, and the scheme's scales; massive weights are those of a neuron
+    that stands for no other, and of an input that hardly varies."""
     rng = np.random.default_rng(5)
     mix = rng.normal(size=(INPUTS, INPUTS)) * np.arange(1, INPUTS + 1) ** -0.5
     x = np.maximum(rng.normal(size=(ROWS, INPUTS)) @ mix.T / 4, 0).astype(np.float32)
     w = rng.normal(size=(INPUTS, NEURONS)).astype(np.float32)
+    if massive:
+        alone = next(n for n in range(NEURONS) if n not in scale_search.sample(INPUTS, NEURONS))
+        x[:, 7] *= 0.01
+        w[:, alone] *= 30
+        w[7, alone] = 3000
     gram = x.T.astype(np.float64) @ x
     return w, x, gram, np.asarray(lcq.Uniform(4, per="channel").project(jnp.asarray(w)).scale, np.float64)
 
@@ -48,10 +54,11 @@ def losses(method, w, gram, a):
     return (e * (gram @ e)).sum(0)
 
 
+@pytest.mark.parametrize("massive", [False, True])
 @pytest.mark.parametrize(("name", "method"), [("gptq", gptq), ("rtn", nearest)])
-def test_few_tries_find_what_the_whole_search_finds(name, method):
+def test_few_tries_find_what_the_whole_search_finds(name, method, massive):
     """Within one part in a hundred of all errors together, and better than the scheme's own scales."""
-    w, x, gram, own = layer()
+    w, x, gram, own = layer(massive)
     plain = losses(method, w, gram, own)
     coarse = {f: losses(method, w, gram, f * own) for f in (*COARSE, *-COARSE)}
     factors = np.array(list(coarse))[np.stack(list(coarse.values())).argmin(0)]
