@@ -109,17 +109,23 @@ def batches_of(path: Path, size: int, limit: int | None = None, mask: str | None
 
 
 def products_of(done: Quantized) -> rich.table.Table:
-    """A line for each product that chose codes; on a narrow terminal words are wrapped, numbers never."""
+    """A line for each product that chose codes; on a narrow terminal words are wrapped, numbers never.
+
+    The error is on the rows that chose the codes; "held out", on rows that did not, is what to expect on others.
+    """
     grid = rich.table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("product", overflow="fold", style="bold")
     grid.add_column("GxMxNxn", overflow="fold")
     grid.add_column("how", overflow="fold")
-    for name in ("levels", "bits", "error", "scale", "seconds"):
+    for name in ("levels", "bits", "error", "held out", "scale", "seconds"):
         grid.add_column(name, justify="right", no_wrap=True)
     for record in done.records:
         levels = record.levels
         corrected = ", bias corrected" if record.bias_correction else ""
-        how = f"{record.method.partition('(')[0]}, {record.recursion}{corrected}"
+        silent = f", no data in {len(record.silent)} of {record.shape[0]} groups" if record.silent else ""
+        how = f"{record.method.partition('(')[0]}, {record.recursion}{corrected}{silent}"
+        held_out = "" if record.held_out is None else f"{record.held_out:.2e}"
         words = [record.path, "x".join(map(str, record.shape)), how, str(levels), str((levels - 1).bit_length())]
-        grid.add_row(*map(Text, [*words, f"{record.error:.2e}", f"{record.scale:.3g}", f"{record.seconds:.2f}"]))
+        numbers = [f"{record.error:.2e}", held_out, f"{record.scale:.3g}", f"{record.seconds:.2f}"]
+        grid.add_row(*map(Text, [*words, *numbers]))
     return grid

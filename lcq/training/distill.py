@@ -40,7 +40,8 @@ def distill(
 
     Args:
         function: (params, batch) -> an array, or for "values" a tree of arrays, of which whole numbers do not count.
-            What is -inf in logits, such as classes that are left out, stays so and counts for nothing. For a net with
+            What is -inf in logits, such as classes that are left out, stays so and counts for nothing; neither do the
+            positions that the function multiplies by a mask of zeros, such as padding. For a net with
             batch norm the function with running statistics; these are arrays and are tuned too where they are in
             `forms`.
         params: of the net before compression.

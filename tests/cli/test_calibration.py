@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import lcq
+from lcq.cli.calibration import products_of
 from lcq.io.checkpoints import checkpoint
+from lcq.ptq.quantize import Quantized, Record
+from lcq.reporting.summary import text
 from tests.cli.command import RULE, run, same
 
 NET = """
@@ -83,11 +86,23 @@ def test_quantize_does_what_the_function_does(net, capsys):
     lines = [line.split() for line in captured.out.splitlines()]
     for record in expected.records:
         facts = [record.path, "1x24x6x6", "Descent,", f"{record.recursion},", *"bias corrected 3 2".split()]
-        assert [*facts, f"{record.error:.2e}", f"{record.scale:.3g}"] in [line[:-1] for line in lines]
+        numbers = [f"{record.error:.2e}", f"{record.held_out:.2e}", f"{record.scale:.3g}"]
+        assert [*facts, *numbers] in [line[:-1] for line in lines]
     size = (Path("out.lcq")).stat().st_size
     assert ["on", "disk", f"{8 * size:,}", f"{size:,}"] in [line[:4] for line in lines] and "distortion" in captured.out
     assert lcq.read_plan("out.lcq") == lcq.Plan([*rules[1], *rules[0]])
     assert quantize() == 1 and "--force" in capsys.readouterr().err
+
+
+def test_products_say_what_rows_that_did_not_choose_say(monkeypatch):
+    """The error of the rows that chose codes is the smaller one, the less data the more; experts may have had none."""
+    monkeypatch.setenv("COLUMNS", "200")
+    one = Record("w", (4, 24, 6, 6), 16, "Descent()", "blocked", False, 1.0, 0.5, 0, 1e-3, 2.0, silent=(1, 3))
+    shown = text(products_of(Quantized({}, (one._replace(held_out=0.02), one._replace(path="v", silent=())))))
+    how = "blocked, no data in 2 of 4 groups 16 4 1.00e-03"
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert f"w 4x24x6x6 Descent, {how} 2.00e-02 0.5 2.00" in lines
+    assert "v 4x24x6x6 Descent, blocked 16 4 1.00e-03 0.5 2.00" in lines and "held out" in lines[0] + lines[1]
 
 
 def test_quantize_takes_a_plan(net):
