@@ -131,6 +131,20 @@ def test_a_dead_channel_one_example_and_dead_groups_keep_their_scales():
     assert (np.asarray(found[0]) != np.asarray(given[0])).any() and done.records[0].silent == ()
 
 
+def test_a_dead_channel_of_a_depthwise_convolution_keeps_its_scale():
+    w, x = draw(9, 1, 4), draw(5, 12, 4).cumsum(1)
+    x[..., 2] = 0
+
+    def conv(p, x):
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x, p["w"], (1,), "SAME", dimension_numbers=numbers, feature_group_count=4)
+
+    done = lcq.quantize(conv, {"w": w}, [x], [lcq.Rule("w", UNIFORM)], lcq.ptq.RTN(shrink=0.0))
+    given, found = (np.abs(np.asarray(form.scale)).ravel() for form in (UNIFORM.project(w), done.forms["w"]))
+    np.testing.assert_allclose(found[2], given[2], rtol=1e-6)
+    assert not np.allclose(found, given) and done.records[0].silent == (2,)
+
+
 def test_damping_too_small_for_the_data():
     """More damping until there is a root, which the record says; an error that names leaf and remedy if not allowed."""
     r = np.random.default_rng(0)

@@ -107,6 +107,23 @@ def test_classes_that_are_left_out_count_for_nothing():
     np.testing.assert_allclose(*(np.asarray(bias)[kept] for bias, _ in runs), rtol=1e-5)
 
 
+def test_positions_that_a_mask_sets_to_zero_count_for_nothing():
+    """Padding of any content: the run is that without it, its loss the same sum over more positions."""
+    forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(2, per="channel"))])
+    padded = {"x": np.concatenate([X, np.full((56, 6), 9.0, np.float32)]), "counts": np.arange(256) < 200}
+    masked = (lambda p, b: affine(p, b["x"]) * b["counts"][:, None], padded)
+    runs = []
+    for function, batch in ((affine, X), masked):
+        losses = []
+        tuned = lcq.distill(
+            function, PARAMS, forms, optax.adam(1e-2), [batch] * 3, on_step=lambda n, v, to=losses: to.append(float(v))
+        )
+        runs.append((tuned["bias"], losses))
+    (bias, losses), (of_padded, of_more) = runs
+    np.testing.assert_allclose(of_padded, bias, rtol=1e-4)
+    np.testing.assert_allclose(of_more, np.array(losses) * 200 / 256, rtol=1e-4)
+
+
 def test_whole_numbers_among_outputs_do_not_count():
     forms = lcq.compress(PARAMS, [lcq.Rule("kernel", lcq.Uniform(2))])
     losses = []
