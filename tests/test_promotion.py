@@ -12,6 +12,7 @@ import pytest
 
 import lcq
 from lcq.forms.dtypes import own_promotion
+from lcq.ptq import transforms
 
 SCHEMES = [
     lcq.KMeans(4),
@@ -60,10 +61,28 @@ def test_packed_functions(strict, scheme):
         np.testing.assert_allclose(run(tree, X), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["gpfq", "gptq", "descent"])
-def test_methods_of_quantize(strict, method):
-    done = lcq.quantize(net, W, [X], [lcq.Rule("kernel", lcq.Uniform(4, per="channel"))], method=method)
+GRID = lcq.Uniform(4, per="channel")
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme"),
+    [("gpfq", GRID), ("gptq", GRID), ("descent", GRID), (lcq.ptq.RTN(search=False, shrink=0.0), lcq.Rotated(GRID))],
+    ids=str,
+)
+def test_methods_of_quantize(strict, method, scheme):
+    done = lcq.quantize(net, W, [X], [lcq.Rule("kernel", scheme)], method=method)
     assert jnp.isfinite(done.forms["kernel"].dense()).all()
+
+
+@pytest.mark.parametrize("transform", [transforms.equalize, transforms.activation_aware, transforms.rotate])
+def test_transforms_before_quantize(strict, transform):
+    def two(params, x):
+        return jax.nn.relu(x @ params["a"]) @ params["b"]
+
+    params = {"a": W["kernel"], "b": W["kernel"].T}
+    more = {"grid": 2} if transform is transforms.activation_aware else {}
+    done = transform(two, params, [X], [lcq.Rule("a|b", GRID)], **more)
+    np.testing.assert_allclose(two(done.params, X), two(params, X), rtol=1e-3, atol=1e-3)
 
 
 def test_strict_promotion(strict):

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, Num
 
-from lcq.forms.dtypes import wider
+from lcq.forms.dtypes import own_promotion, wider
 
 MOST = 2048
 """The largest odd factor m of a length: its matrix is kept whole."""
 
 
+@own_promotion()
 def turned(x: Num[Array, "..."], axes: Sequence[int], seed: int) -> Inexact[Array, "..."]:
     """R'x along some axes taken together, in float32 or wider; what x R is along the last one of a row.
 
@@ -40,6 +41,7 @@ def turned(x: Num[Array, "..."], axes: Sequence[int], seed: int) -> Inexact[Arra
     return _along(lambda rows: _transformed(rows * signs(rows.shape[-1], seed).astype(rows.dtype)), x, axes)
 
 
+@own_promotion()
 def turned_back(x: Num[Array, "..."], axes: Sequence[int], seed: int) -> Inexact[Array, "..."]:
     """R x along some axes taken together: undoes `turned`."""
     return _along(lambda rows: _transformed(rows) * signs(rows.shape[-1], seed).astype(rows.dtype), x, axes)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lcq.forms.dtypes import own_promotion
 from lcq.ptq.batches import Mask, traced
 from lcq.ptq.gathering import LastMoments, sizes
 from lcq.ptq.layer import codebook_of
@@ -183,6 +184,7 @@ def _inputs(unit: Unit, below: dict[str, np.ndarray]) -> np.ndarray:
     return below[unit.path][unit.product.places(unit.shape)][:, :, 0]
 
 
+@own_promotion()
 def _see(visit: Visit, places: Places, rule: Rule, symbols: np.ndarray, last: LastMoments) -> _Seen:
     product = visit.product
     w = np.asarray(product.weights(product.weight.moved_on_host(places.dense[product.path])), np.float32)
@@ -195,6 +197,7 @@ def _see(visit: Visit, places: Places, rule: Rule, symbols: np.ndarray, last: La
     return _Seen(rule, product.path, w, gram, total / np.maximum(many, 1)[:, None], symbols)
 
 
+@own_promotion()
 def _best(group: Group, seen: list[_Seen], grid: int) -> tuple[float, np.ndarray, float, float]:
     """alpha, the factors of the channels, and the errors at 0 and at alpha."""
     order = np.argsort(group.symbols)
