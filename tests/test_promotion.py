@@ -170,7 +170,8 @@ import jax.numpy as jnp, lcq, optax
 w = {"k": jnp.linspace(-1, 1, 48, dtype=jnp.float32).reshape(8, 6)}
 x = jnp.linspace(-1, 1, 128, dtype=jnp.float32).reshape(16, 8)
 schemes = [lcq.KMeans(2), lcq.KMeans(4, per="channel"), lcq.KMeans(4, rate=0.1), lcq.Uniform(4, per=4), lcq.LowRank(2),
-           lcq.Uniform(4, zero_point=True), lcq.Ternary(), lcq.Prune(count=9), lcq.L1Ball(3.0)]
+           lcq.Uniform(4, zero_point=True), lcq.Ternary(), lcq.Prune(count=9), lcq.L1Ball(3.0),
+           lcq.CodedTrellis(0.05, memory=3)]
 bad = {}
 for s in schemes:
     rules = [lcq.Rule("k", s)]

@@ -37,8 +37,7 @@ class Packed:
         What a scan does in each of its rounds is listed once. Shape structs do in place of arrays.
         """
         _check(forms, args, kwargs)
-        runner = Runner(self.held)
-        jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
+        runner = self._seen(forms, args, kwargs)
         for here, (form, rows) in runner.multiplied.items():
             runner.uses[here] = runner.uses[here]._replace(kernel=way(form, rows))
         return list(runner.uses.values())
@@ -63,8 +62,7 @@ class Packed:
             ('Columns', (1, 2, 8))
         """
         _check(forms, args, kwargs)
-        runner = Runner(self.held)
-        jax.eval_shape(functools.partial(self._run, runner), forms, args, kwargs)
+        runner = self._seen(forms, args, kwargs)
         leaves, structure = flatten(forms)
         for path, leaf in leaves.items():
             uses = {here: use.how for here, use in runner.uses.items() if use.path == path}
@@ -75,6 +73,13 @@ class Packed:
             if any(isinstance(a, np.ndarray) for a in jax.tree.leaves(leaves[path])):
                 leaves[path] = jax.tree.map(jnp.asarray, leaves[path])
         return jax.tree.unflatten(structure, leaves.values())
+
+    def _seen(self, forms: Forms, args: PyTree, kwargs: PyTree) -> Runner:
+        """What has run the function on shapes."""
+        runner, (leaves, structure) = Runner(self.held), flatten(forms)
+        native_forms = jax.tree.unflatten(structure, leaves.values())
+        jax.eval_shape(functools.partial(self._run, runner), native_forms, *native_tree((args, kwargs)))
+        return runner
 
     def _run(self, runner: "Runner", forms: Forms, args: PyTree, kwargs: PyTree) -> PyTree:
         leaves, structure = flatten(forms)

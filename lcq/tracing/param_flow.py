@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from lcq.forms.dtypes import native_tree
 from lcq.tracing import joined, positions, shards
 from lcq.tracing.biases import Added, BiasSite, Ending, bias_sites
 from lcq.tracing.contraction import Product
@@ -69,6 +70,7 @@ def trace(
     """
     leaves, structure = flatten(params)
     check_numbers(leaves)
+    batch = native_tree(batch)
 
     def flat(values: Sequence[Content], batch: Batch) -> PyTree:
         return fn(jax.tree.unflatten(structure, values), batch)

@@ -121,7 +121,12 @@ def test_every_door_takes_either_byte_order(order, tmp_path):
     done = lcq.quantize(net, tree, [x], rules).forms
     native_done = lcq.quantize(net, {"k": W}, [np.ones((8, 3), np.float32)], rules).forms
     np.testing.assert_array_equal(done["k"].dense(), native_done["k"].dense())
-    np.testing.assert_allclose(lcq.packed(net)(plain, x), jnp.ones((8, 3)) @ plain["k"].dense(), atol=1e-5)
+    run = lcq.packed(lambda p, x: net(p, x) + p["b"])
+    biased, wanted = plain | {"b": np.ones(4, kind)}, jnp.ones((8, 3)) @ plain["k"].dense() + 1
+    for ready in (biased, run.prepack(biased, x)):
+        np.testing.assert_allclose(run(ready, x), wanted, atol=1e-5)
+    assert [use.how for use in run.report(biased, x)] == ["product"]
+    assert lcq.dry_run(tree, rules, net, x).total.bits == lcq.sizes(done)["k"].bits
     np.testing.assert_array_equal(
         lcq.ptq.curvature(net, tree, [x], rules)["k"],
         lcq.ptq.curvature(net, {"k": W}, [np.asarray(x, "f4")], rules)["k"],

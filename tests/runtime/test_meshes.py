@@ -30,6 +30,10 @@ SCHEMES = {
     "few codes": lcq.Prune(count=9, values=lcq.KMeans(2)),
     "factors": lcq.LowRank(2),
     "sum": lcq.Additive(lcq.KMeans(2), lcq.Prune(count=3)),
+    "grid in steps": lcq.Uniform(4, per=2, zero_point=True, scale_bits=5),
+    "paths": lcq.Trellis(2, memory=5),
+    "coded paths": lcq.CodedTrellis(0.05, memory=3),
+    "rotated": lcq.Rotated(lcq.Uniform(3, per="channel")),
 }
 
 

@@ -86,7 +86,7 @@ def _of_sets(
 ) -> tuple[Float[Array, "t 4 p"], Int[Array, "t 4 p"]]:
     """The least cost in each of the four sets, and the integer; the lower one on ties."""
     half, (first, many) = lengths.shape[0] // 2, rows
-    v, g, sets = v[:, None], g[:, None], jnp.arange(4)[:, None]
+    v, g, sets = v[:, None], g[:, None], jnp.arange(4, dtype=jnp.int32)[:, None]
 
     def compare(n: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         codes = 4 * (first + n) + sets
