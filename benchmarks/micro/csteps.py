@@ -33,6 +33,7 @@ SLOW = {
     "KMeans(16, channel)": lcq.KMeans(16, per="channel"),
     "KMeans(16, per=32)": lcq.KMeans(16, per=32),
     "Ternary(per=32)": lcq.Ternary(per=32),
+    "Uniform(4, per=32, zero_point, scale_bits=6)": lcq.Uniform(4, per=32, zero_point=True, scale_bits=6),
 }
 
 
