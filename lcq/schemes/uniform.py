@@ -12,11 +12,16 @@ from lcq.forms.base import Form
 from lcq.forms.blocks import Per
 from lcq.schemes import stepped
 from lcq.schemes.base import SCHEMES, Quantizer
+from lcq.schemes.grid_search import SHORTEST
 from lcq.schemes.grouped import Cut, cut
 from lcq.schemes.levels import Levels
 from lcq.schemes.nearest import code_dtype
 from lcq.schemes.scale_search import keep_better, of_size_one
 from lcq.schemes.scales import as_scale, check_float16, check_scale_dtype, scale_format
+from lcq.schemes.shifted_search import search_shifted
+
+_FINE = 256
+"""Values of a grid from which few candidates are too far apart."""
 
 _SHRINKS = 64
 _POLISH = 8
@@ -30,7 +35,7 @@ class Uniform(Quantizer):
     Without a zero point z = 0 and q runs from -2^(b-1) to 2^(b-1) - 1; the scale is that of `Levels`, negative where
     the mirrored grid is better: in groups of 32 that saves 11 to 13 % of the squared error at 4 bits, 18 to 21 % at 3
     and 20 to 27 % at 2. With one, q and z run from 0 to 2^b - 1, z is an integer, so that 0 is represented exactly, and
-    (a, z) is found by shrinking the range [min x, max x] of what has a weight (64 steps), then
+    (a, z) is found by shrinking the range [min x, max x] of what has a weight, then
     a = <x, q - z>/<q - z, q - z>, products weighted by h, alternates with the codes.
 
     With `scale_bits` the scales of groups are whole multiples of a unit that a neuron's groups share, and so is what
@@ -117,6 +122,10 @@ def _codes(x: Array, a: Array, z: Array, last: int) -> Array:
 
 def _search_grid(whole: Cut, last: int, warm: tuple[Array, Array] | None, dtype: str | None) -> tuple[Array, Array]:
     """The best scale a and zero z per block among shrunk ranges, polished; at least as good as `warm`."""
+    if last < _FINE and whole.importance is None and sum(block.size for block in whole.blocks) >= SHORTEST:
+        stat, kind = whole.blocks[0].stat, whole.leaves[0].dtype
+        start = None if warm is None else (warm[0].reshape(stat).astype(kind), warm[1].reshape(stat).astype(kind))
+        return search_shifted(whole, last, start, dtype)
     whole, unit = of_size_one(whole)
     low = -jnp.maximum(whole.max([-x for x in whole.leaves]), 0)
     high = jnp.maximum(whole.max(whole.leaves), 0)
