@@ -24,6 +24,10 @@ _LONG = 512
 _SAMPLE = 1 << 15
 """Weights of a block, evenly spaced, that the first search looks at."""
 
+_TAIL, _EVERY = 0.01, 4
+"""From this part of the sample's squares on a single weight is too much to be in it by chance: then some of the
+candidates, one of so many, are tried on all weights too."""
+
 
 def search_scale(whole: Cut, values: tuple[float, ...], warm: Array | None = None, dtype: str | None = None) -> Array:
     """The scale a per block that minimises sum h (x - a c)^2, without a sort.
@@ -71,18 +75,26 @@ def _search_thoroughly(whole: Cut, values: tuple[float, ...], warm: Array | None
         near = [level_near(x, values, here) for x, here in zip(leaves, whole.spread(a), strict=True)]
         return keep_better(whole, leaves, near, (), best, dtype)
 
-    def scan(leaves: Sequence[Array], a: Array, ratio: Array, powers: Array, best: Any) -> tuple[Array, ...]:
-        """The best of a[j] ratio[j]^powers, made one by one: for small blocks all would be larger than the leaf."""
+    def scan(
+        leaves: Sequence[Array], a: Array, ratio: Array, powers: Array, best: Any, wanted: Array | bool = True
+    ) -> tuple[Array, ...]:
+        """The best of a[j] ratio[j]^powers, made one by one: for small blocks all would be larger than the leaf; `best`
+        itself where that is not wanted."""
 
         def tried(i: Any, best: Any) -> tuple[Array, ...]:
             j, k = i // len(powers), i % len(powers)
             return better(leaves, a[j] * ratio[j] ** powers[k], best)
 
-        return jax.lax.fori_loop(0, len(a) * len(powers), tried, best)
+        return jax.lax.fori_loop(0, len(a) * len(powers) * jnp.int32(wanted), tried, best)
 
     nothing = (jnp.zeros_like(unit), jnp.full_like(unit, jnp.inf))
-    found = scan(whole.thin(_SAMPLE).leaves, lows, ratios, part, nothing)[0]
+    few = whole.thin(_SAMPLE)
+    found = scan(few.leaves, lows, ratios, part, nothing)[0]
     best = better(whole.leaves, found, nothing)
+    if (share := sum(x.size for x in few.leaves) / sum(x.size for x in whole.leaves)) < 1:
+        squares, largest = (of([x * x for x in whole.leaves]) for of in (whole.sum, whole.max))
+        tail = jnp.any(largest > _TAIL * share * squares)
+        best = scan(whole.leaves, lows, ratios, part[::-_EVERY], best, tail)
     if warm is not None:
         best = better(whole.leaves, warm.reshape(unit.shape).astype(unit.dtype) / unit, best)
     for zoom in (1, _ZOOM) if many > 1 else ():  # between the neighbours of the best, then between those

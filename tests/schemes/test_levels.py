@@ -107,6 +107,18 @@ def test_searched_scale_of_a_leaf_too_large_to_search_whole(scheme):
     assert joint <= best * (1 + 1e-5)
 
 
+@pytest.mark.parametrize(("size", "place"), [(3000.0, 1), (300.0, 0)])
+@pytest.mark.parametrize("scheme", [lcq.Ternary(), lcq.PowersOfTwo(3, scale=True)], ids=repr)
+def test_a_single_large_weight_counts_once_whether_the_sample_has_it_or_not(scheme, size, place):
+    x = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
+    x[place] = size  # every eighth weight is in the sample, the first among them
+    exact = dataclasses.replace(lcq.Levels(scheme.values, scale=True), exact=True)
+    found, best = (
+        ((x - np.asarray(s.project(jnp.asarray(x)).dense(), np.float64)) ** 2).sum() for s in (scheme, exact)
+    )
+    assert found <= best * 1.001
+
+
 def test_binary_scale_is_the_mean_magnitude():
     x = np.random.default_rng(3).normal(size=(7, 5)).astype(np.float32)
     form = lcq.Binary().project(jnp.asarray(x))
