@@ -138,21 +138,20 @@ class Search:
             a = np.asarray(jax.device_get(a))
             return a if a.shape[2] == 1 else np.take_along_axis(a, _along(columns, a.ndim), 2)
 
-        few = Search(
-            self._problem.of_neurons(of(self._problem.w)).ready(), jax.tree.map(of, self._given), (), self._key
-        )
+        problem = self._problem.of_neurons(of(self._problem.w)).ready()
+        few = Search(problem, jax.tree.map(of, self._given), (), self._key)
         few.whole()
+        better = few._best < of(self._best[:, None])[:, 0]
 
         def put(new: Any, old: Any) -> np.ndarray:
-            put_back = np.array(old)
-            np.put_along_axis(put_back, _along(columns, old.ndim), np.asarray(new), 2)
-            return put_back
+            if old.shape[2] == 1:
+                return old
+            kept = np.array(old)
+            np.put_along_axis(kept, _along(columns, old.ndim), np.where(_along(better, new.ndim), new, of(old)), 2)
+            return kept
 
-        better = few._best < of(self._best[:, None])[:, 0]
-        chosen = jax.tree.map(lambda new, old: np.where(_along(better, new.ndim), new, of(old)), few.form, self.form)
-        self.form = jax.tree.map(put, chosen, self.form)
-        factor = np.where(better, few.factor, of(self.factor[:, None])[:, 0])
-        self.factor = put(factor[:, None], self.factor[:, None])[:, 0]
+        self.form = jax.tree.map(put, few.form, self.form)
+        self.factor = put(few.factor[:, None], self.factor[:, None])[:, 0]
 
     def sketched(self) -> None:
         """The best of many factors by a sketch of H."""
