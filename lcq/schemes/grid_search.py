@@ -8,16 +8,13 @@ block, a second one looks around the best of both signs. Last, its codes get the
 """
 
 import math
-from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
-from lcq.forms.meshes import explicit_mesh, is_shared
-from lcq.schemes.grid_sums import Everywhere, Grid, Rows, by_turns, spaced
+from lcq.schemes.grid_sums import Everywhere, Grid, Rows, best_of, searched, spaced
 from lcq.schemes.grouped import Cut
-from lcq.schemes.scales import power_of_two, rounded_scale
+from lcq.schemes.scales import power_of_two
 
 SHORTEST = 32
 """Numbers of a block from which this search is good enough; below, errors are too rugged for few candidates."""
@@ -51,15 +48,7 @@ def search_grid(whole: Cut, grid: Grid, warm: Array | None = None) -> Array:
         warm: scales to start from.
     """
 
-    def everywhere(leaves: tuple[Array, ...], warm: Array | None) -> Array:
-        return _search(Everywhere(whole._replace(leaves=leaves), grid), warm)
-
-    def by_rows(leaves: tuple[Array, ...], warm: Array | None) -> Array:
-        return by_turns(whole._replace(leaves=leaves), grid, _search, warm)
-
-    if is_shared(whole.leaves) or explicit_mesh(whole.leaves):
-        return everywhere(whole.leaves, warm)  # loops over rows would move them
-    return lax.platform_dependent(whole.leaves, warm, cpu=by_rows, default=everywhere)
+    return searched(whole, grid, _search, warm)
 
 
 def _search(numbers: Everywhere | Rows, warm: Array | None) -> Array:
@@ -81,20 +70,8 @@ def _search(numbers: Everywhere | Rows, warm: Array | None) -> Array:
         warm = warm / unit
         near = spaced(warm, jnp.zeros_like(step), jnp.full_like(step, math.log(_STEP)), around)
         tried, step = jnp.concatenate([warm[None], near, tried]), jnp.full_like(step, math.log(_STEP) / 3)
-    best = _best(numbers, [tried])
+    best = best_of(numbers, (tried,))
     tried = spaced(best[0], jnp.zeros_like(step), step, around)
     both = [tried] if longer == shorter else [tried, -best[0][None], -tried]
-    best = _best(numbers, both, *best)
-    return _best(numbers, [numbers.fit(best[0])[None]], *best)[0] * unit
-
-
-def _best(numbers: Everywhere | Rows, tried: Sequence[Array], *best: Array) -> tuple[Array, Array]:
-    """The candidate of the least error, rounded to its format, and that; of two the first."""
-    scales = rounded_scale(jnp.concatenate(tried), numbers.grid.dtype)
-    errors = numbers.errors(scales)
-    if best:
-        scales, errors = (jnp.concatenate([a[None], b]) for a, b in zip(best, (scales, errors), strict=True))
-    least = jnp.min(errors, 0)
-    number = lax.broadcasted_iota(jnp.int32, errors.shape, 0)
-    first = jnp.min(jnp.where(errors == least, number, len(errors)), 0)
-    return jnp.sum(jnp.where(number == first, scales, 0), 0), least
+    best = best_of(numbers, (jnp.concatenate(both),), best)
+    return best_of(numbers, (numbers.fit(best[0])[None],), best)[0] * unit

@@ -18,7 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from lcq.forms.blocks import Blocks
+from lcq.forms.meshes import explicit_mesh, is_shared
 from lcq.schemes.grouped import Cut
+from lcq.schemes.scales import rounded_scale
 
 _ROWS = 16
 """Rows in one turn of a loop. Of fewer, XLA would compute the index within the innermost loop, and make no vectors."""
@@ -48,15 +50,51 @@ def spaced(first: Array, least: Array, step: Array, powers: Iterable[int]) -> Fl
     return first * jnp.exp(least + p * step)
 
 
-def by_turns(whole: Cut, grid: Grid, search: Callable[["Rows", Any], Found], warm: Any) -> Found:
-    """A search for each index of the axes of blocks that come first, so that its numbers stay in a cache.
+def searched(whole: Cut, grid: Grid, search: Callable[[Any, Any], Found], warm: Any) -> Found:
+    """What a search finds: by rows on a CPU; by sums over whole axes elsewhere, and where leaves are spread over devices,
+    as loops over rows would move them.
 
     Args:
-        whole: leaves cut into blocks.
+        whole: leaves cut into blocks, without an importance.
         grid: the grid.
         search: from sums and earlier numbers of blocks to new ones.
         warm: earlier ones, a tree of arrays [*stat], or None.
     """
+
+    def everywhere(leaves: tuple[Array, ...], warm: Any) -> Found:
+        return search(Everywhere(whole._replace(leaves=leaves), grid), warm)
+
+    def by_rows(leaves: tuple[Array, ...], warm: Any) -> Found:
+        return _by_turns(whole._replace(leaves=leaves), grid, search, warm)
+
+    if is_shared(whole.leaves) or explicit_mesh(whole.leaves):
+        return everywhere(whole.leaves, warm)
+    found: Found = lax.platform_dependent(whole.leaves, warm, cpu=by_rows, default=everywhere)
+    return found
+
+
+def best_of(numbers: "Everywhere | Rows", tried: tuple[Array, ...], best: tuple[Array, ...] = ()) -> tuple[Array, ...]:
+    """The candidate of the least error, its scale rounded to its format, and that error; of two the first.
+
+    Args:
+        numbers: the sums.
+        tried: scales [T, *stat], and shifts likewise where the grid may be shifted.
+        best: an earlier result, which comes first.
+    """
+    scales, *shifts = tried
+    scales = rounded_scale(scales, numbers.grid.dtype)
+    found = scales, *shifts, numbers.errors(scales, *shifts)
+    if best:
+        found = tuple(jnp.concatenate([a[None], b]) for a, b in zip(best, found, strict=True))
+    *pairs, errors = found
+    least = jnp.min(errors, 0)
+    number = lax.broadcasted_iota(jnp.int32, errors.shape, 0)
+    first = number == jnp.min(jnp.where(errors == least, number, len(errors)), 0)
+    return *(jnp.sum(jnp.where(first, a, 0), 0) for a in pairs), least
+
+
+def _by_turns(whole: Cut, grid: Grid, search: Callable[["Rows", Any], Found], warm: Any) -> Found:
+    """`searched` by rows, for each index of the axes of blocks that come first, so that its numbers stay in a cache."""
     leaves, stats = zip(*(_rows(x, block) for x, block in zip(whole.leaves, whole.blocks, strict=True)), strict=True)
     outer, stat = len(leaves[0]), stats[0]
     turns = leaves, jax.tree.map(lambda a: a.reshape(outer, *stat), warm)

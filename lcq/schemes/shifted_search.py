@@ -7,14 +7,14 @@ its ends where they are. Then neighbours of the best are tried, of the scale and
 scale, twice, if that is better.
 """
 
+import math
+
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
-from lcq.forms.meshes import explicit_mesh, is_shared
-from lcq.schemes.grid_sums import Everywhere, Grid, Rows, by_turns, spaced
+from lcq.schemes.grid_sums import Everywhere, Grid, Rows, best_of, searched, spaced
 from lcq.schemes.grouped import Cut
-from lcq.schemes.scales import power_of_two, rounded_scale
+from lcq.schemes.scales import power_of_two
 
 _COLD = 40
 """Candidates of the first search, over the whole range; twice as many for grids of more than 16 values."""
@@ -32,6 +32,7 @@ _STEP = 1.015
 """Ratio of the candidates around an earlier scale."""
 
 _FITS = 2
+"""Times that the codes get their best scale."""
 
 Pair = tuple[Array, Array]
 """Scales a >= 0, and zeros."""
@@ -46,17 +47,7 @@ def search_shifted(whole: Cut, last: int, warm: Pair | None, dtype: str | None) 
         warm: where to start from.
         dtype: the format of scales; only its numbers are tried.
     """
-    grid = Grid(0, last, dtype)
-
-    def everywhere(leaves: tuple[Array, ...], warm: Pair | None) -> Pair:
-        return _search(Everywhere(whole._replace(leaves=leaves), grid), warm)
-
-    def by_rows(leaves: tuple[Array, ...], warm: Pair | None) -> Pair:
-        return by_turns(whole._replace(leaves=leaves), grid, _search, warm)
-
-    if is_shared(whole.leaves) or explicit_mesh(whole.leaves):
-        return everywhere(whole.leaves, warm)  # loops over rows would move them
-    return lax.platform_dependent(whole.leaves, warm, cpu=by_rows, default=everywhere)
+    return searched(whole, Grid(0, last, dtype), _search, warm)
 
 
 def _search(numbers: Everywhere | Rows, warm: Pair | None) -> Pair:
@@ -75,29 +66,16 @@ def _search(numbers: Everywhere | Rows, warm: Pair | None) -> Pair:
     around = [p for p in range(-_NEAR, _NEAR + 1) if p]
     if warm is not None:
         before, shift = warm[0] / unit, warm[1]
-        step = jnp.full_like(step, jnp.log(_STEP))
+        step = jnp.full_like(step, math.log(_STEP))
         near = jnp.concatenate([before[None], spaced(before, jnp.zeros_like(step), step, around)])
         scales, step = jnp.concatenate([near, scales]), step / 3
         zeros = jnp.concatenate([jnp.broadcast_to(shift, near.shape), zeros])
-    best = _best(numbers, scales, zeros)
+    best = best_of(numbers, (scales, zeros))
     scales = spaced(best[0], jnp.zeros_like(step), step, around)
     beside = spaced(best[0], jnp.zeros_like(step), 2 * step, (-2, -1, 0, 1, 2))
     moved = [jnp.clip(best[1] + jnp.array(by, zero.dtype), 0, grid.high) for by in (-1, 1)]
     shifts = [jnp.broadcast_to(best[1], scales.shape), *(jnp.broadcast_to(z, beside.shape) for z in moved)]
-    best = _best(numbers, jnp.concatenate([scales, beside, beside]), jnp.concatenate(shifts), *best)
+    best = best_of(numbers, (jnp.concatenate([scales, beside, beside]), jnp.concatenate(shifts)), best)
     for _ in range(_FITS):
-        best = _best(numbers, numbers.fit(*best[:2])[None], best[1][None], *best)
+        best = best_of(numbers, (numbers.fit(*best[:2])[None], best[1][None]), best)
     return best[0] * unit, best[1]
-
-
-def _best(numbers: Everywhere | Rows, scales: Array, zeros: Array, *best: Array) -> tuple[Array, Array, Array]:
-    """The candidate of the least error, its scale rounded to its format, and that; of two the first."""
-    scales = rounded_scale(scales, numbers.grid.dtype)
-    errors = numbers.errors(scales, zeros)
-    if best:
-        given = zip(best, (scales, zeros, errors), strict=True)
-        scales, zeros, errors = (jnp.concatenate([a[None], b]) for a, b in given)
-    least = jnp.min(errors, 0)
-    number = lax.broadcasted_iota(jnp.int32, errors.shape, 0)
-    first = number == jnp.min(jnp.where(errors == least, number, len(errors)), 0)
-    return jnp.sum(jnp.where(first, scales, 0), 0), jnp.sum(jnp.where(first, zeros, 0), 0), least
