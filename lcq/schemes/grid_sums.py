@@ -51,8 +51,8 @@ def spaced(first: Array, least: Array, step: Array, powers: Iterable[int]) -> Fl
 
 
 def searched(whole: Cut, grid: Grid, search: Callable[[Any, Any], Found], warm: Any) -> Found:
-    """What a search finds: by rows on a CPU; by sums over whole axes elsewhere, and where leaves are spread over devices,
-    as loops over rows would move them.
+    """What a search finds: by rows on a CPU; by sums over whole axes elsewhere, and where leaves are spread over
+    devices, as loops over rows would move them.
 
     Args:
         whole: leaves cut into blocks, without an importance.

@@ -91,9 +91,8 @@ def _search_thoroughly(whole: Cut, values: tuple[float, ...], warm: Array | None
     few = whole.thin(_SAMPLE)
     found = scan(few.leaves, lows, ratios, part, nothing)[0]
     best = better(whole.leaves, found, nothing)
-    if (share := sum(x.size for x in few.leaves) / sum(x.size for x in whole.leaves)) < 1:
-        squares, largest = (of([x * x for x in whole.leaves]) for of in (whole.sum, whole.max))
-        tail = jnp.any(largest > _TAIL * share * squares)
+    if sum(x.size for x in few.leaves) < sum(x.size for x in whole.leaves):
+        tail = jnp.any(_TAIL * whole.sum([x * x for x in few.leaves]) < 1)  # the largest weight is from 1 to 2
         best = scan(whole.leaves, lows, ratios, part[::-_EVERY], best, tail)
     if warm is not None:
         best = better(whole.leaves, warm.reshape(unit.shape).astype(unit.dtype) / unit, best)
